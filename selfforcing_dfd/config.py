@@ -1,0 +1,336 @@
+"""Typed, frozen settings: YAML over dataclasses, dotlist overrides on top, every mistake named with its cure.
+
+    config = load_config("dfd_ar.yaml", ["optim.student.lr=1e-5"])
+
+Objects never receive a `Config`; `build.py` unpacks it into plain arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from selfforcing_dfd.pairing import PAIRINGS
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message says which, why, and what to write instead."""
+
+
+def require(condition: bool, message: str) -> None:
+    """Raise ConfigError with `message` unless `condition` holds."""
+    if not condition:
+        raise ConfigError(message)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RunConfig:
+    name: str = "run"  # the run's folder is out/name
+    stage: Literal["teacher", "init", "dmd", "dfd"] = "dfd"
+    seed: int = 0
+    student_updates: int = 40
+    out: str = "runs"
+    device: str = "auto"  # auto | cpu | cuda | cuda:N
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ModelConfig:
+    """Size of student, teacher and fake score (Wan2.1's names in research and code: dim = heads * head_dim)."""
+
+    num_heads: int = 4
+    head_dim: int = 32
+    num_layers: int = 6
+    ffn_dim: int = 384
+    channels: int = 16  # of the latents
+    text_dim: int = 32
+    freq_dim: int = 256
+    gradient_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        require(
+            self.head_dim % 2 == 0 and self.head_dim >= 6,
+            f"model.head_dim is {self.head_dim}; rotary positions on three axes need an even number of at least 6",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class WeightsConfig:
+    """Safetensors files to start from; empty means from nothing (student, fake: from the teacher where there is one)."""
+
+    student: str = ""
+    teacher: str = ""
+    fake: str = ""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RolloutConfig:
+    frames: int = 9  # latent frames of a training clip
+    chunk_frames: int = 3  # latent frames generated together
+    ladder: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # unshifted timesteps
+    shift: float = 5.0
+    sink: int = 0  # latent frames kept for ever
+    window: int = 0  # latent frames a chunk may see, itself included; 0 sees everything
+
+    def __post_init__(self) -> None:
+        lower = max(self.frames - self.frames % self.chunk_frames, self.chunk_frames)
+        require(
+            self.frames % self.chunk_frames == 0,
+            f"rollout.frames ({self.frames}) is not a multiple of rollout.chunk_frames ({self.chunk_frames}); "
+            f"use {lower} or {lower + self.chunk_frames}",
+        )
+        require(
+            self.window == 0 or self.window >= self.sink + self.chunk_frames,
+            f"rollout.window ({self.window}) must hold rollout.sink ({self.sink}) and one chunk ({self.chunk_frames}); "
+            f"use at least {self.sink + self.chunk_frames}, or 0 to see everything",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreConfig:
+    """Distribution matching: where teacher and fake score are compared, and how often each model learns."""
+
+    guidance: float = 4.0  # uncond + w (cond - uncond); 1 is off. Self-Forcing's 3.0 is 4.0 here
+    shift: float = 5.0
+    sigma_min: float = 0.02
+    sigma_max: float = 0.98
+    min_normaliser: float = 1e-3
+    fake_per_student: int = 5  # fake-score updates for each student update
+
+    def __post_init__(self) -> None:
+        require(
+            0 < self.sigma_min < self.sigma_max <= 1,
+            f"score.sigma_min ({self.sigma_min}) and score.sigma_max ({self.sigma_max}) must satisfy 0 < min < max <= 1",
+        )
+        require(self.fake_per_student >= 1, f"score.fake_per_student is {self.fake_per_student}; it must be at least 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DFDConfig:
+    """Data forcing: which rows of a batch ask the teacher about a real video (arXiv 2606.18478, Eq. 9-10)."""
+
+    p: float = 0.5  # probability that a row is anchored by data
+    p_start: float = 0.5  # probability at the first student update, ramped linearly to p
+    ramp_updates: int = 0  # student updates the ramp takes; 0 is constant p
+    granularity: Literal["update", "micro", "sample"] = "update"  # what shares one coin
+    pairing: Literal["caption", "assignment", "inversion"] = "caption"
+    sigma_range: tuple[float, float] = (0.0, 1.0)  # rows outside it fall back to DMD
+
+    def __post_init__(self) -> None:
+        require(
+            0 <= self.p <= 1 and 0 <= self.p_start <= 1,
+            f"dfd.p ({self.p}) and dfd.p_start ({self.p_start}) are probabilities in [0, 1]",
+        )
+        require(self.pairing in PAIRINGS, f"dfd.pairing is {self.pairing}; known are {', '.join(PAIRINGS)}")
+        low, high = self.sigma_range
+        require(0 <= low < high <= 1, f"dfd.sigma_range is {self.sigma_range}; it must satisfy 0 <= low < high <= 1")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlowConfig:
+    """Flow matching on data, for the stages teacher and init."""
+
+    shift: float = 3.0  # of the training noise levels
+    text_dropout: float = 0.1  # share of samples trained without caption
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimizerConfig:
+    kind: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, adamw for the rest
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.0, 0.999)
+    weight_decay: float = 0.01
+    clip: float = 10.0  # gradient norm
+    warmup: int = 0  # updates of linear warm-up
+    decay: float = 1.0  # learning rate at the last update as a share of lr, by half a cosine; 1 is constant
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class OptimConfig:
+    student: OptimizerConfig = field(default_factory=OptimizerConfig)
+    fake: OptimizerConfig = field(default_factory=OptimizerConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EMAConfig:
+    decay: float = 0.9  # per student update
+    start: int = 0  # student updates before averaging begins
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BatchConfig:
+    size: int = 16  # samples an update, over all processes
+    micro: int = 16  # samples a forward pass; the gradient is accumulated over size / micro passes
+    group: int = 1  # neighbouring samples that share a caption (assignment pairing works within them)
+
+    def __post_init__(self) -> None:
+        require(
+            self.size % self.micro == 0,
+            f"batch.size ({self.size}) is not a multiple of batch.micro ({self.micro}); "
+            f"use {max(self.size - self.size % self.micro, self.micro)} or {self.size + -self.size % self.micro}",
+        )
+        require(
+            self.micro % self.group == 0,
+            f"batch.micro ({self.micro}) is not a multiple of batch.group ({self.group}): groups would be cut apart; "
+            f"use {self.micro + -self.micro % self.group}",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TinyDataConfig:
+    """How many tiny-world clips to render and pack when data.shards does not exist yet; 0 clips never makes data."""
+
+    clips: int = 0
+    seed: int = 0
+    level: Literal["short", "medium", "long"] = "short"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DataConfig:
+    shards: str = ""  # folder with index.json and tar shards
+    workers: int = 0
+    tiny: TinyDataConfig = field(default_factory=TinyDataConfig)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CheckpointConfig:
+    every: int = 10  # student updates
+    keep: int = 3
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class LogConfig:
+    """metrics.jsonl is always written."""
+
+    tensorboard: bool = False
+    wandb_project: str = ""  # empty: no wandb
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GuardsConfig:
+    """Saturation, contrast, sharpness, motion and spread of the student's samples against the data's."""
+
+    tolerance: float = 0.5  # warn where the ratio leaves 1 / (1 + tolerance) .. 1 + tolerance
+    stop: bool = False  # end the run instead of warning
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ReportConfig:
+    """The table after training; 0 clips writes none."""
+
+    clips: int = 0  # samples generated for each row
+    teacher_steps: int = 32  # denoising steps of the teacher's ODE sampler
+    teacher_guidance: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Config:
+    base: str = ""  # another config file that this one changes
+    run: RunConfig = field(default_factory=RunConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    weights: WeightsConfig = field(default_factory=WeightsConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    score: ScoreConfig = field(default_factory=ScoreConfig)
+    dfd: DFDConfig = field(default_factory=DFDConfig)
+    flow: FlowConfig = field(default_factory=FlowConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    ema: EMAConfig = field(default_factory=EMAConfig)
+    batch: BatchConfig = field(default_factory=BatchConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+    guards: GuardsConfig = field(default_factory=GuardsConfig)
+    report: ReportConfig = field(default_factory=ReportConfig)
+    arms: dict[str, list[str]] = field(default_factory=dict)  # runs to make and compare: name -> overrides
+
+    def __post_init__(self) -> None:
+        matching = self.run.stage in ("dmd", "dfd")
+        require(
+            not matching or bool(self.weights.teacher),
+            f"run.stage is {self.run.stage} but weights.teacher is empty: name the teacher's safetensors file",
+        )
+        require(
+            not (self.run.stage == "dfd" and self.dfd.pairing == "assignment" and self.batch.group == 1),
+            "dfd.pairing is assignment but batch.group is 1: one sample has one possible partner; use batch.group=8",
+        )
+        require(
+            bool(self.data.shards),
+            "data.shards is empty: name a folder written by `python -m selfforcing_dfd pack`",
+        )
+
+
+def find_config(name: str) -> Path:
+    """The file itself, or a bare name looked up in `configs/`."""
+    for path in (Path(name), REPOSITORY / "configs" / name):
+        if path.is_file():
+            return path
+    known = sorted(str(p.relative_to(REPOSITORY / "configs")) for p in (REPOSITORY / "configs").rglob("*.yaml"))
+    raise ConfigError(f"no config file {name}, neither here nor in configs/; there are {', '.join(known)}")
+
+
+def find_file(name: str) -> Path:
+    """A path from a config: as it is, or, where it names a shipped asset, beside the package."""
+    path = Path(name)
+    return path if path.exists() or not (REPOSITORY / path).exists() else REPOSITORY / path
+
+
+def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """Settings of the file `name` (and of its `base`), with dotlist overrides such as `dfd.p=0.3` on top.
+
+    Raises ConfigError with the file and the full path of an unknown key, a wrong type or a value that does not fit.
+    """
+    with _explained(name):
+        merged = OmegaConf.merge(OmegaConf.structured(Config), _layers(find_config(name)))
+    return _to_config(merged, list(overrides), name)
+
+
+def _to_config(settings: Any, overrides: list[str], name: str) -> Config:
+    with _explained(name):
+        for override in overrides:
+            require("=" in override, f"override {override!r} is not of the form section.setting=value")
+        config = OmegaConf.to_object(OmegaConf.merge(settings, OmegaConf.from_dotlist(overrides)))
+    assert isinstance(config, Config)
+    return config
+
+
+@contextmanager
+def _explained(name: str) -> Iterator[None]:
+    """Turn what OmegaConf and our own checks raise into ConfigError with the file's name and the setting's path."""
+    try:
+        yield
+    except (OmegaConfBaseException, ConfigError) as error:
+        reason, path = str(error).split("\n    full_key")[0], getattr(error, "full_key", None)
+        raise ConfigError(f"{name}: {f'{path}: ' if path else ''}{reason}") from error
+
+
+def change(config: Config, overrides: list[str]) -> Config:
+    """The same settings with dotlist overrides on top. Raises ConfigError like `load_config`."""
+    return _to_config(OmegaConf.structured(config), overrides, config.run.name)
+
+
+def _layers(path: Path) -> Any:
+    """The file's settings over those of its `base`, which is looked up beside it and then in `configs/`."""
+    own = OmegaConf.load(path)
+    base = own.get("base") if OmegaConf.is_dict(own) else None
+    if not base:
+        return own
+    beside = path.parent / base
+    return OmegaConf.merge(_layers(beside if beside.is_file() else find_config(base)), own)
+
+
+def as_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dict, as it is saved with a run."""
+    return dataclasses.asdict(config)
+
+
+def to_yaml(config: Config) -> str:
+    """The resolved settings, loadable again."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))

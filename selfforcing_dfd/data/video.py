@@ -1,0 +1,74 @@
+"""Video files in and out, through PyAV."""
+
+from __future__ import annotations
+
+import os
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class ClipError(ValueError):
+    """A clip that cannot be used; the message begins with the file's name."""
+
+
+def read_video(path: Path | str, num_frames: int, size: tuple[int, int] | None = None) -> Tensor:
+    """The first `num_frames` video frames, uint8 [T, H, W, 3].
+
+    size: the height and width that the clip must have, if given; nothing is resized.
+    ClipError: the file cannot be decoded, is too short, has another size, or changes it on the way.
+    """
+    path = Path(path)
+    frames: list[np.ndarray] = []
+    try:
+        with av.open(str(path)) as container:
+            if not container.streams.video:
+                raise ClipError(f"{path.name}: no video stream; want a file with pictures in it")
+            for frame in container.decode(video=0):
+                frames.append(frame.to_ndarray(format="rgb24"))
+                if len(frames) == num_frames:
+                    break
+    except av.error.FFmpegError as error:
+        reason = f"cannot be read as video ({error.strerror})"
+        raise ClipError(f"{path.name}: {reason}; encode it again or leave it out") from error
+    if len(frames) < num_frames:
+        raise ClipError(
+            f"{path.name}: has {len(frames)} video frames, want {num_frames}; ask for fewer or leave it out"
+        )
+    if len({frame.shape for frame in frames}) > 1:
+        raise ClipError(f"{path.name}: the frame size changes within the clip; encode it again at one size")
+    height, width, _ = frames[0].shape
+    if size and size != (height, width):
+        scale = f"scale={size[1]}:{size[0]}:force_original_aspect_ratio=increase,crop={size[1]}:{size[0]}"
+        wanted = f'want {size[0]}x{size[1]}; ffmpeg -i {path.name} -vf "{scale}" NEW.mp4'
+        raise ClipError(f"{path.name}: is {height}x{width} (height x width), {wanted}")
+    return torch.from_numpy(np.stack(frames))
+
+
+def write_video(path: Path | str, frames: Tensor, fps: float) -> None:
+    """Write uint8 [T, H, W, 3] as a high-quality progressive mp4 that starts playing before it is fully loaded.
+
+    H and W must be even, as 4:2:0 chroma needs. The file appears complete or not at all. One encoder thread: the same
+    frames give the same pixels on every machine (x264's decisions depend on the number of threads).
+    """
+    path = Path(path)
+    if frames.dtype != torch.uint8 or frames.ndim != 4 or frames.shape[-1] != 3 or not len(frames):
+        got = f"{frames.dtype} {tuple(frames.shape)}"
+        raise ValueError(f"{path.name}: frames are {got}, want torch.uint8 [T, H, W, 3] with T >= 1")
+    height, width = frames.shape[1:3]
+    if height % 2 or width % 2:
+        raise ValueError(f"{path.name}: frames are {height}x{width}, want even height and width; crop or pad them")
+    partial = path.with_name(path.name + ".partial")
+    with av.open(str(partial), "w", format="mp4", options={"movflags": "+faststart"}) as container:
+        options = {"crf": "10", "preset": "medium"}
+        stream = container.add_stream("libx264", rate=Fraction(fps).limit_denominator(1001), options=options)
+        stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
+        stream.codec_context.thread_count = 1
+        for picture in frames.cpu().numpy():
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode(None))
+    os.replace(partial, path)

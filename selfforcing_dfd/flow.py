@@ -1,0 +1,62 @@
+"""Flow-matching algebra on the straight path between data and noise. Sigma in [0, 1] is the only time there is.
+
+    x_t = (1 - sigma) x0 + sigma noise        flow = noise - x0        x0 = x_t - sigma flow
+
+Sigma is a tensor [B] or [B, F] (or a float) and broadcasts over latents [B, F, C, H, W]. No lookup tables, no timesteps.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def expand_sigma(sigma: Tensor | float, like: Tensor) -> Tensor:
+    """Sigma [B] or [B, F] or float as a tensor that broadcasts over `like` [B, F, C, H, W], in its dtype and on its device."""
+    sigma = torch.as_tensor(sigma, dtype=like.dtype, device=like.device)
+    return sigma.reshape(sigma.shape + (1,) * (like.ndim - sigma.ndim))
+
+
+def sigma_per_frame(sigma: Tensor | float, x_t: Tensor) -> Tensor:
+    """Sigma [B] or [B, F] or float as [B, F], which is what the network is told."""
+    return expand_sigma(sigma, x_t)[..., 0, 0, 0].expand(x_t.shape[:2])
+
+
+def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
+    """The point x_t at noise level sigma on the line from x0 (sigma 0) to noise (sigma 1)."""
+    sigma = expand_sigma(sigma, x0)
+    return (1 - sigma) * x0 + sigma * noise
+
+
+def x0_from_flow(x_t: Tensor, flow: Tensor, sigma: Tensor | float) -> Tensor:
+    """The clean latents that a flow at x_t points back to."""
+    return x_t - expand_sigma(sigma, x_t) * flow
+
+
+def shift_sigma(u: Tensor, shift: float) -> Tensor:
+    """Wan's time shift, s u / (1 + (s - 1) u): shift > 1 spends more of [0, 1] at high noise, 1 changes nothing."""
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def few_step_ladder(timesteps: tuple[float, ...], shift: float) -> tuple[float, ...]:
+    """The decreasing sigmas of few-step sampling from unshifted timesteps in (0, 1000].
+
+    (1000, 750, 500, 250) under shift 5 is (1, .9375, .8333, .625), Self-Forcing's warped denoising steps.
+    """
+    steps = torch.tensor(timesteps, dtype=torch.float64)
+    if steps.numel() == 0 or steps[0] != 1000 or (steps <= 0).any() or (steps.diff() >= 0).any():
+        raise ValueError(
+            f"ladder is {timesteps}; it must start at 1000 (pure noise) and fall strictly towards, but not to, 0, "
+            f"for example (1000, 750, 500, 250)"
+        )
+    return tuple(shift_sigma(steps / 1000, shift).tolist())
+
+
+def score_sigma(u: Tensor, shift: float, low: float, high: float) -> Tensor:
+    """Noise levels at which teacher and fake score are compared: shift(u) for uniform u, clamped to [low, high]."""
+    return shift_sigma(u, shift).clamp(low, high)
+
+
+def sampling_ladder(num_steps: int, shift: float) -> tuple[float, ...]:
+    """`num_steps + 1` sigmas from 1 down to 0 for many-step ODE sampling with the teacher."""
+    return tuple(shift_sigma(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).tolist())

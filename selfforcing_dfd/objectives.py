@@ -1,0 +1,94 @@
+"""Distribution matching with a chosen anchor, the fake score's regression, and plain flow matching.
+
+Distribution matching moves the student's sample G along d = fake(G_t) - teacher(anchor_t), both as clean predictions at the
+same noise and noise level. anchor = G is DMD (arXiv 2311.18828, Eq. 7-8); anchor = a real video is DFD (arXiv 2606.18478,
+Eq. 8-10 and Algorithm 1). It is written in x0 space because only there does a real anchor attract the sample: the score-space
+form repels it and the velocity form changes sign at sigma = 1/2.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfforcing_dfd.cache import Conditioning, Context, Network, PackedContext
+from selfforcing_dfd.flow import add_noise, x0_from_flow
+
+PER_SAMPLE = (1, 2, 3, 4)
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """Loss of one batch and, per sample [B], what it is made of."""
+
+    loss: Tensor  # [B], 0.5 mean (d / n)^2; its gradient with respect to x0 is d / n / numel
+    discrepancy: Tensor  # [B], mean |d|
+    normaliser: Tensor  # [B], mean |G - teacher|, clamped
+
+
+def guided_x0(
+    teacher: Network,
+    x_t: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    negative: Conditioning,
+    guidance: float,
+) -> Tensor:
+    """Classifier-free guidance on the clean prediction: uncond + guidance (cond - uncond); 1 asks the teacher once.
+
+    Ho & Salimans, arXiv 2207.12598. Self-Forcing's 3.0 in `cond + s (cond - uncond)` is guidance 4.0 here.
+    """
+    if guidance == 1:
+        return x0_from_flow(x_t, teacher(x_t, sigma, conditioning).flow, sigma)
+    both = teacher(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), conditioning + negative).flow
+    cond, uncond = both.chunk(2)
+    return x0_from_flow(x_t, uncond + guidance * (cond - uncond), sigma)
+
+
+def distribution_matching(
+    x0: Tensor,
+    anchor: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    *,
+    teacher: Network,
+    fake: Network,
+    conditioning: Conditioning,
+    negative: Conditioning,
+    guidance: float,
+    min_normaliser: float = 1e-3,
+) -> Matching:
+    """Per-sample distribution-matching loss; anchor rows equal to x0 are DMD, real rows are DFD.
+
+    x0 (with gradient), anchor, noise: [B, F, C, H, W]; sigma: [B]. Teacher and fake score are asked without gradient; the
+    teacher alone is guided. The normaliser is per sample and in fp32 at least, as in the authors' code.
+    """
+    with torch.no_grad():
+        generated = x0.detach()
+        fake_t, anchor_t = add_noise(generated, noise, sigma), add_noise(anchor, noise, sigma)
+        fake_x0 = x0_from_flow(fake_t, fake(fake_t, sigma, conditioning).flow, sigma)
+        teacher_x0 = guided_x0(teacher, anchor_t, sigma, conditioning, negative, guidance)
+        d = fake_x0 - teacher_x0
+        normaliser = (generated - teacher_x0).abs().mean(PER_SAMPLE).clamp_min(min_normaliser)
+        target = generated - d / normaliser[:, None, None, None, None]
+    loss = 0.5 * (x0 - target).square().mean(PER_SAMPLE)
+    return Matching(loss, d.abs().mean(PER_SAMPLE), normaliser)
+
+
+def flow_matching(
+    network: Network,
+    x0: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    context: Context | PackedContext | None = None,
+) -> Tensor:
+    """Per-sample flow regression [B] on clean latents x0 [B, F, C, H, W]; sigma [B] or [B, F] (Lipman, arXiv 2210.02747).
+
+    On the student's own samples it is the fake score's loss; on data without context it trains a teacher, and with the
+    recorded clean chunks as context it is teacher forcing.
+    """
+    flow = network(add_noise(x0, noise, sigma), sigma, conditioning, context).flow
+    return (flow - (noise - x0)).square().mean(PER_SAMPLE)

@@ -1,0 +1,89 @@
+"""Which real sample anchors which generated one.
+
+Given only the caption, a real sample is independent of the student's noise, so in expectation the data enters DFD through the
+conditional mean alone and every sample shrinks towards it. Pairings that tie the two together shrink less. The gap is
+E|x - G|^2 of the paper's validity condition (arXiv 2606.18478, Eq. 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from selfforcing_dfd.objectives import PER_SAMPLE
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """real: [B, F, C, H, W], the anchor of each generated sample; real_index: [B], where it was taken from; gap: [B]."""
+
+    real: Tensor
+    real_index: Tensor
+    gap: Tensor
+
+
+def _pair(generated: Tensor, real: Tensor, real_index: Tensor) -> Pair:
+    anchors = real[real_index.to(real.device)]
+    return Pair(anchors, real_index, (anchors - generated).square().mean(PER_SAMPLE))
+
+
+def pair_in_order(generated: Tensor, real: Tensor, groups: Sequence[object]) -> Pair:
+    """Sample i is anchored by real sample i, whose caption it was asked for: `caption` (the paper) and `inversion`."""
+    return _pair(generated, real, torch.arange(len(groups)))
+
+
+def pair_by_assignment(generated: Tensor, real: Tensor, groups: Sequence[object]) -> Pair:
+    """Within each caption, the one-to-one assignment of least total distance on a low-resolution view.
+
+    groups: one hashable per sample. Counts are equal within a caption, so every real sample anchors exactly one sample and
+    no mode is left out, however far the student is from it.
+    """
+    real_index = torch.empty(len(groups), dtype=torch.long)
+    view_generated, view_real = _low_resolution(generated), _low_resolution(real)
+    for group in dict.fromkeys(groups):
+        members = torch.tensor([i for i, other in enumerate(groups) if other == group])
+        cost = torch.cdist(view_generated[members], view_real[members]).square()
+        real_index[members] = members[torch.tensor(assign(cost.tolist()))]
+    return _pair(generated, real, real_index)
+
+
+PAIRINGS = {"caption": pair_in_order, "inversion": pair_in_order, "assignment": pair_by_assignment}
+
+
+def _low_resolution(latents: Tensor) -> Tensor:
+    """[B, F, C, H, W] -> [B, D]: 2 x 2 spatial averages, so that layout and motion decide and texture does not."""
+    return torch.nn.functional.avg_pool2d(latents.flatten(1, 2), 2, ceil_mode=True).flatten(1).double().cpu()
+
+
+def assign(cost: list[list[float]]) -> list[int]:
+    """Column of each row in the assignment of least total cost (Kuhn 1955; shortest augmenting paths, O(n^3))."""
+    n = len(cost)
+    row_price, column_price = [0.0] * n, [0.0] * (n + 1)
+    row_of = [-1] * (n + 1)  # the extra column is where each new row starts its search
+    for row in range(n):
+        column, row_of[n] = n, row
+        distance, came_from, done = [float("inf")] * n, [n] * n, [False] * (n + 1)
+        while row_of[column] >= 0:
+            done[column], i = True, row_of[column]
+            for j in (j for j in range(n) if not done[j]):
+                reduced = cost[i][j] - row_price[i] - column_price[j]
+                if reduced < distance[j]:
+                    distance[j], came_from[j] = reduced, column
+            column = min((j for j in range(n) if not done[j]), key=distance.__getitem__)
+            step = distance[column]
+            for j in range(n + 1):
+                if done[j]:
+                    row_price[row_of[j]] += step
+                    column_price[j] -= step
+                elif j < n:
+                    distance[j] -= step
+        while column != n:
+            row_of[column] = row_of[came_from[column]]
+            column = came_from[column]
+    columns = [0] * n
+    for j in range(n):
+        columns[row_of[j]] = j
+    return columns

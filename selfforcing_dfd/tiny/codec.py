@@ -1,0 +1,98 @@
+"""Linear codec with the Wan VAE's shape: strides 4x8x8, 16 channels, the first latent frame is one video frame."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+TIME, SPACE, CHANNELS = 4, 8, 16
+GREY = 0.35  # what both bases are centred on: the tiny world's background
+
+
+@dataclass(frozen=True, slots=True)
+class TinyCodec:
+    """Two orthonormal bases, `first` [192, 16] for a lone video frame and `rest` [768, 16] for four, and one scale.
+
+    Both are principal components of rendered clips. `first` is rotated so that its channels mean what those of `rest` mean:
+    a clip that stands still has nearly equal latents in all latent frames. One scalar makes the data's variance one, so
+    distances between latents stay proportional to distances between pixels.
+    """
+
+    first: Tensor
+    rest: Tensor
+    scale: float
+
+    strides = (TIME, SPACE, SPACE)
+    channels = CHANNELS
+
+    @classmethod
+    def fit(cls, videos: Tensor) -> TinyCodec:
+        """Bases for videos [B, T, H, W, 3] in [0, 1]."""
+        lone, groups = to_blocks(videos - GREY)
+        first, rest = principal_components(lone), principal_components(groups)
+        static = rest.unflatten(0, (TIME, -1)).sum(0)  # maps a frame that stands still to the latents of its group
+        u, _, v = torch.linalg.svd(first.T @ static)
+        codec = cls((first @ (u @ v)).float(), rest.float(), 1.0)
+        return cls(codec.first.contiguous(), codec.rest.contiguous(), float(1 / codec.encode(videos).std()))
+
+    @classmethod
+    def load(cls, path: Path | str) -> TinyCodec:
+        tensors = load_file(path)
+        return cls(tensors["first"], tensors["rest"], float(tensors["scale"]))
+
+    def save(self, path: Path | str) -> None:
+        save_file({"first": self.first, "rest": self.rest, "scale": torch.tensor(self.scale)}, path)
+
+    @property
+    def fingerprint(self) -> str:
+        values = torch.cat([self.first.flatten(), self.rest.flatten(), torch.tensor([self.scale])])
+        return f"tiny-codec-{hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]}"
+
+    def num_latent_frames(self, num_video_frames: int) -> int:
+        """1 + (T - 1) / 4. Raises ValueError for T that is not of the form 1 + 4 n."""
+        if num_video_frames < 1 or (num_video_frames - 1) % TIME:
+            lower = max(num_video_frames - 1, 0) // TIME * TIME + 1
+            raise ValueError(f"{num_video_frames} video frames are not 1 + 4 n; use {lower} or {lower + TIME}")
+        return 1 + (num_video_frames - 1) // TIME
+
+    def encode(self, videos: Tensor) -> Tensor:
+        """[B, T, H, W, 3] in [0, 1] -> [B, F, 16, H / 8, W / 8]."""
+        self.num_latent_frames(videos.shape[1])
+        lone, groups = to_blocks(videos.float() - GREY)
+        latents = torch.cat([lone @ self.first * TIME**0.5, groups @ self.rest], dim=1) * self.scale
+        return latents.permute(0, 1, 4, 2, 3).contiguous()
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, F, 16, h, w] -> [B, 1 + 4 (F - 1), 8 h, 8 w, 3], not clamped."""
+        values = latents.permute(0, 1, 3, 4, 2) / self.scale
+        return from_blocks(values[:, :1] @ self.first.T / TIME**0.5, values[:, 1:] @ self.rest.T) + GREY
+
+
+def principal_components(blocks: Tensor) -> Tensor:
+    """The [D, 16] directions of most variance of blocks [..., D], about the origin; signs fixed by each one's sum."""
+    rows = blocks.flatten(0, -2).double()
+    directions = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :CHANNELS]
+    return directions * torch.where(directions.sum(0) < 0, -1.0, 1.0)
+
+
+def to_blocks(videos: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, T, H, W, 3] -> first video frame [B, 1, h, w, 192] and groups of four [B, F - 1, h, w, 768]."""
+    batch, frames, height, width, _ = videos.shape
+    if height % SPACE or width % SPACE:
+        raise ValueError(f"video frames are {height} x {width}; height and width must be multiples of {SPACE}")
+    grid = videos.unflatten(2, (-1, SPACE)).unflatten(4, (-1, SPACE))  # B, T, h, 8, w, 8, 3
+    grid = grid.permute(0, 1, 2, 4, 3, 5, 6)  # B, T, h, w, 8, 8, 3
+    rest = grid[:, 1:].unflatten(1, ((frames - 1) // TIME, TIME)).permute(0, 1, 3, 4, 2, 5, 6, 7)
+    return grid[:, :1].flatten(4), rest.flatten(4)
+
+
+def from_blocks(lone: Tensor, groups: Tensor) -> Tensor:
+    """Inverse of `to_blocks`."""
+    rest = groups.unflatten(4, (TIME, SPACE, SPACE, 3)).permute(0, 1, 4, 2, 3, 5, 6, 7).flatten(1, 2)
+    grid = torch.cat([lone.unflatten(4, (SPACE, SPACE, 3)), rest], dim=1)
+    return grid.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)

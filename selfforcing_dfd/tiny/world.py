@@ -1,0 +1,212 @@
+"""The tiny world: procedural clips of one soft-edged shape that moves on a torus.
+
+Captions name some of the factors of a clip (shape; then hue; then size, direction, speed); the others are free, with known and
+skewed priors. The rare ones are what a mode-seeking objective drops, and here they can be counted.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Literal
+
+import av
+import torch
+from torch import Tensor
+
+from selfforcing_dfd.rng import generator as stream
+
+Level = Literal["short", "medium", "long"]
+
+SIDE = 64  # pixels; the torus is SIDE x SIDE
+FPS = 16
+BACKGROUND = 0.35
+VALUE = 0.9  # HSV value of the shape's colour
+EDGE_PX = 0.9  # scale of the logistic edge; the slope of its middle would cross from 0 to 1 in 4 times this
+
+SHAPES = ("disc", "square", "cross")
+HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")
+DIRECTIONS = ("right", "down", "left", "up")
+SPEEDS = ("slowly", "steadily", "quickly")
+SIZES = ("small", "large")
+
+SHAPE_PRIOR = torch.tensor([1 / 3, 1 / 3, 1 / 3])
+HUE_PRIOR = torch.tensor([0.35, 0.25, 0.16, 0.12, 0.08, 0.04])
+DIRECTION_PRIOR = torch.tensor([0.4, 0.3, 0.2, 0.1])
+SPEED_PRIOR = torch.tensor([0.5, 0.35, 0.15])
+SIZE_PRIOR = torch.tensor([0.6, 0.4])
+MODE_PRIOR = torch.outer(HUE_PRIOR, DIRECTION_PRIOR).flatten()  # [24]
+
+SPEED_PX = torch.tensor([0.5, 1.0, 2.0])  # pixels per video frame
+SIZE_PX = torch.tensor([9.0, 13.0])  # half-extent of the square; the other shapes have about its area
+HEADINGS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])  # (x, y); y points down
+
+_NAMES = {"shape": SHAPES, "hue": HUES, "direction": DIRECTIONS, "speed": SPEEDS, "size": SIZES}
+_FACTOR_OF_WORD = {word: (factor, index) for factor, words in _NAMES.items() for index, word in enumerate(words)}
+_TEMPLATES: dict[str, str] = {
+    "short": "a {shape} moves",
+    "medium": "a {hue} {shape} moves",
+    "long": "a {size} {hue} {shape} moves {direction} {speed}",
+}
+_RENDER_BATCH = 16  # clips drawn at once, so that the working set stays in cache
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """All that a clip is made from, each a tensor [B]: indices into the tuples of names, or floats."""
+
+    shape: Tensor
+    hue: Tensor
+    direction: Tensor
+    speed: Tensor
+    size: Tensor
+    saturation: Tensor  # in (0, 1)
+    x: Tensor  # pixels, at video frame 0; a pixel's centre lies at k + 0.5
+    y: Tensor
+
+    def __len__(self) -> int:
+        return len(self.shape)
+
+    def __getitem__(self, index: slice | Tensor) -> Factors:
+        return Factors(*(getattr(self, field.name)[index] for field in fields(self)))
+
+
+def draw_factors(num_clips: int, generator: torch.Generator) -> Factors:
+    """Independent draws from the data law. Saturation is Beta(6, 6): the sixth smallest of eleven uniforms."""
+
+    def category(prior: Tensor) -> Tensor:
+        return torch.multinomial(prior, num_clips, replacement=True, generator=generator)
+
+    return Factors(
+        shape=category(SHAPE_PRIOR),
+        hue=category(HUE_PRIOR),
+        direction=category(DIRECTION_PRIOR),
+        speed=category(SPEED_PRIOR),
+        size=category(SIZE_PRIOR),
+        saturation=torch.rand(num_clips, 11, generator=generator).median(dim=1).values,
+        x=torch.rand(num_clips, generator=generator) * SIDE,
+        y=torch.rand(num_clips, generator=generator) * SIDE,
+    )
+
+
+def mode(hue: Tensor, direction: Tensor) -> Tensor:
+    """Index into MODE_PRIOR: one of 24 modes, hue x direction, both free under a short caption."""
+    return hue * len(DIRECTIONS) + direction
+
+
+def colour(hue: Tensor, saturation: Tensor) -> Tensor:
+    """RGB [B, 3] of HSV (hue index / 6, saturation, VALUE)."""
+    sector = (torch.tensor([5.0, 3.0, 1.0], device=hue.device) + hue[:, None]) % 6
+    return VALUE * (1 - saturation[:, None] * torch.minimum(sector, 4 - sector).clamp(0, 1))
+
+
+def track(factors: Factors, num_frames: int) -> Tensor:
+    """Centre (x, y) of the shape at every video frame, [B, T, 2] in pixels, not wrapped to the torus."""
+    start = torch.stack([factors.x, factors.y], dim=-1)
+    step = HEADINGS.to(start)[factors.direction] * SPEED_PX.to(start)[factors.speed][:, None]
+    return start[:, None] + step[:, None] * torch.arange(num_frames, device=start.device)[:, None]
+
+
+def coverage(shape: Tensor, size: Tensor, centres: Tensor) -> Tensor:
+    """How much of each pixel the shape covers, [B, T, SIDE, SIDE] in [0, 1]: a logistic function of the signed distance.
+
+    shape, size: indices [B]; centres: [B, T, 2] pixels.
+    """
+    grid = torch.arange(SIDE, device=centres.device) + 0.5
+    offset = ((grid - centres[..., None] + SIDE / 2) % SIDE - SIDE / 2).abs()  # [B, T, 2, SIDE]
+    across, down = offset[:, :, 0, None, :], offset[:, :, 1, :, None]
+    half = SIZE_PX.to(centres)[size][:, None, None, None]
+    distance = centres.new_empty(*centres.shape[:2], SIDE, SIDE)
+    for index in shape.unique().tolist():
+        rows = shape == index
+        distance[rows] = _signed_distance(SHAPES[index], across[rows], down[rows], half[rows])
+    return distance.div_(-EDGE_PX).sigmoid_()
+
+
+def _signed_distance(shape: str, across: Tensor, down: Tensor, half: Tensor) -> Tensor:
+    """Pixels to the outline, negative inside, from distances to the centre along x and y."""
+    if shape == "disc":
+        return (across**2 + down**2).sqrt_() - 1.1 * half
+    if shape == "square":
+        return torch.maximum(across, down) - half
+    arm, reach = 0.42 * half, 1.3 * half
+    return torch.minimum(
+        torch.maximum(across - arm, down - reach),
+        torch.maximum(across - reach, down - arm),
+    )
+
+
+def paint(alpha: Tensor, colours: Tensor, background: Tensor | float = BACKGROUND) -> Tensor:
+    """Colours [B, 3] where alpha [B, T, H, W] is 1, background (float or [B, 3]) where it is 0: [B, T, H, W, 3]."""
+    ground = torch.as_tensor(background, dtype=alpha.dtype, device=alpha.device).expand(colours.shape)
+    return ground[:, None, None, None] + alpha[..., None] * (colours - ground)[:, None, None, None]
+
+
+def render(factors: Factors, num_frames: int = 33) -> Tensor:
+    """The clips of these factors, float32 [B, T, SIDE, SIDE, 3] in [0, 1]."""
+    if num_frames < 1:
+        raise ValueError(f"num_frames is {num_frames}, want at least 1")
+    video = torch.empty(len(factors), num_frames, SIDE, SIDE, 3)
+    for start in range(0, len(factors), _RENDER_BATCH):
+        part = factors[slice(start, start + _RENDER_BATCH)]
+        alpha = coverage(part.shape, part.size, track(part, num_frames))
+        video[start : start + _RENDER_BATCH] = paint(alpha, colour(part.hue, part.saturation))
+    return video
+
+
+def captions(factors: Factors, level: Level) -> list[str]:
+    """What the clips show, in words: short names the shape, medium also the hue, long all but saturation and place."""
+    if level not in _TEMPLATES:
+        raise ValueError(f"caption level is {level!r}, want one of {', '.join(_TEMPLATES)}")
+    indices = {name: getattr(factors, name).tolist() for name in _NAMES}
+    return [
+        _TEMPLATES[level].format(**{name: words[indices[name][clip]] for name, words in _NAMES.items()})
+        for clip in range(len(factors))
+    ]
+
+
+def parse_caption(text: str) -> dict[str, int]:
+    """The factors that a caption names, as {factor: index}. Words that name no factor are passed over."""
+    named: dict[str, int] = {}
+    for word in re.findall("[a-z]+", text.lower()):
+        factor, index = _FACTOR_OF_WORD.get(word, ("", 0))
+        if factor and named.setdefault(factor, index) != index:
+            raise ValueError(
+                f"caption {text!r} names the {factor} twice: {_NAMES[factor][named[factor]]} and {word}; keep one"
+            )
+    return named
+
+
+def write_clips(
+    folder: Path | str, num_clips: int, seed: int, level: Level = "short", num_frames: int = 33
+) -> list[Path]:
+    """Write `000000.mp4` and `000000.txt` and so on; the paths of the videos.
+
+    Clip i is a function of (seed, i) alone, so a longer folder begins with the clips of a shorter one.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for clip in range(num_clips):
+        factors = draw_factors(1, stream(seed, "tiny clip", clip))
+        path = folder / f"{clip:06d}.mp4"
+        path.with_suffix(".txt").write_text(captions(factors, level)[0] + "\n", encoding="utf-8")
+        _write_mp4(path, (render(factors, num_frames)[0] * 255).round().to(torch.uint8))
+        paths.append(path)
+    return paths
+
+
+def _write_mp4(path: Path, frames: Tensor) -> None:
+    """Near-lossless H.264 of uint8 [T, H, W, 3], with full chroma so that the codec sees true colours at the edges."""
+    partial = path.with_name(path.name + ".partial")
+    with av.open(str(partial), "w", format="mp4") as container:
+        stream_out = container.add_stream("libx264", rate=FPS, options={"crf": "6", "preset": "veryfast"})
+        stream_out.height, stream_out.width = frames.shape[1:3]
+        stream_out.pix_fmt = "yuv444p"
+        stream_out.codec_context.thread_count = 1
+        for picture in frames.numpy():
+            container.mux(stream_out.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream_out.encode(None))
+    os.replace(partial, path)

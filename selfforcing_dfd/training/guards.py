@@ -1,0 +1,64 @@
+"""Two-sided guards: how the student's pixels compare with the data's while it trains.
+
+Distillation can over-saturate (DMD) and data forcing can turn grey (arXiv 2606.18478 and its published clips), so neither
+more nor less is better: each number is compared with the same number of real clips of the same captions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+
+class GuardError(RuntimeError):
+    """A guard was told to stop the run and did; the message says what left its range."""
+
+
+def pixel_statistics(videos: Tensor) -> dict[str, float]:
+    """Weight-free numbers of videos [B, T, H, W, 3] in [0, 1].
+
+    saturation: mean of max - min over colours; contrast: standard deviation of luma in a frame; sharpness: mean absolute
+    spatial difference; motion: mean absolute difference of neighbouring video frames; spread: standard deviation over clips.
+    """
+    videos = videos.clamp(0, 1)
+    luma = videos @ torch.tensor([0.299, 0.587, 0.114]).to(videos)
+    return {
+        "saturation": float((videos.amax(-1) - videos.amin(-1)).mean()),
+        "contrast": float(luma.flatten(2).std(dim=2).mean()),
+        "sharpness": float((luma.diff(dim=2).abs().mean() + luma.diff(dim=3).abs().mean()) / 2),
+        "motion": float(videos.diff(dim=1).abs().mean()),
+        "spread": float(videos.std(dim=0, correction=0).mean()),
+    }
+
+
+@dataclass(slots=True)
+class Guards:
+    """Watches a run: logs every statistic of student and data, warns where their ratio leaves 1 / (1 + t) .. 1 + t.
+
+    decode: latents [B, F, C, H, W] -> videos [B, T, H, W, 3]; tolerance t; stop turns a warning into GuardError.
+    """
+
+    decode: Callable[[Tensor], Tensor]
+    tolerance: float
+    stop: bool = False
+
+    def __call__(self, generated: Tensor, real: Tensor) -> dict[str, float]:
+        ours, data = pixel_statistics(self.decode(generated)), pixel_statistics(self.decode(real))
+        outside = [
+            f"{name} {ours[name]:.3g} (data {data[name]:.3g})"
+            for name in ours
+            if not 1 / (1 + self.tolerance) <= ours[name] / max(data[name], 1e-9) <= 1 + self.tolerance
+        ]
+        if outside:
+            message = f"the student's samples leave the data's range: {', '.join(outside)}"
+            if self.stop:
+                raise GuardError(f"{message}; guards.stop is on. The last checkpoint is from before")
+            logger.info(message)
+        ratios = {f"{name}_ratio": ours[name] / max(data[name], 1e-9) for name in ours}
+        return ours | ratios | {"guards_outside": float(len(outside))}

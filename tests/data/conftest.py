@@ -1,0 +1,70 @@
+"""Tiny-world clips and the shards packed from them, made once; a test that changes them works on a copy."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from selfforcing_dfd import rng
+from selfforcing_dfd.data.pack import pack
+from selfforcing_dfd.data.video import read_video
+from selfforcing_dfd.tiny import world
+from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.text import TinyText
+
+NUM_CLIPS, NUM_VIDEO_FRAMES, SIZE = 12, 9, (64, 64)
+
+
+def rotate_noise(latents: Tensor, text: Tensor) -> Tensor:
+    """Stands in for the teacher's ODE: depends on every argument, sample by sample."""
+    return latents.flip(1) * 0.5 + text.mean(dim=(1, 2))[:, None, None, None, None]
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "clips"
+    world.write_clips(folder, NUM_CLIPS, seed=0, level="short", num_frames=NUM_VIDEO_FRAMES)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def codec(clips: Path) -> TinyCodec:
+    videos = [read_video(path, NUM_VIDEO_FRAMES) for path in sorted(clips.glob("*.mp4"))[:4]]
+    return TinyCodec.fit(torch.stack(videos).float() / 255)
+
+
+@pytest.fixture(scope="session")
+def packed(clips: Path, codec: TinyCodec) -> Path:
+    """12 samples in shards of 5, 5 and 2."""
+    out = clips.parent / "shards"
+    pack(clips, out, codec, TinyText(), num_video_frames=NUM_VIDEO_FRAMES, video_size=SIZE, shard_size=5)
+    return out
+
+
+@pytest.fixture
+def own_shards(packed: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(packed, tmp_path / "shards"))
+
+
+@pytest.fixture
+def own_clips(clips: Path, tmp_path: Path) -> Path:
+    """Copies of the first four clips, which a test may damage."""
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for number in range(4):
+        for ending in (".mp4", ".txt"):
+            shutil.copyfile(clips / f"{number:06d}{ending}", folder / f"{number:06d}{ending}")
+    return folder
+
+
+@pytest.fixture
+def frames() -> Tensor:
+    """uint8 [9, 64, 64, 3]: a smooth random field a frame, smooth enough for chroma at half resolution."""
+    coarse = rng.uniform((9, 3, 3, 3), 0, "frames").float()
+    smooth = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bicubic").clamp(0, 1)
+    return (smooth * 255).round().byte().permute(0, 2, 3, 1).contiguous()

@@ -1,0 +1,99 @@
+"""Real classes at tiny size, and one exact model: what the tests are made with. Everything is a function of a seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from selfforcing_dfd import rng
+from selfforcing_dfd.cache import ChunkKV, Conditioning, NetworkOutput
+from selfforcing_dfd.data.shards import Batch
+from selfforcing_dfd.flow import expand_sigma
+from selfforcing_dfd.models.wan import WanTransformer
+
+TINY: dict[str, Any] = {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,  # rotary axes of 8, 4, 4 values: a wrong split shows
+    "in_channels": 4,
+    "out_channels": 4,
+    "text_dim": 12,
+    "freq_dim": 32,
+    "ffn_dim": 48,
+    "num_layers": 2,
+}
+FRAMES, CHUNK = 6, 2
+SHAPE = (4, 4, 6)  # C, H, W: not square, so that rows and columns cannot be confused
+TEXT_LENGTH = 5
+LADDER = (1.0, 0.9375, 5 / 6, 0.625)
+
+
+def fill_weights(module: torch.nn.Module, seed: int) -> None:
+    """Random weights of sensible size with no zeros, so that every parameter matters to the output."""
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            values = rng.normal(tuple(parameter.shape), seed, f"weights {name}")
+            if parameter.ndim == 1:
+                values = 0.2 * values + (1.0 if name.endswith("weight") else 0.0)
+            elif "scale_shift_table" in name:
+                values = 0.3 * values
+            else:
+                values = values / parameter[0].numel() ** 0.5
+            parameter.copy_(values)
+
+
+def tiny_network(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any) -> WanTransformer:
+    """A two-layer network, by default in float64, where identities hold to rounding."""
+    network = WanTransformer(**{**TINY, **sizes})
+    fill_weights(network, seed)
+    return network.to(dtype)
+
+
+def latents(
+    name: str, frames: int = FRAMES, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
+) -> Tensor:
+    """[B, F, C, H, W] standard normal; the name is what it is for."""
+    return rng.normal((batch, frames, *SHAPE), seed, name).to(dtype)
+
+
+def ladder_noise(frames: int = FRAMES, batch: int = 2, seed: int = 0, steps: int = len(LADDER)) -> Tensor:
+    """[S, B, F, C, H, W] float64: one draw for each ladder step."""
+    return rng.normal((steps, batch, frames, *SHAPE), seed, "ladder noise").double()
+
+
+def conditioning(batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0) -> Conditioning:
+    """Text of growing length, zeros past each prompt's end."""
+    text = rng.normal((batch, TEXT_LENGTH, TINY["text_dim"]), seed, "text").to(dtype)
+    for row in range(batch):
+        text[row, 2 + row % (TEXT_LENGTH - 1) :] = 0
+    return Conditioning(text)
+
+
+def tiny_batch(batch: int = 2, frames: int = FRAMES, with_noise: bool = False, seed: int = 0) -> Batch:
+    """Clips as the reader hands them out, in float64; two clips share each caption."""
+    return Batch(
+        latents=latents("clips", frames, batch, seed=seed),
+        text=conditioning(batch, seed=seed).text,
+        captions=tuple(f"caption {row // 2}" for row in range(batch)),
+        keys=tuple(f"{row:06d}" for row in range(batch)),
+        noise=latents("clip noise", frames, batch, seed=seed) if with_noise else None,
+    )
+
+
+class ExactGaussian:
+    """The perfect denoiser of data N(mean, std^2): x0 = E[data | x_t], in closed form. No text, no parameters."""
+
+    def __init__(self, mean: float = 0.0, std: float = 1.0):
+        self.mean, self.std = mean, std
+
+    def posterior_mean(self, x_t: Tensor, sigma: Tensor | float) -> Tensor:
+        level = expand_sigma(sigma, x_t)
+        gain = self.std**2 * (1 - level) / (self.std**2 * (1 - level) ** 2 + level**2)
+        return self.mean + gain * (x_t - (1 - level) * self.mean)
+
+    def __call__(
+        self, x_t: Tensor, sigma: Tensor | float, conditioning: Conditioning, context: object = None
+    ) -> NetworkOutput:
+        flow = (x_t - self.posterior_mean(x_t, sigma)) / expand_sigma(sigma, x_t)
+        return NetworkOutput(flow, ChunkKV(x_t.shape[1], ()))

@@ -1,0 +1,45 @@
+"""Distil a few-step autoregressive video generator: `python train.py --config dfd_ar.yaml`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Train one stage (teacher, init, dmd, dfd), or all arms of a comparison, from a config file.",
+        epilog="Overrides change single settings: train.py --config dfd_ar.yaml optim.student.lr=1e-5 run.seed=1",
+    )
+    parser.add_argument("--config", required=True, help="YAML file; a bare name is looked up in configs/")
+    parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint of this run")
+    parser.add_argument("--dry-run", action="store_true", help="print what would be done, and check that it can be")
+    parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="settings that replace the file's")
+    return parser.parse_intermixed_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    from selfforcing_dfd.allocator import tune_allocator
+
+    tune_allocator()
+    from selfforcing_dfd.config import load_config
+    from selfforcing_dfd.runner import USER_ERRORS, Interrupted, run
+
+    try:
+        config = load_config(options.config, options.overrides)
+        if options.dry_run:
+            print(dry_run(config))
+        else:
+            run(config, options.resume)
+    except Interrupted as stop:
+        print(f"\n{stop}", file=sys.stderr)
+        return 130
+    except USER_ERRORS as error:
+        print(f"\nerror: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
