@@ -2,7 +2,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint soak rebuild-assets clean
+.PHONY: demo test lint soak rebuild clean
 .DEFAULT_GOAL := help
 
 help:
@@ -10,7 +10,7 @@ help:
 	@echo "make test            install, run the tests"
 	@echo "make lint            ruff and the type checker"
 	@echo "make soak            the long tests"
-	@echo "make rebuild-assets  train assets/tiny again from nothing (hours)"
+	@echo "make rebuild         train assets/tiny again from nothing (hours)"
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
@@ -32,8 +32,8 @@ lint: $(VENV)/.installed
 soak: $(VENV)/.installed
 	$(BIN)/python -m pytest -m soak
 
-rebuild-assets: $(VENV)/.installed
-	$(BIN)/python -m selfforcing_dfd rebuild-assets
+rebuild: $(VENV)/.installed
+	$(BIN)/python -m selfforcing_dfd rebuild
 
 clean:
 	rm -rf runs data

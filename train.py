@@ -24,12 +24,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     tune_allocator()
     from selfforcing_dfd.config import load_config
+    from selfforcing_dfd.plan import plan
     from selfforcing_dfd.runner import USER_ERRORS, Interrupted, run
 
     try:
         config = load_config(options.config, options.overrides)
         if options.dry_run:
-            print(dry_run(config))
+            print(plan(config))
         else:
             run(config, options.resume)
     except Interrupted as stop:

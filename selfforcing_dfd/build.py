@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.config import Config, ConfigError, ModelConfig, OptimizerConfig, as_dict, find_file
+from selfforcing_dfd.cache import Conditioning
+from selfforcing_dfd.config import Config, ConfigError, ModelConfig, OptimizerConfig, as_dict, change, find_file
+from selfforcing_dfd.data.pack import Invert
 from selfforcing_dfd.data.shards import SampleOrder, ShardReader
 from selfforcing_dfd.flow import few_step_ladder
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.rollout import Chunk, plan_chunks
+from selfforcing_dfd.sampling import invert
 from selfforcing_dfd.training.checkpoint import CheckpointManager, check_config
 from selfforcing_dfd.training.ema import EMA, load_weights, model_fingerprint
 from selfforcing_dfd.training.loop import Learner, Trainer, Watch, World
@@ -57,10 +61,7 @@ def build_network(config: ModelConfig, device: torch.device | str = "cpu") -> Wa
 
 def load_network(config: ModelConfig, weights: str, device: torch.device | str = "cpu") -> WanTransformer:
     """A network with the weights of a safetensors file; strict. Raises CheckpointError for another model's weights."""
-    path = find_file(weights)
-    if not path.is_file():
-        raise ConfigError(f"no weights at {weights}; train them first, or correct the path in section weights")
-    tensors, _ = load_weights(path)
+    tensors, _ = load_weights(find_file(weights))
     network = build_network(config)
     own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     differing = [n for n in {**own, **tensors} if n not in own or n not in tensors or own[n] != tuple(tensors[n].shape)]
@@ -160,9 +161,34 @@ def build_lr(config: OptimizerConfig, student_updates: int) -> Callable[[int], f
     return lr
 
 
+def check_start(config: Config) -> None:
+    """ConfigError for a device or weights that are not there: found out before data is made or anything is trained."""
+    build_device(config.run.device)
+    for role, name in (("student", config.weights.student), ("teacher", config.weights.teacher), ("fake", config.weights.fake)):
+        if name and not find_file(name).is_file():
+            raise ConfigError(f"weights.{role} is {name}, which does not exist; train it first, or correct the path")
+
+
+def build_invert(config: Config, num_steps: int) -> Invert:
+    """The configured teacher's ODE from clips to their noise, for the packer."""
+    device = build_device(config.run.device)
+    teacher = load_network(config.model, config.weights.teacher, device)
+
+    def run(latents: Tensor, text: Tensor) -> Tensor:
+        conditioning = Conditioning(text.to(device))
+        return invert(teacher, latents.to(device), conditioning, num_steps, config.flow.shift).cpu()
+
+    return run
+
+
 def build_reader(config: Config) -> ShardReader:
-    """The data set; refuses latents or text that do not fit the configured model and clip length."""
+    """The data set; refuses latents, text or missing noise that do not fit the configured model, clip length and pairing."""
     reader = ShardReader(Path(config.data.shards))
+    if config.run.stage == "dfd" and config.dfd.pairing == "inversion" and not reader.has_noise:
+        raise ConfigError(
+            f"dfd.pairing is inversion, but {config.data.shards} holds no noise: add it with "
+            f"`python -m selfforcing_dfd invert {config.data.shards} --config CONFIG`, or pair by caption"
+        )
     wanted = (config.rollout.frames, config.model.channels)
     if tuple(reader.index.latent_shape[:2]) != wanted:
         raise ConfigError(
@@ -183,6 +209,14 @@ def build_order(config: Config, reader: ShardReader) -> SampleOrder:
 
 def run_folder(config: Config) -> Path:
     return Path(config.run.out) / config.run.name
+
+
+def arms(config: Config) -> Iterator[Config]:
+    """The runs that a config stands for: one a named arm, in runs/name/arm; without arms the config itself."""
+    if not config.arms:
+        yield config
+    for name, overrides in config.arms.items():
+        yield change(dataclasses.replace(config, arms={}), [f"run.name={config.run.name}/{name}", *overrides])
 
 
 MAY_CHANGE = {"run.student_updates", "run.device", "run.out", "data.workers", "checkpoint", "log", "report", "arms", "base"}

@@ -1,8 +1,7 @@
 """What the network exchanges with the outside: conditioning in, flow and K/V out, and the past as immutable context.
 
-Attention only ever sees values. The one mutable object of a rollout is `KVCache`, and only `append` changes it. Keys and
-values are detached when they enter a `ChunkKV`, so no gradient can reach an earlier chunk (Self-Forcing, arXiv 2506.08009,
-section 3; the public code leaks here because its cache is written in place).
+Attention only ever sees values; the one mutable object of a rollout is `KVCache`. Keys and values are detached when they
+enter a `ChunkKV`, so no gradient can reach an earlier chunk (the public code leaks here: its cache is written in place).
 """
 
 from __future__ import annotations
@@ -23,10 +22,6 @@ class Conditioning:
     """What the student is asked for. `text`: [B, L, D_text] text-encoder states, zero past each prompt's end."""
 
     text: Tensor
-
-    def __add__(self, other: Conditioning) -> Conditioning:
-        """Both batches, one after the other."""
-        return Conditioning(torch.cat([self.text, other.text]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +44,8 @@ class Context:
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Past and present along tokens."""
-        past = [chunk.layers[layer] for chunk in self.chunks]
-        return torch.cat([*(p[0] for p in past), k], dim=1), torch.cat([*(p[1] for p in past), v], dim=1)
+        keys, values = zip(*(chunk.layers[layer] for chunk in self.chunks), (k, v), strict=True)
+        return torch.cat(keys, dim=1), torch.cat(values, dim=1)
 
     def attend(self, attention: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention of all tokens at hand over the past and over each other."""
@@ -59,7 +54,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class PackedContext:
-    """The pasts of consecutive chunks that go through the network together: each attends to its own past and to itself."""
+    """The pasts of consecutive chunks that go through the network together; each attends to its own past and to itself."""
 
     contexts: tuple[Context, ...]
     frames: tuple[int, ...]
@@ -76,6 +71,9 @@ class PackedContext:
         )
 
 
+Past = Context | PackedContext
+
+
 @dataclass(frozen=True, slots=True)
 class NetworkOutput:
     """flow: [B, F, C, H, W]; kv: the keys and values of exactly these frames."""
@@ -88,11 +86,7 @@ class Network(Protocol):
     """Student, teacher and fake score alike. Without context it is bidirectional over the frames it gets."""
 
     def __call__(
-        self,
-        x_t: Tensor,
-        sigma: Tensor | float,
-        conditioning: Conditioning,
-        context: Context | PackedContext | None = None,
+        self, x_t: Tensor, sigma: Tensor | float, conditioning: Conditioning, context: Past | None = None
     ) -> NetworkOutput: ...
 
 
@@ -101,28 +95,27 @@ class KVCache:
     """Sink + window, by whole chunks.
 
     sink: latent frames at the beginning that stay for ever. window: latent frames that a chunk may attend to, itself and
-    the sink included (history + current); None keeps everything. Both count whole chunks.
+    the sink included (history + current); None keeps everything.
     """
 
     sink: int = 0
     window: int | None = None
-    _sink_chunks: list[ChunkKV] = field(default_factory=list)
+    _kept: list[ChunkKV] = field(default_factory=list)
     _recent: list[ChunkKV] = field(default_factory=list)
     _next_frame: int = 0
 
     def read(self, next_frames: int = 0) -> Context:
         """The past that a chunk of `next_frames` latent frames may see."""
-        recent = list(self._recent)
         if self.window is not None:
-            room = self.window - next_frames - sum(chunk.frames for chunk in self._sink_chunks)
-            while recent and sum(chunk.frames for chunk in recent) > room:
-                recent.pop(0)
-        return Context((*self._sink_chunks, *recent), self._next_frame)
+            while self._recent and _frames(self._kept + self._recent) + next_frames > self.window:
+                self._recent.pop(0)
+        return Context((*self._kept, *self._recent), self._next_frame)
 
     def append(self, kv: ChunkKV) -> None:
-        """Remember a finished chunk and forget what no later chunk can see."""
-        keep = sum(chunk.frames for chunk in self._sink_chunks) + kv.frames <= self.sink
-        (self._sink_chunks if keep else self._recent).append(kv)
+        """Remember a finished chunk."""
+        (self._kept if _frames(self._kept) + kv.frames <= self.sink else self._recent).append(kv)
         self._next_frame += kv.frames
-        while self.window is not None and sum(chunk.frames for chunk in self._recent) > self.window:
-            self._recent.pop(0)
+
+
+def _frames(chunks: list[ChunkKV]) -> int:
+    return sum(chunk.frames for chunk in chunks)

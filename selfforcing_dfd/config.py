@@ -17,6 +17,7 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from selfforcing_dfd.flow import few_step_ladder
 from selfforcing_dfd.pairing import PAIRINGS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -92,6 +93,7 @@ class RolloutConfig:
             f"rollout.window ({self.window}) must hold rollout.sink ({self.sink}) and one chunk ({self.chunk_frames}); "
             f"use at least {self.sink + self.chunk_frames}, or 0 to see everything",
         )
+        few_step_ladder(tuple(self.ladder), self.shift)  # raises for a ladder that does not fall from 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,6 +193,7 @@ class TinyDataConfig:
     clips: int = 0
     seed: int = 0
     level: Literal["short", "medium", "long"] = "short"
+    noise_steps: int = 0  # steps of the teacher's ODE that finds each clip's noise (`inversion`, stage init); 0: none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -296,7 +299,8 @@ def _to_config(settings: Any, overrides: list[str], name: str) -> Config:
     with _explained(name):
         for override in overrides:
             require("=" in override, f"override {override!r} is not of the form section.setting=value")
-        config = OmegaConf.to_object(OmegaConf.merge(settings, OmegaConf.from_dotlist(overrides)))
+        dotlist = [f"{override}''" if override.endswith("=") else override for override in overrides]  # empty, not None
+        config = OmegaConf.to_object(OmegaConf.merge(settings, OmegaConf.from_dotlist(dotlist)))
     assert isinstance(config, Config)
     return config
 
@@ -306,7 +310,7 @@ def _explained(name: str) -> Iterator[None]:
     """Turn what OmegaConf and our own checks raise into ConfigError with the file's name and the setting's path."""
     try:
         yield
-    except (OmegaConfBaseException, ConfigError) as error:
+    except (OmegaConfBaseException, ValueError) as error:
         reason, path = str(error).split("\n    full_key")[0], getattr(error, "full_key", None)
         raise ConfigError(f"{name}: {f'{path}: ' if path else ''}{reason}") from error
 

@@ -55,8 +55,3 @@ def few_step_ladder(timesteps: tuple[float, ...], shift: float) -> tuple[float, 
 def score_sigma(u: Tensor, shift: float, low: float, high: float) -> Tensor:
     """Noise levels at which teacher and fake score are compared: shift(u) for uniform u, clamped to [low, high]."""
     return shift_sigma(u, shift).clamp(low, high)
-
-
-def sampling_ladder(num_steps: int, shift: float) -> tuple[float, ...]:
-    """`num_steps + 1` sigmas from 1 down to 0 for many-step ODE sampling with the teacher."""
-    return tuple(shift_sigma(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).tolist())

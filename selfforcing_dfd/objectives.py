@@ -1,9 +1,9 @@
-"""Distribution matching with a chosen anchor, the fake score's regression, and plain flow matching.
+"""Distribution matching with a chosen anchor, and flow matching.
 
 Distribution matching moves the student's sample G along d = fake(G_t) - teacher(anchor_t), both as clean predictions at the
-same noise and noise level. anchor = G is DMD (arXiv 2311.18828, Eq. 7-8); anchor = a real video is DFD (arXiv 2606.18478,
-Eq. 8-10 and Algorithm 1). It is written in x0 space because only there does a real anchor attract the sample: the score-space
-form repels it and the velocity form changes sign at sigma = 1/2.
+same noise and sigma. anchor = G is DMD (arXiv 2311.18828, Eq. 7-8); anchor = a real video is DFD (arXiv 2606.18478, Eq. 8-10
+and Algorithm 1). It is written in x0 space because only there does a real anchor attract the sample: the score-space form
+repels it and the velocity form changes sign at sigma = 1/2.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.cache import Conditioning, Context, Network, PackedContext
+from selfforcing_dfd.cache import Conditioning, Network, Past
 from selfforcing_dfd.flow import add_noise, x0_from_flow
 
 PER_SAMPLE = (1, 2, 3, 4)
@@ -29,12 +29,7 @@ class Matching:
 
 
 def guided_x0(
-    teacher: Network,
-    x_t: Tensor,
-    sigma: Tensor,
-    conditioning: Conditioning,
-    negative: Conditioning,
-    guidance: float,
+    teacher: Network, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, negative: Conditioning, guidance: float
 ) -> Tensor:
     """Classifier-free guidance on the clean prediction: uncond + guidance (cond - uncond); 1 asks the teacher once.
 
@@ -42,8 +37,8 @@ def guided_x0(
     """
     if guidance == 1:
         return x0_from_flow(x_t, teacher(x_t, sigma, conditioning).flow, sigma)
-    both = teacher(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), conditioning + negative).flow
-    cond, uncond = both.chunk(2)
+    text = Conditioning(torch.cat([conditioning.text, negative.text]))
+    cond, uncond = teacher(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), text).flow.chunk(2)
     return x0_from_flow(x_t, uncond + guidance * (cond - uncond), sigma)
 
 
@@ -78,12 +73,7 @@ def distribution_matching(
 
 
 def flow_matching(
-    network: Network,
-    x0: Tensor,
-    noise: Tensor,
-    sigma: Tensor,
-    conditioning: Conditioning,
-    context: Context | PackedContext | None = None,
+    network: Network, x0: Tensor, noise: Tensor, sigma: Tensor, conditioning: Conditioning, context: Past | None = None
 ) -> Tensor:
     """Per-sample flow regression [B] on clean latents x0 [B, F, C, H, W]; sigma [B] or [B, F] (Lipman, arXiv 2210.02747).
 

@@ -14,6 +14,8 @@ from torch import Tensor
 from selfforcing_dfd.cache import Conditioning, Context, KVCache, Network, PackedContext
 from selfforcing_dfd.flow import add_noise, x0_from_flow
 
+Ladder = tuple[float, ...]
+
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
@@ -23,7 +25,7 @@ class Chunk:
     frames: int
 
     def of(self, latents: Tensor, dim: int = 1) -> Tensor:
-        """This chunk's part of latents over the whole video; `dim` is the axis of latent frames."""
+        """This chunk's part of whole-video latents; `dim` is the axis of latent frames."""
         return latents.narrow(dim, self.start, self.frames)
 
 
@@ -54,23 +56,16 @@ def plan_chunks(num_frames: int, chunk_frames: int) -> tuple[Chunk, ...]:
 
 @torch.no_grad()
 def denoise_chunk(
-    student: Network,
-    noise: Tensor,
-    conditioning: Conditioning,
-    context: Context,
-    ladder: tuple[float, ...],
-    exit_step: int | None = None,
+    student: Network, noise: Tensor, conditioning: Conditioning, context: Context, ladder: Ladder, exit_step: int = -1
 ) -> tuple[Tensor, Tensor]:
     """Few-step generation of one chunk: (x0 after ladder[exit_step], what entered that step).
 
-    noise: [S, B, f, C, H, W], one draw per ladder step: the start, then what is added between steps. exit_step None is the
-    last step, as in streaming.
+    noise: [S, B, f, C, H, W], one draw per ladder step: the start, then what is added between steps. -1 is the last step.
     """
-    exit_step = len(ladder) - 1 if exit_step is None else exit_step
-    x_t = noise[0]
-    for step in range(exit_step + 1):
+    steps, x_t = range(len(ladder))[: exit_step % len(ladder) + 1], noise[0]
+    for step in steps:
         x0 = x0_from_flow(x_t, student(x_t, ladder[step], conditioning, context).flow, ladder[step])
-        if step < exit_step:
+        if step < steps[-1]:
             x_t = add_noise(x0, noise[step + 1], ladder[step + 1])
     return x0, x_t
 
@@ -89,7 +84,7 @@ def rollout(
     noise: Tensor,
     conditioning: Conditioning,
     cache: KVCache,
-    ladder: tuple[float, ...],
+    ladder: Ladder,
     chunks: tuple[Chunk, ...],
     exit_steps: tuple[int, ...] | None = None,
 ) -> Rollout:
@@ -116,7 +111,7 @@ def replay(student: Network, record: Rollout, conditioning: Conditioning) -> Ten
     Equal to differentiating chunk by chunk, since context carries no gradient.
     """
     frames = tuple(chunk.frames for chunk in record.chunks)
-    sigma = torch.tensor(record.sigma_exit).repeat_interleave(torch.tensor(frames)).to(record.x_exit)
+    sigma = record.x_exit.new_tensor(record.sigma_exit).repeat_interleave(record.x_exit.new_tensor(frames).long())
     sigma = sigma.expand(record.x_exit.shape[:2])
     flow = student(record.x_exit, sigma, conditioning, PackedContext(record.contexts, frames)).flow
     return x0_from_flow(record.x_exit, flow, sigma)

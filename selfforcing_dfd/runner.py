@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
-from selfforcing_dfd.build import build_trainer, run_folder
-from selfforcing_dfd.config import Config, ConfigError, change, find_file, to_yaml
+from selfforcing_dfd.build import arms, build_invert, build_trainer, check_start, load_network, run_folder
+from selfforcing_dfd.config import Config, ConfigError, find_file, to_yaml
 from selfforcing_dfd.data.pack import PackError
 from selfforcing_dfd.data.shards import ShardError
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.data import make_tiny_shards
 from selfforcing_dfd.training.checkpoint import CheckpointError
-from selfforcing_dfd.training.ema import save_weights
+from selfforcing_dfd.training.ema import model_fingerprint, save_weights
 from selfforcing_dfd.training.guards import GuardError, Guards
 from selfforcing_dfd.training.loop import Interrupted, Trainer
 from selfforcing_dfd.training.tracking import NonFiniteError
@@ -31,8 +29,11 @@ BASIS = "assets/tiny/codec.safetensors"
 def run(config: Config, resume: bool = False) -> None:
     """Train every arm of `config` (or its one run) and write the report. Errors in USER_ERRORS explain themselves."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    runs = list(arms(config))
+    for arm in runs:
+        check_start(arm)
     prepare_data(config)
-    for arm in arms(config):
+    for arm in runs:
         train(arm, resume)
     if config.report.clips:
         from selfforcing_dfd.tiny.report import write_report
@@ -40,19 +41,17 @@ def run(config: Config, resume: bool = False) -> None:
         print(write_report(config))
 
 
-def arms(config: Config) -> Iterator[Config]:
-    """The runs that a config stands for: one a named arm, in runs/name/arm; without arms the config itself."""
-    if not config.arms:
-        yield config
-    for name, overrides in config.arms.items():
-        yield change(dataclasses.replace(config, arms={}), [f"run.name={config.run.name}/{name}", *overrides])
-
-
 def prepare_data(config: Config) -> None:
     """Render and pack tiny-world clips where the config asks for them and they are not there yet."""
     folder, tiny = Path(config.data.shards), config.data.tiny
-    if not folder.exists() and tiny.clips:
-        make_tiny_shards(folder, tiny.clips, tiny.seed, tiny.level, config.rollout.frames, find_file(BASIS))
+    if folder.exists() or not tiny.clips:
+        return
+    noise = {}
+    if tiny.noise_steps:
+        teacher = model_fingerprint(load_network(config.model, config.weights.teacher))
+        noise = {"invert": build_invert(config, tiny.noise_steps), "noise_fingerprint": f"{teacher}-{tiny.noise_steps}"}
+    print(f"making {tiny.clips} tiny-world clips with {tiny.level} captions in {folder}")
+    make_tiny_shards(folder, tiny.clips, tiny.seed, tiny.level, config.rollout.frames, find_file(BASIS), **noise)
 
 
 def train(config: Config, resume: bool) -> None:

@@ -6,8 +6,13 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.cache import Conditioning, Network
-from selfforcing_dfd.flow import sampling_ladder, x0_from_flow
+from selfforcing_dfd.flow import shift_sigma, x0_from_flow
 from selfforcing_dfd.objectives import guided_x0
+
+
+def sampling_ladder(num_steps: int, shift: float) -> tuple[float, ...]:
+    """`num_steps + 1` sigmas from 1 down to 0."""
+    return tuple(shift_sigma(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).tolist())
 
 
 @torch.no_grad()

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import pickle
+
 import pytest
 import torch
 from golden_weights import manifest
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.cache import ChunkKV, Conditioning, Context, KVCache, PackedContext
+from selfforcing_dfd.cache import ChunkKV, Context, KVCache, PackedContext
 from selfforcing_dfd.models.attention import attend
 
 TOKENS = 2  # of one latent frame
@@ -28,10 +30,12 @@ def seen_frames(context: Context) -> list[int]:
 
 
 def attended(cache: KVCache, num_chunks: int, split: int) -> list[list[int]]:
-    """The frames that each chunk of 3 attends to, itself included; chunks are remembered in pieces of `split` frames."""
+    """The frames that each chunk of 3 attends to, itself included;
+    chunks are remembered in pieces of `split` frames.
+    """
     table = []
     for start in range(0, 3 * num_chunks, 3):
-        table.append(seen_frames(cache.read(3)) + [start, start + 1, start + 2])
+        table.append([*seen_frames(cache.read(3)), start, start + 1, start + 2])
         for first in range(start, start + 3, split):
             cache.append(frames_kv(first, split))
     return table
@@ -41,7 +45,8 @@ def attended(cache: KVCache, num_chunks: int, split: int) -> list[list[int]]:
 def test_sink_and_window_keep_the_frames_that_the_reference_attends_to(window, sink, split):
     """Catches a window that forgets to count the sink or the chunk at hand: the student sees one chunk more or less.
 
-    The reference's lists were read off its running cache. Its sink of 1 frame splits a chunk, so here chunks of 1 frame do.
+    The reference's lists were read off its running cache.
+    Its sink of 1 frame splits a chunk, so here chunks of 1 frame do.
     """
     expected = manifest()["files"]["rolling.safetensors"]["attended_frames"][f"local{window}_sink{sink}"]
     assert attended(KVCache(sink, window), 6, split) == list(expected.values())
@@ -86,9 +91,9 @@ def test_memory_does_not_grow_with_the_video():
     cache, sizes = KVCache(sink=3, window=9), []
     for start in range(0, 120, 3):
         cache.append(frames_kv(start, 3))
-        sizes.append(sum(chunk.frames for chunk in cache.read().chunks))
-    assert max(sizes) <= 3 + 9
-    assert len(set(sizes[10:])) == 1
+        sizes.append(len(pickle.dumps(cache)))
+        cache.read(3)
+    assert max(sizes) == max(sizes[:10])
 
 
 def test_what_was_read_does_not_change_when_the_cache_moves_on():
@@ -99,6 +104,15 @@ def test_what_was_read_does_not_change_when_the_cache_moves_on():
     for start in (3, 6, 9):
         cache.append(frames_kv(start, 3))
     assert (seen_frames(context), context.next_frame) == ([0, 1, 2], 3)
+
+
+def test_reading_is_a_question():
+    """Catches a read that evicts: looking ahead for a larger chunk would take the past away from the one that comes."""
+    cache = KVCache(window=9)
+    for start in (0, 3, 6):
+        cache.append(frames_kv(start, 3))
+    assert seen_frames(cache.read(6)) == [6, 7, 8]
+    assert seen_frames(cache.read(3)) == [3, 4, 5, 6, 7, 8]
 
 
 def test_keys_and_values_enter_without_gradient():
@@ -122,7 +136,15 @@ def test_packed_chunks_attend_as_they_would_alone():
     frames = (1, 3, 2)
     q, k, v = (rng.normal((2, TOKENS * sum(frames), 2, 4), 0, name).double() for name in "qkv")
     pasts = [
-        ChunkKV(n, ((rng.normal((2, TOKENS * n, 2, 4), 1, "k", n).double(), rng.normal((2, TOKENS * n, 2, 4), 1, "v", n).double()),))
+        ChunkKV(
+            n,
+            (
+                (
+                    rng.normal((2, TOKENS * n, 2, 4), 1, "k", n).double(),
+                    rng.normal((2, TOKENS * n, 2, 4), 1, "v", n).double(),
+                ),
+            ),
+        )
         for n in (1, 2)
     ]
     contexts = (Context(), Context((pasts[0],), 1), Context((pasts[0], pasts[1]), 4))
@@ -135,9 +157,3 @@ def test_packed_chunks_attend_as_they_would_alone():
 def test_packed_chunks_start_where_their_first_one_does():
     """Catches replayed chunks at positions other than those they were generated at."""
     assert PackedContext((Context((), 6), Context((), 9)), (3, 3)).next_frame == 6
-
-
-def test_adding_conditionings_stacks_batches_in_order():
-    """Catches guidance computed with the negative prompt first."""
-    first, second = torch.zeros(1, 2, 3), torch.ones(2, 2, 3)
-    assert torch.equal((Conditioning(first) + Conditioning(second)).text, torch.cat([first, second]))

@@ -58,7 +58,8 @@ def test_neighbouring_counters_are_unrelated():
 def test_first_uniforms_of_streams_are_uniform():
     """Catches a coin that is biased because only each stream's first number is ever used.
 
-    Kolmogorov-Smirnov distance of 2000 uniforms is below 1.95 / sqrt(2000) with probability .999; the streams are fixed.
+    Kolmogorov-Smirnov distance of 2000 uniforms is below 1.95 / sqrt(2000) with probability .999;
+    the streams are fixed.
     """
     first = torch.stack([rng.uniform((), 0, "dfd", n) for n in range(2000)]).sort().values
     expected = (torch.arange(2000, dtype=torch.float64) + 0.5) / 2000

@@ -2,7 +2,7 @@
 
 Tars are the storage: any webdataset tool reads them. The index is the dataset: it knows where each member lies, so
 samples are read in any order without parsing a tar, and the state of a data stream is one integer, the position in an
-endless order that is a function of (seed, epoch). Worker processes and ranks only decide who reads a position.
+endless order that is a function of (seed, epoch). Workers and ranks only decide who reads a position.
 
     <key>.latent.npy   float16 or float32 [F, C, H, W]
     <key>.text.npy     float16 or float32 [n, D], trimmed to the valid tokens
@@ -17,16 +17,17 @@ import io
 import json
 import os
 import zlib
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import cast
+from threading import Lock
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from selfforcing_dfd import rng
 
@@ -135,8 +136,8 @@ def pad_text(tokens: Tensor, length: int) -> Tensor:
     return torch.nn.functional.pad(tokens, (0, 0, 0, length - len(tokens)))
 
 
-class ShardReader(Dataset[Sample]):
-    """The samples of a shard folder, by number. Safe in forked workers: every read carries its own offset.
+class ShardReader:
+    """The samples of a shard folder, by number. Safe to share between threads: every read carries its own offset.
 
     Opening checks the index, that each shard is there with its size, and the first sample; every read checks checksum,
     dtype and shape; `verify` reads everything. index_hash: SHA-256 of the index, which holds the shards' own.
@@ -144,6 +145,7 @@ class ShardReader(Dataset[Sample]):
 
     def __init__(self, folder: Path | str):
         self._files: dict[str, int] = {}
+        self._opening = Lock()
         self.folder = Path(folder)
         self.index, self.index_hash = self._open_index()
         self._check_shards()
@@ -166,9 +168,6 @@ class ShardReader(Dataset[Sample]):
             key=entry.key,
             noise=self._clip_array(entry, NOISE) if self.has_noise else None,
         )
-
-    def __reduce__(self) -> tuple[type[ShardReader], tuple[Path]]:
-        return ShardReader, (self.folder,)  # spawned workers open the files themselves
 
     def __del__(self) -> None:
         for file in self._files.values():
@@ -248,8 +247,9 @@ class ShardReader(Dataset[Sample]):
 
     def _read(self, entry: Entry, name: str) -> bytes:
         member = entry.members[name]
-        if entry.shard not in self._files:
-            self._files[entry.shard] = os.open(self.folder / entry.shard, os.O_RDONLY)
+        with self._opening:
+            if entry.shard not in self._files:
+                self._files[entry.shard] = os.open(self.folder / entry.shard, os.O_RDONLY)
         data = os.pread(self._files[entry.shard], member.size, member.offset)
         if zlib.crc32(data) != member.crc32:
             raise self._error(entry, name, "is not what the index describes (CRC-32 differs)")
@@ -287,16 +287,12 @@ class SampleOrder:
             raise ValueError(f"group_size {group_size} needs {num_samples} caption ids, one per sample; got {got}")
         self.num_samples, self.seed, self.group_size = num_samples, seed, group_size
         self._group = group or [0] * num_samples
-        self._epochs: dict[int, list[int]] = {}
+        self._arrangement = lru_cache(maxsize=2)(self.arrangement)  # two, as a batch may straddle epochs
 
     def sample_at(self, position: int) -> int:
         """The sample number at a position of the stream, 0 <= position without end."""
         epoch, place = divmod(position, self.num_samples)
-        if epoch not in self._epochs:
-            if len(self._epochs) > 1:  # a batch may straddle two epochs
-                self._epochs.clear()
-            self._epochs[epoch] = self.arrangement(epoch)
-        return self._epochs[epoch][place]
+        return self._arrangement(epoch)[place]
 
     def arrangement(self, epoch: int) -> list[int]:
         """All sample numbers in the order of one epoch."""
@@ -336,20 +332,6 @@ def load_batch(
     )
 
 
-@dataclass(frozen=True, slots=True)
-class _Batches:
-    """`load_batch` as a map from start to batch, the form in which a DataLoader hands work to its workers."""
-
-    reader: ShardReader
-    order: SampleOrder
-    size: int
-    stride: int
-    offset: int
-
-    def __getitem__(self, start: int) -> Batch:
-        return load_batch(self.reader, self.order, start, self.size, self.stride, self.offset)
-
-
 def batches(
     reader: ShardReader,
     order: SampleOrder,
@@ -359,13 +341,26 @@ def batches(
     stride: int = 1,
     offset: int = 0,
 ) -> Iterator[Batch]:
-    """`load_batch` for each of `starts` (may be endless), in order. Workers only read ahead and change nothing."""
-    source = cast(Dataset[Batch], _Batches(reader, order, size, stride, offset))
-    loader: DataLoader[Batch] = DataLoader(
-        source,
-        batch_size=None,
-        sampler=starts,
-        num_workers=num_workers,
-        generator=torch.Generator(),  # of its own, or the loader would draw from the global one
-    )
-    return iter(loader)
+    """`load_batch` for each of `starts` (may be endless), in order. Workers only read ahead and change nothing.
+
+    They are threads: reading is I/O, checksums and copies, none of which hold Python's lock, and threads need no shared
+    memory, no fork beside a GPU, and pass an error on as it was raised.
+    """
+
+    def load(start: int) -> Batch:
+        return load_batch(reader, order, start, size, stride, offset)
+
+    if num_workers == 0:
+        yield from map(load, starts)
+        return
+    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batches")
+    try:
+        ahead: deque[Future[Batch]] = deque()
+        for start in starts:
+            ahead.append(pool.submit(load, start))
+            if len(ahead) > 2 * num_workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)

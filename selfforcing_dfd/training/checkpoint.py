@@ -343,11 +343,11 @@ def _cleaned_up(temporary: Path) -> Iterator[None]:
 
 
 def _explain(cause: BaseException, folder: Path) -> str:
-    """DCP hides a full disk behind the error it met while handling it."""
+    """DCP hides a full disk behind the error it met while handling it; from another rank only that one arrives."""
     chain = [cause]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(inner)
-    full = "No space left" in str(cause) or any(isinstance(e, OSError) and e.errno in DISK_FULL for e in chain)
+    full = "unexpected pos" in str(cause) or any(isinstance(e, OSError) and e.errno in DISK_FULL for e in chain)
     what = "the disk is full; free some space or keep fewer" if full else f"{type(chain[-1]).__name__}: {chain[-1]}"
     return f"could not save in {folder}, earlier checkpoints are untouched: {what}"
 

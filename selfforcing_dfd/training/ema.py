@@ -1,4 +1,4 @@
-"""What training keeps by parameter name: the moving average, AdamW's moments, and weights for others to read."""
+"""What training keeps by parameter name: the moving average, the optimizer's state, and weights for others to read."""
 
 from __future__ import annotations
 
@@ -94,14 +94,16 @@ class EMA:
 
 
 def optimizer_state(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
-    """The optimizer's own tensors (not copies) by parameter name: AdamW's {name: {step, exp_avg, exp_avg_sq}} or Muon's.
+    """The optimizer's own tensors, no copies, by parameter name: {step, exp_avg, exp_avg_sq} or Muon's momentum_buffer.
 
-    Before the first step they are made here, as the optimizer makes them: training is unchanged and a checkpoint always has a
-    place to go. (`torch.distributed.checkpoint.state_dict` takes a step for that, and leaves step = 1.) Learning rate
-    and other hyperparameters are not in it: they follow from the config and the clock.
+    Before the first step they are made here, as the optimizer makes them: training is unchanged and a checkpoint always
+    has a place to go. (`torch.distributed.checkpoint.state_dict` takes a step for that, and leaves step = 1.) Learning
+    rate and other hyperparameters are not in it: they follow from the config and the clock.
     """
     if not isinstance(optimizer, torch.optim.AdamW | torch.optim.Muon):
         raise ValueError(f"the optimizer is {type(optimizer).__name__}; only the state of AdamW and Muon can be kept")
+    if any(group.get("amsgrad") for group in optimizer.param_groups):
+        raise ValueError("AdamW runs with amsgrad, whose state cannot be kept; set amsgrad to False")
     names = {parameter: name for name, parameter in model.named_parameters()}
     state = {}
     for group in optimizer.param_groups:
@@ -203,11 +205,9 @@ def _named(weights: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
 
 
 def _fresh_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
-    """What AdamW creates at its first step (torch/optim/adam.py, `_init_group`)."""
-    if "momentum" in group:  # Muon
+    """What Muon or AdamW creates at its first step (torch/optim/_muon.py, adam.py: `_init_group`)."""
+    if "momentum" in group:
         return {"momentum_buffer": torch.zeros_like(parameter, requires_grad=False)}
-    if group["amsgrad"]:
-        raise ValueError("AdamW runs with amsgrad, whose state cannot be kept; set amsgrad to False")
     device = parameter.device if group["fused"] or group["capturable"] else torch.device("cpu")
     moments = {name: torch.zeros_like(parameter, requires_grad=False) for name in ("exp_avg", "exp_avg_sq")}
     return {"step": torch.zeros((), dtype=torch.float32, device=device), **moments}

@@ -26,10 +26,14 @@ def test_written_clips_come_back(tmp_path: Path, frames: Tensor) -> None:
 
 
 def test_the_same_frames_give_the_same_file(tmp_path: Path, frames: Tensor) -> None:
-    """Would catch encoder threads or time stamps in the file, which make packed shards differ between machines."""
-    for name in ("a.mp4", "b.mp4"):
-        write_video(tmp_path / name, frames, fps=16)
-    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    """Shards can be compared by hash only if clips can. Would catch encoder threads, time stamps and x264's macroblock
+    trees, with which about one file in five differed on a machine with AVX-512.
+    """
+    files = set()
+    for _ in range(20):
+        write_video(tmp_path / "clip.mp4", frames, fps=16)
+        files.add((tmp_path / "clip.mp4").read_bytes())
+    assert len(files) == 1
 
 
 def test_written_clips_play_while_loading(tmp_path: Path, frames: Tensor) -> None:

@@ -8,7 +8,7 @@ from selfforcing_dfd.training.clock import Clock
 
 
 def run_turns(clock: Clock, fake_per_student: int, num_turns: int) -> list[str]:
-    taken = []
+    taken: list[str] = []
     for turn in itertools.islice(clock.turns(fake_per_student), num_turns):
         clock.advance(turn, samples=4)
         taken.append(turn)
@@ -29,7 +29,7 @@ def test_without_a_fake_score_every_turn_is_the_students() -> None:
 
 @pytest.mark.parametrize("stop", range(12))
 def test_resuming_anywhere_in_a_cycle_continues_it(stop: int) -> None:
-    """Catches a turn kept outside the state (a loop variable): resumed runs would restart the cycle at its beginning."""
+    """Catches a turn kept outside the state (a loop variable): resumed runs would start the cycle anew."""
     whole = run_turns(Clock(), 5, 12)
     before = Clock()
     first = run_turns(before, 5, stop)

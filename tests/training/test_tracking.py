@@ -74,7 +74,7 @@ def test_other_damage_is_an_error_and_changes_nothing(tmp_path: Path, damage: st
     path = tmp_path / "metrics.jsonl"
     path.write_text(damage + path.read_text())
     before = path.read_bytes()
-    with pytest.raises(ValueError, match="metrics.jsonl, line 1: "):
+    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1: "):
         Tracker(tmp_path).open(resume_at=1)
     assert path.read_bytes() == before
 
@@ -83,7 +83,7 @@ def test_a_new_run_refuses_the_folder_of_another(tmp_path: Path) -> None:
     """Catches two runs in one curve, and a new run that empties an old one's file."""
     log_updates(Tracker(tmp_path), range(1, 3))
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="already holds a run's metrics; resume that run"):
+    with pytest.raises(ValueError, match="already holds a run's metrics"):
         Tracker(tmp_path).open()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -141,12 +141,14 @@ def test_the_first_bad_gradient_is_named() -> None:
     bad = torch.ones(4, 2)
     bad[2, 1] = math.nan
     grads = [("a", torch.ones(3)), ("frozen", None), ("b.weight", bad), ("c", torch.full((2,), math.inf))]
-    with pytest.raises(NonFiniteError, match="gradient of b.weight is not finite in 1 of 8 values at student update 3"):
+    with pytest.raises(
+        NonFiniteError, match=r"gradient of b.weight is not finite in 1 of 8 values at student update 3"
+    ):
         check_finite(torch.tensor(1.0), grads, "student update 3")
 
 
 def test_the_norm_is_that_of_all_gradients_in_float32() -> None:
-    """Catches norms summed instead of squared, and bfloat16 accumulation (2e4 ones have norm 16 in bfloat16 sums)."""
+    """Catches norms summed instead of squared, and a norm rounded to bfloat16, which is off by up to .4 %."""
     grads = {name: rng.normal((50, 7), 0, name) for name in ("a", "b")}
     norm = check_finite(torch.tensor(1.0), grads.items(), "student update 1")
     by_hand = sum(grad.double().square().sum() for grad in grads.values()) ** 0.5

@@ -1,0 +1,146 @@
+"""Several seeds in one report: a claim that holds in one seed alone is none."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from selfforcing_dfd.tiny import tables
+from selfforcing_dfd.tiny.document import REPORT_FILE, notes_on, printed, save
+from selfforcing_dfd.tiny.metrics import Score
+from selfforcing_dfd.tiny.page import Page
+from selfforcing_dfd.tiny.tables import CONTROL, Finding, ReportError, Row
+
+MAY_DIFFER = {"base", "run.name", "run.out", "run.seed", "run.device", "data.shards", "data.tiny.seed", "data.workers"}
+"""Settings in which reports that are combined over seeds may differ."""
+
+
+def combine(folders: Sequence[Path], out: Path) -> str:
+    """One table from the reports of several seeds: means, ranges over seeds, and in how many seeds each arm did what.
+
+    Writes report.json, .md and .html to `out` and returns the table. Raises ReportError for reports that do not belong
+    together.
+    """
+    reports = [load_report(folder) for folder in folders]
+    seeds = _check_belong_together(folders, reports)
+    per_seed = [[tables.from_json(row) for row in report["rows"]] for report in reports]
+    rows = [combined_row(several) for several in zip(*per_seed, strict=True)]
+    title = f"{reports[0]['config']['run']['name']}, seeds {', '.join(map(str, seeds))}"
+    num_clips = reports[0]["num_clips"]
+    page = Page(
+        title=title,
+        subtitle=f"Tiny world, {len(seeds)} seeds, {num_clips} clips a row and seed",
+        findings=combined_findings(rows, per_seed, seeds),
+        rows=rows,
+        notes=notes_on(rows, num_clips, len(seeds)),
+        sheets={},
+        captions=(),
+        panels=(),
+        commands=[f"python train.py --config {folder / 'config.yaml'}" for folder in folders],
+        environment=reports[0]["environment"],
+        settings="",
+        links={
+            f"seed {seed}": Path(os.path.relpath(folder / "report.html", out)).as_posix()
+            for seed, folder in zip(seeds, folders, strict=True)
+        },
+    )
+    save(out, page, {"seeds": seeds, "config": reports[0]["config"]})
+    return printed(page, out)
+
+
+def load_report(folder: Path) -> dict[str, Any]:
+    """A run's report.json. Raises ReportError where there is none or it is damaged."""
+    path = folder / REPORT_FILE
+    if not path.is_file():
+        raise ReportError(f"no {path}; train with report.clips > 0, or name the run's own folder")
+    try:
+        report = json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ReportError(f"{path} is not JSON ({error}); write the report again") from error
+    missing = [key for key in ("seed", "rows", "config", "num_clips") if key not in report]
+    if missing:
+        raise ReportError(f"{path} has no {missing[0]}: not one seed's report; combine the runs' own reports")
+    return dict(report)
+
+
+def _check_belong_together(folders: Sequence[Path], reports: Sequence[Mapping[str, Any]]) -> list[int]:
+    """The seeds, all different, of reports with the same rows and settings; else ReportError."""
+    if len(reports) < 2:
+        raise ReportError(f"{len(reports)} reports to combine; name the folders of at least two seeds")
+    seeds = [report["seed"] for report in reports]
+    for seed, times in Counter(seeds).items():
+        if times > 1:
+            raise ReportError(f"seed {seed} is in {times} of the reports; each seed counts once, so leave one out")
+    first = reports[0]
+    for folder, report in zip(folders, reports, strict=True):
+        names, others = ([row["name"] for row in r["rows"]] for r in (first, report))
+        if names != others:
+            raise ReportError(f"{folder} has rows {', '.join(others)}; {folders[0]} has {', '.join(names)}")
+        own, wanted = _flat(report["config"]), _flat(first["config"])
+        differing = [key for key in {**wanted, **own} if own.get(key) != wanted.get(key) and key not in MAY_DIFFER]
+        if differing:
+            key = differing[0]
+            raise ReportError(
+                f"{folder} was made with {key}={own.get(key)}, {folders[0]} with {wanted.get(key)}; "
+                f"combine runs that differ in their seed alone"
+            )
+    return seeds
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as {"section.setting": value}."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return flat
+
+
+def combined_row(several: Sequence[Row]) -> Row:
+    """The same row of several seeds: each score's mean, with the range over seeds, and the counts of modes together."""
+    scores = {}
+    for key in several[0].scores:
+        values = [row.scores[key].value for row in several if key in row.scores]
+        values = [value for value in values if value == value]
+        mean = sum(values) / len(values) if values else float("nan")
+        low, high = (min(values), max(values)) if values else (mean, mean)
+        scores[key] = Score(mean, low, high, len(values))
+    modes = tuple(sum(counts) for counts in zip(*(row.modes for row in several), strict=True))
+    return Row(several[0].name, several[0].about, scores, modes, sum(row.seconds for row in several))
+
+
+def combined_findings(rows: Sequence[Row], per_seed: Sequence[Sequence[Row]], seeds: Sequence[int]) -> list[Finding]:
+    """For every arm, in which seeds the rule found what; without a control, how the ranges compare with the data's."""
+    judged = [finding.name for finding in tables.findings(per_seed[0]) if finding.outcome]
+    if not judged:
+        return tables.findings(rows)
+    control = tables.find(rows, CONTROL)
+    assert control is not None
+    findings = []
+    for row in rows:
+        if row.name not in judged:
+            continue
+        outcomes = {
+            seed: next(f.outcome for f in tables.findings(one) if f.name == row.name)
+            for seed, one in zip(seeds, per_seed, strict=True)
+        }
+        counted = Counter(outcomes.values()).most_common()
+        said = ", ".join(_in_seeds(word, times, len(seeds)) for word, times in counted)
+        means = ", ".join(
+            f"{title} {row.scores[key].value:.2f} (control {control.scores[key].value:.2f})"
+            for key, title in (
+                ("kl_prior_sample", "KL(prior || sample)"),
+                ("valid", "validity"),
+                ("contrast", "contrast"),
+            )
+        )
+        findings.append(Finding(row.name, counted[0][0] if len(counted) == 1 else "", f"{row.name} {said}: {means}."))
+    return findings
+
+
+def _in_seeds(word: str, times: int, num_seeds: int) -> str:
+    said = {"mixed": "was mixed", "no clear difference": "made no clear difference"}.get(word, word)
+    return f"{said} in {'every seed' if times == num_seeds else f'{times} of {num_seeds} seeds'}"

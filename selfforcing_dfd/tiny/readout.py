@@ -1,0 +1,210 @@
+"""Read a tiny-world clip back from its pixels: fit every factor, draw the clip again, and see how much that explains.
+
+The background is the median pixel. Provisional colour and coverage give the shape's centre by the phase of the first
+Fourier mode, which is exact on a torus; templates drawn at that centre give shape and size; their insides give the
+colour, so that noise cannot select the pixels it biases. The track is a straight line in time.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from selfforcing_dfd.tiny.codec import TIME
+from selfforcing_dfd.tiny.world import HEADINGS, HUES, SHAPES, SIDE, SIZES, SPEED_PX, coverage, mode
+
+MIN_EXPLAINED = 0.5  # re-rendering explains at least half of what the clip shows over its background
+CHUNK = 3  # latent frames
+
+_BATCH = 8  # clips read at once, so that the working set stays in cache
+_NUM_FARTHEST = 24  # pixels of a video frame that give its provisional colour; the smallest shape covers about 300
+_FAINT = 0.2  # coverage below this is noise to the centroid
+_INSIDE = 0.9  # template coverage from which a pixel counts as the shape's own colour
+_TEMPLATE_STRIDE = 4  # every how many video frames shape and size are compared
+_TINY = 1e-6
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What the clips show, each a tensor over B clips. For an invalid clip the factors mean nothing, but are finite."""
+
+    shape: Tensor  # indices into world.SHAPES, HUES, DIRECTIONS, SPEEDS, SIZES
+    hue: Tensor
+    direction: Tensor
+    speed: Tensor
+    size: Tensor
+    speed_px: Tensor  # pixels per video frame
+    saturation: Tensor  # HSV saturation of the shape's colour
+    contrast: Tensor  # distance in RGB between shape and background
+    jitter: Tensor  # pixels, root mean square distance of the centre from the straight track
+    psnr: Tensor  # dB, of the clip against its re-rendering
+    explained: Tensor  # 1 - |clip - re-rendering|^2 / |re-rendering - background|^2
+    valid: Tensor  # bool: explained >= MIN_EXPLAINED
+    saturation_by_chunk: Tensor  # [B, chunks]
+    contrast_by_chunk: Tensor  # [B, chunks]
+    seam_excess: Tensor  # pixels, departure from the mean step into a chunk, less that into its later latent frames
+    pixels: Tensor  # [B, n], a fixed sparse sample of the clip's pixels, for the spread over clips
+
+    def __len__(self) -> int:
+        return len(self.valid)
+
+    @property
+    def mode(self) -> Tensor:
+        """Index into world.MODE_PRIOR [B]; only valid clips are in a mode."""
+        return mode(self.hue, self.direction)
+
+
+def read(videos: Tensor, chunk: int = CHUNK) -> Reading:
+    """Read clips [B, T, 64, 64, 3], float; values outside [0, 1] are clipped, as a screen would.
+
+    chunk: latent frames generated together, for the per-chunk readings; the first chunk has 1 + 4 (chunk - 1) video
+    frames, later ones 4 chunk.
+    Raises ValueError for other shapes and for pixels that are not finite.
+    """
+    if videos.ndim != 5 or videos.shape[1] < 2 or tuple(videos.shape[2:]) != (SIDE, SIDE, 3) or not len(videos):
+        raise ValueError(f"videos are {list(videos.shape)}, want [B, T, {SIDE}, {SIDE}, 3] with B >= 1 and T >= 2")
+    if not videos.is_floating_point():
+        raise ValueError(f"videos are {videos.dtype}, want float in [0, 1]; divide uint8 by 255")
+    parts = [_read_batch(part, chunk) for part in videos.split(_BATCH)]
+    return Reading(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Reading)))
+
+
+def chunk_starts(num_frames: int, chunk: int = CHUNK) -> list[int]:
+    """First video frame of every chunk: 0, 9, 21, ... for chunks of 3 latent frames."""
+    return [0, *range(1 + TIME * (chunk - 1), num_frames, TIME * chunk)]
+
+
+def _read_batch(videos: Tensor, chunk: int) -> Reading:
+    finite = videos.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        raise ValueError(f"{int((~finite).sum())} of {len(videos)} clips have pixels that are not finite")
+    video = videos.float().clamp(0, 1)
+    background = video[:, ::4, ::2, ::2].flatten(1, 3).median(dim=1).values  # [B, 3]
+    shown = (video - background[:, None, None, None]).flatten(2, 3)  # [B, T, pixels, 3]
+    along = _along(shown, _provisional_colour(shown))
+    centres = centroids(along)
+    start, step, jitter = fit_line(centres)
+    shape, size = _best_template(along, centres)
+    by_frame, weight = _inside_colour(shown, coverage(shape, size, centres).flatten(2))
+    colour = _weighted(by_frame, weight)
+    starts = chunk_starts(video.shape[1], chunk)
+    by_chunk = [
+        _weighted(part, share)
+        for part, share in zip(by_frame.tensor_split(starts[1:], 1), weight.tensor_split(starts[1:], 1), strict=True)
+    ]
+    straight = start[:, None] + step[:, None] * torch.arange(video.shape[1], device=video.device)[:, None]
+    psnr, explained = _explain(shown, coverage(shape, size, straight).flatten(2), colour)
+    hue, saturation = hue_and_saturation(background + colour)
+    speed_px = step.norm(dim=-1)
+    return Reading(
+        shape=shape,
+        hue=hue,
+        direction=(step @ HEADINGS.to(step).T).argmax(dim=-1),
+        speed=(speed_px[:, None] - SPEED_PX.to(step)).abs().argmin(dim=-1),
+        size=size,
+        speed_px=speed_px,
+        saturation=saturation,
+        contrast=colour.norm(dim=-1),
+        jitter=jitter,
+        psnr=psnr,
+        explained=explained,
+        valid=explained >= MIN_EXPLAINED,
+        saturation_by_chunk=torch.stack([hue_and_saturation(background + part)[1] for part in by_chunk], dim=1),
+        contrast_by_chunk=torch.stack([part.norm(dim=-1) for part in by_chunk], dim=1),
+        seam_excess=_seam_excess(centres, step, starts[1:]),
+        pixels=video[:, :: max(1, video.shape[1] // 2), 2::4, 2::4].flatten(1),
+    )
+
+
+def _provisional_colour(shown: Tensor) -> Tensor:
+    """Colour over the background [B, 3]: median over video frames of the mean of each one's farthest pixels."""
+    farthest = shown.square().sum(dim=-1).topk(_NUM_FARTHEST, dim=-1, sorted=False).indices
+    return shown.gather(2, farthest[..., None].expand(-1, -1, -1, 3)).mean(dim=2).median(dim=1).values
+
+
+def _along(shown: Tensor, colour: Tensor) -> Tensor:
+    """How far each pixel lies from the background (0) towards the colour (1), [B, T, pixels]."""
+    unit = colour / colour.square().sum(dim=-1, keepdim=True).clamp_min(_TINY)
+    return torch.einsum("btpc,bc->btp", shown, unit)
+
+
+def centroids(along: Tensor) -> Tensor:
+    """Circular centre of what is shown, [B, T, 2] (x, y) in pixels, unwrapped in time, from `along` [B, T, pixels]."""
+    alpha = along.clamp(0, 1.2).where(along > _FAINT, 0).unflatten(-1, (SIDE, SIDE))
+    profiles = torch.stack([alpha.sum(dim=-2), alpha.sum(dim=-1)], dim=2)  # over y for x, over x for y
+    angles = 2 * math.pi * torch.arange(SIDE, device=along.device) / SIDE
+    phase = torch.atan2(profiles @ angles.sin(), profiles @ angles.cos())
+    turn = (phase.diff(dim=1) + math.pi) % (2 * math.pi) - math.pi
+    phase = torch.cat([phase[:, :1], phase[:, :1] + turn.cumsum(dim=1)], dim=1)
+    return phase * SIDE / (2 * math.pi) + 0.5
+
+
+def fit_line(centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Least-squares line through tracks [B, T, 2]: centre at video frame 0 [B, 2], step [B, 2], rms distance [B]."""
+    time = torch.arange(centres.shape[1], device=centres.device, dtype=centres.dtype)
+    time = time - time.mean()
+    mean = centres.mean(dim=1)
+    step = torch.einsum("t,btc->bc", time, centres - mean[:, None]) / time.square().sum()
+    residual = centres - mean[:, None] - time[:, None] * step[:, None]
+    return mean + time[0] * step, step, residual.square().sum(dim=-1).mean(dim=-1).sqrt()
+
+
+def _best_template(along: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
+    """Shape and size [B] whose drawing at the measured centres leaves least of `along`, at its own best strength."""
+    along, centres = along[:, ::_TEMPLATE_STRIDE], centres[:, ::_TEMPLATE_STRIDE]
+    explained = []
+    for shape in range(len(SHAPES)):
+        for size in range(len(SIZES)):
+            shapes, sizes = torch.tensor([shape, size], device=along.device)[:, None].expand(-1, len(along))
+            template = coverage(shapes, sizes, centres).flatten(2)
+            match = (along * template).sum(dim=(1, 2))
+            explained.append(match.clamp_min(0).square() / template.square().sum(dim=(1, 2)))
+    best = torch.stack(explained, dim=-1).argmax(dim=-1)
+    return best // len(SIZES), best % len(SIZES)
+
+
+def _inside_colour(shown: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of the colours well inside the shape in each video frame [B, T, 3], and of their coverage [B, T]."""
+    inside = (alpha >= _INSIDE).to(alpha)
+    return torch.einsum("btp,btpc->btc", inside, shown), (inside * alpha).sum(dim=-1)
+
+
+def _weighted(by_frame: Tensor, weight: Tensor) -> Tensor:
+    """Colour over the background [B, 3] of a span of video frames."""
+    return by_frame.sum(dim=1) / weight.sum(dim=1, keepdim=True).clamp_min(_TINY)
+
+
+def _explain(shown: Tensor, alpha: Tensor, colour: Tensor) -> tuple[Tensor, Tensor]:
+    """PSNR in dB and the explained part of clips, given the re-rendered coverage [B, T, pixels] and colour [B, 3].
+
+    The small constant makes a blank clip, which shows nothing and of which nothing is re-rendered, explained by 0.
+    """
+    missed = (shown - alpha[..., None] * colour[:, None, None]).square().sum(dim=-1).mean(dim=(1, 2))
+    drawn = alpha.square().mean(dim=(1, 2)) * colour.square().sum(dim=-1)
+    psnr = -10 * torch.log10((missed / 3).clamp_min(1e-10))
+    return psnr, 1 - (missed + _TINY) / (drawn + _TINY)
+
+
+def hue_and_saturation(rgb: Tensor) -> tuple[Tensor, Tensor]:
+    """Nearest hue (index) and HSV saturation of colours [B, 3]."""
+    red, green, blue = rgb.clamp(0, 1).unbind(dim=-1)
+    angle = torch.atan2(math.sqrt(3) * (green - blue), 2 * red - green - blue)
+    hue = (angle / (2 * math.pi) * len(HUES)).round().long() % len(HUES)
+    high = rgb.clamp(0, 1).amax(dim=-1)
+    return hue, (high - rgb.clamp(0, 1).amin(dim=-1)) / high.clamp_min(_TINY)
+
+
+def _seam_excess(centres: Tensor, step: Tensor, seams: list[int]) -> Tensor:
+    """How much farther from the mean step the centre moves into a chunk than into its later latent frames, pixels [B].
+
+    Only first video frames of latent frames are compared: a codec makes small steps between latent frames anywhere.
+    """
+    within = [frame for frame in range(1 + TIME, centres.shape[1], TIME) if frame not in seams]
+    if not seams or not within:
+        return torch.zeros_like(centres[:, 0, 0])
+    departure = (centres.diff(dim=1) - step[:, None]).norm(dim=-1)  # [B, T - 1]: the step into video frame t + 1
+    into_seams, into_others = (departure[:, [frame - 1 for frame in frames]] for frames in (seams, within))
+    return into_seams.mean(dim=1) - into_others.mean(dim=1)

@@ -1,0 +1,259 @@
+"""Rows of scores as text, and the verdict that follows from them by a stated rule.
+
+Distance to the data is two-sided everywhere: more saturated than the data is as far off as less saturated.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from selfforcing_dfd.tiny.metrics import Score
+from selfforcing_dfd.tiny.world import MODE_PRIOR
+
+DATA, TEACHER, START, CONTROL = "data", "teacher", "start", "control"
+REFERENCES = (DATA, TEACHER, START)  # rows that are not judged
+
+VALIDITY_MARGIN = 0.05  # an arm may lose this much validity and still count as having helped
+
+RULE = (
+    "The verdict's rule: an arm helped if its KL(prior || sample) lies below the control's with disjoint intervals and "
+    f"its validity is at most {VALIDITY_MARGIN} lower; it harmed if its validity falls below the control's with "
+    "disjoint intervals, or its contrast below both the control's and the data's; both is mixed, neither no clear "
+    "difference."
+)
+
+Outcome = Literal["helped", "harmed", "mixed", "no clear difference"]
+
+
+class ReportError(ValueError):
+    """A report that cannot be made or read; the message says why, and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One source of clips. modes: its valid clips in each mode of MODE_PRIOR; seconds: to generate and read them.
+
+    Combined over seeds, a score is the mean with the smallest and the largest seed's value; n is the number of seeds.
+    """
+
+    name: str
+    about: str
+    scores: Mapping[str, Score]
+    modes: tuple[int, ...]
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """A sentence of the verdict. outcome is empty where there is no control to judge by."""
+
+    name: str
+    outcome: Outcome | Literal[""]
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """A line of the table. far: the distance to the data's value from which a cell has its strongest colour."""
+
+    key: str
+    title: str
+    digits: int
+    far: float
+    about: str
+
+
+METRICS = (
+    Metric("valid", "validity", 2, 0.3, "share of clips that are one coherent moving shape"),
+    Metric("modes", "modes of 24", 0, 8, "hues x directions seen among the valid clips"),
+    Metric("kl_prior_sample", "KL(prior || sample)", 2, 0.8, "nats; what the sample misses of the 24 modes' law"),
+    Metric("agreement_shape", "caption agreement: shape", 2, 0.3, "of the valid clips, those that show what was asked"),
+    Metric("agreement_hue", "caption agreement: hue", 2, 0.3, "likewise"),
+    Metric("agreement_direction", "caption agreement: direction", 2, 0.3, "likewise"),
+    Metric("agreement_speed", "caption agreement: speed", 2, 0.3, "likewise"),
+    Metric("agreement_size", "caption agreement: size", 2, 0.3, "likewise"),
+    Metric("saturation", "saturation", 2, 0.15, "HSV saturation of the shape, valid clips"),
+    Metric("contrast", "contrast", 2, 0.2, "RGB distance of shape and background, all clips"),
+    Metric("speed_px", "speed, px/frame", 2, 0.3, "pixels per video frame, valid clips"),
+    Metric("saturation_drift", "saturation drift / chunk", 3, 0.05, "mean size of the change, valid clips"),
+    Metric("contrast_drift", "contrast drift / chunk", 3, 0.05, "mean change, valid clips"),
+    Metric("jitter_px", "jitter, px", 2, 1.0, "rms distance of the shape from a straight track, valid clips"),
+    Metric("seam_excess_px", "seam excess, px", 2, 0.5, "how much less even the motion is where chunks meet"),
+    Metric("spread", "spread of pixels", 3, 0.04, "standard deviation over clips, all clips"),
+)
+
+
+def metrics_of(rows: Sequence[Row]) -> list[Metric]:
+    """The metrics that these rows have."""
+    return [metric for metric in METRICS if any(metric.key in row.scores for row in rows)]
+
+
+def expected_modes(num_clips: int) -> float:
+    """How many of the 24 modes as many independent draws from the prior hit on average."""
+    return float((1 - (1 - MODE_PRIOR.double()) ** num_clips).sum())
+
+
+def find(rows: Sequence[Row], name: str) -> Row | None:
+    return next((row for row in rows if row.name == name), None)
+
+
+def number(value: float, digits: int) -> str:
+    """A fixed number of digits; a mean of counts keeps one where it is not whole."""
+    if not math.isfinite(value):
+        return "-"
+    digits = 1 if digits == 0 and value != round(value) else digits
+    return f"{value:.{digits}f}" if round(value, digits) else f"{0:.{digits}f}"
+
+
+def interval(score: Score, digits: int) -> str:
+    return f"[{number(score.low, digits)} {number(score.high, digits)}]" if math.isfinite(score.value) else ""
+
+
+def against(score: Score | None, data: Score | None) -> Literal["", "=", "↑", "↓"]:
+    """Where a score lies from the data's: = if the intervals touch, else above or below; empty without both."""
+    if score is None or data is None or not (math.isfinite(score.value) and math.isfinite(data.value)):
+        return ""
+    if score.low > data.high:
+        return "↑"
+    return "↓" if score.high < data.low else "="
+
+
+def cells(rows: Sequence[Row], metric: Metric) -> list[str]:
+    """`value [low high] mark` for each row; the data has no mark."""
+    data = find(rows, DATA)
+    reference = data.scores.get(metric.key) if data else None
+    out = []
+    for row in rows:
+        score = row.scores.get(metric.key)
+        mark = "" if row is data else against(score, reference)
+        parts = (number(score.value, metric.digits), interval(score, metric.digits), mark) if score else ("-",)
+        out.append(" ".join(part for part in parts if part))
+    return out
+
+
+def plain_table(rows: Sequence[Row]) -> str:
+    """Metrics down, sources across, aligned for a terminal."""
+    lines = [["", *(row.name for row in rows)]]
+    lines += [[metric.title, *cells(rows, metric)] for metric in metrics_of(rows)]
+    widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
+    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    return "\n".join([texts[0], "-" * (sum(widths) + 2 * len(rows)), *texts[1:]])
+
+
+def markdown_table(rows: Sequence[Row]) -> str:
+    head = ["metric", *(row.name for row in rows)]
+    lines = [[metric.title.replace("||", "‖"), *cells(rows, metric)] for metric in metrics_of(rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *lines])
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    """One sentence for each arm against the control; without a control, what sets each row apart from the data."""
+    return " ".join(finding.text for finding in findings(rows))
+
+
+def findings(rows: Sequence[Row]) -> list[Finding]:
+    """The sentences of the verdict with the outcome that each one states."""
+    judged = [row for row in rows if row.name not in (*REFERENCES, CONTROL)]
+    data, control = find(rows, DATA), find(rows, CONTROL)
+    if data is None:
+        raise ReportError("no row called data to hold the others against; keep the data row")
+    if control is None or not judged:
+        described = judged or [row for row in rows if row is not data]
+        return [Finding(row.name, "", _differences(row, data)) for row in described]
+    return [Finding(row.name, outcome(row, control, data), _sentence(row, control, data)) for row in judged]
+
+
+def outcome(arm: Row, control: Row, data: Row) -> Outcome:
+    """The rule, all by disjoint 95 % intervals.
+
+    Helped: KL(prior || sample) lies below the control's, and validity is at most VALIDITY_MARGIN lower. Harmed:
+    validity falls below the control's, or contrast falls below both the control's and the data's (a fall from too much
+    to the data's is none). Mixed: both. A score that is not there, for want of valid clips, decides nothing.
+    """
+    covers = arm.scores["kl_prior_sample"].high < control.scores["kl_prior_sample"].low
+    keeps = arm.scores["valid"].value >= control.scores["valid"].value - VALIDITY_MARGIN
+    helped, harmed = covers and keeps, bool(losses(arm, control, data))
+    if helped and harmed:
+        return "mixed"
+    if helped or harmed:
+        return "helped" if helped else "harmed"
+    return "no clear difference"
+
+
+def losses(arm: Row, control: Row, data: Row) -> list[str]:
+    """What an arm lost for certain: titles among validity and contrast."""
+    lost = []
+    if arm.scores["valid"].high < control.scores["valid"].low:
+        lost.append("valid")
+    if arm.scores["contrast"].high < min(control.scores["contrast"].low, data.scores["contrast"].low):
+        lost.append("contrast")
+    return lost
+
+
+def _sentence(arm: Row, control: Row, data: Row) -> str:
+    kl = f"KL(prior || sample) {_compared(arm, control, 'kl_prior_sample')}"
+    valid = f"validity {_compared(arm, control, 'valid')}"
+    fell = {
+        "valid": f"validity fell to {_compared(arm, control, 'valid')}",
+        "contrast": f"contrast fell to {_compared(arm, control, 'contrast', data)}",
+    }
+    lost = " and ".join(fell[key] for key in losses(arm, control, data))
+    match outcome(arm, control, data):
+        case "helped":
+            return f"{arm.name} helped: it covers the modes better, {kl}, and stays coherent, {valid}."
+        case "harmed":
+            return f"{arm.name} harmed: {lost}; {kl}."
+        case "mixed":
+            return f"{arm.name} is mixed: it covers the modes better, {kl}, but {lost}."
+        case _:
+            return f"{arm.name} made no clear difference: {kl}, {valid}."
+
+
+def _compared(arm: Row, control: Row, key: str, data: Row | None = None) -> str:
+    beside = f", data {number(data.scores[key].value, 2)}" if data else ""
+    return f"{number(arm.scores[key].value, 2)} (control {number(control.scores[key].value, 2)}{beside})"
+
+
+def _differences(row: Row, data: Row) -> str:
+    marks = [(metric, against(row.scores.get(metric.key), data.scores.get(metric.key))) for metric in METRICS]
+    apart = [
+        f"{metric.title} {number(row.scores[metric.key].value, metric.digits)} "
+        f"({number(data.scores[metric.key].value, metric.digits)})"
+        for metric, mark in marks
+        if mark in ("↑", "↓")
+    ]
+    if apart:
+        return f"{row.name} differs from the data (in brackets) in {', '.join(apart)}."
+    return f"{row.name} cannot be told from the data: every interval touches the data's."
+
+
+def to_json(row: Row) -> dict[str, Any]:
+    """A row as JSON: what is not a number is null."""
+    scores = {
+        key: {"value": _or_null(s.value), "low": _or_null(s.low), "high": _or_null(s.high), "n": s.n}
+        for key, s in row.scores.items()
+    }
+    return {"name": row.name, "about": row.about, "scores": scores, "modes": list(row.modes), "seconds": row.seconds}
+
+
+def from_json(saved: Mapping[str, Any]) -> Row:
+    """Inverse of `to_json`. Raises ReportError for something else."""
+    try:
+        scores = {
+            key: Score(_or_nan(s["value"]), _or_nan(s["low"]), _or_nan(s["high"]), int(s["n"]))
+            for key, s in saved["scores"].items()
+        }
+        return Row(saved["name"], saved["about"], scores, tuple(saved["modes"]), saved["seconds"])
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ReportError(f"not a row of a report: {error!r}; write the report again") from error
+
+
+def _or_null(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _or_nan(value: float | None) -> float:
+    return math.nan if value is None else float(value)

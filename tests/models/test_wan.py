@@ -1,0 +1,263 @@
+"""The network: diffusers' own model as oracle, and what must hold of causal context, positions and checkpointing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import WanTransformer3DModel
+from tiny_models import CHUNK, FRAMES, TINY, conditioning, fill_weights, latents, tiny_network
+from torch import Tensor
+
+from selfforcing_dfd.cache import ChunkKV, Conditioning, Context, KVCache, PackedContext
+from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.rollout import commit_chunk, plan_chunks
+
+SIGMA = torch.tensor([0.83, 0.31], dtype=torch.float64)
+
+
+def diffusers_twin(seed: int = 0, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
+    twin = WanTransformer3DModel(**TINY, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6)
+    fill_weights(twin, seed)
+    return twin.to(dtype).requires_grad_(False)
+
+
+def diffusers_flow(twin: WanTransformer3DModel, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+    return twin(x.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
+
+
+def packed_context(network: WanTransformer, clean: Tensor, text: Conditioning) -> PackedContext:
+    """Every chunk's context when the clip `clean` came before it."""
+    cache, contexts = KVCache(), []
+    for chunk in plan_chunks(clean.shape[1], CHUNK):
+        contexts.append(cache.read(chunk.frames))
+        commit_chunk(network, chunk.of(clean), text, cache)
+    return PackedContext(tuple(contexts), (CHUNK,) * len(contexts))
+
+
+def test_flow_without_context_equals_diffusers():
+    """Catches any departure from the architecture whose checkpoints are to be loaded; names must fit strictly.
+
+    float32 on both sides. Theirs computes the angles 1000 sigma w in float32, wrong by up to 3e-5, ours in float64; the
+    golden weights' distance is 7e-6.
+    """
+    twin, ours = diffusers_twin(), tiny_network(dtype=torch.float32)
+    ours.load_state_dict(twin.state_dict(), strict=True)
+    x, text, sigma = latents("x").float(), conditioning().text.float(), SIGMA.float()
+    expected = diffusers_flow(twin, x, 1000 * sigma, text)
+    torch.testing.assert_close(ours(x, sigma, Conditioning(text)).flow, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_sigma_of_each_latent_frame_equals_diffusers_timestep_of_each_token():
+    """Catches modulation of the wrong frame: with one sigma for the clip, every mix-up of frames is invisible."""
+    twin, ours = diffusers_twin(), tiny_network(dtype=torch.float32)
+    ours.load_state_dict(twin.state_dict(), strict=True)
+    x, text = latents("x").float(), conditioning().text.float()
+    sigma = torch.linspace(0.05, 0.95, 2 * FRAMES).reshape(2, FRAMES)
+    tokens = x.shape[3] * x.shape[4] // 4
+    expected = diffusers_flow(twin, x, 1000 * sigma.repeat_interleave(tokens, dim=1), text)
+    torch.testing.assert_close(ours(x, sigma, Conditioning(text)).flow, expected, atol=2e-5, rtol=1e-4)
+
+
+def test_folders_saved_by_diffusers_load(tmp_path):
+    """Catches a config or file layout of our own: Wan's published folders could not be read."""
+    twin = diffusers_twin()
+    twin.save_pretrained(tmp_path)
+    ours = WanTransformer.from_pretrained(tmp_path)
+    state = ours.state_dict()
+    assert state.keys() == twin.state_dict().keys()
+    assert all(torch.equal(state[name], value) for name, value in twin.state_dict().items())
+
+
+def test_folders_saved_here_load_in_diffusers(tmp_path):
+    """Catches exports that nobody else can read."""
+    ours = tiny_network(dtype=torch.float32)
+    ours.save_pretrained(tmp_path)
+    twin = WanTransformer3DModel.from_pretrained(tmp_path)
+    assert all(torch.equal(twin.state_dict()[name], value) for name, value in ours.state_dict().items())
+
+
+def test_one_chunk_over_all_frames_is_bidirectional():
+    """Catches a causal path that differs from the bidirectional one by more than what it may see."""
+    network, x, text = tiny_network(), latents("x"), conditioning()
+    plain = network(x, SIGMA, text).flow
+    assert torch.equal(network(x, SIGMA, text, Context()).flow, plain)
+    assert torch.equal(network(x, SIGMA, text, PackedContext((Context(),), (FRAMES,))).flow, plain)
+
+
+@pytest.mark.parametrize("shift", [1, 1024, 1_000_000])
+def test_flow_depends_on_differences_of_positions_only(shift):
+    """Catches absolute positions and tables with an end, in an endless video.
+    Angles of 1e6 are good to 1e-10 in float64.
+    """
+    network, x, text = tiny_network(), latents("x"), conditioning()
+    past, present = x[:, :CHUNK], x[:, CHUNK:]
+
+    def flow(start: int) -> Tensor:
+        kv = network(past, 0.0, text, Context((), start)).kv
+        return network(present, SIGMA, text, Context((kv,), start + CHUNK)).flow
+
+    torch.testing.assert_close(flow(shift), flow(0), rtol=0, atol=1e-9)
+
+
+def test_distance_in_time_matters():
+    """Catches positions that are ignored altogether, which the relative test alone would welcome."""
+    network, x, text = tiny_network(), latents("x"), conditioning()
+    kv = network(x[:, :CHUNK], 0.0, text, Context()).kv
+    near, far = (network(x[:, CHUNK:], SIGMA, text, Context((kv,), start)).flow for start in (CHUNK, CHUNK + 1))
+    assert (near - far).abs().max() > 1e-3
+
+
+def test_samples_of_a_batch_do_not_see_each_other():
+    """Catches statistics or modulation taken over the batch. float64; kernels may round by batch size."""
+    network, x, text = tiny_network(), latents("x"), conditioning()
+    clean = latents("clean")
+    both = network(x, SIGMA, text, packed_context(network, clean, text)).flow
+    for row in range(2):
+        one = Conditioning(text.text[row : row + 1])
+        context = packed_context(network, clean[row : row + 1], one)
+        alone = network(x[row : row + 1], SIGMA[row : row + 1], one, context).flow
+        torch.testing.assert_close(both[row : row + 1], alone, rtol=0, atol=1e-12)
+
+
+def test_packed_chunks_equal_one_after_the_other():
+    """Catches positions, noise levels or contexts mixed up by packing.
+    Same sums in float64 up to the kernel's order.
+    """
+    network, x, text = tiny_network(), latents("x"), conditioning()
+    sigma = torch.linspace(0.1, 0.9, 2 * FRAMES, dtype=torch.float64).reshape(2, FRAMES)
+    packed = packed_context(network, latents("clean"), text)
+    together = network(x, sigma, text, packed).flow
+    for chunk, context in zip(plan_chunks(FRAMES, CHUNK), packed.contexts, strict=True):
+        alone = network(chunk.of(x), chunk.of(sigma), text, context).flow
+        torch.testing.assert_close(chunk.of(together), alone, rtol=0, atol=1e-12)
+
+
+def test_packed_chunks_do_not_see_each_other():
+    """Catches noisy chunks that attend to noisy neighbours instead of clean context:
+    bitwise, by changing one of them.
+    """
+    network, x, text = tiny_network(), latents("x"), conditioning()
+    packed = packed_context(network, latents("clean"), text)
+    changed = x.clone()
+    changed[:, CHUNK : 2 * CHUNK] += 1
+    before, after = (network(value, SIGMA, text, packed).flow for value in (x, changed))
+    others = [0, 1, 4, 5]
+    assert torch.equal(before[:, others], after[:, others])
+    assert (before - after)[:, CHUNK : 2 * CHUNK].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("with_context", [False, True], ids=["bidirectional", "with context"])
+def test_gradient_checkpointing_changes_nothing(with_context):
+    """Catches recomputation that sees another context or another precision:
+    outputs and gradients are equal bit for bit.
+    """
+    x, text, results = latents("x"), conditioning(), []
+    for checkpointing in (False, True):
+        network = tiny_network(dtype=torch.float32)
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        context = packed_context(network, latents("clean"), text) if with_context else None
+        flow = network(x, SIGMA, text, context).flow
+        (flow * latents("weight").float()).sum().backward()
+        results.append((flow.detach(), {name: p.grad for name, p in network.named_parameters()}))
+    (flow, gradients), (flow_again, gradients_again) = results
+    assert torch.equal(flow, flow_again)
+    assert all(torch.equal(gradients[name], gradients_again[name]) for name in gradients)
+
+
+def test_gradient_checkpointing_does_recompute():
+    """Catches a switch that is never asked: the test above would pass, and the memory would not be saved.
+
+    Counts the values that the backward pass keeps, which checkpointing is there to reduce.
+    """
+    kept = []
+    for checkpointing in (False, True):
+        network = tiny_network()
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+            network(latents("x"), SIGMA, conditioning()).flow.sum()
+        kept.append(sum(sizes))
+    assert kept[1] < 0.3 * kept[0]
+
+
+def test_every_parameter_matters_to_the_flow():
+    """Catches a layer that is built, loaded and never used."""
+    network = tiny_network()
+    (network(latents("x"), SIGMA, conditioning()).flow * latents("weight")).sum().backward()
+    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+
+
+def test_kv_of_a_chunk_carries_no_gradient():
+    """Catches a past through which gradient flows back into earlier chunks."""
+    kv = tiny_network()(latents("x"), SIGMA, conditioning()).kv
+    assert kv.frames == FRAMES
+    assert not any(part.requires_grad for layer in kv.layers for part in layer)
+
+
+def test_padding_of_the_text_is_attended_to():
+    """Catches a text mask, which Wan does not have: its checkpoints were trained with the padding visible."""
+    network, x, text = tiny_network(), latents("x"), conditioning().text
+    longer = torch.nn.functional.pad(text, (0, 0, 0, 3))
+    short, long = (network(x, SIGMA, Conditioning(value)).flow for value in (text, longer))
+    assert (short - long).abs().max() > 1e-3
+
+
+def test_sigma_reaches_the_network_as_a_thousandfold_timestep():
+    """Catches a timestep rounded to an integer or scaled twice: float64 flow must react to a change of 1e-6 in sigma.
+
+    The fastest feature is cos(1000 sigma), so a step of 1e-6 moves it by up to 1e-3,
+    and halving the step halves the change.
+    """
+    network, x, text = tiny_network(), latents("x"), conditioning()
+    base = network(x, 0.5, text).flow
+    one, two = ((network(x, 0.5 + step, text).flow - base).abs().max().item() for step in (1e-6, 2e-6))
+    assert 1e-7 < one < 1e-2
+    assert two / one == pytest.approx(2, rel=1e-2)
+
+
+def test_half_precision_keeps_what_needs_precision():
+    """Catches norms, modulation or rotation in bfloat16. 5 % of the flow's spread:
+    8 mantissa bits through 2 layers give 1 %.
+
+    At frame 10,000 an angle held in bfloat16 would be off by whole turns.
+    """
+    exact, half = tiny_network(), tiny_network(dtype=torch.bfloat16)
+    fill_weights(exact, 0)
+    exact.load_state_dict({name: value.double() for name, value in half.state_dict().items()})
+    x, text = latents("x").bfloat16().double(), conditioning()
+    text = Conditioning(text.text.bfloat16().double())
+    context = Context((), 10_000)
+    error = half(x, SIGMA, text, context).flow.double() - exact(x, SIGMA, text, context).flow
+    assert error.square().mean().sqrt() < 0.05 * exact(x, SIGMA, text, context).flow.std()
+
+
+def test_initial_weights_are_wans_and_a_function_of_the_generator():
+    """Catches weights left as torch draws them, from global state: two machines would start from different teachers."""
+    networks = []
+    for global_seed in (0, 1):
+        torch.manual_seed(global_seed)
+        network = WanTransformer(**TINY)
+        network.init_weights(torch.Generator().manual_seed(5))
+        networks.append(network)
+    first, second = (network.state_dict() for network in networks)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not first["proj_out.weight"].any()
+    assert first["blocks.0.attn1.norm_q.weight"].eq(1).all()
+    flow = networks[0](latents("x"), SIGMA, conditioning()).flow
+    assert not flow.any()
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 4, 5, 6), (1, 2, 4, 4, 7)], ids=["height", "width"])
+def test_latents_that_do_not_fit_the_patch_are_refused(shape):
+    """Catches a convolution that quietly drops the last row of an odd frame."""
+    with pytest.raises(ValueError, match=r"must be multiples of the patch \(1, 2, 2\).*divisible by 16"):
+        tiny_network()(torch.zeros(shape), 0.5, conditioning(1))
+
+
+def test_chunk_kv_counts_latent_frames_not_tokens():
+    """Catches windows that evict by tokens: one chunk would fill them."""
+    kv: ChunkKV = tiny_network()(latents("x", frames=2), SIGMA, conditioning()).kv
+    assert kv.frames == 2
+    assert kv.layers[0][0].shape[1] == 2 * (4 // 2) * (6 // 2)

@@ -1,0 +1,116 @@
+"""Settings: every mistake is named with its cure, and every file in configs/ loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from selfforcing_dfd.config import REPOSITORY, ConfigError, as_dict, change, find_file, load_config, to_yaml
+
+CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+
+MINIMAL = """
+run: {name: tried, stage: dmd}
+weights: {teacher: teacher.safetensors}
+data: {shards: shards}
+"""
+
+
+@pytest.fixture
+def minimal(tmp_path: Path) -> str:
+    (tmp_path / "minimal.yaml").write_text(MINIMAL)
+    return str(tmp_path / "minimal.yaml")
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(REPOSITORY / "configs")))
+def test_shipped_config_loads(path: Path) -> None:
+    """A renamed setting must not leave a shipped file behind; nobody runs all of them by hand."""
+    config = load_config(str(path.relative_to(REPOSITORY / "configs")))
+    for overrides in config.arms.values():
+        change(config, overrides)
+
+
+def test_round_trip(minimal: str, tmp_path: Path) -> None:
+    """What is saved with a run is the run: a setting lost in the YAML would resume as another run."""
+    config = load_config(
+        minimal, ["dfd.p=0.25", "optim.fake.lr=3e-5", "rollout.ladder=[1000,500]", "dfd.pairing=inversion"]
+    )
+    (tmp_path / "again.yaml").write_text(to_yaml(config))
+    assert load_config(str(tmp_path / "again.yaml")) == config
+
+
+def test_override_beats_file_beats_default(minimal: str) -> None:
+    """The order of precedence, which a wrong merge would turn round without an error."""
+    config = load_config(minimal, ["run.stage=dfd"])
+    assert (config.run.stage, config.run.name, config.run.seed) == ("dfd", "tried", 0)
+
+
+def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path) -> None:
+    """A recipe that says `base:` keeps what it does not mention."""
+    (tmp_path / "child.yaml").write_text("base: minimal.yaml\nrun: {seed: 7}\n")
+    config = load_config(str(tmp_path / "child.yaml"))
+    assert (config.run.seed, config.run.name, config.weights.teacher) == (7, "tried", "teacher.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("dfd.pp=1", r"dfd\.pp: Key 'pp' not in 'DFDConfig'.*Did you mean: 'p'"),
+        ("optim.student.lrr=1", r"optim\.student\.lrr: .*Did you mean: 'lr'"),
+        ("dfd.p=often", r"dfd\.p: Value 'often' of type 'str' could not be converted to Float"),
+        ("dfd.granularity=batch", r"dfd\.granularity: Invalid value 'batch', expected one of"),
+        ("dfd.p=2", r"dfd\.p \(2\.0\).* probabilities in \[0, 1\]"),
+        ("dfd.sigma_range=[0.9,0.1]", r"dfd\.sigma_range is .*0 <= low < high <= 1"),
+        ("rollout.frames=10", r"rollout\.frames \(10\) is not a multiple of rollout\.chunk_frames \(3\); use 9 or 12"),
+        ("rollout.window=2", r"rollout\.window \(2\) must hold rollout\.sink \(0\) .* use at least 3"),
+        ("rollout.ladder=[900,500]", r"must start at 1000"),
+        ("batch.micro=5", r"batch\.size \(16\) is not a multiple of batch\.micro \(5\); use 15 or 20"),
+        ("batch.group=3", r"batch\.micro \(16\) is not a multiple of batch\.group \(3\).*use 18"),
+        ("score.sigma_max=0.01", r"0 < min < max <= 1"),
+        ("score.fake_per_student=0", r"at least 1"),
+        ("model.head_dim=5", r"model\.head_dim is 5; .* even number"),
+        ("weights.teacher=", r"weights\.teacher is empty"),
+        ("data.shards=", r"data\.shards is empty"),
+        ("seed", r"'seed' is not of the form section\.setting=value"),
+        ("log.wandb=yes", r"log\.wandb: Key 'wandb' not in"),
+    ],
+)
+def test_mistake_is_explained(minimal: str, override: str, message: str) -> None:
+    """One message a mistake: file, full path, what was got and what to write instead."""
+    with pytest.raises(ConfigError, match=message) as error:
+        load_config(minimal, [override])
+    assert "minimal.yaml" in str(error.value)
+
+
+def test_assignment_needs_groups(minimal: str) -> None:
+    """Assignment over one sample is caption pairing in disguise: the run would claim what it does not do."""
+    with pytest.raises(ConfigError, match=r"batch\.group is 1.*use batch\.group=8"):
+        load_config(minimal, ["run.stage=dfd", "dfd.pairing=assignment"])
+
+
+def test_unknown_file_lists_the_known(tmp_path: Path) -> None:
+    """A typo in --config ends with the names that exist."""
+    with pytest.raises(ConfigError, match=r"no config file nowhere\.yaml.*dfd_ar\.yaml"):
+        load_config("nowhere.yaml")
+
+
+def test_settings_are_frozen(minimal: str) -> None:
+    """A setting changed during a run would not be in the saved config."""
+    with pytest.raises(AttributeError):
+        load_config(minimal).run.seed = 3  # type: ignore[misc]
+
+
+def test_change_keeps_the_rest(minimal: str) -> None:
+    """An arm differs from its comparison in what it names and in nothing else."""
+    config = load_config(minimal)
+    before, after = as_dict(config), as_dict(change(config, ["run.name=arm"]))
+    assert before.pop("run") | {"name": "arm"} == after.pop("run")
+    assert before == after
+
+
+def test_assets_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Shipped weights are named relative to the repository, whatever the working directory."""
+    monkeypatch.chdir(tmp_path)
+    assert find_file("assets/tiny/codec.safetensors").is_file()
+    assert find_file("mine.safetensors") == Path("mine.safetensors")

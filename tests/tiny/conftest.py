@@ -1,0 +1,28 @@
+"""Rendered clips and their reading, made once: reading 64 clips takes about a second."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny_clips import Clips
+
+from selfforcing_dfd.rng import generator
+from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.readout import read
+from selfforcing_dfd.tiny.world import draw_factors, render
+
+CODEC_FILE = Path(__file__).parents[2] / "assets" / "tiny" / "codec.safetensors"
+
+
+@pytest.fixture(scope="session")
+def clips() -> Clips:
+    """64 draws from the data law; all shapes, sizes, speeds and directions and at least five hues occur."""
+    factors = draw_factors(64, generator(0, "test clips"))
+    videos = render(factors)
+    return Clips(factors, videos, read(videos))
+
+
+@pytest.fixture(scope="session")
+def codec() -> TinyCodec:
+    return TinyCodec.load(CODEC_FILE)

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_clips import Clips
+
+from selfforcing_dfd.data.video import read_video
+from selfforcing_dfd.rng import generator
+from selfforcing_dfd.tiny import world
+from selfforcing_dfd.tiny.readout import read
+
+NAMES = {
+    "shape": world.SHAPES,
+    "hue": world.HUES,
+    "direction": world.DIRECTIONS,
+    "speed": world.SPEEDS,
+    "size": world.SIZES,
+}
+
+
+def test_draws_follow_the_priors() -> None:
+    """Would catch priors in the wrong order. Over 20,000 draws a share's standard error is at most .0035."""
+    factors = world.draw_factors(20_000, generator(0, "test priors"))
+    modes = torch.bincount(world.mode(factors.hue, factors.direction), minlength=24) / 20_000
+    assert (modes - world.MODE_PRIOR).abs().max() < 4 * 0.0035
+    assert abs(factors.saturation.mean() - 0.5) < 0.005
+    # Beta(6, 6) has variance 1 / 52.
+    assert abs(factors.saturation.var() * 52 - 1) < 0.05
+
+
+def test_mode_prior_is_indexed_as_modes_are() -> None:
+    """Would catch a transposed outer product, which leaves the sum 1 and every count wrong."""
+    rarest = world.mode(torch.tensor(5), torch.tensor(3))
+    assert world.MODE_PRIOR[rarest] == world.MODE_PRIOR.min()
+    assert world.MODE_PRIOR[rarest].item() == pytest.approx(0.04 * 0.1)
+    assert world.MODE_PRIOR.sum().item() == pytest.approx(1)
+
+
+def test_the_world_is_a_torus() -> None:
+    """A clip shifted by a whole number of pixels is the same clip rolled. Would catch edges that do not wrap."""
+    factors = world.draw_factors(6, generator(0, "test torus"))
+    moved = dataclasses.replace(factors, x=factors.x + 40, y=factors.y - 23)
+    rolled = world.render(factors, 5).roll((-23, 40), dims=(2, 3))
+    # float32 positions near 100 pixels are exact to 1e-5, and the steepest edge has slope 1/4 per 0.9 px.
+    torch.testing.assert_close(world.render(moved, 5), rolled, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("direction", range(4))
+def test_shapes_move_where_their_direction_says(direction: int) -> None:
+    """Rendering frame t is rolling frame 0, y pointing down. Would catch swapped axes and signs."""
+    factors = world.draw_factors(3, generator(0, "test direction"))
+    fast = torch.full_like(factors.speed, 2)
+    factors = dataclasses.replace(factors, direction=torch.full_like(fast, direction), speed=fast)
+    video = world.render(factors, 6)
+    right, down = {"right": (10, 0), "down": (0, 10), "left": (-10, 0), "up": (0, -10)}[world.DIRECTIONS[direction]]
+    torch.testing.assert_close(video[:, 5], video[:, 0].roll((down, right), dims=(1, 2)), atol=1e-4, rtol=0)
+
+
+def test_a_clip_does_not_depend_on_the_others_in_its_batch() -> None:
+    """Would catch masks by shape that write to the wrong rows."""
+    factors = world.draw_factors(20, generator(0, "test batch"))
+    whole = world.render(factors, 3)
+    single = torch.cat([world.render(factors[slice(clip, clip + 1)], 3) for clip in range(20)])
+    assert torch.equal(whole, single)
+
+
+@pytest.mark.parametrize("level", ["short", "medium", "long"])
+def test_captions_parse_back(clips: Clips, level: world.Level) -> None:
+    """A caption names exactly the factors of its level, with the clip's values."""
+    named = {"short": {"shape"}, "medium": {"shape", "hue"}, "long": set(NAMES)}[level]
+    parsed = [world.parse_caption(caption) for caption in world.captions(clips.factors, level)]
+    values = {name: getattr(clips.factors, name).tolist() for name in named}
+    assert parsed == [{name: values[name][clip] for name in named} for clip in range(len(clips.factors))]
+
+
+def test_captions_that_contradict_themselves_are_refused() -> None:
+    """Would catch the last word winning in silence."""
+    assert world.parse_caption("A bright, RED disc!") == {"hue": 0, "shape": 0}
+    with pytest.raises(ValueError, match="names the hue twice: red and blue"):
+        world.parse_caption("a red blue disc moves")
+
+
+def test_written_clips_keep_their_attributes(tmp_path: Path) -> None:
+    """Would catch lossy encoding, swapped channels and captions that belong to other clips."""
+    paths = world.write_clips(tmp_path, 6, seed=3, level="long")
+    reading = read(torch.stack([read_video(path, 33) for path in paths]).float() / 255)
+    assert reading.valid.all()
+    for clip, path in enumerate(paths):
+        parsed = world.parse_caption(path.with_suffix(".txt").read_text())
+        assert parsed == {name: int(getattr(reading, name)[clip]) for name in NAMES}
+    truth = torch.cat([world.draw_factors(1, generator(3, "tiny clip", clip)).saturation for clip in range(6)])
+    # 8 bits and near-lossless H.264: 1 of 255 levels of a channel at .9 is .0044.
+    assert (reading.saturation - truth).abs().max() < 0.01
+
+
+def test_a_longer_folder_begins_with_the_clips_of_a_shorter_one(tmp_path: Path) -> None:
+    """Would catch a generator shared between clips.
+
+    Equal frames may be encoded otherwise where x264 has AVX-512, by a level or two of 255; another clip is 10 away.
+    """
+    short = world.write_clips(tmp_path / "short", 2, seed=0, num_frames=5)
+    long = world.write_clips(tmp_path / "long", 3, seed=0, num_frames=5)
+    for one, other in zip(short, long, strict=False):
+        assert (read_video(one, 5).float() - read_video(other, 5).float()).abs().mean() < 0.5
+    assert (read_video(long[0], 5).float() - read_video(long[2], 5).float()).abs().mean() > 5

@@ -1,0 +1,64 @@
+"""A shard folder of tiny-world clips and starting weights, made once for all training tests."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+from selfforcing_dfd.build import build_network
+from selfforcing_dfd.config import REPOSITORY, Config, ModelConfig, load_config
+from selfforcing_dfd.sampling import invert
+from selfforcing_dfd.cache import Conditioning
+from selfforcing_dfd.tiny.data import make_tiny_shards
+from selfforcing_dfd.training.ema import save_weights
+from tests.tiny_models import fill_weights
+
+MODEL = ModelConfig(num_heads=2, head_dim=8, num_layers=1, ffn_dim=32, freq_dim=16)
+SMALL = [f"model.{name}={MODEL.__getattribute__(name)}" for name in ("num_heads", "head_dim", "num_layers", "ffn_dim", "freq_dim")]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with shards/ (24 clips with noise) and teacher.safetensors, all of a one-layer network."""
+    folder = tmp_path_factory.mktemp("world")
+    teacher = build_network(MODEL)
+    fill_weights(teacher, seed=1)
+    save_weights(folder / "teacher.safetensors", teacher)
+    basis = REPOSITORY / "assets" / "tiny" / "codec.safetensors"
+    make_tiny_shards(
+        folder / "shards", 24, 0, "short", 9, basis, lambda x, text: invert(teacher, x, Conditioning(text), 2, 3.0), "t"
+    )
+    return folder
+
+
+@pytest.fixture
+def settings(world: Path, tmp_path: Path) -> Callable[..., Config]:
+    """A config of the small network on the shared shards, in a run folder of its own; overrides on top."""
+
+    def make(*overrides: str) -> Config:
+        (tmp_path / "config.yaml").write_text("run: {stage: dfd}\n")
+        return load_config(str(tmp_path / "config.yaml"), [*arguments(world, tmp_path), *overrides])
+
+    return make
+
+
+def arguments(world: Path, out: Path) -> list[str]:
+    """The same as dotlist overrides, for runs in a process of their own."""
+    return [
+        *SMALL,
+        f"weights.teacher={world / 'teacher.safetensors'}",
+        f"data.shards={world / 'shards'}",
+        f"run.out={out / 'runs'}",
+        "run.student_updates=4",
+        "batch.size=4",
+        "batch.micro=4",
+        "score.fake_per_student=2",
+        "optim.student.lr=1e-3",
+        "optim.fake.lr=1e-3",
+        "checkpoint.every=2",
+    ]
+
+

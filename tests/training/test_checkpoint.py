@@ -1,0 +1,547 @@
+"""A run must continue bit for bit from its newest complete checkpoint, whatever happened to it while saving."""
+
+import errno
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from selfforcing_dfd import rng
+from selfforcing_dfd.training.checkpoint import (
+    CheckpointError,
+    CheckpointManager,
+    check_config,
+    config_fingerprint,
+    load_optimizer_state,
+    optimizer_state,
+    read_meta,
+)
+from selfforcing_dfd.training.clock import Clock
+from selfforcing_dfd.training.ema import EMA, model_fingerprint
+
+FAKE_PER_STUDENT = 2
+
+
+class Run:
+    """Two real networks that train in turns, with all the state that a distillation has."""
+
+    def __init__(self, width: int = 8) -> None:
+        self.networks = {turn: make_network(turn, width) for turn in ("student", "fake")}
+        self.optimizers = {
+            turn: torch.optim.AdamW(network.parameters(), lr=1e-2, betas=(0.0, 0.999))
+            for turn, network in self.networks.items()
+        }
+        self.ema = EMA(self.networks["student"], decay=0.9)
+        self.clock = Clock()
+
+    def train(self, student_updates: int, stop_at_fake: int | None = None) -> None:
+        while self.clock.student_updates < student_updates and self.clock.fake_updates != stop_at_fake:
+            turn = self.clock.next_turn(FAKE_PER_STUDENT)
+            self.optimizers[turn].zero_grad()
+            x = rng.normal((4, 3), 0, "data", self.clock.samples)
+            output = self.networks["student"](x)
+            loss = (self.networks["fake"](output if turn == "student" else output.detach()) - x).square().mean()
+            loss.backward()
+            self.optimizers[turn].step()
+            self.clock.advance(turn, samples=4)
+            if turn == "student":
+                self.ema.update(self.networks["student"], self.clock.student_updates)
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {"clock": self.clock, "ema": self.ema, "note": "a", "rate": 0.1}
+        for turn, network in self.networks.items():
+            state[turn] = network.state_dict()
+            state[f"{turn}_optimizer"] = optimizer_state(network, self.optimizers[turn])
+        return state
+
+    def bits(self) -> dict[str, Tensor]:
+        found = {f"ema.{name}": tensor for name, tensor in self.ema.shadow.items()}
+        for turn, network in self.networks.items():
+            found |= {f"{turn}.{name}": tensor for name, tensor in network.state_dict().items()}
+            for name, tensors in optimizer_state(network, self.optimizers[turn]).items():
+                found |= {f"{turn}_optimizer.{name}.{key}": tensor for key, tensor in tensors.items()}
+        return {name: tensor.clone() for name, tensor in found.items()}
+
+
+def make_network(name: str, width: int) -> nn.Module:
+    network = nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, 3))
+    with torch.no_grad():
+        for key, parameter in network.named_parameters():
+            parameter.copy_(0.5 * rng.normal(tuple(parameter.shape), 0, f"{name} {key}"))
+    return network
+
+
+def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    assert got.keys() == wanted.keys()
+    differing = [
+        name for name in got if got[name].dtype != wanted[name].dtype or not torch.equal(got[name], wanted[name])
+    ]
+    assert not differing
+
+
+def small_state(step: int) -> dict[str, Any]:
+    return {"weights": {"w": torch.full((1000,), float(step))}, "step": step}
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+@pytest.mark.parametrize("stop_at_fake", [None, 7])
+def test_six_updates_equal_three_and_three_resumed(tmp_path: Path, stop_at_fake: int | None) -> None:
+    """Catches any state that a checkpoint leaves out: moments, step counts, EMA, clock, place in the cycle."""
+    whole = Run()
+    whole.train(6)
+    before = Run()
+    before.train(6 if stop_at_fake else 3, stop_at_fake)
+    assert before.clock.student_updates == 3
+    manager = CheckpointManager(tmp_path)
+    manager.save(3, before.state())
+    after = Run()
+    latest = manager.latest()
+    assert latest is not None
+    manager.load(latest, after.state())
+    assert_same(after.bits(), before.bits())
+    assert after.clock == before.clock
+    after.train(6)
+    assert_same(after.bits(), whole.bits())
+    assert after.clock == whole.clock
+
+
+def test_resume_from_before_the_first_update(tmp_path: Path) -> None:
+    """Catches optimizers whose state is empty at update 0: nothing to save, or one step too many on load."""
+    whole, saved, resumed = Run(), Run(), Run()
+    whole.train(3)
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(0, saved.state())
+    saved.train(3)
+    assert_same(saved.bits(), whole.bits())
+    resumed.train(1)
+    manager.load(path, resumed.state())
+    resumed.train(3)
+    assert_same(resumed.bits(), whole.bits())
+
+
+def test_loading_replaces_what_was_trained_since(tmp_path: Path) -> None:
+    """Catches a load that only fills what is missing: going back must be possible in a running process."""
+    run = Run()
+    run.train(2)
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(2, run.state())
+    before = run.bits()
+    run.train(5)
+    manager.load(path, run.state())
+    assert_same(run.bits(), before)
+    assert run.clock.student_updates == 2
+
+
+def test_plain_values_come_back_exactly(tmp_path: Path) -> None:
+    """Catches numbers that a text format rounds, and values at the top level that stay as they were."""
+    values = {"tiny": 5e-324, "third": 1 / 3, "big": 2**63, "minus": -0.0, "yes": True, "text": "é\n", "none": None}
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(1, {"nested": {"deep": dict(values)}, "empty": {}, **values})
+    state: dict[str, Any] = {name: value if value is None else type(value)() for name, value in values.items()}
+    nested = {"deep": dict(state)}
+    state |= {"nested": nested, "empty": {}}
+    manager.load(path, state)
+    assert nested["deep"] == values
+    assert {name: state[name] for name in values} == values
+    assert str(state["minus"]) == "-0.0"
+
+
+def test_optimizer_state_can_be_handed_over_separately(tmp_path: Path) -> None:
+    """Catches load_optimizer_state sharing tensors with its source: training one run would move the other's moments."""
+    run, other = Run(), Run()
+    run.train(2)
+    for turn, network in run.networks.items():
+        other.networks[turn].load_state_dict(network.state_dict())
+        load_optimizer_state(
+            other.networks[turn], other.optimizers[turn], optimizer_state(network, run.optimizers[turn])
+        )
+    other.ema.load_state_dict(run.ema.state_dict())
+    other.clock.load_state_dict(run.clock.state_dict())
+    before = other.bits()
+    run.train(4)
+    assert_same(other.bits(), before)
+    other.train(4)
+    assert_same(other.bits(), run.bits())
+
+
+def test_it_says_where_it_came_from(tmp_path: Path) -> None:
+    """Catches a checkpoint of which nobody can tell which config, model and libraries made it."""
+    config = {"run": {"seed": 3}, "optim": {"betas": (0.0, 0.999)}}
+    manager = CheckpointManager(tmp_path, config=config, models={"teacher": model_fingerprint(make_network("t", 4))})
+    meta = read_meta(manager.save(40, small_state(40)))
+    assert meta["student_update"] == 40
+    assert meta["config_fingerprint"] == config_fingerprint({"optim": {"betas": [0.0, 0.999]}, "run": {"seed": 3}})
+    assert meta["config_yaml"] == "run:\n  seed: 3\noptim:\n  betas:\n  - 0.0\n  - 0.999\n"
+    assert meta["versions"]["torch"] == torch.__version__
+    assert meta["values"] == {"step": 40}
+    assert set(meta["files"]) == {".metadata", "__0_0.distcp"}
+
+
+def test_the_newest_few_are_kept(tmp_path: Path) -> None:
+    """Catches text order (999999 after 1000000), keeping all, and keeping too few."""
+    manager = CheckpointManager(tmp_path, keep=2)
+    for step in (0, 9, 10, 999999, 1000000):
+        manager.save(step, small_state(step))
+        assert manager.latest() == tmp_path / f"student_update={step:06d}"
+    assert names(tmp_path) == ["student_update=1000000", "student_update=999999"]
+    with pytest.raises(ValueError, match="keep is 0; at least 1"):
+        CheckpointManager(tmp_path, keep=0)
+
+
+def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
+    """Catches keep counting names: a whole checkpoint would be deleted in favour of a truncated one."""
+    manager = CheckpointManager(tmp_path, keep=2)
+    for step in (1, 2):
+        manager.save(step, small_state(step))
+    (tmp_path / "student_update=000002" / "__0_0.distcp").write_bytes(b"")
+    manager.save(3, small_state(3))
+    assert "student_update=000001" in names(tmp_path)
+
+
+def test_the_same_update_can_be_saved_again(tmp_path: Path) -> None:
+    """Catches a failing rename when a run is stopped between two student updates, after some fake-score turns."""
+    manager = CheckpointManager(tmp_path)
+    run = Run()
+    run.train(1)
+    manager.save(1, run.state())
+    run.train(2, stop_at_fake=3)
+    path = manager.save(1, run.state())
+    resumed = Run()
+    manager.load(path, resumed.state())
+    assert resumed.clock == run.clock == Clock(1, 3, 16)
+    assert names(tmp_path) == ["student_update=000001"]
+
+
+def test_killed_while_replacing_the_old_one_is_found(tmp_path: Path) -> None:
+    """Catches the moment between two renames, at which the name of the newest checkpoint is free."""
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(1, small_state(1))
+    path.rename(path.with_suffix(".replaced"))
+    latest = manager.latest()
+    assert latest is not None
+    state = small_state(0)
+    manager.load(latest, state)
+    assert state["step"] == 1
+    manager.save(1, small_state(1))
+    assert names(tmp_path) == ["student_update=000001"]
+
+
+def test_killed_after_replacing_the_old_one_the_new_one_counts(tmp_path: Path) -> None:
+    """Catches the stale one taken for the newest when a kill comes before it could be deleted."""
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(1, {"turns": 1})
+    shutil.copytree(path, path.with_suffix(".replaced"))
+    manager.save(1, {"turns": 2})
+    shutil.copytree(path, path.with_suffix(".replaced"))
+    assert manager.latest() == path
+    state = {"turns": 0}
+    manager.load(path, state)
+    assert state["turns"] == 2
+
+
+def test_a_failed_replacement_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches deleting the one of the same update before the new one has its name."""
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(1, small_state(1))
+
+    def rename(source: Path, target: Path) -> Path:
+        if target == path:
+            raise OSError(errno.EIO, "Input/output error")
+        os.rename(source, target)
+        return target
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with pytest.raises(CheckpointError, match=r"earlier checkpoints are untouched: OSError: .* Input/output error"):
+        manager.save(1, small_state(1))
+    latest = manager.latest()
+    assert latest is not None
+    manager.load(latest, small_state(0))
+
+
+def test_saving_before_a_later_checkpoint_is_refused(tmp_path: Path) -> None:
+    """Catches a new run, or one resumed further back, in a used folder: `latest` would return the other branch."""
+    manager = CheckpointManager(tmp_path)
+    manager.save(40, small_state(40))
+    with pytest.raises(
+        CheckpointError, match=r"student_update=000040 is beyond student update 30 .* another run folder"
+    ):
+        manager.save(30, small_state(30))
+    assert names(tmp_path) == ["student_update=000040"]
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize("damage", [truncate, remove])
+@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.json"])
+def test_a_damaged_checkpoint_is_passed_over(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Any
+) -> None:
+    """Catches `.metadata` alone as the mark of a whole checkpoint: DCP writes it, but knows no sizes."""
+    manager = CheckpointManager(tmp_path)
+    before = manager.save(1, small_state(1))
+    newest = manager.save(2, small_state(2))
+    damage(newest / name)
+    with caplog.at_level(logging.WARNING):
+        assert manager.latest() == before
+    assert "student_update=000002 is passed over: " in caplog.text
+    assert name in caplog.text
+    with pytest.raises(
+        CheckpointError, match=r"000002 is no complete checkpoint: .*Complete .* \['student_update=000001'\]"
+    ):
+        manager.load(newest, small_state(0))
+
+
+def test_flipped_bits_are_found_on_load(tmp_path: Path) -> None:
+    """Catches a disk that changes content but not size: training would go on from weights nobody computed."""
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(1, small_state(1))
+    data = bytearray((path / "__0_0.distcp").read_bytes())
+    data[len(data) // 2] ^= 1
+    (path / "__0_0.distcp").write_bytes(data)
+    state = small_state(0)
+    with pytest.raises(CheckpointError, match=r"is damaged.*resume from the one before it\n  __0_0.distcp"):
+        manager.load(path, state)
+    assert torch.equal(state["weights"]["w"], torch.zeros(1000))
+
+
+def test_nothing_there_is_no_checkpoint(tmp_path: Path) -> None:
+    """Catches FastGen's silent restart: a wrong path must not train from scratch."""
+    assert CheckpointManager(tmp_path / "none").latest() is None
+    with pytest.raises(CheckpointError, match=r"meta.json: No such file or directory"):
+        CheckpointManager(tmp_path).load(tmp_path / "student_update=000040", small_state(0))
+
+
+def test_another_format_is_named(tmp_path: Path) -> None:
+    """Catches a later version's checkpoint read as if it were ours."""
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(1, small_state(1))
+    meta = read_meta(path) | {"format_version": 99}
+    (path / "meta.json").write_text(json.dumps(meta))
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+        manager.load(path, small_state(0))
+
+
+def test_a_checkpoint_of_another_model_is_explained_and_changes_nothing(tmp_path: Path) -> None:
+    """Catches a partial load, DCP's silent cast of dtypes, and 40 lines of traceback in place of two names."""
+    manager = CheckpointManager(tmp_path)
+    run = Run()
+    run.train(2)
+    path = manager.save(2, run.state())
+    other = Run(width=9)
+    before = other.bits()
+    with pytest.raises(
+        CheckpointError, match=r"made by another model, 35 of .*\n.*checkpoint \[8, 3\] float32, now \[9, 3\]"
+    ):
+        manager.load(path, other.state())
+    assert_same(other.bits(), before)
+    assert other.clock == Clock()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"w": torch.zeros(1000, dtype=torch.float64)}, r"w: checkpoint \[1000\] float32, now \[1000\] float64"),
+        ({"w": torch.zeros(1000), "extra": torch.zeros(1)}, r"weights.extra: checkpoint absent, now \[1\] float32"),
+        ({"v": torch.zeros(1000)}, r"weights.w: checkpoint \[1000\] float32, now absent"),
+    ],
+)
+def test_every_kind_of_mismatch_is_named(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
+    """Catches a check of common keys only: DCP casts dtypes and ignores what nobody asked for."""
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(1, small_state(1))
+    with pytest.raises(CheckpointError, match=message):
+        manager.load(path, {"weights": change, "step": 0})
+    with pytest.raises(CheckpointError, match="step: checkpoint int, now float"):
+        manager.load(path, {"weights": {"w": torch.zeros(1000)}, "step": 0.0})
+
+
+def test_another_teacher_is_refused(tmp_path: Path) -> None:
+    """Catches a resume beside another frozen teacher, which no tensor of the checkpoint would reveal."""
+    teachers = [{"teacher": model_fingerprint(make_network(name, 4))} for name in ("first", "second")]
+    path = CheckpointManager(tmp_path, models=teachers[0]).save(1, small_state(1))
+    with pytest.raises(
+        CheckpointError, match=r"made by another model, 1 of .*\n  teacher \(fingerprint\): checkpoint "
+    ):
+        CheckpointManager(tmp_path, models=teachers[1]).load(path, small_state(0))
+    CheckpointManager(tmp_path, models=teachers[0]).load(path, small_state(0))
+
+
+def test_other_settings_are_listed(tmp_path: Path) -> None:
+    """Catches a resume that goes on with another learning rate than the curves before it, unsaid."""
+    config = {"optim": {"student": {"lr": 1e-5, "betas": (0.0, 0.999)}}, "run": {"out": "a", "updates": 40}}
+    path = CheckpointManager(tmp_path, config=config).save(1, small_state(1))
+    check_config(path, {**config, "run": {"out": "b", "updates": 80}}, allowed={"run.out", "run.updates"})
+    check_config(path, {**config, "run": {"out": "b", "updates": 80}}, allowed={"run"})
+    changed = {"optim": {"student": {"lr": 2e-5, "betas": (0.0, 0.999)}}, "run": {"out": "b"}, "ema": {"decay": 0.9}}
+    with pytest.raises(CheckpointError) as error:
+        check_config(path, changed, allowed={"run.out"})
+    lines = str(error.value).split("\n")
+    assert [line.strip() for line in lines[1:-1]] == [
+        "optim.student.lr: checkpoint 1e-05, now 2e-05",
+        "run.updates: checkpoint 40, now absent",
+        "ema.decay: checkpoint absent, now 0.9",
+    ]
+    assert "start a new run in another folder from exported weights" in lines[-1]
+    assert lines[-1].endswith("May change on resume: run.out")
+
+
+def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
+    """Catches a pickled optimizer or numpy scalar in a checkpoint that should outlive this version."""
+    manager = CheckpointManager(tmp_path)
+    model = make_network("a", 4)
+    with pytest.raises(
+        CheckpointError, match=r"optimizer.param_groups is a list; .*optimizer_state\(model, optimizer\)"
+    ):
+        manager.save(1, {"optimizer": torch.optim.AdamW(model.parameters())})
+    with pytest.raises(CheckpointError, match=r"two entries are called a.b"):
+        manager.save(1, {"a": {"b": 1}, "a.b": 2})
+    assert names(tmp_path) == []
+
+
+def test_an_interrupted_save_leaves_nothing_behind(tmp_path: Path) -> None:
+    """Catches Ctrl-C during a save swallowed by DCP's wrapper, or leaving gigabytes under a hidden name."""
+    manager = CheckpointManager(tmp_path)
+    manager.save(1, small_state(1))
+
+    class Interrupting(dict[str, Any]):
+        def __len__(self) -> int:
+            raise KeyboardInterrupt
+
+    manager.config = {"run": 1}
+    manager.models = Interrupting()
+    with pytest.raises(KeyboardInterrupt):
+        manager.save(2, small_state(2))
+    assert names(tmp_path) == ["student_update=000001"]
+
+
+SAVE_UNTIL_FULL = """
+import json, resource, signal, sys, torch
+from selfforcing_dfd.training.checkpoint import CheckpointError, CheckpointManager
+folder, limit = sys.argv[1:]
+manager = CheckpointManager(folder, keep=2)
+def state(size): return {"weights": {str(i): torch.full((size,), 1.0) for i in range(20)}, "step": 7}
+manager.save(1, state(1000))
+if limit == "file size":
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+notes = {"notes": {str(i): "x" * 100 for i in range(20_000)}}  # fills meta.json, which is written last
+for too_big in (state(30_000), notes):
+    try:
+        manager.save(2, too_big)
+    except CheckpointError as error:
+        print(json.dumps([str(error), str(manager.latest()), sorted(p.name for p in manager.folder.iterdir())]))
+manager.load(manager.latest(), state(1000))
+manager.save(3, state(1000))
+"""
+
+
+def may_mount() -> bool:
+    """Whether this user may mount a small disk of its own, seen by its own process only."""
+    if shutil.which("unshare") is None:
+        return False
+    probe = ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", "/mnt"]
+    return subprocess.run(probe, capture_output=True, check=False).returncode == 0
+
+
+@pytest.mark.parametrize("limit", ["file size", *(["disk"] if may_mount() else [])])
+def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, limit: str) -> None:
+    """Catches deleting old ones to make room, and a half-written temporary folder that keeps the disk full."""
+    command = [sys.executable, "-c", SAVE_UNTIL_FULL, str(tmp_path), limit]
+    if limit == "disk":
+        mount = 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"'
+        command = ["unshare", "-rm", "sh", "-c", mount, str(tmp_path), *command]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    reports = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(reports) == 2
+    for message, latest, left in reports:
+        assert "earlier checkpoints are untouched: the disk is full; free some space or keep fewer" in message
+        assert latest.endswith("student_update=000001")
+        assert left == ["student_update=000001"]
+
+
+SAVE_FOR_EVER = """
+import os, sys, torch
+from selfforcing_dfd.training.checkpoint import CheckpointManager
+folder = sys.argv[1]
+def state(step): return {"weights": {str(i): torch.full((100_000,), float(step)) for i in range(5)}, "step": step}
+for line in sys.stdin:
+    child = os.fork()
+    if child == 0:
+        manager = CheckpointManager(folder, keep=2)
+        last = manager.latest()
+        current = state(0)
+        if last is not None:
+            manager.load(last, current)
+            assert current["weights"]["0"].eq(current["step"]).all()
+        for step in range(current["step"] + 1, 10**6):
+            manager.save(step, state(step))
+            os.write(1, f"saved {step}\\n".encode())
+    os.write(1, f"child {child}\\n".encode())
+    _, status = os.waitpid(child, 0)
+    os.write(1, f"ended {os.waitstatus_to_exitcode(status)}\\n".encode())
+"""
+
+
+def kill_while_saving(nursery: "subprocess.Popen[str]", delay_s: float) -> int:
+    """Let a new process save without pause, kill it `delay_s` after its first save; the last step it called saved."""
+    assert nursery.stdin is not None
+    assert nursery.stdout is not None
+    nursery.stdin.write("go\n")
+    nursery.stdin.flush()
+    child, last = 0, 0
+    for line in nursery.stdout:
+        word, _, number = line.strip().partition(" ")
+        if word == "ended":
+            assert int(number) == -signal.SIGKILL, "the saving process failed by itself"
+            return last
+        if word == "child":
+            child = int(number)
+        first_save = word == "saved" and last == 0
+        last = int(number) if word == "saved" else last
+        if first_save:
+            time.sleep(delay_s)
+            os.kill(child, signal.SIGKILL)
+    raise AssertionError("the process that starts the saving ones ended")
+
+
+def test_kill_nine_while_saving_loses_no_finished_checkpoint(tmp_path: Path) -> None:
+    """Catches writing in place, a rename before the data is complete, and pruning before the rename."""
+    delays_s = rng.uniform((6,), 0, "kill").mul(0.2).tolist()
+    interrupted = 0
+    with subprocess.Popen(
+        [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as nursery:
+        for delay_s in delays_s:
+            reported = kill_while_saving(nursery, delay_s)
+            interrupted += any(name.startswith(".tmp-") for name in names(tmp_path))
+            manager = CheckpointManager(tmp_path)
+            latest = manager.latest()
+            assert latest is not None
+            state: dict[str, Any] = {"weights": {str(i): torch.zeros(100_000) for i in range(5)}, "step": 0}
+            manager.load(latest, state)
+            assert state["step"] >= reported
+            assert all(tensor.eq(state["step"]).all() for tensor in state["weights"].values())
+        assert nursery.stdin is not None
+        nursery.stdin.close()
+    assert interrupted >= 2, "too few kills hit a save; the test proves nothing"
+    CheckpointManager(tmp_path).save(10**6, small_state(10**6))
+    assert not any(name.startswith(".tmp-") for name in names(tmp_path))

@@ -1,0 +1,235 @@
+"""Whole runs of `train.py`: resume, interruption, kills and bad input, with the real classes at tiny size."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from selfforcing_dfd.build import build_trainer, run_folder
+from selfforcing_dfd.config import REPOSITORY, Config, ConfigError
+from selfforcing_dfd.runner import run
+from selfforcing_dfd.training.checkpoint import CheckpointError
+from selfforcing_dfd.training.loop import Interrupted, Trainer
+from selfforcing_dfd.training.tracking import NonFiniteError, read_metrics
+from tests.training.conftest import arguments
+
+Settings = Callable[..., Config]
+
+STAGES = {
+    "teacher": ["run.stage=teacher", "optim.student.kind=muon", "weights.teacher=''"],
+    "init": ["run.stage=init"],
+    "dmd": ["run.stage=dmd"],
+    "dfd": ["dfd.pairing=assignment", "batch.group=2", "dfd.granularity=sample", "dfd.ramp_updates=2", "dfd.p_start=0"],
+    "inversion": ["dfd.pairing=inversion", "dfd.p=1"],
+}
+
+
+def everything(trainer: Trainer) -> dict[str, Any]:
+    """All that a run holds, by dotted name: networks, optimizers, EMA, clock."""
+    found: dict[str, Any] = {}
+
+    def walk(prefix: str, value: Any) -> None:
+        value = value.state_dict() if hasattr(value, "state_dict") else value
+        if isinstance(value, dict):
+            for name, child in value.items():
+                walk(f"{prefix}.{name}", child)
+        else:
+            found[prefix] = value.clone() if isinstance(value, torch.Tensor) else value
+
+    walk("", trainer.state())
+    return found
+
+
+def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
+    assert first.keys() == second.keys()
+    differing = [name for name in first if not torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name]))]
+    assert not differing
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_resume_is_bit_exact(settings: Settings, stage: str) -> None:
+    """Student, fake score, optimizers, EMA, clock and data order after 2 + 2 updates are those after 4, bit for bit."""
+    whole = build_trainer(settings(*STAGES[stage], "run.name=whole"))
+    whole.run()
+    build_trainer(settings(*STAGES[stage], "run.name=parts", "run.student_updates=2")).run()
+    parts = build_trainer(settings(*STAGES[stage], "run.name=parts"), resume=True)
+    assert parts.clock.student_updates == 2
+    parts.run()
+    assert_same(everything(whole), everything(parts))
+
+
+def test_interruption_inside_a_cycle_is_bit_exact(settings: Settings) -> None:
+    """A run stopped between two fake-score updates goes on with the third, not with a new cycle."""
+    whole = build_trainer(settings("run.name=whole"))
+    whole.run()
+    parts = build_trainer(settings("run.name=parts"))
+    parts.stop_requested = True
+    with pytest.raises(Interrupted, match=r"saved at student update 0 of 4.*--resume"):
+        parts.run()
+    again = build_trainer(settings("run.name=parts"), resume=True)
+    assert (again.clock.fake_updates, again.clock.student_updates) == (1, 0)
+    again.run()
+    assert_same(everything(whole), everything(again))
+
+
+def test_accumulation_changes_nothing_but_rounding(settings: Settings) -> None:
+    """Four samples in one pass or in two are the same update; a mean of means or a reused draw would show."""
+    whole = build_trainer(settings("run.name=whole", "dfd.granularity=sample", "run.student_updates=1"))
+    parts = build_trainer(settings("run.name=parts", "dfd.granularity=sample", "run.student_updates=1", "batch.micro=2"))
+    whole.run()
+    parts.run()
+    first, second = everything(whole), everything(parts)
+    for name in (n for n in first if n.startswith((".student_adamw", ".fake_adamw")) and "exp_avg_sq" in n):
+        # float32 sums in another order: gradients agree to about 1e-5 of their size, their squares to twice that
+        torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-12)
+
+
+def start(world: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
+    """`python train.py` as its own process."""
+    (out / "killed.yaml").write_text("run: {stage: dfd, name: killed}\n")
+    return subprocess.Popen(
+        [sys.executable, "train.py", "--config", str(out / "killed.yaml"), *arguments(world, out), *overrides],
+        cwd=REPOSITORY,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for_lines(path: Path, process: subprocess.Popen[str], lines: int, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not (path.exists() and path.read_text().count("\n") >= lines):
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline, f"{path} has not {lines} lines after {timeout_s} s"
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_killed_run_goes_on(world: Path, settings: Settings, tmp_path: Path, how: signal.Signals) -> None:
+    """However a run ends, --resume reaches the same bits as a run that nobody touched; asked nicely it says so."""
+    process = start(world, tmp_path, "run.student_updates=4", "checkpoint.every=1")
+    wait_for_lines(tmp_path / "runs" / "killed" / "metrics.jsonl", process, lines=5)
+    process.send_signal(how)
+    _, errors = process.communicate(timeout=120)
+    if how is not signal.SIGKILL:
+        assert process.returncode == 130
+        assert "go on with the same command and --resume" in errors
+    resumed = start(world, tmp_path, "run.student_updates=4", "checkpoint.every=1", "--resume")
+    assert resumed.wait(timeout=120) == 0, resumed.communicate()
+
+    whole = settings("run.name=whole", "checkpoint.every=1")
+    run(whole)
+    for name in ("student.safetensors", "fake.safetensors"):
+        assert_same(load_file(run_folder(whole) / name), load_file(tmp_path / "runs" / "killed" / name))
+    lines = read_metrics(tmp_path / "runs" / "killed" / "metrics.jsonl")
+    assert [line["student_update"] for line in lines if line["kind"] == "student"] == [1, 2, 3, 4]
+
+
+def test_not_finite_stops_before_the_step(settings: Settings, world: Path, tmp_path: Path) -> None:
+    """A NaN must never reach weights or checkpoints; `nan_to_num` in the public code hides it."""
+    trainer = build_trainer(settings("run.stage=teacher"))
+    trainer.run()
+    network = trainer.learners["student"].network
+    with torch.no_grad():
+        network.get_parameter("proj_out.bias")[0] = float("nan")
+    before = everything(trainer)
+    trainer.student_updates += 1
+    with pytest.raises(NonFiniteError, match=r"loss is nan at student update .* samples from 16"):
+        trainer.run()
+    for name, value in everything(trainer).items():
+        if isinstance(value, torch.Tensor) and "proj_out.bias" not in name:
+            assert torch.equal(value, before[name])
+
+
+def test_resume_refuses_other_settings(settings: Settings) -> None:
+    """A resumed run with another learning rate is another run; more updates are not."""
+    build_trainer(settings("run.student_updates=2")).run()
+    with pytest.raises(CheckpointError, match=r"optim\.student\.lr: checkpoint 0\.001, now 0\.002"):
+        build_trainer(settings("optim.student.lr=2e-3"), resume=True)
+    build_trainer(settings("run.student_updates=3"), resume=True).run()
+
+
+def test_resume_refuses_another_teacher(settings: Settings, world: Path, tmp_path: Path) -> None:
+    """The teacher is not in the checkpoint, but a run against another one is another run."""
+    build_trainer(settings("run.student_updates=1")).run()
+    other = {name: tensor + 1 for name, tensor in load_file(world / "teacher.safetensors").items()}
+    teacher = world / "teacher.safetensors"
+    original = teacher.read_bytes()
+    try:
+        save_file(other, teacher)
+        with pytest.raises(CheckpointError, match=r"teacher \(fingerprint\): checkpoint"):
+            build_trainer(settings(), resume=True)
+    finally:
+        teacher.write_bytes(original)
+
+
+def test_used_folder_is_refused(settings: Settings) -> None:
+    """A second run into the same folder would mix two runs' metrics and checkpoints."""
+    run(settings("run.student_updates=1"))
+    with pytest.raises(ValueError, match=r"resume that run, or give this one another folder"):
+        run(settings("run.student_updates=1"))
+    run(settings("run.student_updates=1"), resume=True)  # finished: nothing to do, and nothing changed
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("weights.teacher=nowhere.safetensors", r"weights\.teacher is nowhere\.safetensors, which does not exist"),
+        ("run.device=cuda:7", r"run\.device is cuda:7 but torch sees \d+ GPUs"),
+        ("run.device=abacus", r"run\.device is 'abacus'; use auto, cpu, cuda or cuda:N"),
+        ("model.num_layers=2", r"holds another model: .* want"),
+        ("rollout.frames=6", r"holds latents \(9, 16, 8, 8\).*rollout\.frames is 6"),
+        ("model.text_dim=16", r"text\.width|holds text of width 32"),
+    ],
+)
+def test_bad_start_is_explained(settings: Settings, override: str, message: str) -> None:
+    """Found before anything is trained, with the setting to change."""
+    config = settings(override)
+    with pytest.raises(ConfigError, match=message):
+        run(config)
+    assert not (run_folder(config) / "checkpoints").exists()
+
+
+def test_inversion_needs_noise(settings: Settings, world: Path, tmp_path: Path) -> None:
+    """Without stored noise, inversion pairing would silently be caption pairing."""
+    from selfforcing_dfd.tiny.data import make_tiny_shards
+
+    make_tiny_shards(tmp_path / "bare", 4, 0, "short", 9, REPOSITORY / "assets" / "tiny" / "codec.safetensors")
+    with pytest.raises(ConfigError, match=r"dfd\.pairing is inversion, but .* holds no noise"):
+        run(settings("dfd.pairing=inversion", f"data.shards={tmp_path / 'bare'}"))
+
+
+def test_metrics_are_split(settings: Settings) -> None:
+    """Branches and noise levels apart: merged numbers cannot tell whether DFD or DMD moved."""
+    config = settings("dfd.granularity=sample", "batch.size=8", "batch.micro=4", "run.student_updates=3")
+    run(config)
+    lines = [line for line in read_metrics(run_folder(config) / "metrics.jsonl") if line["kind"] == "student"]
+    names = set().union(*lines)
+    for wanted in ("discrepancy/dfd", "discrepancy/dmd", "normaliser/dfd", "gap", "grad_norm", "saturation_ratio"):
+        assert wanted in names, sorted(names)
+    assert any(name.startswith("discrepancy/sigma<=") for name in names)
+
+
+def test_cli_says_what_is_wrong(tmp_path: Path) -> None:
+    """One line and exit code 2 for a mistake, no traceback; --dry-run trains nothing."""
+    command = [sys.executable, "train.py", "--config", "dfd_ar.yaml"]
+    wrong = subprocess.run([*command, "dfd.pp=1"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    assert wrong.returncode == 2
+    assert "Did you mean: 'p'" in wrong.stderr
+    assert "Traceback" not in wrong.stderr
+    dry = subprocess.run(
+        [*command, "--dry-run", f"run.out={tmp_path}"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+    )
+    assert "parameters each" in dry.stdout
+    assert not list(tmp_path.iterdir())
