@@ -14,6 +14,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from selfforcing_dfd import commands
+
 if TYPE_CHECKING:
     from selfforcing_dfd.tiny.codec import TinyCodec
 
@@ -95,7 +97,7 @@ def verify(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-COMMANDS = (clips, pack, verify)
+COMMANDS = (clips, pack, verify, *commands.COMMANDS)
 
 
 def _size(text: str) -> tuple[int, int]:

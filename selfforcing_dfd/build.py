@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.cache import Conditioning
 from selfforcing_dfd.config import Config, ConfigError, ModelConfig, OptimizerConfig, as_dict, change, find_file
 from selfforcing_dfd.data.pack import Invert
 from selfforcing_dfd.data.shards import SampleOrder, ShardReader
 from selfforcing_dfd.flow import few_step_ladder
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.rollout import Chunk, plan_chunks
 from selfforcing_dfd.sampling import invert
 from selfforcing_dfd.training.checkpoint import CheckpointManager, check_config
@@ -260,5 +260,5 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
     )
     if newest is not None:
         checkpoints.load(newest, trainer.state())
-    trainer.tracker.open(trainer.clock.student_updates if newest else None)
+    trainer.tracker.open(trainer.clock.student_updates if resume else None)
     return trainer

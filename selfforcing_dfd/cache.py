@@ -1,14 +1,13 @@
-"""What the network exchanges with the outside: conditioning in, flow and K/V out, and the past as immutable context.
+"""The past of a chunk: keys and values of the chunks before it, as immutable context.
 
-Attention only ever sees values; the one mutable object of a rollout is `KVCache`. Keys and values are detached when they
-enter a `ChunkKV`, so no gradient can reach an earlier chunk (the public code leaks here: its cache is written in place).
+Attention sees values only; the one mutable object of a rollout is `KVCache`. Keys and values are detached as they enter
+a `ChunkKV`, so no gradient reaches an earlier chunk; in the public code, whose cache is written in place, it does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -18,15 +17,8 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True, slots=True)
-class Conditioning:
-    """What the student is asked for. `text`: [B, L, D_text] text-encoder states, zero past each prompt's end."""
-
-    text: Tensor
-
-
-@dataclass(frozen=True, slots=True)
 class ChunkKV:
-    """What one finished chunk leaves behind: per layer (k, v), each [B, frames * tokens, heads, head_dim], k rotated."""
+    """What a finished chunk leaves behind: per layer (k, v), each [B, frames * tokens, heads, head_dim], k rotated."""
 
     frames: int
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -54,7 +46,7 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class PackedContext:
-    """The pasts of consecutive chunks that go through the network together; each attends to its own past and to itself."""
+    """The pasts of consecutive chunks that go through the network together; each sees its own past and itself."""
 
     contexts: tuple[Context, ...]
     frames: tuple[int, ...]
@@ -71,31 +63,11 @@ class PackedContext:
         )
 
 
-Past = Context | PackedContext
-
-
-@dataclass(frozen=True, slots=True)
-class NetworkOutput:
-    """flow: [B, F, C, H, W]; kv: the keys and values of exactly these frames."""
-
-    flow: Tensor
-    kv: ChunkKV
-
-
-class Network(Protocol):
-    """Student, teacher and fake score alike. Without context it is bidirectional over the frames it gets."""
-
-    def __call__(
-        self, x_t: Tensor, sigma: Tensor | float, conditioning: Conditioning, context: Past | None = None
-    ) -> NetworkOutput: ...
-
-
 @dataclass(slots=True)
 class KVCache:
     """Sink + window, by whole chunks.
 
-    sink: latent frames at the beginning that stay for ever. window: latent frames that a chunk may attend to, itself and
-    the sink included (history + current); None keeps everything.
+    sink: first latent frames, kept for ever. window: latent frames a chunk may see, itself and sink included, or None.
     """
 
     sink: int = 0
@@ -105,16 +77,21 @@ class KVCache:
     _next_frame: int = 0
 
     def read(self, next_frames: int = 0) -> Context:
-        """The past that a chunk of `next_frames` latent frames may see."""
-        if self.window is not None:
-            while self._recent and _frames(self._kept + self._recent) + next_frames > self.window:
-                self._recent.pop(0)
-        return Context((*self._kept, *self._recent), self._next_frame)
+        """What a chunk of `next_frames` latent frames may see."""
+        return Context((*self._kept, *self._visible(next_frames)), self._next_frame)
 
     def append(self, kv: ChunkKV) -> None:
-        """Remember a finished chunk."""
+        """Remember a finished chunk and forget what no later chunk can see."""
         (self._kept if _frames(self._kept) + kv.frames <= self.sink else self._recent).append(kv)
+        self._recent = self._visible(0)
         self._next_frame += kv.frames
+
+    def _visible(self, next_frames: int) -> list[ChunkKV]:
+        """The newest chunks that fit the window beside the sink and `next_frames`."""
+        if self.window is None:
+            return self._recent
+        room = self.window - next_frames - _frames(self._kept)
+        return [chunk for i, chunk in enumerate(self._recent) if _frames(self._recent[i:]) <= room]
 
 
 def _frames(chunks: list[ChunkKV]) -> int:

@@ -2,7 +2,7 @@
 
     x_t = (1 - sigma) x0 + sigma noise        flow = noise - x0        x0 = x_t - sigma flow
 
-Sigma is a tensor [B] or [B, F] (or a float) and broadcasts over latents [B, F, C, H, W]. No lookup tables, no timesteps.
+Sigma is a tensor [B] or [B, F] or a float and broadcasts over latents [B, F, C, H, W]. No lookup tables, no timesteps.
 """
 
 from __future__ import annotations
@@ -12,14 +12,9 @@ from torch import Tensor
 
 
 def expand_sigma(sigma: Tensor | float, like: Tensor) -> Tensor:
-    """Sigma [B] or [B, F] or float as a tensor that broadcasts over `like` [B, F, C, H, W], in its dtype and on its device."""
+    """Sigma [B] or [B, F] or float as a tensor that broadcasts over `like` [B, F, C, H, W]."""
     sigma = torch.as_tensor(sigma, dtype=like.dtype, device=like.device)
     return sigma.reshape(sigma.shape + (1,) * (like.ndim - sigma.ndim))
-
-
-def sigma_per_frame(sigma: Tensor | float, x_t: Tensor) -> Tensor:
-    """Sigma [B] or [B, F] or float as [B, F], which is what the network is told."""
-    return expand_sigma(sigma, x_t)[..., 0, 0, 0].expand(x_t.shape[:2])
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
@@ -46,8 +41,7 @@ def few_step_ladder(timesteps: tuple[float, ...], shift: float) -> tuple[float, 
     steps = torch.tensor(timesteps, dtype=torch.float64)
     if steps.numel() == 0 or steps[0] != 1000 or (steps <= 0).any() or (steps.diff() >= 0).any():
         raise ValueError(
-            f"ladder is {timesteps}; it must start at 1000 (pure noise) and fall strictly towards, but not to, 0, "
-            f"for example (1000, 750, 500, 250)"
+            f"ladder is {timesteps}; it must start at 1000 and fall, staying above 0, as 1000, 750, 500, 250 do"
         )
     return tuple(shift_sigma(steps / 1000, shift).tolist())
 

@@ -1,9 +1,9 @@
 """Distribution matching with a chosen anchor, and flow matching.
 
-Distribution matching moves the student's sample G along d = fake(G_t) - teacher(anchor_t), both as clean predictions at the
-same noise and sigma. anchor = G is DMD (arXiv 2311.18828, Eq. 7-8); anchor = a real video is DFD (arXiv 2606.18478, Eq. 8-10
-and Algorithm 1). It is written in x0 space because only there does a real anchor attract the sample: the score-space form
-repels it and the velocity form changes sign at sigma = 1/2.
+Distribution matching moves the student's sample G along d = fake(G_t) - teacher(anchor_t), both as clean predictions at
+the same noise and sigma. anchor = G is DMD (arXiv 2311.18828, Eq. 7-8); anchor = a real video is DFD (arXiv 2606.18478,
+Eq. 8-10 and Algorithm 1). It is written in x0 space because only there does a real anchor attract the sample: the
+score-space form repels it and the velocity form changes sign at sigma = 1/2.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.cache import Conditioning, Network, Past
 from selfforcing_dfd.flow import add_noise, x0_from_flow
+from selfforcing_dfd.network import Conditioning, Network, Past
 
 PER_SAMPLE = (1, 2, 3, 4)
 
@@ -57,8 +57,7 @@ def distribution_matching(
 ) -> Matching:
     """Per-sample distribution-matching loss; anchor rows equal to x0 are DMD, real rows are DFD.
 
-    x0 (with gradient), anchor, noise: [B, F, C, H, W]; sigma: [B]. Teacher and fake score are asked without gradient; the
-    teacher alone is guided. The normaliser is per sample and in fp32 at least, as in the authors' code.
+    x0 (with gradient), anchor, noise: [B, F, C, H, W]; sigma: [B]. Only the teacher is guided.
     """
     with torch.no_grad():
         generated = x0.detach()
@@ -75,7 +74,7 @@ def distribution_matching(
 def flow_matching(
     network: Network, x0: Tensor, noise: Tensor, sigma: Tensor, conditioning: Conditioning, context: Past | None = None
 ) -> Tensor:
-    """Per-sample flow regression [B] on clean latents x0 [B, F, C, H, W]; sigma [B] or [B, F] (Lipman, arXiv 2210.02747).
+    """Per-sample flow regression [B] on clean latents x0 [B, F, C, H, W]; sigma [B] or [B, F] (arXiv 2210.02747).
 
     On the student's own samples it is the fake score's loss; on data without context it trains a teacher, and with the
     recorded clean chunks as context it is teacher forcing.

@@ -1,8 +1,7 @@
 """Which real sample anchors which generated one.
 
-Given only the caption, a real sample is independent of the student's noise, so in expectation the data enters DFD through the
-conditional mean alone and every sample shrinks towards it. Pairings that tie the two together shrink less. The gap is
-E|x - G|^2 of the paper's validity condition (arXiv 2606.18478, Eq. 7).
+Given only the caption, a real sample is independent of the student's noise, so in expectation data enters DFD as the
+conditional mean and every sample shrinks towards it; pairings that tie the two together shrink less.
 """
 
 from __future__ import annotations
@@ -19,11 +18,11 @@ from selfforcing_dfd.objectives import PER_SAMPLE
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """real: [B, F, C, H, W], the anchor of each generated sample; real_index: [B], where it was taken from; gap: [B]."""
+    """The anchor of each generated sample."""
 
-    real: Tensor
-    real_index: Tensor
-    gap: Tensor
+    real: Tensor  # [B, F, C, H, W]
+    real_index: Tensor  # [B], its place in the batch
+    gap: Tensor  # [B], mean |real - generated|^2: the validity condition's E|x - G|^2 (arXiv 2606.18478, Eq. 7)
 
 
 def _pair(generated: Tensor, real: Tensor, real_index: Tensor) -> Pair:
@@ -39,8 +38,8 @@ def pair_in_order(generated: Tensor, real: Tensor, groups: Sequence[object]) -> 
 def pair_by_assignment(generated: Tensor, real: Tensor, groups: Sequence[object]) -> Pair:
     """Within each caption, the one-to-one assignment of least total distance on a low-resolution view.
 
-    groups: one hashable per sample. Counts are equal within a caption, so every real sample anchors exactly one sample and
-    no mode is left out, however far the student is from it.
+    groups: one hashable per sample. Counts are equal within a caption, so every real sample anchors exactly one sample
+    and no mode is left out, however far the student is from it.
     """
     real_index = torch.empty(len(groups), dtype=torch.long)
     view_generated, view_real = _low_resolution(generated), _low_resolution(real)

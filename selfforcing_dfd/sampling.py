@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.cache import Conditioning, Network
 from selfforcing_dfd.flow import shift_sigma, x0_from_flow
+from selfforcing_dfd.network import Conditioning, Network
 from selfforcing_dfd.objectives import guided_x0
 
 

@@ -12,8 +12,9 @@ from tiny_models import ExactGaussian, conditioning, latents, tiny_network
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.cache import Conditioning, Context, KVCache, Network
+from selfforcing_dfd.cache import Context, KVCache
 from selfforcing_dfd.flow import add_noise, x0_from_flow
+from selfforcing_dfd.network import Conditioning, Network
 from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching, guided_x0
 from selfforcing_dfd.rollout import plan_chunks, replay, rollout
 

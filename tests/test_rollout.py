@@ -12,8 +12,9 @@ from golden_weights import ROLLOUT, golden, golden_network
 from tiny_models import CHUNK, FRAMES, LADDER, SHAPE, conditioning, ladder_noise, latents, tiny_network
 from torch import Tensor
 
-from selfforcing_dfd.cache import ChunkKV, Conditioning, Context, KVCache
+from selfforcing_dfd.cache import ChunkKV, Context, KVCache
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.rollout import Rollout, commit_chunk, denoise_chunk, plan_chunks, replay, rollout
 
 LONG = 10  # latent frames: five chunks, so that windows of two or three chunks do forget

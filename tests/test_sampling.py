@@ -8,8 +8,8 @@ import pytest
 import torch
 from tiny_models import ExactGaussian, conditioning, latents, tiny_network
 
-from selfforcing_dfd.cache import Conditioning
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.sampling import integrate, invert, sample, sampling_ladder
 
 
@@ -71,6 +71,13 @@ def test_sampling_an_inverted_clip_returns_it():
         assert (noise - clip).abs().max() > 1  # it went somewhere
     assert errors[1] < 0.05
     assert errors[1] < 0.4 * errors[0]
+
+
+def test_inversion_walks_the_samplers_levels_backwards():
+    """Catches two ladders that differ: both would converge, but a few steps of one would not undo those of the other."""
+    network, clip, text = tiny_network(), latents("clip", 2), conditioning()
+    backwards = integrate(network, clip, sampling_ladder(3, 5.0)[::-1], text)
+    assert torch.equal(invert(network, clip, text, 3, 5.0), backwards)
 
 
 def test_integration_goes_down_as_it_goes_up():

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.cache import ChunkKV, Conditioning, NetworkOutput
+from selfforcing_dfd.cache import ChunkKV
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.flow import expand_sigma
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.network import Conditioning, NetworkOutput
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,

@@ -16,10 +16,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
-from selfforcing_dfd.cache import ChunkKV, Conditioning, Context, NetworkOutput, PackedContext
-from selfforcing_dfd.flow import sigma_per_frame
+from selfforcing_dfd.cache import ChunkKV, Context, PackedContext
+from selfforcing_dfd.flow import expand_sigma
 from selfforcing_dfd.models.attention import attend
 from selfforcing_dfd.models.rope import rotary_angles, rotate
+from selfforcing_dfd.network import Conditioning, NetworkOutput
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -117,6 +118,11 @@ class WanBlock(nn.Module):
         normed = (self.norm3(x) * (1 + scale2) + shift2).type_as(x)
         x = (full_precision(x) + self.ffn(normed) * gate2).type_as(x)
         return x, k, v
+
+
+def sigma_per_frame(sigma: Tensor | float, x_t: Tensor) -> Tensor:
+    """Sigma [B] or [B, F] or float as [B, F], which is what the network is told."""
+    return expand_sigma(sigma, x_t)[..., 0, 0, 0].expand(x_t.shape[:2])
 
 
 def per_frame(values: Tensor, x: Tensor) -> Tensor:

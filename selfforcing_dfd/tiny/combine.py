@@ -34,7 +34,7 @@ def combine(folders: Sequence[Path], out: Path) -> str:
     page = Page(
         title=title,
         subtitle=f"Tiny world, {len(seeds)} seeds, {num_clips} clips a row and seed",
-        findings=combined_findings(rows, per_seed, seeds),
+        findings=combined_findings(rows, per_seed),
         rows=rows,
         notes=notes_on(rows, num_clips, len(seeds)),
         sheets={},
@@ -112,32 +112,28 @@ def combined_row(several: Sequence[Row]) -> Row:
     return Row(several[0].name, several[0].about, scores, modes, sum(row.seconds for row in several))
 
 
-def combined_findings(rows: Sequence[Row], per_seed: Sequence[Sequence[Row]], seeds: Sequence[int]) -> list[Finding]:
-    """For every arm, in which seeds the rule found what; without a control, how the ranges compare with the data's."""
-    judged = [finding.name for finding in tables.findings(per_seed[0]) if finding.outcome]
-    if not judged:
-        return tables.findings(rows)
+def combined_findings(rows: Sequence[Row], per_seed: Sequence[Sequence[Row]]) -> list[Finding]:
+    """For every arm, in how many seeds the rule found what; without a control, what sets its range off the data's."""
+    found = [tables.findings(one) for one in per_seed]
     control = tables.find(rows, CONTROL)
-    assert control is not None
+    if control is None or not all(finding.outcome for finding in found[0]):
+        return tables.findings(rows)
     findings = []
-    for row in rows:
-        if row.name not in judged:
-            continue
-        outcomes = {
-            seed: next(f.outcome for f in tables.findings(one) if f.name == row.name)
-            for seed, one in zip(seeds, per_seed, strict=True)
-        }
-        counted = Counter(outcomes.values()).most_common()
-        said = ", ".join(_in_seeds(word, times, len(seeds)) for word, times in counted)
+    for several in zip(*found, strict=True):
+        name = several[0].name
+        arm = next(row for row in rows if row.name == name)
+        counted = Counter(finding.outcome for finding in several).most_common()
+        said = ", ".join(_in_seeds(word, times, len(per_seed)) for word, times in counted)
         means = ", ".join(
-            f"{title} {row.scores[key].value:.2f} (control {control.scores[key].value:.2f})"
+            f"{title} {tables.compared(arm, control, key)}"
             for key, title in (
                 ("kl_prior_sample", "KL(prior || sample)"),
                 ("valid", "validity"),
                 ("contrast", "contrast"),
             )
         )
-        findings.append(Finding(row.name, counted[0][0] if len(counted) == 1 else "", f"{row.name} {said}: {means}."))
+        unanimous = several[0].outcome if len(counted) == 1 else ""
+        findings.append(Finding(name, unanimous, f"{name} {said}: mean {means}."))
     return findings
 
 

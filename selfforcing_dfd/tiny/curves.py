@@ -125,7 +125,7 @@ class Axis:
             return cls(low / 1.1, high * 1.1, start, end, True, tuple(10.0**e for e in exponents))
         if high - low < 1e-12:
             low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
-        step = nice_step((high - low) / 4)
+        step = nice_step((high - low) / 6)
         first = math.floor(low / step)
         ticks = tuple(step * n for n in range(first, math.ceil(high / step) + 1))
         margin = (high - low) * 0.05
@@ -174,28 +174,37 @@ def _line(series: Series, along: Axis, up: Axis) -> str:
     return f'<polyline class="{style}" points="{path}"><title>{escape(series.name)}</title></polyline>'
 
 
-def histogram(counts: Sequence[int], prior: Sequence[float], highest: float) -> str:
-    """Shares of the 24 modes as bars in their own hue, the prior as a tick across each; `highest` share fits."""
-    width, height, bottom, top = 360, 130, 28, 6
-    bar, gap = 11.0, 9.0  # four bars a hue, then a gap
-    total = max(sum(counts), 1)
-    parts = [f'<line class="grid" x1="0" x2="{width}" y1="{height - bottom}" y2="{height - bottom}"/>']
+def histogram(counts: Sequence[int], prior: Sequence[float]) -> str:
+    """Shares of the 24 modes as bars in their own hue, the prior as a tick across each.
+
+    The scale is the same for all counts; a taller bar is cut off and says its share.
+    """
+    width, height, left, bottom, top = 360, 140, 30, 28, 14
+    bar, hue_width = 11.0, 56.0  # four bars a hue, then a gap
+    base, highest, total = height - bottom, 2.2 * max(prior), max(sum(counts), 1)
+    tall = (base - top) / highest
+    parts = []
+    for share in (0.0, 0.1, 0.2, 0.3):
+        y = base - tall * share
+        parts.append(f'<line class="grid" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{left - 5}" y="{y + 3.5:.1f}" text-anchor="end">{share:.0%}</text>')
     for index, (count, expected) in enumerate(zip(counts, prior, strict=True)):
         hue, direction = divmod(index, len(DIRECTIONS))
-        x = 12 + hue * (len(DIRECTIONS) * bar + gap + 5) + direction * (bar + 1.5)
-        tall, mark = ((height - bottom - top) * share / highest for share in (count / total, expected))
-        base = height - bottom
-        what = f"{HUES[hue]} {DIRECTIONS[direction]}: {count} of {total}, prior {expected:.1%}"
+        x = left + 5 + hue * hue_width + direction * (bar + 1)
+        share, middle = count / total, x + bar / 2
+        shown, mark = tall * min(share, highest), tall * expected
         parts.append(
-            f'<rect class="bar hue-{HUES[hue]}" x="{x:.1f}" y="{base - tall:.1f}" width="{bar}" height="{tall:.1f}">'
-            f"<title>{what}</title></rect>"
+            f'<rect class="bar hue-{HUES[hue]}" x="{x:.1f}" y="{base - shown:.1f}" width="{bar}" height="{shown:.1f}">'
+            f"<title>{HUES[hue]} {DIRECTIONS[direction]}: {count} of {total}, prior {expected:.1%}</title></rect>"
             f'<path class="prior" d="M{x - 1:.1f} {base - mark:.1f}h{bar + 2}"/>'
-            f'<text class="tiny" x="{x + bar / 2:.1f}" y="{base + 10}" text-anchor="middle">'
+            f'<text class="tiny" x="{middle:.1f}" y="{base + 10}" text-anchor="middle">'
             f"{_ARROWS[DIRECTIONS[direction]]}</text>"
         )
+        if share > highest:
+            parts.append(f'<text x="{middle:.1f}" y="{top - 4}" text-anchor="middle">{share:.0%}</text>')
         if direction == 0:
-            middle = x + 2 * bar + 2
-            parts.append(f'<text x="{middle:.1f}" y="{base + 23}" text-anchor="middle">{HUES[hue]}</text>')
+            under = x + 2 * bar + 1.5
+            parts.append(f'<text x="{under:.1f}" y="{base + 23}" text-anchor="middle">{HUES[hue]}</text>')
     return _svg(width, height, "Shares of the 24 modes, with their prior", parts)
 
 

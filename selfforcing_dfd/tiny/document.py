@@ -14,7 +14,7 @@ import torch
 
 from selfforcing_dfd.tiny import tables
 from selfforcing_dfd.tiny.page import Page, render_page
-from selfforcing_dfd.tiny.tables import CONTROL, RULE, Row
+from selfforcing_dfd.tiny.tables import CONTROL, FEWEST, FEWEST_FOR_MODES, MARKS, RULE, Row
 from selfforcing_dfd.tiny.world import MODE_PRIOR
 
 REPORT_FILE = "report.json"
@@ -26,9 +26,9 @@ def notes_on(rows: Sequence[Row], num_clips: int, num_seeds: int = 1) -> list[st
     spread = f"the range over {num_seeds} seeds" if several else "95 % bootstrap intervals"
     expected = tables.expected_modes(num_clips)
     said = [
-        f"{num_clips} clips a row{' and seed' if several else ''}, the same captions and noise in each; in brackets "
-        f"{spread}. So many independent draws from the prior hit {expected:.1f} of the 24 modes on average.",
-        "= touches the data's interval, ↑ lies above it, ↓ below it. Nearer to the data is better, from either side.",
+        f"{num_clips} clips a row{' and seed' if several else ''}, the same captions and noise in each, with {spread}. "
+        f"So many independent draws from the prior hit {expected:.1f} of the 24 modes on average. Not stated: means over "
+        f"fewer than {FEWEST} valid clips, and KL from fewer than {FEWEST_FOR_MODES}."
     ]
     if tables.find(rows, CONTROL):
         said.append(RULE)
@@ -73,7 +73,7 @@ def save(folder: Path, page: Page, more: Mapping[str, Any]) -> None:
 
 def _markdown(page: Page) -> str:
     findings = "\n\n".join(f"**{finding.text}**" for finding in page.findings)
-    notes = "\n".join(f"- {note.replace('||', '‖')}" for note in page.notes)
+    notes = "\n".join(f"- {note.replace('||', '‖')}" for note in (MARKS, *page.notes))
     about = "\n".join(f"- {row.name}: {row.about}" for row in page.rows)
     facts = ", ".join(f"{name} {value}" for name, value in page.environment.items())
     commands = "\n".join(page.commands)
@@ -85,7 +85,7 @@ def _markdown(page: Page) -> str:
 
 def printed(page: Page, folder: Path) -> str:
     """The table and the verdict for a terminal."""
-    notes = "\n".join(textwrap.fill(note, 110) for note in page.notes)
+    notes = "\n".join(textwrap.fill(note, 110) for note in (MARKS, *page.notes))
     said = textwrap.fill(" ".join(finding.text for finding in page.findings), 110)
     head = f"{page.title}: {page.subtitle}"
     return f"\n{head}\n\n{tables.plain_table(page.rows)}\n\n{notes}\n\n{said}\n\n{folder / 'report.html'}"

@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.cache import Conditioning, KVCache
+from selfforcing_dfd.cache import KVCache
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.rollout import Chunk, rollout
 from selfforcing_dfd.sampling import sample
 from selfforcing_dfd.tiny.codec import CHANNELS, SPACE, TIME, TinyCodec

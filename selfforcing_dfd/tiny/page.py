@@ -69,7 +69,7 @@ def render_page(page: Page) -> str:
     palette = colours([row.name for row in page.rows])
     sections = [
         _section(
-            "Scores", _table(page.rows, palette) + "".join(f'<p class="note">{escape(n)}</p>' for n in page.notes)
+            "Scores", _table(page.rows, palette) + "".join(f'<p class="note">{_prose(n)}</p>' for n in page.notes)
         ),
         _section("Clips", _clips(page, palette)) if page.sheets else "",
         _section("Modes", _modes(page.rows, palette)),
@@ -101,7 +101,12 @@ def _emphasised(finding: Finding) -> str:
     """The sentence with the name it begins with set apart, and the details after the first colon smaller."""
     head, colon, details = finding.text.partition(": ")
     start = f"<b>{escape(finding.name)}</b>{escape(head.removeprefix(finding.name))}"
-    return f"{start}{colon.strip()} <span>{escape(details)}</span>" if details else start
+    return f"{start}{colon.strip()} <span>{_prose(details)}</span>" if details else start
+
+
+def _prose(text: str) -> str:
+    """Text as HTML, with the sign of divergences set as one."""
+    return escape(text.replace("||", "‖"))
 
 
 def _chip(name: str, palette: Mapping[str, int]) -> str:
@@ -138,10 +143,9 @@ def _table_line(rows: Sequence[Row], metric: Metric, palette: Mapping[str, int])
         cells.append(
             f'<td class="{_tint(score, reference, mark, metric)}"><b>{number(score.value, metric.digits)}</b>'
             f"<span class=mark>{mark if mark in ('↑', '↓') else ''}</span>"
-            f"<small>{interval(score, metric.digits).strip('[]').replace(' ', ' &ndash; ')}</small>{strip}</td>"
+            f"{strip}<small>{interval(score, metric.digits).strip('[]').replace(' ', ' &ndash; ')}</small></td>"
         )
-    title = escape(metric.title.replace("||", "‖"))
-    return f'<tr><th scope="row">{title}<small>{escape(metric.about)}</small></th>{"".join(cells)}</tr>'
+    return f'<tr><th scope="row">{_prose(metric.title)}<small>{escape(metric.about)}</small></th>{"".join(cells)}</tr>'
 
 
 def _tint(score: Score, data: Score | None, mark: str, metric: Metric) -> str:
@@ -187,31 +191,29 @@ def _clips(page: Page, palette: Mapping[str, int]) -> str:
         picture = base64.b64encode(sheet.picture).decode()
         name, video = escape(row.name), escape(sheet.video, quote=True)
         cards.append(
-            f'<figure class="card"><figcaption>{_chip(row.name, palette)}<b>{name}</b> '
+            f'<figure class="card clips"><figcaption>{_chip(row.name, palette)}<b>{name}</b>'
             f'<small>{escape(row.about)}</small></figcaption><img class="sheet" '
             f'alt="{name}: one clip a column, time downwards" src="data:image/png;base64,{picture}">'
-            f'<video controls loop muted playsinline preload="none" '
-            f'src="{video}"></video></figure>'
+            f'<video controls loop muted playsinline preload="metadata" src="{video}"></video></figure>'
         )
     asked = "; ".join(f"{index} {caption}" for index, caption in enumerate(page.captions, start=1))
     return (
         '<p class="note">One clip a column, time downwards. A column has the same caption and the same noise in every '
-        f'sheet: {escape(asked)}.</p><div class="cards">{"".join(cards)}</div>'
+        f"sheet: {escape(asked)}.</p>{''.join(cards)}"
     )
 
 
 def _modes(rows: Sequence[Row], palette: Mapping[str, int]) -> str:
     prior = MODE_PRIOR.tolist()
-    highest = max([*prior, *(count / max(sum(row.modes), 1) for row in rows for count in row.modes)])
     cards = "".join(
         f'<figure class="card"><figcaption>{_chip(row.name, palette)}<b>{escape(row.name)}</b> '
         f"<small>{sum(row.modes)} valid clips, {sum(count > 0 for count in row.modes)} of 24 modes</small></figcaption>"
-        f"{curves.histogram(row.modes, prior, highest)}</figure>"
+        f"{curves.histogram(row.modes, prior)}</figure>"
         for row in rows
     )
     return (
         '<p class="note">Share of the valid clips in each of the 24 modes, hue by direction of motion. '
-        f'The dark ticks are the data&rsquo;s law.</p><div class="cards three">{cards}</div>'
+        f'The dark ticks are the data&rsquo;s law.</p><div class="cards">{cards}</div>'
     )
 
 
@@ -225,7 +227,7 @@ def _training(panels: Sequence[curves.Panel]) -> str:
         f"<small>{escape(panel.unit)}</small></figcaption>{curves.plot(panel)}</figure>"
         for panel in panels
     )
-    return f'<p class="legend">{legend}</p><div class="cards three">{cards}</div>'
+    return f'<p class="legend">{legend}</p><div class="cards">{cards}</div>'
 
 
 def _making(page: Page) -> str:

@@ -141,7 +141,7 @@ def measure(source: Source, evaluation: EvaluationSet, codec: TinyCodec, chunk_f
         readings.append(read(videos, chunk_frames))
         first = torch.cat([first, to_uint8(videos)])[:GRID_CLIPS]
     reading = Reading(*(torch.cat([getattr(part, f.name) for part in readings]) for f in fields(Reading)))
-    scores = summarise(reading, evaluation.captions)
+    scores = tables.stated(summarise(reading, evaluation.captions))
     modes = torch.bincount(reading.mode[reading.valid], minlength=len(MODE_PRIOR)).tolist()
     return Row(source.name, source.about, scores, tuple(modes), time.perf_counter() - started), first
 

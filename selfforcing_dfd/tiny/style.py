@@ -2,8 +2,8 @@
 
 STYLE = """
 :root { color-scheme: light dark;
-  --ink: #17191d; --soft: #5d6470; --line: #e4e6ea; --ground: #f7f8f9; --card: #ffffff; --band: #d3d7de;
-  --near: #e3f3e8; --off1: #fdf3d9; --off2: #fbdfc0; --off3: #f7c8c1;
+  --ink: #17191d; --soft: #5d6470; --line: #e4e6ea; --ground: #f7f8f9; --card: #ffffff; --band: #c9ced6;
+  --near: #e3f3e8; --off1: #fdf3d9; --off2: #fbdfc0; --off3: #f9d3cc;
   --good: #1a7f4b; --bad: #c0392b; --mixed: #b7791f;
   --c0: #6b7280; --c1: #0f766e; --c2: #a16207; --c3: #2563eb; --c4: #d9480f; --c5: #7c3aed; --c6: #be185d;
   --c7: #4d7c0f; }
@@ -34,28 +34,29 @@ table { border-collapse: separate; border-spacing: 0; width: 100%; font-variant-
 th, td { padding: 7px 12px; text-align: left; vertical-align: top; border-bottom: 1px solid var(--line); }
 tbody tr:last-child > * { border-bottom: 0; }
 thead th { font-weight: 600; white-space: nowrap; }
-tbody th { font-weight: 500; position: sticky; left: 0; background: var(--card); min-width: 150px; max-width: 230px; }
+tbody th { font-weight: 500; position: sticky; left: 0; background: var(--card); min-width: 200px; }
 tbody th small { display: block; line-height: 1.3; }
-td { min-width: 118px; border-left: 1px solid var(--line); white-space: nowrap; }
-td b { font-weight: 600; } td small { margin-left: 7px; } .mark { color: var(--soft); margin-left: 3px; }
+td { min-width: 106px; border-left: 1px solid var(--line); white-space: nowrap; }
+td b { font-weight: 600; } td small { display: block; margin-top: 2px; font-size: 11px; } 
+.mark { color: var(--soft); margin-left: 3px; }
 .near { background: var(--near); } .off1 { background: var(--off1); }
 .off2 { background: var(--off2); } .off3 { background: var(--off3); }
 .strip { display: block; position: relative; height: 10px; margin-top: 3px; }
 .strip i { position: absolute; display: block; }
-.strip .band { top: 0; height: 10px; min-width: 2px; background: var(--band); opacity: .75; border-radius: 2px; }
+.strip .band { top: 0; height: 10px; min-width: 3px; background: var(--ink); opacity: .16; border-radius: 2px; }
 .strip .bar { top: 4px; height: 2px; background: var(--c); }
 .strip .dot { top: 2px; width: 6px; height: 6px; margin-left: -3px; border-radius: 50%; background: var(--c); }
 .c0 { --c: var(--c0); } .c1 { --c: var(--c1); } .c2 { --c: var(--c2); } .c3 { --c: var(--c3); }
 .c4 { --c: var(--c4); } .c5 { --c: var(--c5); } .c6 { --c: var(--c6); } .c7 { --c: var(--c7); }
 .chip { display: inline-block; width: 9px; height: 9px; border-radius: 50%; background: var(--c); margin-right: 7px; }
-.cards { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 480px), 1fr)); gap: 16px; }
-.cards.three { grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); }
+.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 330px), 1fr)); gap: 16px; }
 .card { margin: 0; padding: 12px 14px 14px; background: var(--card); border: 1px solid var(--line);
   border-radius: 10px; }
 figcaption { margin-bottom: 8px; line-height: 1.35; } figcaption b { font-weight: 600; }
 .sheet { display: block; width: 100%; image-rendering: auto; }
-video { display: block; width: 100%; max-width: 320px; aspect-ratio: 1; margin: 12px auto 0; border-radius: 6px;
-  background: var(--band); }
+.clips { display: grid; grid-template-columns: minmax(120px, 1fr) minmax(0, 540px) minmax(0, 396px); gap: 20px; }
+.card + .clips { margin-top: 12px; } .clips small { display: block; margin-top: 4px; }
+video { display: block; width: 100%; aspect-ratio: 1; border-radius: 4px; background: #595959; }
 svg { display: block; width: 100%; height: auto; overflow: visible; }
 svg text { fill: var(--soft); font-size: 10.5px; } svg .tiny { font-size: 8.5px; }
 .grid { stroke: var(--line); stroke-width: 1; } .reference { stroke: var(--soft); stroke-dasharray: 2 3; }
@@ -68,6 +69,7 @@ pre { overflow-x: auto; padding: 12px 14px; background: var(--card); border: 1px
   font: 12.5px/1.5 ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: 2px 18px; font-size: 13px; }
 dt { color: var(--soft); } dd { margin: 0; } summary { cursor: pointer; color: var(--soft); } a { color: var(--c3); }
+@media (max-width: 900px) { .clips { grid-template-columns: minmax(0, 1fr); gap: 10px; } video { max-width: 360px; } }
 @media (max-width: 640px) { main { padding: 22px 14px 60px; } .verdict p { font-size: 20px; padding-left: 12px; }
   .verdict span { font-size: 15px; } th, td { padding: 6px 9px; } tbody th { min-width: 118px; }
   tbody th small { display: none; } }

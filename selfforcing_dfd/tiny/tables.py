@@ -17,6 +17,8 @@ DATA, TEACHER, START, CONTROL = "data", "teacher", "start", "control"
 REFERENCES = (DATA, TEACHER, START)  # rows that are not judged
 
 VALIDITY_MARGIN = 0.05  # an arm may lose this much validity and still count as having helped
+FEWEST = 8  # clips from which a mean is stated; bootstrap intervals of fewer are too short
+FEWEST_FOR_MODES = len(MODE_PRIOR)  # fewer clips than modes: the prior that smooths the sample's law dominates it
 
 RULE = (
     "The verdict's rule: an arm helped if its KL(prior || sample) lies below the control's with disjoint intervals and "
@@ -24,6 +26,7 @@ RULE = (
     "disjoint intervals, or its contrast below both the control's and the data's; both is mixed, neither no clear "
     "difference."
 )
+MARKS = "= touches the data's interval, ↑ lies above it, ↓ below it. Nearer to the data is better, from either side."
 
 Outcome = Literal["helped", "harmed", "mixed", "no clear difference"]
 
@@ -57,33 +60,54 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Metric:
-    """A line of the table. far: the distance to the data's value from which a cell has its strongest colour."""
+    """A line of the table.
+
+    far: the distance to the data's value from which a cell has its strongest colour; fewest: clips (valid ones, where the
+    metric is over these) from which it is stated.
+    """
 
     key: str
     title: str
     digits: int
     far: float
     about: str
+    fewest: int = FEWEST
 
 
 METRICS = (
-    Metric("valid", "validity", 2, 0.3, "share of clips that are one coherent moving shape"),
-    Metric("modes", "modes of 24", 0, 8, "hues x directions seen among the valid clips"),
-    Metric("kl_prior_sample", "KL(prior || sample)", 2, 0.8, "nats; what the sample misses of the 24 modes' law"),
+    Metric("valid", "validity", 2, 0.3, "share of clips that are one coherent moving shape", 0),
+    Metric("modes", "modes of 24", 0, 8, "hues x directions seen among the valid clips", 0),
+    Metric(
+        "kl_prior_sample",
+        "KL(prior || sample)",
+        2,
+        0.8,
+        "nats; what the sample misses of the 24 modes' law",
+        FEWEST_FOR_MODES,
+    ),
     Metric("agreement_shape", "caption agreement: shape", 2, 0.3, "of the valid clips, those that show what was asked"),
     Metric("agreement_hue", "caption agreement: hue", 2, 0.3, "likewise"),
     Metric("agreement_direction", "caption agreement: direction", 2, 0.3, "likewise"),
     Metric("agreement_speed", "caption agreement: speed", 2, 0.3, "likewise"),
     Metric("agreement_size", "caption agreement: size", 2, 0.3, "likewise"),
     Metric("saturation", "saturation", 2, 0.15, "HSV saturation of the shape, valid clips"),
-    Metric("contrast", "contrast", 2, 0.2, "RGB distance of shape and background, all clips"),
+    Metric("contrast", "contrast", 2, 0.2, "RGB distance of shape and background, all clips", 0),
     Metric("speed_px", "speed, px/frame", 2, 0.3, "pixels per video frame, valid clips"),
     Metric("saturation_drift", "saturation drift / chunk", 3, 0.05, "mean size of the change, valid clips"),
     Metric("contrast_drift", "contrast drift / chunk", 3, 0.05, "mean change, valid clips"),
     Metric("jitter_px", "jitter, px", 2, 1.0, "rms distance of the shape from a straight track, valid clips"),
     Metric("seam_excess_px", "seam excess, px", 2, 0.5, "how much less even the motion is where chunks meet"),
-    Metric("spread", "spread of pixels", 3, 0.04, "standard deviation over clips, all clips"),
+    Metric("spread", "spread of pixels", 3, 0.04, "standard deviation over clips, all clips", 0),
 )
+
+
+def stated(scores: Mapping[str, Score]) -> dict[str, Score]:
+    """The scores, without number where too few clips are behind it."""
+    fewest = {metric.key: metric.fewest for metric in METRICS}
+    return {
+        key: Score(math.nan, math.nan, math.nan, score.n) if score.n < fewest.get(key, 0) else score
+        for key, score in scores.items()
+    }
 
 
 def metrics_of(rows: Sequence[Row]) -> list[Metric]:
@@ -194,11 +218,11 @@ def losses(arm: Row, control: Row, data: Row) -> list[str]:
 
 
 def _sentence(arm: Row, control: Row, data: Row) -> str:
-    kl = f"KL(prior || sample) {_compared(arm, control, 'kl_prior_sample')}"
-    valid = f"validity {_compared(arm, control, 'valid')}"
+    kl = f"KL(prior || sample) {compared(arm, control, 'kl_prior_sample')}"
+    valid = f"validity {compared(arm, control, 'valid')}"
     fell = {
-        "valid": f"validity fell to {_compared(arm, control, 'valid')}",
-        "contrast": f"contrast fell to {_compared(arm, control, 'contrast', data)}",
+        "valid": f"validity fell to {compared(arm, control, 'valid')}",
+        "contrast": f"contrast fell to {compared(arm, control, 'contrast', data)}",
     }
     lost = " and ".join(fell[key] for key in losses(arm, control, data))
     match outcome(arm, control, data):
@@ -212,9 +236,15 @@ def _sentence(arm: Row, control: Row, data: Row) -> str:
             return f"{arm.name} made no clear difference: {kl}, {valid}."
 
 
-def _compared(arm: Row, control: Row, key: str, data: Row | None = None) -> str:
+def compared(arm: Row, control: Row, key: str, data: Row | None = None) -> str:
+    """`value (control value)`, and the data's value where it is given."""
     beside = f", data {number(data.scores[key].value, 2)}" if data else ""
-    return f"{number(arm.scores[key].value, 2)} (control {number(control.scores[key].value, 2)}{beside})"
+    own, other = (_known(row.scores[key]) for row in (arm, control))
+    return f"{own} (control {other}{beside})"
+
+
+def _known(score: Score) -> str:
+    return number(score.value, 2) if math.isfinite(score.value) else "unknown"
 
 
 def _differences(row: Row, data: Row) -> str:

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.cache import Conditioning, Context, KVCache, PackedContext
+from selfforcing_dfd.cache import Context, KVCache, PackedContext
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.flow import score_sigma, shift_sigma
+from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching
 from selfforcing_dfd.pairing import PAIRINGS, Pair
 from selfforcing_dfd.rollout import Chunk, Rollout, commit_chunk, replay, rollout

@@ -19,11 +19,6 @@ from selfforcing_dfd.tiny.text import TinyText
 NUM_CLIPS, NUM_VIDEO_FRAMES, SIZE = 12, 9, (64, 64)
 
 
-def rotate_noise(latents: Tensor, text: Tensor) -> Tensor:
-    """Stands in for the teacher's ODE: depends on every argument, sample by sample."""
-    return latents.flip(1) * 0.5 + text.mean(dim=(1, 2))[:, None, None, None, None]
-
-
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "clips"

@@ -9,8 +9,9 @@ import torch
 from golden_weights import FOLDER, FORWARD, diffusers_name, golden, golden_network, manifest
 from torch import Tensor
 
-from selfforcing_dfd.cache import ChunkKV, Conditioning, Context, KVCache, NetworkOutput, PackedContext
+from selfforcing_dfd.cache import ChunkKV, Context, KVCache, PackedContext
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.network import Conditioning, NetworkOutput
 from selfforcing_dfd.rollout import Chunk, plan_chunks
 
 CHUNK = 3

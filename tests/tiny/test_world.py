@@ -36,6 +36,8 @@ def test_mode_prior_is_indexed_as_modes_are() -> None:
     rarest = world.mode(torch.tensor(5), torch.tensor(3))
     assert world.MODE_PRIOR[rarest] == world.MODE_PRIOR.min()
     assert world.MODE_PRIOR[rarest].item() == pytest.approx(0.04 * 0.1)
+    red_up = world.mode(torch.tensor(0), torch.tensor(3))
+    assert world.MODE_PRIOR[red_up].item() == pytest.approx(0.35 * 0.1)
     assert world.MODE_PRIOR.sum().item() == pytest.approx(1)
 
 

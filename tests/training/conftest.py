@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 
-
 from selfforcing_dfd.build import build_network
 from selfforcing_dfd.config import REPOSITORY, Config, ModelConfig, load_config
+from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.sampling import invert
-from selfforcing_dfd.cache import Conditioning
 from selfforcing_dfd.tiny.data import make_tiny_shards
 from selfforcing_dfd.training.ema import save_weights
 from tests.tiny_models import fill_weights
