@@ -12,9 +12,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         epilog="Overrides change single settings: train.py --config dfd_ar.yaml optim.student.lr=1e-5 run.seed=1",
     )
     parser.add_argument("--config", required=True, help="YAML file; a bare name is looked up in configs/")
-    parser.add_argument("--resume", action="store_true", help="continue from the newest complete checkpoint of this run")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the newest complete checkpoint of this run"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print what would be done, and check that it can be")
-    parser.add_argument("overrides", nargs="*", metavar="section.setting=value", help="settings that replace the file's")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="section.setting=value", help="settings that replace the file's"
+    )
     return parser.parse_intermixed_args(arguments)
 
 

@@ -27,6 +27,8 @@ from selfforcing_dfd.training.loop import Learner, Trainer, Watch, World
 from selfforcing_dfd.training.stages import DataForcing, InitStage, MatchingStage, Stage, TeacherStage
 from selfforcing_dfd.training.tracking import Tracker
 
+BASIS = "assets/tiny/codec.safetensors"
+
 
 def build_device(name: str) -> torch.device:
     """`auto` takes a GPU where there is one. Raises ConfigError for a GPU that is not there."""
@@ -56,7 +58,7 @@ def build_network(config: ModelConfig, device: torch.device | str = "cpu") -> Wa
     )
     if config.gradient_checkpointing:
         network.enable_gradient_checkpointing()
-    return network.to(device)
+    return place(network, device)
 
 
 def load_network(config: ModelConfig, weights: str, device: torch.device | str = "cpu") -> WanTransformer:
@@ -73,7 +75,13 @@ def load_network(config: ModelConfig, weights: str, device: torch.device | str =
             f"want {own.get(first, 'nothing')}; make section model agree with the weights"
         )
     network.load_state_dict(tensors)
-    return network.to(device)
+    return place(network, device)
+
+
+def place(network: WanTransformer, device: torch.device | str) -> WanTransformer:
+    """The network on its device (diffusers decorates `to` with a type that checkers misread)."""
+    nn.Module.to(network, device)
+    return network
 
 
 def build_networks(config: Config, device: torch.device) -> dict[str, WanTransformer]:
@@ -89,7 +97,7 @@ def build_networks(config: Config, device: torch.device) -> dict[str, WanTransfo
     else:
         networks["student"] = build_network(config.model)
         networks["student"].init_weights(rng.generator(config.run.seed, "weights"))
-        networks["student"].to(device)
+        place(networks["student"], device)
     for network in networks.values():
         network.requires_grad_(False)
     return networks
@@ -132,14 +140,16 @@ def build_forcing(config: Config) -> DataForcing:
     """Plain DMD for stage dmd."""
     if config.run.stage == "dmd":
         return DataForcing()
-    dfd = config.dfd
-    return DataForcing(dfd.p, dfd.p_start, dfd.ramp_updates, dfd.granularity, dfd.pairing, tuple(dfd.sigma_range))
+    dfd, (low, high) = config.dfd, config.dfd.sigma_range
+    return DataForcing(dfd.p, dfd.p_start, dfd.ramp_updates, dfd.granularity, dfd.pairing, (low, high))
 
 
 def build_learner(network: nn.Module, config: OptimizerConfig, student_updates: int) -> Learner:
     """A network with AdamW; with kind muon, Muon (torch.optim.Muon) takes the blocks' matrices and AdamW the rest."""
     parameters = dict(network.named_parameters())
-    matrices = {n: p for n, p in parameters.items() if config.kind == "muon" and n.startswith("blocks.") and p.ndim == 2}
+    matrices = {
+        n: p for n, p in parameters.items() if config.kind == "muon" and n.startswith("blocks.") and p.ndim == 2
+    }
     rest = [p for n, p in parameters.items() if n not in matrices]
     decay = config.weight_decay
     optimizers: list[Optimizer] = [torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=decay)]
@@ -164,7 +174,11 @@ def build_lr(config: OptimizerConfig, student_updates: int) -> Callable[[int], f
 def check_start(config: Config) -> None:
     """ConfigError for a device or weights that are not there: found out before data is made or anything is trained."""
     build_device(config.run.device)
-    for role, name in (("student", config.weights.student), ("teacher", config.weights.teacher), ("fake", config.weights.fake)):
+    for role, name in (
+        ("student", config.weights.student),
+        ("teacher", config.weights.teacher),
+        ("fake", config.weights.fake),
+    ):
         if name and not find_file(name).is_file():
             raise ConfigError(f"weights.{role} is {name}, which does not exist; train it first, or correct the path")
 
@@ -203,6 +217,12 @@ def build_reader(config: Config) -> ShardReader:
     return reader
 
 
+def codec_file(config: Config) -> Path:
+    """The basis beside the shards if the packer refitted it, else the shipped one."""
+    beside = Path(config.data.shards) / "codec.safetensors"
+    return beside if beside.exists() else find_file(BASIS)
+
+
 def build_order(config: Config, reader: ShardReader) -> SampleOrder:
     return SampleOrder(len(reader), config.run.seed, reader.caption_ids, config.batch.group)
 
@@ -219,7 +239,17 @@ def arms(config: Config) -> Iterator[Config]:
         yield change(dataclasses.replace(config, arms={}), [f"run.name={config.run.name}/{name}", *overrides])
 
 
-MAY_CHANGE = {"run.student_updates", "run.device", "run.out", "data.workers", "checkpoint", "log", "report", "arms", "base"}
+MAY_CHANGE = {
+    "run.student_updates",
+    "run.device",
+    "run.out",
+    "data.workers",
+    "checkpoint",
+    "log",
+    "report",
+    "arms",
+    "base",
+}
 """Settings that a resumed run may change and still be the same run."""
 
 
@@ -232,7 +262,10 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
     folder = run_folder(config)
     fixed = {role: model_fingerprint(network) for role, network in networks.items() if role == "teacher"}
     checkpoints = CheckpointManager(
-        folder / "checkpoints", config.checkpoint.keep, config=as_dict(config), models=fixed | {"data": reader.index_hash}
+        folder / "checkpoints",
+        config.checkpoint.keep,
+        config=as_dict(config),
+        models=fixed | {"data": reader.index_hash},
     )
     newest = checkpoints.latest() if resume else None
     if newest is not None:

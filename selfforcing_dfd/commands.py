@@ -9,7 +9,7 @@ from pathlib import Path
 
 Run = Callable[[argparse.Namespace], None]
 
-STAGES = (  # config, and which of its exported files become which asset
+STAGES: tuple[tuple[str, dict[str, str]], ...] = (  # config, and which of its exported files become which asset
     ("tiny/teacher.yaml", {"student": "teacher"}),
     ("tiny/init.yaml", {}),
     ("tiny/dmd.yaml", {"student": "student", "fake": "fake"}),

@@ -322,7 +322,7 @@ def change(config: Config, overrides: list[str]) -> Config:
 
 def _layers(path: Path) -> Any:
     """The file's settings over those of its `base`, which is looked up beside it and then in `configs/`."""
-    own = OmegaConf.load(path)
+    own: Any = OmegaConf.load(path)
     base = own.get("base") if OmegaConf.is_dict(own) else None
     if not base:
         return own

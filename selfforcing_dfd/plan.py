@@ -40,7 +40,9 @@ def plan_run(config: Config) -> str:
         lines.insert(4, f"  ladder      sigma {ladder}; teacher guided by {config.score.guidance:g}")
     if config.run.stage == "dfd":
         dfd = config.dfd
-        lines.insert(5, f"  data rows   p {dfd.p:g} a {dfd.granularity}, pairing {dfd.pairing}, sigma {dfd.sigma_range}")
+        lines.insert(
+            5, f"  data rows   p {dfd.p:g} a {dfd.granularity}, pairing {dfd.pairing}, sigma {dfd.sigma_range}"
+        )
     return "\n".join(lines)
 
 

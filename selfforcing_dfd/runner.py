@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from selfforcing_dfd.build import arms, build_invert, build_trainer, check_start, load_network, run_folder
+from selfforcing_dfd.build import (
+    BASIS,
+    arms,
+    build_invert,
+    build_trainer,
+    check_start,
+    codec_file,
+    load_network,
+    run_folder,
+)
 from selfforcing_dfd.config import Config, ConfigError, find_file, to_yaml
 from selfforcing_dfd.data.pack import PackError
 from selfforcing_dfd.data.shards import ShardError
@@ -22,8 +32,6 @@ from selfforcing_dfd.training.tracking import NonFiniteError
 __all__ = ["USER_ERRORS", "Interrupted", "run"]
 
 USER_ERRORS = (ConfigError, CheckpointError, ShardError, PackError, GuardError, NonFiniteError)
-
-BASIS = "assets/tiny/codec.safetensors"
 
 
 def run(config: Config, resume: bool = False) -> None:
@@ -46,7 +54,7 @@ def prepare_data(config: Config) -> None:
     folder, tiny = Path(config.data.shards), config.data.tiny
     if folder.exists() or not tiny.clips:
         return
-    noise = {}
+    noise: dict[str, Any] = {}
     if tiny.noise_steps:
         teacher = model_fingerprint(load_network(config.model, config.weights.teacher))
         noise = {"invert": build_invert(config, tiny.noise_steps), "noise_fingerprint": f"{teacher}-{tiny.noise_steps}"}
@@ -84,9 +92,3 @@ def build_guards(config: Config) -> Guards | None:
         return None
     codec = TinyCodec.load(codec_file(config))
     return Guards(codec.decode, config.guards.tolerance, config.guards.stop)
-
-
-def codec_file(config: Config) -> Path:
-    """The basis beside the shards if the packer refitted it, else the shipped one."""
-    beside = Path(config.data.shards) / "codec.safetensors"
-    return beside if beside.exists() else find_file(BASIS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -35,7 +37,7 @@ def integrate(
         x0 = guided_x0(network, x, level, conditioning, negative, guidance)
         return (x - x0) / level[:, None, None, None, None]
 
-    for sigma, following in zip(sigmas, sigmas[1:], strict=False):
+    for sigma, following in itertools.pairwise(sigmas):
         first = flow(latents, sigma)
         moved = latents + (following - sigma) * first
         if following == 0:

@@ -14,15 +14,15 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "selfforcing_dfd"
 CORE = ("flow", "cache", "rollout", "objectives", "pairing")
-BESIDE = ("assignment",)  # textbook algorithms that the core calls, and that need nothing themselves
-PRINTING = {"train.py", f"{PACKAGE}/__main__.py", f"{PACKAGE}/runner.py"}
+BESIDE = ("assignment", "network")  # a textbook algorithm that the core calls, and the protocol that it talks to
+PRINTING = {"train.py", f"{PACKAGE}/__main__.py", f"{PACKAGE}/commands.py", f"{PACKAGE}/runner.py"}
 
 LEVELS = (
     {*CORE, *BESIDE, "rng"},
     {"models", "codecs", "tiny", "data", "sampling", "allocator"},
     {"training", "streaming", "evaluation"},
     {"config", "build"},
-    {"runner", "plan", "__main__", "tiny.report"},
+    {"runner", "plan", "commands", "__main__", "tiny.report"},
     {"train", "inference"},
 )
 """Each part may import from its own level and from those before it.

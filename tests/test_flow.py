@@ -56,12 +56,6 @@ def test_sigma_may_be_a_number_one_a_sample_or_one_a_latent_frame():
         assert torch.equal(by_frame[:, frame], add_noise(x0, noise, float(sigma[frame]))[:, frame])
 
 
-def test_network_is_told_one_sigma_for_each_latent_frame():
-    """Catches a sigma given per sample but read per frame; also the same confusion as above at the network's door."""
-    x = latents("x", frames=2)
-    per_sample = torch.tensor([0.25, 0.75], dtype=torch.float64)
-
-
 def test_ladder_is_self_forcings():
     """Catches any drift of the four sigmas that every distilled student was trained at."""
     assert few_step_ladder((1000, 750, 500, 250), 5.0) == pytest.approx((1, 15 / 16, 5 / 6, 5 / 8), rel=1e-15)

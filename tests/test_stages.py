@@ -284,15 +284,19 @@ def test_data_stages_reach_every_parameter(name):
 
 
 def test_init_stage_is_teacher_forcing():
-    """Catches context made of the student's own clips or of the noisy ones: chunk by chunk over real clips, by hand."""
+    """Catches context made of the student's own clips or of the noisy ones, and stored noise in a later chunk, which
+    would teach the student to follow its noise and not its context: chunk by chunk over real clips, by hand.
+    """
     stage, batch = InitStage({"student": tiny_network()}, CHUNKS, 3.0, 0.0), tiny_batch(with_noise=True)
     assert batch.noise is not None
+    noises = draw().normal("noise", batch.latents.shape[1:], batch.latents)
+    noises[:, : CHUNKS[0].frames] = batch.noise[:, : CHUNKS[0].frames]
     network, text, losses = stage.trained["student"], Conditioning(batch.text), []
     level = draw().uniform("sigma", (3,))
     sigma = 3 * level / (1 + 2 * level)
     contexts = stage.clean_contexts(network, batch.latents, text)
     for index, (chunk, context) in enumerate(zip(CHUNKS, contexts, strict=True)):
-        x0, noise, s = chunk.of(batch.latents), chunk.of(batch.noise), sigma[:, index, None, None, None, None]
+        x0, noise, s = chunk.of(batch.latents), chunk.of(noises), sigma[:, index, None, None, None, None]
         flow = network((1 - s) * x0 + s * noise, sigma[:, index], text, context).flow
         losses.append((flow - (noise - x0)).square().mean())
     assert [context.next_frame for context in contexts] == [0, 2, 4]

@@ -166,11 +166,11 @@ def sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
+class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """Flow-predicting transformer over latents [B, F, C, H, W]."""
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["WanBlock"]
+    _no_split_modules = ["WanBlock"]  # type: ignore[assignment]
     _repeated_blocks = ["WanBlock"]
 
     @register_to_config
@@ -189,7 +189,7 @@ class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        self.head_dim, self.patch = attention_head_dim, tuple(patch_size)
+        self.head_dim, self.patch = attention_head_dim, (patch_size[0], patch_size[1], patch_size[2])
         self.patch_embedding = nn.Conv3d(in_channels, dim, self.patch, stride=self.patch)
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
         self.blocks = nn.ModuleList(WanBlock(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers))
@@ -227,7 +227,7 @@ class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """One block, re-computed in the backward pass when gradient checkpointing is on."""
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *inputs)
+            return self._gradient_checkpointing_func(block, *inputs)  # type: ignore[misc]
         return block(*inputs)
 
     def patchify(self, x_t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:

@@ -82,7 +82,7 @@ def principal_components(blocks: Tensor) -> Tensor:
 
 def to_blocks(videos: Tensor) -> tuple[Tensor, Tensor]:
     """[B, T, H, W, 3] -> first video frame [B, 1, h, w, 192] and groups of four [B, F - 1, h, w, 768]."""
-    batch, frames, height, width, _ = videos.shape
+    frames, height, width = videos.shape[1:4]
     if height % SPACE or width % SPACE:
         raise ValueError(f"video frames are {height} x {width}; height and width must be multiples of {SPACE}")
     grid = videos.unflatten(2, (-1, SPACE)).unflatten(4, (-1, SPACE))  # B, T, h, 8, w, 8, 3

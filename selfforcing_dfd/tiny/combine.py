@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from selfforcing_dfd.tiny import tables
 from selfforcing_dfd.tiny.document import REPORT_FILE, notes_on, printed, save
 from selfforcing_dfd.tiny.metrics import Score
 from selfforcing_dfd.tiny.page import Page
-from selfforcing_dfd.tiny.tables import CONTROL, Finding, ReportError, Row
+from selfforcing_dfd.tiny.tables import CONTROL, DATA, Finding, Mark, Outcome, ReportError, Row
 
 MAY_DIFFER = {"base", "run.name", "run.out", "run.seed", "run.device", "data.shards", "data.tiny.seed", "data.workers"}
 """Settings in which reports that are combined over seeds may differ."""
@@ -28,7 +29,8 @@ def combine(folders: Sequence[Path], out: Path) -> str:
     reports = [load_report(folder) for folder in folders]
     seeds = _check_belong_together(folders, reports)
     per_seed = [[tables.from_json(row) for row in report["rows"]] for report in reports]
-    rows = [combined_row(several) for several in zip(*per_seed, strict=True)]
+    data = [row for one in per_seed for row in one if row.name == DATA]
+    rows = [combined_row(several, data) for several in zip(*per_seed, strict=True)]
     title = f"{reports[0]['config']['run']['name']}, seeds {', '.join(map(str, seeds))}"
     num_clips = reports[0]["num_clips"]
     page = Page(
@@ -99,17 +101,19 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def combined_row(several: Sequence[Row]) -> Row:
-    """The same row of several seeds: each score's mean, with the range over seeds, and the counts of modes together."""
-    scores = {}
+def combined_row(several: Sequence[Row], data: Sequence[Row]) -> Row:
+    """The same row of several seeds, whose data rows are `data`: each score's mean, with the range over seeds."""
+    scores: dict[str, Score] = {}
+    marks: dict[str, Mark] = {}
     for key in several[0].scores:
         values = [row.scores[key].value for row in several if key in row.scores]
-        values = [value for value in values if value == value]
-        mean = sum(values) / len(values) if values else float("nan")
-        low, high = (min(values), max(values)) if values else (mean, mean)
+        values = [value for value in values if math.isfinite(value)]
+        mean, low, high = (sum(values) / len(values), min(values), max(values)) if values else (math.nan,) * 3
         scores[key] = Score(mean, low, high, len(values))
+        said = {row.mark(key, own) for row, own in zip(several, data, strict=True)}
+        marks[key] = said.pop() if len(said) == 1 else "="
     modes = tuple(sum(counts) for counts in zip(*(row.modes for row in several), strict=True))
-    return Row(several[0].name, several[0].about, scores, modes, sum(row.seconds for row in several))
+    return Row(several[0].name, several[0].about, scores, modes, sum(row.seconds for row in several), marks)
 
 
 def combined_findings(rows: Sequence[Row], per_seed: Sequence[Sequence[Row]]) -> list[Finding]:
@@ -132,7 +136,7 @@ def combined_findings(rows: Sequence[Row], per_seed: Sequence[Sequence[Row]]) ->
                 ("contrast", "contrast"),
             )
         )
-        unanimous = several[0].outcome if len(counted) == 1 else ""
+        unanimous: Outcome | Literal[""] = several[0].outcome if len(counted) == 1 else ""
         findings.append(Finding(name, unanimous, f"{name} {said}: mean {means}."))
     return findings
 

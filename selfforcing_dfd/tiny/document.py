@@ -27,9 +27,11 @@ def notes_on(rows: Sequence[Row], num_clips: int, num_seeds: int = 1) -> list[st
     expected = tables.expected_modes(num_clips)
     said = [
         f"{num_clips} clips a row{' and seed' if several else ''}, the same captions and noise in each, with {spread}. "
-        f"So many independent draws from the prior hit {expected:.1f} of the 24 modes on average. Not stated: means over "
-        f"fewer than {FEWEST} valid clips, and KL from fewer than {FEWEST_FOR_MODES}."
+        f"So many independent draws from the prior hit {expected:.1f} of the 24 modes on average. Means over fewer "
+        f"than {FEWEST} valid clips, and KL from fewer than {FEWEST_FOR_MODES}, are not stated."
     ]
+    if several:
+        said.append("Above or below the data means: in every seed, with disjoint 95 % intervals.")
     if tables.find(rows, CONTROL):
         said.append(RULE)
     if not several:

@@ -18,7 +18,6 @@ from selfforcing_dfd.tiny.tables import (
     Finding,
     Metric,
     Row,
-    against,
     find,
     interval,
     metrics_of,
@@ -138,7 +137,7 @@ def _table_line(rows: Sequence[Row], metric: Metric, palette: Mapping[str, int])
         if score is None:
             cells.append("<td>-</td>")
             continue
-        mark = "" if row is data else against(score, reference)
+        mark = row.mark(metric.key, data)
         strip = _strip(score, reference, low, high, palette[row.name])
         cells.append(
             f'<td class="{_tint(score, reference, mark, metric)}"><b>{number(score.value, metric.digits)}</b>'

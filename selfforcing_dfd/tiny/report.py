@@ -12,9 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.build import arms, build_chunks, build_device, build_ladder, load_network, run_folder
-from selfforcing_dfd.config import Config, as_dict, load_config, require, to_yaml
-from selfforcing_dfd.runner import codec_file
+from selfforcing_dfd.build import (
+    arms,
+    build_chunks,
+    build_device,
+    build_ladder,
+    codec_file,
+    load_network,
+    run_folder,
+)
+from selfforcing_dfd.config import Config, as_dict, find_file, load_config, require, to_yaml
+from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.tiny import curves, tables
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.combine import combine
@@ -104,7 +112,7 @@ def sources(config: Config) -> list[Source]:
 
 def teacher_source(config: Config, weights: str) -> Source:
     """Many-step samples of the network in a weights file."""
-    network = load_network(config.model, weights, build_device(config.run.device)).requires_grad_(False)
+    network = _frozen(config, weights)
     steps, guidance = config.report.teacher_steps, config.report.teacher_guidance
 
     def clips(evaluation: EvaluationSet, codec: TinyCodec) -> Videos:
@@ -117,7 +125,7 @@ def teacher_source(config: Config, weights: str) -> Source:
 
 def student_source(name: str, about: str, config: Config, weights: str) -> Source:
     """Rollouts of the network in a weights file, with the ladder, chunks and window of its config."""
-    network = load_network(config.model, weights, build_device(config.run.device)).requires_grad_(False)
+    network = _frozen(config, weights)
 
     def clips(evaluation: EvaluationSet, codec: TinyCodec) -> Videos:
         return student_clips(
@@ -132,6 +140,11 @@ def student_source(name: str, about: str, config: Config, weights: str) -> Sourc
         )
 
     return Source(name, about, clips)
+
+
+def _frozen(config: Config, weights: str) -> WanTransformer:
+    require(find_file(weights).is_file(), f"no weights at {weights}; train them first, or correct the path")
+    return load_network(config.model, weights, build_device(config.run.device)).requires_grad_(False)
 
 
 def measure(source: Source, evaluation: EvaluationSet, codec: TinyCodec, chunk_frames: int) -> tuple[Row, Tensor]:

@@ -37,7 +37,7 @@ thead th { font-weight: 600; white-space: nowrap; }
 tbody th { font-weight: 500; position: sticky; left: 0; background: var(--card); min-width: 200px; }
 tbody th small { display: block; line-height: 1.3; }
 td { min-width: 106px; border-left: 1px solid var(--line); white-space: nowrap; }
-td b { font-weight: 600; } td small { display: block; margin-top: 2px; font-size: 11px; } 
+td b { font-weight: 600; } td small { display: block; margin-top: 2px; font-size: 11px; }
 .mark { color: var(--soft); margin-left: 3px; }
 .near { background: var(--near); } .off1 { background: var(--off1); }
 .off2 { background: var(--off2); } .off3 { background: var(--off3); }

@@ -28,6 +28,7 @@ RULE = (
 )
 MARKS = "= touches the data's interval, ↑ lies above it, ↓ below it. Nearer to the data is better, from either side."
 
+Mark = Literal["", "=", "↑", "↓"]
 Outcome = Literal["helped", "harmed", "mixed", "no clear difference"]
 
 
@@ -39,7 +40,8 @@ class ReportError(ValueError):
 class Row:
     """One source of clips. modes: its valid clips in each mode of MODE_PRIOR; seconds: to generate and read them.
 
-    Combined over seeds, a score is the mean with the smallest and the largest seed's value; n is the number of seeds.
+    Combined over seeds, a score is the mean with the smallest and the largest seed's value, n is the number of seeds,
+    and marks say on which side of the data the row is in every seed.
     """
 
     name: str
@@ -47,6 +49,15 @@ class Row:
     scores: Mapping[str, Score]
     modes: tuple[int, ...]
     seconds: float = 0.0
+    marks: Mapping[str, Mark] | None = None
+
+    def mark(self, key: str, data: Row | None) -> Mark:
+        """Where this row's score lies from the data's; nothing for the data itself."""
+        if data is None or data.name == self.name:
+            return ""
+        if self.marks is not None:
+            return self.marks.get(key, "")
+        return against(self.scores.get(key), data.scores.get(key))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,8 +73,8 @@ class Finding:
 class Metric:
     """A line of the table.
 
-    far: the distance to the data's value from which a cell has its strongest colour; fewest: clips (valid ones, where the
-    metric is over these) from which it is stated.
+    far: the distance to the data's value from which a cell has its strongest colour; fewest: clips (valid ones, where
+    the metric is over these) from which it is stated.
     """
 
     key: str
@@ -85,11 +96,11 @@ METRICS = (
         "nats; what the sample misses of the 24 modes' law",
         FEWEST_FOR_MODES,
     ),
-    Metric("agreement_shape", "caption agreement: shape", 2, 0.3, "of the valid clips, those that show what was asked"),
-    Metric("agreement_hue", "caption agreement: hue", 2, 0.3, "likewise"),
-    Metric("agreement_direction", "caption agreement: direction", 2, 0.3, "likewise"),
-    Metric("agreement_speed", "caption agreement: speed", 2, 0.3, "likewise"),
-    Metric("agreement_size", "caption agreement: size", 2, 0.3, "likewise"),
+    Metric("agreement_shape", "shape agreement", 2, 0.3, "valid clips that show the caption's"),
+    Metric("agreement_hue", "hue agreement", 2, 0.3, "likewise"),
+    Metric("agreement_direction", "direction agreement", 2, 0.3, "likewise"),
+    Metric("agreement_speed", "speed agreement", 2, 0.3, "likewise"),
+    Metric("agreement_size", "size agreement", 2, 0.3, "likewise"),
     Metric("saturation", "saturation", 2, 0.15, "HSV saturation of the shape, valid clips"),
     Metric("contrast", "contrast", 2, 0.2, "RGB distance of shape and background, all clips", 0),
     Metric("speed_px", "speed, px/frame", 2, 0.3, "pixels per video frame, valid clips"),
@@ -136,7 +147,7 @@ def interval(score: Score, digits: int) -> str:
     return f"[{number(score.low, digits)} {number(score.high, digits)}]" if math.isfinite(score.value) else ""
 
 
-def against(score: Score | None, data: Score | None) -> Literal["", "=", "↑", "↓"]:
+def against(score: Score | None, data: Score | None) -> Mark:
     """Where a score lies from the data's: = if the intervals touch, else above or below; empty without both."""
     if score is None or data is None or not (math.isfinite(score.value) and math.isfinite(data.value)):
         return ""
@@ -147,13 +158,14 @@ def against(score: Score | None, data: Score | None) -> Literal["", "=", "↑", 
 
 def cells(rows: Sequence[Row], metric: Metric) -> list[str]:
     """`value [low high] mark` for each row; the data has no mark."""
-    data = find(rows, DATA)
-    reference = data.scores.get(metric.key) if data else None
-    out = []
+    data, out = find(rows, DATA), []
     for row in rows:
         score = row.scores.get(metric.key)
-        mark = "" if row is data else against(score, reference)
-        parts = (number(score.value, metric.digits), interval(score, metric.digits), mark) if score else ("-",)
+        parts = (
+            (number(score.value, metric.digits), interval(score, metric.digits), row.mark(metric.key, data))
+            if score
+            else ("-",)
+        )
         out.append(" ".join(part for part in parts if part))
     return out
 
@@ -248,15 +260,14 @@ def _known(score: Score) -> str:
 
 
 def _differences(row: Row, data: Row) -> str:
-    marks = [(metric, against(row.scores.get(metric.key), data.scores.get(metric.key))) for metric in METRICS]
     apart = [
         f"{metric.title} {number(row.scores[metric.key].value, metric.digits)} "
-        f"({number(data.scores[metric.key].value, metric.digits)})"
-        for metric, mark in marks
-        if mark in ("↑", "↓")
+        f"(data {number(data.scores[metric.key].value, metric.digits)})"
+        for metric in METRICS
+        if row.mark(metric.key, data) in ("↑", "↓")
     ]
     if apart:
-        return f"{row.name} differs from the data (in brackets) in {', '.join(apart)}."
+        return f"{row.name} differs from the data: {', '.join(apart)}."
     return f"{row.name} cannot be told from the data: every interval touches the data's."
 
 
@@ -266,7 +277,8 @@ def to_json(row: Row) -> dict[str, Any]:
         key: {"value": _or_null(s.value), "low": _or_null(s.low), "high": _or_null(s.high), "n": s.n}
         for key, s in row.scores.items()
     }
-    return {"name": row.name, "about": row.about, "scores": scores, "modes": list(row.modes), "seconds": row.seconds}
+    saved = {"name": row.name, "about": row.about, "scores": scores, "modes": list(row.modes), "seconds": row.seconds}
+    return saved | ({"marks": dict(row.marks)} if row.marks is not None else {})
 
 
 def from_json(saved: Mapping[str, Any]) -> Row:
@@ -276,7 +288,7 @@ def from_json(saved: Mapping[str, Any]) -> Row:
             key: Score(_or_nan(s["value"]), _or_nan(s["low"]), _or_nan(s["high"]), int(s["n"]))
             for key, s in saved["scores"].items()
         }
-        return Row(saved["name"], saved["about"], scores, tuple(saved["modes"]), saved["seconds"])
+        return Row(saved["name"], saved["about"], scores, tuple(saved["modes"]), saved["seconds"], saved.get("marks"))
     except (KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"not a row of a report: {error!r}; write the report again") from error
 

@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from selfforcing_dfd.data.shards import Batch, SampleOrder, ShardReader, batches
 from selfforcing_dfd.training.checkpoint import CheckpointManager
-from selfforcing_dfd.training.clock import Clock
+from selfforcing_dfd.training.clock import Clock, Turn
 from selfforcing_dfd.training.ema import EMA, optimizer_state
 from selfforcing_dfd.training.stages import Draw, Stage, StageLoss
 from selfforcing_dfd.training.tracking import Tracker, check_finite
@@ -101,7 +101,7 @@ class Trainer:
                         f"go on with the same command and --resume"
                     )
 
-    def take_turn(self, turn: str, stream: Iterator[Batch]) -> dict[str, float]:
+    def take_turn(self, turn: Turn, stream: Iterator[Batch]) -> dict[str, float]:
         """One update of one network: all micro-batches, then the optimizer step, then the clock."""
         learner = self.learners[turn]
         learner.network.requires_grad_(True)
@@ -140,7 +140,8 @@ class Trainer:
             yield Draw(self.seed, start, micro, tuple(range(first, first + self.micro)))
 
     def where(self, turn: str) -> str:
-        return f"{turn} update after student update {self.clock.student_updates} (seed {self.seed}, samples from {self.clock.samples})"
+        clock = self.clock
+        return f"{turn} update after student update {clock.student_updates} (seed {self.seed}, samples from {clock.samples})"
 
     def summary(self, parts: list[StageLoss]) -> dict[str, float]:
         """What a turn is logged as: means by branch and by sigma bin, and what the guards see."""
@@ -202,7 +203,7 @@ def summarise(values: Mapping[str, Tensor]) -> dict[str, float]:
     if "dfd" in values:
         masks |= {"/dfd": values["dfd"] > 0, "/dmd": values["dfd"] == 0}
     if "sigma" in values:
-        for low, high in zip(SIGMA_BINS, SIGMA_BINS[1:], strict=False):
+        for low, high in itertools.pairwise(SIGMA_BINS):
             masks[f"/sigma<={high:g}"] = (values["sigma"] > low) & (values["sigma"] <= high)
     return {
         f"{name}{suffix}": float(value[mask].mean())

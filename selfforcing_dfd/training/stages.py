@@ -89,8 +89,9 @@ class TeacherStage:
 class InitStage:
     """Causal student by teacher forcing: each chunk is denoised after the clean real chunks before it.
 
-    Where the shards hold the noise that the teacher's ODE maps each clip to, that noise is used: then noise determines the
-    clip and a few steps suffice (regression on the teacher's trajectories along straight lines, Liu et al. 2209.03003).
+    Where the shards hold the noise that the teacher's ODE maps each clip to, the first chunk starts from it: noise then
+    determines the clip, and a few steps suffice (regression along straight lines to the teacher's endpoints, Liu et al.,
+    arXiv 2209.03003). Later chunks take fresh noise, or they would follow their noise and not their context.
     """
 
     trained: dict[str, nn.Module]
@@ -104,7 +105,9 @@ class InitStage:
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         student = self.trained[turn]
         conditioning = drop_text(batch, draw, self.text_dropout)
-        noise = batch.noise if batch.noise is not None else draw.normal("noise", batch.latents.shape[1:], batch.latents)
+        noise = draw.normal("noise", batch.latents.shape[1:], batch.latents)
+        if batch.noise is not None:
+            self.chunks[0].of(noise).copy_(self.chunks[0].of(batch.noise))
         frames = tuple(chunk.frames for chunk in self.chunks)
         sigma = shift_sigma(draw.uniform("sigma", (len(frames),)), self.shift).to(noise)
         sigma = sigma.repeat_interleave(torch.tensor(frames, device=sigma.device), dim=1)
@@ -112,9 +115,7 @@ class InitStage:
         loss = flow_matching(student, batch.latents, noise, sigma, conditioning, context)
         return StageLoss(loss.mean(), {"flow_loss": loss.detach()})
 
-    def clean_contexts(
-        self, student: nn.Module, latents: Tensor, conditioning: Conditioning
-    ) -> tuple[Context, ...]:
+    def clean_contexts(self, student: nn.Module, latents: Tensor, conditioning: Conditioning) -> tuple[Context, ...]:
         """The context of every chunk when all chunks before it are the given latents."""
         cache, contexts = KVCache(self.sink, self.window), []
         for chunk in self.chunks:

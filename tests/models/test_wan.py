@@ -9,7 +9,7 @@ from tiny_models import CHUNK, FRAMES, TINY, conditioning, fill_weights, latents
 from torch import Tensor
 
 from selfforcing_dfd.cache import ChunkKV, Context, KVCache, PackedContext
-from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.models.wan import WanTransformer, sigma_per_frame
 from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.rollout import commit_chunk, plan_chunks
 
@@ -276,3 +276,12 @@ def test_chunk_kv_counts_latent_frames_not_tokens():
     kv: ChunkKV = tiny_network()(latents("x", frames=2), SIGMA, conditioning()).kv
     assert kv.frames == 2
     assert kv.layers[0][0].shape[1] == 2 * (4 // 2) * (6 // 2)
+
+
+def test_network_is_told_one_sigma_for_each_latent_frame():
+    """Catches a sigma given per sample but read per frame, which shapes cannot tell apart when B = F."""
+    x = torch.zeros(2, 2, 1, 1, 1)
+    per_sample = torch.tensor([0.25, 0.75])
+    assert sigma_per_frame(per_sample, x).tolist() == [[0.25, 0.25], [0.75, 0.75]]
+    assert sigma_per_frame(per_sample.expand(2, 2), x).tolist() == [[0.25, 0.75], [0.25, 0.75]]
+    assert sigma_per_frame(0.5, x).tolist() == [[0.5, 0.5], [0.5, 0.5]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from selfforcing_dfd.training.ema import save_weights
 from tests.tiny_models import fill_weights
 
 MODEL = ModelConfig(num_heads=2, head_dim=8, num_layers=1, ffn_dim=32, freq_dim=16)
-SMALL = [f"model.{name}={MODEL.__getattribute__(name)}" for name in ("num_heads", "head_dim", "num_layers", "ffn_dim", "freq_dim")]
+SMALL = [f"model.{name}={value}" for name, value in asdict(MODEL).items() if name != "gradient_checkpointing"]
 
 
 @pytest.fixture(scope="session")
@@ -59,5 +60,3 @@ def arguments(world: Path, out: Path) -> list[str]:
         "optim.fake.lr=1e-3",
         "checkpoint.every=2",
     ]
-
-

@@ -85,7 +85,9 @@ def test_interruption_inside_a_cycle_is_bit_exact(settings: Settings) -> None:
 def test_accumulation_changes_nothing_but_rounding(settings: Settings) -> None:
     """Four samples in one pass or in two are the same update; a mean of means or a reused draw would show."""
     whole = build_trainer(settings("run.name=whole", "dfd.granularity=sample", "run.student_updates=1"))
-    parts = build_trainer(settings("run.name=parts", "dfd.granularity=sample", "run.student_updates=1", "batch.micro=2"))
+    parts = build_trainer(
+        settings("run.name=parts", "dfd.granularity=sample", "run.student_updates=1", "batch.micro=2")
+    )
     whole.run()
     parts.run()
     first, second = everything(whole), everything(parts)
