@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -19,8 +18,8 @@ from selfforcing_dfd.build import (
     run_folder,
 )
 from selfforcing_dfd.config import Config, ConfigError, find_file, to_yaml
-from selfforcing_dfd.data.pack import PackError
-from selfforcing_dfd.data.shards import ShardError
+from selfforcing_dfd.data.pack import PackError, add_noise
+from selfforcing_dfd.data.shards import ShardError, ShardReader
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.data import make_tiny_shards
 from selfforcing_dfd.training.checkpoint import CheckpointError
@@ -50,16 +49,17 @@ def run(config: Config, resume: bool = False) -> None:
 
 
 def prepare_data(config: Config) -> None:
-    """Render and pack tiny-world clips where the config asks for them and they are not there yet."""
+    """Render and pack tiny-world clips, and find their noise, where the config asks for it and it is not there yet."""
     folder, tiny = Path(config.data.shards), config.data.tiny
-    if folder.exists() or not tiny.clips:
+    if not tiny.clips:
         return
-    noise: dict[str, Any] = {}
-    if tiny.noise_steps:
+    if not folder.exists():
+        print(f"making {tiny.clips} tiny-world clips with {tiny.level} captions in {folder}")
+        make_tiny_shards(folder, tiny.clips, tiny.seed, tiny.level, config.rollout.frames, find_file(BASIS))
+    if tiny.noise_steps and not ShardReader(folder).has_noise:
+        print(f"finding the noise of {tiny.clips} clips with the teacher's ODE")
         teacher = model_fingerprint(load_network(config.model, config.weights.teacher))
-        noise = {"invert": build_invert(config, tiny.noise_steps), "noise_fingerprint": f"{teacher}-{tiny.noise_steps}"}
-    print(f"making {tiny.clips} tiny-world clips with {tiny.level} captions in {folder}")
-    make_tiny_shards(folder, tiny.clips, tiny.seed, tiny.level, config.rollout.frames, find_file(BASIS), **noise)
+        add_noise(folder, build_invert(config, tiny.noise_steps), noise_fingerprint=f"{teacher}-{tiny.noise_steps}")
 
 
 def train(config: Config, resume: bool) -> None:

@@ -104,19 +104,19 @@ class WanBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x: [B, F * tokens, D]; text: [B, L, D]; modulation: [B, F, 6, D] -> (x, keys, values) of this layer."""
         table = self.scale_shift_table[:, None] + modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = (per_frame(part, x) for part in table.unbind(2))
+        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
 
-        normed = (self.norm1(x) * (1 + scale1) + shift1).type_as(x)
+        normed = modulate(self.norm1(x), scale1, shift1).type_as(x)
         q, (k, v) = self.attn1.queries(normed), self.attn1.keys_values(normed)
         q, k = rotate(q, *rotary), rotate(k, *rotary)
         attended = context.attend(attend, layer, q, k, v)
-        x = (full_precision(x) + self.attn1.output(attended) * gate1).type_as(x)
+        x = (full_precision(x) + gate(self.attn1.output(attended), gate1)).type_as(x)
 
         attended = attend(self.attn2.queries(self.norm2(x)), *self.attn2.keys_values(text))
         x = x + self.attn2.output(attended)
 
-        normed = (self.norm3(x) * (1 + scale2) + shift2).type_as(x)
-        x = (full_precision(x) + self.ffn(normed) * gate2).type_as(x)
+        normed = modulate(self.norm3(x), scale2, shift2).type_as(x)
+        x = (full_precision(x) + gate(self.ffn(normed), gate2)).type_as(x)
         return x, k, v
 
 
@@ -125,9 +125,14 @@ def sigma_per_frame(sigma: Tensor | float, x_t: Tensor) -> Tensor:
     return expand_sigma(sigma, x_t)[..., 0, 0, 0].expand(x_t.shape[:2])
 
 
-def per_frame(values: Tensor, x: Tensor) -> Tensor:
-    """[B, F, D] -> [B, F * tokens, D], each latent frame's value for all its tokens."""
-    return values.repeat_interleave(x.shape[1] // values.shape[1], dim=1)
+def gate(x: Tensor, values: Tensor) -> Tensor:
+    """x [B, F * tokens, D] times values [B, F, D], each latent frame's for all its tokens."""
+    return (x.unflatten(1, (values.shape[1], -1)) * values[:, :, None]).flatten(1, 2)
+
+
+def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """x [B, F * tokens, D] scaled by 1 + scale and shifted; scale, shift: [B, F, D]."""
+    return torch.addcmul(shift[:, :, None], x.unflatten(1, (scale.shape[1], -1)), 1 + scale[:, :, None]).flatten(1, 2)
 
 
 class TwoLayers(nn.Module):
@@ -221,7 +226,7 @@ class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore
             tokens, k, v = self.run_block(block, tokens, text, modulation, rotary, context, layer)
             layers.append((k, v))
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).unbind(2)
-        tokens = (self.norm_out(tokens) * (1 + per_frame(scale, tokens)) + per_frame(shift, tokens)).type_as(tokens)
+        tokens = modulate(self.norm_out(tokens), scale, shift).type_as(tokens)
         return NetworkOutput(self.unpatchify(self.proj_out(tokens), grid), ChunkKV(x_t.shape[1], tuple(layers)))
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,26 +5,16 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-from selfforcing_dfd.data.pack import Invert, pack
+from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.tiny.codec import TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, Level, write_clips
 
 
 def make_tiny_shards(
-    folder: Path,
-    num_clips: int,
-    seed: int,
-    level: Level,
-    num_latent_frames: int,
-    basis: Path,
-    invert: Invert | None = None,
-    noise_fingerprint: str = "",
+    folder: Path, num_clips: int, seed: int, level: Level, num_latent_frames: int, basis: Path
 ) -> None:
-    """Shards of `num_clips` fresh clips with captions of one level, encoded with the codec in the file `basis`.
-
-    invert: also store the noise of each clip, found by the teacher that `noise_fingerprint` names.
-    """
+    """Shards of `num_clips` fresh clips with captions of one level, encoded with the codec in the file `basis`."""
     num_video_frames = 1 + TIME * (num_latent_frames - 1)
     with tempfile.TemporaryDirectory() as clips:
         write_clips(clips, num_clips, seed, level, num_video_frames)
@@ -36,6 +26,4 @@ def make_tiny_shards(
             TinyText(),
             num_video_frames=num_video_frames,
             video_size=(SIDE, SIDE),
-            invert=invert,
-            noise_fingerprint=noise_fingerprint,
         )

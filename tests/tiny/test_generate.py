@@ -91,7 +91,7 @@ def test_student_sees_the_configured_window(codec: TinyCodec):
 def test_teacher_clips_follow_the_guided_ode(codec: TinyCodec):
     """Catches settings of the sampler that get lost: the teacher row would not be the teacher that is distilled."""
     evaluation, teacher = asked(2), network(1)
-    shown = list(teacher_clips(teacher, evaluation, codec, num_steps=2, shift=3.0, guidance=2.0))[0]
+    (shown,) = teacher_clips(teacher, evaluation, codec, num_steps=2, shift=3.0, guidance=2.0)
     noise = evaluation.noise(range(2))[0]
     for steps, shift, guidance, same in ((2, 3.0, 2.0, True), (2, 3.0, 1.0, False), (2, 1.0, 2.0, False)):
         latents = sample(teacher, noise, Conditioning(evaluation.text), steps, shift, guidance)

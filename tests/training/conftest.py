@@ -10,6 +10,7 @@ import pytest
 
 from selfforcing_dfd.build import build_network
 from selfforcing_dfd.config import REPOSITORY, Config, ModelConfig, load_config
+from selfforcing_dfd.data.pack import add_noise
 from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.sampling import invert
 from selfforcing_dfd.tiny.data import make_tiny_shards
@@ -28,9 +29,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     fill_weights(teacher, seed=1)
     save_weights(folder / "teacher.safetensors", teacher)
     basis = REPOSITORY / "assets" / "tiny" / "codec.safetensors"
-    make_tiny_shards(
-        folder / "shards", 24, 0, "short", 9, basis, lambda x, text: invert(teacher, x, Conditioning(text), 2, 3.0), "t"
-    )
+    make_tiny_shards(folder / "shards", 24, 0, "short", 9, basis)
+    add_noise(folder / "shards", lambda x, text: invert(teacher, x, Conditioning(text), 2, 3.0), noise_fingerprint="t")
     return folder
 
 
