@@ -66,7 +66,7 @@ def report(parser: argparse.ArgumentParser) -> Run:
 
 
 def rebuild(parser: argparse.ArgumentParser) -> Run:
-    """Make assets/tiny again from nothing: codec, teacher, causal student, DMD student. Hours of CPU; resumable."""
+    """Make assets/tiny: codec (where it is missing), teacher, causal student, DMD student. Hours of CPU; resumable."""
     parser.add_argument("--out", default="runs", metavar="DIR", help="where the runs go (default: runs)")
 
     def run(args: argparse.Namespace) -> None:
@@ -79,8 +79,9 @@ def rebuild(parser: argparse.ArgumentParser) -> Run:
 
         assets = REPOSITORY / "assets" / "tiny"
         assets.mkdir(parents=True, exist_ok=True)
-        clips = render(draw_factors(NUM_BASIS_CLIPS, rng.generator(0, "codec")))
-        TinyCodec.fit(clips).save(assets / "codec.safetensors")
+        basis = assets / "codec.safetensors"
+        if not basis.exists():
+            TinyCodec.fit(render(draw_factors(NUM_BASIS_CLIPS, rng.generator(0, "codec")))).save(basis)
         for name, exported in STAGES:
             config = load_config(name, [f"run.out={args.out}"])
             train(config, resume=True)
