@@ -63,7 +63,7 @@ def load_report(folder: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ReportError(f"{path} is not JSON ({error}); write the report again") from error
-    missing = [key for key in ("seed", "rows", "config", "num_clips") if key not in report]
+    missing = [key for key in ("seed", "rows", "config", "num_clips", "environment") if key not in report]
     if missing:
         raise ReportError(f"{path} has no {missing[0]}: not one seed's report; combine the runs' own reports")
     return dict(report)
