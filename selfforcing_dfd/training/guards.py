@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -39,7 +39,7 @@ def pixel_statistics(videos: Tensor) -> dict[str, float]:
 
 @dataclass(slots=True)
 class Guards:
-    """Watches a run: logs every statistic of student and data, warns where their ratio leaves 1 / (1 + t) .. 1 + t.
+    """Watches a run: logs every statistic of student and data, warns when one leaves 1 / (1 + t) .. 1 + t of the data's.
 
     decode: latents [B, F, C, H, W] -> videos [B, T, H, W, 3]; tolerance t; stop turns a warning into GuardError.
     """
@@ -47,18 +47,19 @@ class Guards:
     decode: Callable[[Tensor], Tensor]
     tolerance: float
     stop: bool = False
+    warned: set[str] = field(default_factory=set)
 
     def __call__(self, generated: Tensor, real: Tensor) -> dict[str, float]:
         ours, data = pixel_statistics(self.decode(generated)), pixel_statistics(self.decode(real))
-        outside = [
-            f"{name} {ours[name]:.3g} (data {data[name]:.3g})"
-            for name in ours
-            if not 1 / (1 + self.tolerance) <= ours[name] / max(data[name], 1e-9) <= 1 + self.tolerance
-        ]
-        if outside:
-            message = f"the student's samples leave the data's range: {', '.join(outside)}"
+        outside = {
+            n for n in ours if not 1 / (1 + self.tolerance) <= ours[n] / max(data[n], 1e-9) <= 1 + self.tolerance
+        }
+        if outside - self.warned:
+            numbers = ", ".join(f"{name} {ours[name]:.3g} (data {data[name]:.3g})" for name in sorted(outside))
+            message = f"the student's samples leave the data's range: {numbers}"
             if self.stop:
                 raise GuardError(f"{message}; guards.stop is on. The last checkpoint is from before")
-            logger.info(message)
+            logger.warning(message)
+        self.warned = outside
         ratios = {f"{name}_ratio": ours[name] / max(data[name], 1e-9) for name in ours}
         return ours | ratios | {"guards_outside": float(len(outside))}
