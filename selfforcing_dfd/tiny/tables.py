@@ -22,9 +22,9 @@ FEWEST_FOR_MODES = len(MODE_PRIOR)  # fewer clips than modes: the prior that smo
 
 RULE = (
     "The verdict's rule: an arm helped if its KL(prior || sample) lies below the control's with disjoint intervals and "
-    f"its validity is at most {VALIDITY_MARGIN} lower; it harmed if its validity falls below the control's with "
-    "disjoint intervals, or its contrast below both the control's and the data's; both is mixed, neither no clear "
-    "difference."
+    f"its validity is at most {VALIDITY_MARGIN} lower; it harmed if its validity falls by more than that and with "
+    "disjoint intervals, or if its contrast or its speed falls below those of control, data and teacher alike; both is "
+    "mixed, neither no clear difference."
 )
 MARKS = "= touches the data's interval, ↑ lies above it, ↓ below it. Nearer to the data is better, from either side."
 
@@ -199,19 +199,20 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
     if control is None or not judged:
         described = judged or [row for row in rows if row is not data]
         return [Finding(row.name, "", _differences(row, data)) for row in described]
-    return [Finding(row.name, outcome(row, control, data), _sentence(row, control, data)) for row in judged]
+    references = [row for row in (data, find(rows, TEACHER)) if row is not None]
+    return [Finding(row.name, outcome(row, control, references), _sentence(row, control, references)) for row in judged]
 
 
-def outcome(arm: Row, control: Row, data: Row) -> Outcome:
-    """The rule, all by disjoint 95 % intervals.
+def outcome(arm: Row, control: Row, references: Sequence[Row]) -> Outcome:
+    """The rule, all by disjoint 95 % intervals. references: the rows of data and, where it is there, of the teacher.
 
-    Helped: KL(prior || sample) lies below the control's, and validity is at most VALIDITY_MARGIN lower. Harmed:
-    validity falls below the control's, or contrast falls below both the control's and the data's (a fall from too much
+    Helped: KL(prior || sample) lies below the control's, and validity is at most VALIDITY_MARGIN lower. Harmed: validity
+    falls by more than that, or contrast or speed falls below those of control and references alike (a fall from too much
     to the data's is none). Mixed: both. A score that is not there, for want of valid clips, decides nothing.
     """
     covers = arm.scores["kl_prior_sample"].high < control.scores["kl_prior_sample"].low
     keeps = arm.scores["valid"].value >= control.scores["valid"].value - VALIDITY_MARGIN
-    helped, harmed = covers and keeps, bool(losses(arm, control, data))
+    helped, harmed = covers and keeps, bool(losses(arm, control, references))
     if helped and harmed:
         return "mixed"
     if helped or harmed:
@@ -219,25 +220,29 @@ def outcome(arm: Row, control: Row, data: Row) -> Outcome:
     return "no clear difference"
 
 
-def losses(arm: Row, control: Row, data: Row) -> list[str]:
-    """What an arm lost for certain: titles among validity and contrast."""
-    lost = []
-    if arm.scores["valid"].high < control.scores["valid"].low:
-        lost.append("valid")
-    if arm.scores["contrast"].high < min(control.scores["contrast"].low, data.scores["contrast"].low):
-        lost.append("contrast")
+def losses(arm: Row, control: Row, references: Sequence[Row]) -> list[str]:
+    """What an arm lost for certain, among validity, contrast and speed.
+
+    The margin on validity keeps one clip from deciding where a bootstrap interval of a share of 100 % has no width.
+    """
+    valid, before = arm.scores["valid"], control.scores["valid"]
+    lost = ["valid"] if valid.high < before.low and valid.value < before.value - VALIDITY_MARGIN else []
+    for key in ("contrast", "speed_px"):
+        if arm.scores[key].high < min(row.scores[key].low for row in (control, *references)):
+            lost.append(key)
     return lost
 
 
-def _sentence(arm: Row, control: Row, data: Row) -> str:
+def _sentence(arm: Row, control: Row, references: Sequence[Row]) -> str:
     kl = f"KL(prior || sample) {compared(arm, control, 'kl_prior_sample')}"
     valid = f"validity {compared(arm, control, 'valid')}"
     fell = {
         "valid": f"validity fell to {compared(arm, control, 'valid')}",
-        "contrast": f"contrast fell to {compared(arm, control, 'contrast', data)}",
+        "contrast": f"contrast fell to {compared(arm, control, 'contrast', references)}",
+        "speed_px": f"speed fell to {compared(arm, control, 'speed_px', references)}",
     }
-    lost = " and ".join(fell[key] for key in losses(arm, control, data))
-    match outcome(arm, control, data):
+    lost = " and ".join(fell[key] for key in losses(arm, control, references))
+    match outcome(arm, control, references):
         case "helped":
             return f"{arm.name} helped: it covers the modes better, {kl}, and stays coherent, {valid}."
         case "harmed":
@@ -248,9 +253,9 @@ def _sentence(arm: Row, control: Row, data: Row) -> str:
             return f"{arm.name} made no clear difference: {kl}, {valid}."
 
 
-def compared(arm: Row, control: Row, key: str, data: Row | None = None) -> str:
-    """`value (control value)`, and the data's value where it is given."""
-    beside = f", data {number(data.scores[key].value, 2)}" if data else ""
+def compared(arm: Row, control: Row, key: str, references: Sequence[Row] = ()) -> str:
+    """`value (control value)`, and the references' values where they are given."""
+    beside = "".join(f", {row.name} {number(row.scores[key].value, 2)}" for row in references)
     own, other = (_known(row.scores[key]) for row in (arm, control))
     return f"{own} (control {other}{beside})"
 

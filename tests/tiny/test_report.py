@@ -34,6 +34,7 @@ MODES = (8, 6, 4, 2) + (3, 1) * 10
 def row(name: str, n: int = 256, **values: tuple[float, float]) -> Row:
     """A row with `value, half-width` of what is named, and what the data has of the rest."""
     usual = {"valid": (1.0, 0.01), "kl_prior_sample": (0.1, 0.05), "contrast": (0.66, 0.01), "saturation": (0.5, 0.01)}
+    usual["speed_px"] = (0.9, 0.05)
     scores = {key: Score(v, v - w, v + w, n) for key, (v, w) in (usual | values).items()}
     return Row(name, f"about {name}", scores, MODES)
 
@@ -60,6 +61,8 @@ USUAL = {"valid": (0.9, 0.02), "kl_prior_sample": (1.5, 0.1), "contrast": (0.64,
         ({"kl_prior_sample": (1.0, 0.1), "valid": (0.8, 0.02)}, "harmed"),  # the price is too high to call it help
         ({"contrast": (0.4, 0.02)}, "harmed"),
         ({"kl_prior_sample": (1.0, 0.1), "contrast": (0.4, 0.02)}, "mixed"),
+        ({"kl_prior_sample": (1.0, 0.1), "speed_px": (0.5, 0.05)}, "mixed"),  # covers the modes, but hardly moves
+        ({"kl_prior_sample": (1.0, 0.1), "speed_px": (1.4, 0.05)}, "helped"),
         ({"kl_prior_sample": (NAN, NAN)}, "no clear difference"),  # nothing to compare decides nothing
         ({"kl_prior_sample": (NAN, NAN), "valid": (0.0, 0.0)}, "harmed"),
     ],
@@ -74,6 +77,25 @@ def test_contrast_that_falls_to_the_datas_is_no_harm():
     control = USUAL | {"contrast": (0.9, 0.01)}
     assert judged(USUAL | {"contrast": (0.66, 0.01)}, control) == "no clear difference"
     assert judged(USUAL | {"contrast": (0.5, 0.01)}, control) == "harmed"
+
+
+def test_one_invalid_clip_is_no_harm_where_the_interval_has_no_width():
+    """Catches a verdict by one clip in 256: the bootstrap interval of a share of 100 % is a point."""
+    control = USUAL | {"valid": (1.0, 0.0)}
+    assert judged(USUAL | {"kl_prior_sample": (1.0, 0.1), "valid": (0.996, 0.002)}, control) == "helped"
+
+
+def test_an_arm_is_held_to_no_more_motion_than_its_teacher_has():
+    """Catches harm that the teacher did: no student of a slow teacher can be as fast as the data."""
+    rows = [
+        row("data"),
+        row("teacher", speed_px=(0.5, 0.1)),
+        row("control", **USUAL),
+        row("arm", **USUAL, speed_px=(0.5, 0.1)),
+    ]
+    assert tables.findings(rows)[0].outcome == "no clear difference"
+    rows[1] = row("teacher")
+    assert tables.findings(rows)[0].outcome == "harmed"
 
 
 def test_verdict_says_one_sentence_for_each_arm_with_its_numbers():
