@@ -13,7 +13,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.config import Config, ConfigError, ModelConfig, OptimizerConfig, as_dict, change, find_file
+from selfforcing_dfd.config import (
+    Config,
+    ConfigError,
+    ModelConfig,
+    OptimizerConfig,
+    as_dict,
+    change,
+    find_file,
+    load_config,
+    require,
+)
 from selfforcing_dfd.data.pack import Invert
 from selfforcing_dfd.data.shards import SampleOrder, ShardReader
 from selfforcing_dfd.flow import few_step_ladder
@@ -28,6 +38,7 @@ from selfforcing_dfd.training.stages import DataForcing, InitStage, MatchingStag
 from selfforcing_dfd.training.tracking import Tracker
 
 BASIS = "assets/tiny/codec.safetensors"
+STUDENT_FILE = "student.safetensors"
 
 
 def build_device(name: str) -> torch.device:
@@ -198,9 +209,9 @@ def build_invert(config: Config, num_steps: int) -> Invert:
 def build_reader(config: Config) -> ShardReader:
     """The data set; refuses latents, text or missing noise that do not fit the configured model, clip length and pairing."""
     reader = ShardReader(Path(config.data.shards))
-    if config.run.stage == "dfd" and config.dfd.pairing == "inversion" and not reader.has_noise:
+    if config.run.stage == "dfd" and config.dfd.pairing in ("inversion", "prefix") and not reader.has_noise:
         raise ConfigError(
-            f"dfd.pairing is inversion, but {config.data.shards} holds no noise: add it with "
+            f"dfd.pairing is {config.dfd.pairing}, but {config.data.shards} holds no noise: add it with "
             f"`python -m selfforcing_dfd invert {config.data.shards} --config CONFIG`, or pair by caption"
         )
     wanted = (config.rollout.frames, config.model.channels)
@@ -237,6 +248,18 @@ def arms(config: Config) -> Iterator[Config]:
         yield config
     for name, overrides in config.arms.items():
         yield change(dataclasses.replace(config, arms={}), [f"run.name={config.run.name}/{name}", *overrides])
+
+
+def student_of(run: Path) -> tuple[Config, Path]:
+    """Config and weights of a run's student, or of its last arm's. Raises ConfigError for a folder without a run."""
+    settings = run / "config.yaml"
+    known = sorted(path.parent.as_posix() for path in run.glob("*/config.yaml"))
+    advice = f"; name one of its arms: {', '.join(known)}" if known else "; name the folder of a finished run"
+    require(settings.is_file(), f"{run} has no config.yaml{advice}")
+    config = load_config(str(settings))
+    last = list(arms(config))[-1]
+    folder = run / last.run.name.rpartition("/")[2] if config.arms else run
+    return last, folder / STUDENT_FILE
 
 
 MAY_CHANGE = {

@@ -33,6 +33,7 @@ class Context:
 
     chunks: tuple[ChunkKV, ...] = ()
     next_frame: int = 0
+    stores = False  # K/V that attention sees are the caller's to keep
 
     def extend(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Past and present along tokens."""
@@ -50,6 +51,7 @@ class PackedContext:
 
     contexts: tuple[Context, ...]
     frames: tuple[int, ...]
+    stores = False
 
     @property
     def next_frame(self) -> int:
@@ -58,9 +60,8 @@ class PackedContext:
     def attend(self, attention: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = q.shape[1] // sum(self.frames)
         parts = [part.split([frames * tokens for frames in self.frames], dim=1) for part in (q, k, v)]
-        return torch.cat(
-            [c.attend(attention, layer, *qkv) for c, *qkv in zip(self.contexts, *parts, strict=True)], dim=1
-        )
+        seen = zip(self.contexts, *parts, strict=True)
+        return torch.cat([context.attend(attention, layer, *qkv) for context, *qkv in seen], dim=1)
 
 
 @dataclass(slots=True)

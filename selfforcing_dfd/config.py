@@ -123,7 +123,7 @@ class DFDConfig:
     p_start: float = 0.5  # probability at the first student update, ramped linearly to p
     ramp_updates: int = 0  # student updates the ramp takes; 0 is constant p
     granularity: Literal["update", "micro", "sample"] = "update"  # what shares one coin
-    pairing: Literal["caption", "assignment", "inversion"] = "caption"
+    pairing: Literal["caption", "assignment", "inversion", "prefix"] = "caption"
     sigma_range: tuple[float, float] = (0.0, 1.0)  # rows outside it fall back to DMD
 
     def __post_init__(self) -> None:

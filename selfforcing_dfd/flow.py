@@ -13,7 +13,7 @@ from torch import Tensor
 
 def expand_sigma(sigma: Tensor | float, like: Tensor) -> Tensor:
     """Sigma [B] or [B, F] or float as a tensor that broadcasts over `like` [B, F, C, H, W]."""
-    sigma = torch.as_tensor(sigma, dtype=like.dtype, device=like.device)
+    sigma = sigma.to(like) if isinstance(sigma, Tensor) else like.new_full((), sigma)
     return sigma.reshape(sigma.shape + (1,) * (like.ndim - sigma.ndim))
 
 
@@ -40,9 +40,7 @@ def few_step_ladder(timesteps: tuple[float, ...], shift: float) -> tuple[float, 
     """
     steps = torch.tensor(timesteps, dtype=torch.float64)
     if steps.numel() == 0 or steps[0] != 1000 or (steps <= 0).any() or (steps.diff() >= 0).any():
-        raise ValueError(
-            f"ladder is {timesteps}; it must start at 1000 and fall, staying above 0, as 1000, 750, 500, 250 do"
-        )
+        raise ValueError(f"ladder is {timesteps}; it must start at 1000 and fall and stay above 0: 1000, 750, 500")
     return tuple(shift_sigma(steps / 1000, shift).tolist())
 
 

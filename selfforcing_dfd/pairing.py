@@ -31,7 +31,7 @@ def _pair(generated: Tensor, real: Tensor, real_index: Tensor) -> Pair:
 
 
 def pair_in_order(generated: Tensor, real: Tensor, groups: Sequence[object]) -> Pair:
-    """Sample i is anchored by real sample i, whose caption it was asked for: `caption` (the paper) and `inversion`."""
+    """Sample i is anchored by real sample i, whose caption it was asked for: all but `assignment`."""
     return _pair(generated, real, torch.arange(len(groups)))
 
 
@@ -50,7 +50,7 @@ def pair_by_assignment(generated: Tensor, real: Tensor, groups: Sequence[object]
     return _pair(generated, real, real_index)
 
 
-PAIRINGS = {"caption": pair_in_order, "inversion": pair_in_order, "assignment": pair_by_assignment}
+PAIRINGS = dict.fromkeys(("caption", "inversion", "prefix"), pair_in_order) | {"assignment": pair_by_assignment}
 
 
 def _low_resolution(latents: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ the rollout runs without gradient and records what entered that step, and `repla
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from selfforcing_dfd.cache import Context, KVCache, PackedContext
 from selfforcing_dfd.flow import add_noise, x0_from_flow
-from selfforcing_dfd.network import Conditioning, Network
+from selfforcing_dfd.network import Cache, Conditioning, Network, Past
 
 Ladder = tuple[float, ...]
 
@@ -51,7 +52,7 @@ def plan_chunks(num_frames: int, chunk_frames: int) -> tuple[Chunk, ...]:
 
 @torch.no_grad()
 def denoise_chunk(
-    student: Network, noise: Tensor, conditioning: Conditioning, context: Context, ladder: Ladder, exit_step: int = -1
+    student: Network, noise: Tensor, conditioning: Conditioning, context: Past, ladder: Ladder, exit_step: int = -1
 ) -> tuple[Tensor, Tensor]:
     """Few-step generation of one chunk: (x0 after ladder[exit_step], what entered that step).
 
@@ -66,7 +67,7 @@ def denoise_chunk(
 
 
 @torch.no_grad()
-def commit_chunk(student: Network, x0: Tensor, conditioning: Conditioning, cache: KVCache) -> None:
+def commit_chunk(student: Network, x0: Tensor, conditioning: Conditioning, cache: Cache) -> None:
     """Run the finished chunk once more, clean, and remember its keys and values."""
     cache.append(student(x0, 0.0, conditioning, cache.read(x0.shape[1])).kv)
 
@@ -80,22 +81,21 @@ def rollout(
     ladder: Ladder,
     chunks: tuple[Chunk, ...],
     exit_steps: tuple[int, ...] = (),
+    see: Callable[[Chunk, Tensor], Tensor] = lambda chunk, x0: x0,
 ) -> Rollout:
     """Generate all chunks in order from noise [S, B, F, C, H, W]; chunk i leaves the ladder at exit_steps[i].
 
-    The last chunk is not committed: nothing comes after it.
+    see(chunk, x0) is what becomes context, the student's own x0 by default; of the last chunk nothing does.
     """
     exit_steps = exit_steps or (-1,) * len(chunks)
-    x0s, x_exits, contexts = [], [], []
+    made, contexts = [], []
     for chunk, exit_step in zip(chunks, exit_steps, strict=True):
         contexts.append(cache.read(chunk.frames))
-        x0, x_exit = denoise_chunk(student, chunk.of(noise, dim=2), conditioning, contexts[-1], ladder, exit_step)
-        x0s.append(x0)
-        x_exits.append(x_exit)
+        made.append(denoise_chunk(student, chunk.of(noise, dim=2), conditioning, contexts[-1], ladder, exit_step))
         if chunk is not chunks[-1]:
-            commit_chunk(student, x0, conditioning, cache)
-    sigmas = tuple(ladder[step] for step in exit_steps)
-    return Rollout(torch.cat(x0s, dim=1), torch.cat(x_exits, dim=1), sigmas, chunks, tuple(contexts))
+            commit_chunk(student, see(chunk, made[-1][0]), conditioning, cache)
+    x0, x_exit = (torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
+    return Rollout(x0, x_exit, tuple(ladder[step] for step in exit_steps), chunks, tuple(contexts))
 
 
 def replay(student: Network, record: Rollout, conditioning: Conditioning) -> Tensor:

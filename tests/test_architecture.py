@@ -22,7 +22,7 @@ LEVELS = (
     {"models", "codecs", "tiny", "data", "sampling", "allocator"},
     {"training", "streaming", "evaluation"},
     {"config", "build"},
-    {"runner", "plan", "commands", "__main__", "tiny.report"},
+    {"runner", "plan", "loading", "live", "commands", "__main__", "tiny.report"},
     {"train", "inference"},
 )
 """Each part may import from its own level and from those before it.

@@ -118,6 +118,6 @@ def test_bad_ladder_is_refused_with_a_remedy(timesteps):
     """Catches a ladder that starts below noise or stands still:
     it runs, and the student is trained at the wrong points.
     """
-    with pytest.raises(ValueError, match=r"must start at 1000 and fall, staying above 0") as error:
+    with pytest.raises(ValueError, match=r"must start at 1000 and fall and stay above 0") as error:
         few_step_ladder(timesteps, 5.0)
     assert str(timesteps) in str(error.value)

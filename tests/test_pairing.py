@@ -159,7 +159,7 @@ def test_groups_may_be_any_hashable():
     assert {0, 2} == set(pair.real_index[[0, 2]].tolist())
 
 
-@pytest.mark.parametrize("name", ["caption", "inversion"])
+@pytest.mark.parametrize("name", ["caption", "inversion", "prefix"])
 def test_other_pairings_keep_the_order_of_the_batch(name):
     """Catches a shuffled anchor: the reader hands out each clip with its own caption,
     and that is the paper's pairing.

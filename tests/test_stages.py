@@ -10,9 +10,10 @@ import torch
 from tiny_models import CHUNK, FRAMES, LADDER, SHAPE, latents, tiny_batch, tiny_network
 from torch import Tensor, nn
 
+from selfforcing_dfd.cache import KVCache
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.network import Conditioning
-from selfforcing_dfd.rollout import plan_chunks
+from selfforcing_dfd.rollout import commit_chunk, plan_chunks
 from selfforcing_dfd.training.stages import DataForcing, Draw, InitStage, MatchingStage, TeacherStage, drop_text
 
 CHUNKS = plan_chunks(FRAMES, CHUNK)
@@ -202,7 +203,7 @@ def test_sigma_range_falls_back_row_by_row():
 def starts(forcing: DataForcing, batch: Batch) -> Tensor:
     """What enters the first step: with a ladder of one step, the noise that each clip starts from."""
     stage = matching_stage(forcing, ladder=(1.0,))
-    rows = forcing.rows(draw(4), 0) if forcing.pairing == "inversion" else None
+    rows = forcing.rows(draw(4), 0)
     return stage.roll_out(batch, draw(4), rows).x_exit
 
 
@@ -221,6 +222,27 @@ def test_inversion_starts_from_the_stored_noise_in_data_rows_only():
     assert not torch.isclose(own, batch.noise).any(dim=(1, 2, 3, 4)).all()
 
 
+def test_prefix_ties_the_first_chunk_by_noise_and_later_ones_by_their_past():
+    """Catches later chunks tied by noise, a past of the student's own in data rows, or a real one in the others."""
+    batch = tiny_batch(4, with_noise=True)
+    assert batch.noise is not None
+    forcing = DataForcing(p=0.5, granularity="sample", pairing="prefix")
+    rows = forcing.rows(draw(4), 0)
+    mask = rows[:, None, None, None, None]
+    own, tied = starts(DataForcing(), batch), starts(forcing, batch)
+    assert torch.equal(tied[:, :CHUNK], torch.where(mask, batch.noise, own)[:, :CHUNK])
+    assert torch.equal(tied[:, CHUNK:], own[:, CHUNK:])
+
+    stage = matching_stage(forcing)
+    record = stage.roll_out(batch, draw(4), rows)
+    past = torch.where(mask, batch.latents, record.x0)[:, :CHUNK]
+    cache = KVCache()
+    commit_chunk(stage.trained["student"], past, Conditioning(batch.text), cache)
+    for seen, wanted in zip(record.contexts[1].chunks[0].layers, cache.read(CHUNK).chunks[0].layers, strict=True):
+        assert torch.equal(seen[0], wanted[0])
+        assert torch.equal(seen[1], wanted[1])
+
+
 @pytest.mark.parametrize(
     ("forcing", "uses_stored_noise"),
     [
@@ -228,8 +250,10 @@ def test_inversion_starts_from_the_stored_noise_in_data_rows_only():
         (DataForcing(p=1.0, pairing="caption"), False),
         (DataForcing(p=1.0, pairing="assignment"), False),
         (DataForcing(p=1.0, pairing="inversion"), True),
+        (DataForcing(p=0.0, pairing="prefix"), False),
+        (DataForcing(p=1.0, pairing="prefix"), True),
     ],
-    ids=["inversion without data", "caption", "assignment", "inversion"],
+    ids=["inversion without data", "caption", "assignment", "inversion", "prefix without data", "prefix"],
 )
 def test_stored_noise_matters_to_the_student_only_under_inversion(forcing, uses_stored_noise):
     """Catches stored noise that leaks into the paper's pairing, where noise and anchor are independent."""

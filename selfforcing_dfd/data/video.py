@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import deque
 from fractions import Fraction
 from pathlib import Path
 
@@ -49,6 +50,30 @@ def read_video(path: Path | str, num_frames: int, size: tuple[int, int] | None =
         wanted = f'want {size[0]}x{size[1]}; ffmpeg -i {path.name} -vf "{scale}" NEW.mp4'
         raise ClipError(f"{path.name}: is {height}x{width} (height x width), {wanted}")
     return torch.from_numpy(np.stack(frames))
+
+
+def read_last_frames(path: Path | str, max_frames: int, size: tuple[int, int]) -> Tensor:
+    """The last 1 + 4 n <= max_frames video frames of a clip, or a picture, scaled and cropped to fill `size`.
+
+    uint8 [T, H, W, 3]; size: height and width. ClipError: the file cannot be decoded or holds no picture.
+    """
+    path = Path(path)
+    frames: deque[np.ndarray] = deque(maxlen=max_frames)
+    to_rgb = VideoReformatter()
+    try:
+        with av.open(str(path)) as container:
+            for frame in container.decode(video=0):
+                scale = max(size[0] / frame.height, size[1] / frame.width)
+                height, width = max(size[0], round(scale * frame.height)), max(size[1], round(scale * frame.width))
+                whole = to_rgb.reformat(frame, width=width, height=height, format="rgb24", threads=1).to_ndarray()
+                top, left = (height - size[0]) // 2, (width - size[1]) // 2
+                frames.append(whole[top : top + size[0], left : left + size[1]])
+    except (av.error.FFmpegError, IndexError, FileNotFoundError) as error:
+        raise ClipError(f"{path.name}: cannot be read as picture or video ({error}); convert it to png or mp4") from error
+    if not frames:
+        raise ClipError(f"{path.name}: holds no picture; want at least one video frame")
+    kept = list(frames)[(len(frames) - 1) % 4 :]
+    return torch.from_numpy(np.stack(kept))
 
 
 def write_video(path: Path | str, frames: Tensor, fps: float) -> None:

@@ -14,21 +14,25 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
     return head_dim - 2 * spatial, spatial, spatial
 
 
-def rotary_angles(start_frame: int, frames: int, rows: int, columns: int, head_dim: int) -> Tensor:
+def axis_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
+    """[dim / 2] in float64: pair j of an axis of d values turns by position * 10000^(-2j / d) (arXiv 2104.09864)."""
+    return THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
+
+
+def rotary_angles(
+    start_frame: int, frames: int, rows: int, columns: int, head_dim: int, device: torch.device | None = None
+) -> Tensor:
     """Angles [frames * rows * columns, head_dim / 2] in float64; tokens frame-major, then row, then column.
 
-    Pair j of an axis of d values turns by position * 10000^(-2j / d) (Su et al., arXiv 2104.09864).
+    Made on the device from integers, so that nothing is copied and no one waits.
     """
-    grids = torch.meshgrid(
-        torch.arange(start_frame, start_frame + frames, dtype=torch.float64),
-        torch.arange(rows, dtype=torch.float64),
-        torch.arange(columns, dtype=torch.float64),
-        indexing="ij",
-    )
-    parts = []
-    for position, dim in zip(grids, axis_dims(head_dim), strict=True):
-        frequency = THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64) / dim)
-        parts.append(position.flatten()[:, None] * frequency)
+    counts = ((start_frame, frames), (0, rows), (0, columns))
+    axes = [torch.arange(start, start + n, dtype=torch.float64, device=device) for start, n in counts]
+    grids = torch.meshgrid(*axes, indexing="ij")
+    parts = [
+        position.flatten()[:, None] * axis_frequencies(dim, device)
+        for position, dim in zip(grids, axis_dims(head_dim), strict=True)
+    ]
     return torch.cat(parts, dim=1)
 
 

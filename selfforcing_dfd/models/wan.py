@@ -16,11 +16,11 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
-from selfforcing_dfd.cache import ChunkKV, Context, PackedContext
+from selfforcing_dfd.cache import ChunkKV, Context
 from selfforcing_dfd.flow import expand_sigma
 from selfforcing_dfd.models.attention import attend
 from selfforcing_dfd.models.rope import rotary_angles, rotate
-from selfforcing_dfd.network import Conditioning, NetworkOutput
+from selfforcing_dfd.network import Conditioning, NetworkOutput, Past
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -96,28 +96,33 @@ class WanBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        text: Tensor,
+        text_kv: tuple[Tensor, Tensor],
         modulation: Tensor,
         rotary: tuple[Tensor, Tensor],
-        context: Context | PackedContext,
+        context: Past,
         layer: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, F * tokens, D]; text: [B, L, D]; modulation: [B, F, 6, D] -> (x, keys, values) of this layer."""
-        table = self.scale_shift_table[:, None] + modulation
-        shift1, scale1, gate1, shift2, scale2, gate2 = table.unbind(2)
+        """x: [B, F * tokens, D]; text_kv: [B, L, heads, d] each; modulation: [B, F, 6, D] -> (x, keys, values)."""
+        q, k, v = self.before_attention(x, modulation, *rotary)
+        return self.after_attention(x, context.attend(attend, layer, q, k, v), modulation, *text_kv), k, v
 
-        normed = modulate(self.norm1(x), scale1, shift1).type_as(x)
+    def before_attention(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+        """Rotated queries and keys, and values, each [B, F * tokens, heads, d]."""
+        shift, scale = (self.scale_shift_table[:, None] + modulation)[:, :, :2].unbind(2)
+        normed = modulate(self.norm1(x), scale, shift).type_as(x)
         q, (k, v) = self.attn1.queries(normed), self.attn1.keys_values(normed)
-        q, k = rotate(q, *rotary), rotate(k, *rotary)
-        attended = context.attend(attend, layer, q, k, v)
+        return rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def after_attention(
+        self, x: Tensor, attended: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor
+    ) -> Tensor:
+        """The rest of the block: attended is self-attention's [B, F * tokens, heads, d]."""
+        table = self.scale_shift_table[:, None] + modulation
+        gate1, shift, scale, gate2 = table[:, :, 2:].unbind(2)
         x = (full_precision(x) + gate(self.attn1.output(attended), gate1)).type_as(x)
-
-        attended = attend(self.attn2.queries(self.norm2(x)), *self.attn2.keys_values(text))
-        x = x + self.attn2.output(attended)
-
-        normed = modulate(self.norm3(x), scale2, shift2).type_as(x)
-        x = (full_precision(x) + gate(self.ffn(normed), gate2)).type_as(x)
-        return x, k, v
+        x = x + self.attn2.output(attend(self.attn2.queries(self.norm2(x)), text_k, text_v))
+        normed = modulate(self.norm3(x), scale, shift).type_as(x)
+        return (full_precision(x) + gate(self.ffn(normed), gate2)).type_as(x)
 
 
 def sigma_per_frame(sigma: Tensor | float, x_t: Tensor) -> Tensor:
@@ -208,7 +213,7 @@ class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore
         x_t: Tensor,
         sigma: Tensor | float,
         conditioning: Conditioning,
-        context: Context | PackedContext | None = None,
+        context: Past | None = None,
     ) -> NetworkOutput:
         """Flow at x_t [B, F, C, H, W] for noise level sigma ([B], [B, F] or one number), seen from the given past.
 
@@ -217,17 +222,25 @@ class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore
         context = context or Context()
         tokens, grid = self.patchify(x_t)
         embedding, modulation = self.condition_embedder.time(sigma_per_frame(sigma, x_t))
-        text = self.condition_embedder.text(conditioning.text.type_as(tokens))
-        angles = rotary_angles(context.next_frame, *grid, self.head_dim).to(tokens.device)[:, None]
+        text_kv = conditioning.text_kv or self.prepare(conditioning).text_kv
+        angles = rotary_angles(context.next_frame, *grid, self.head_dim, tokens.device)[:, None]
         precise = full_precision(tokens).dtype
         rotary = (angles.cos().to(precise), angles.sin().to(precise))
         layers = []
         for layer, block in enumerate(self.blocks):
-            tokens, k, v = self.run_block(block, tokens, text, modulation, rotary, context, layer)
-            layers.append((k, v))
+            tokens, k, v = self.run_block(block, tokens, text_kv[layer], modulation, rotary, context, layer)
+            layers += [] if context.stores else [(k, v)]
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).unbind(2)
         tokens = modulate(self.norm_out(tokens), scale, shift).type_as(tokens)
         return NetworkOutput(self.unpatchify(self.proj_out(tokens), grid), ChunkKV(x_t.shape[1], tuple(layers)))
+
+    def wan_blocks(self) -> tuple[WanBlock, ...]:
+        return tuple(block for block in self.blocks if isinstance(block, WanBlock))
+
+    def prepare(self, conditioning: Conditioning) -> Conditioning:
+        """The same conditioning with the keys and values of its text, which every call would work out anew."""
+        text = self.condition_embedder.text(conditioning.text.type_as(self.patch_embedding.weight))
+        return Conditioning(conditioning.text, tuple(block.attn2.keys_values(text) for block in self.wan_blocks()))
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """One block, re-computed in the backward pass when gradient checkpointing is on."""

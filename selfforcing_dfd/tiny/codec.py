@@ -60,17 +60,69 @@ class TinyCodec:
             raise ValueError(f"{num_video_frames} video frames are not 1 + 4 n; use {lower} or {lower + TIME}")
         return 1 + (num_video_frames - 1) // TIME
 
+    def to(self, device: torch.device | str) -> TinyCodec:
+        """The same codec with its bases on a device."""
+        return TinyCodec(self.first.to(device), self.rest.to(device), self.scale)
+
     def encode(self, videos: Tensor) -> Tensor:
         """[B, T, H, W, 3] in [0, 1] -> [B, F, 16, H / 8, W / 8]."""
         self.num_latent_frames(videos.shape[1])
-        lone, groups = to_blocks(videos.float() - GREY)
-        latents = torch.cat([lone @ self.first * TIME**0.5, groups @ self.rest], dim=1) * self.scale
-        return latents.permute(0, 1, 4, 2, 3).contiguous()
+        return self.encode_part(videos, True)
 
     def decode(self, latents: Tensor) -> Tensor:
         """[B, F, 16, h, w] -> [B, 1 + 4 (F - 1), 8 h, 8 w, 3], not clamped."""
+        return self.decode_part(latents, True)
+
+    def start_decoding(self) -> TinyDecoder:
+        return TinyDecoder(self)
+
+    def start_encoding(self) -> TinyEncoder:
+        return TinyEncoder(self)
+
+    def encode_part(self, videos: Tensor, begins: bool) -> Tensor:
+        """Video frames to latents; `begins`: the first video frame is the first of its video and stands alone."""
+        lone, groups = to_blocks(videos.float() - GREY, int(begins))
+        latents = torch.cat([lone @ self.first * TIME**0.5, groups @ self.rest], dim=1) * self.scale
+        return latents.permute(0, 1, 4, 2, 3).contiguous()
+
+    def decode_part(self, latents: Tensor, begins: bool) -> Tensor:
+        """Latents to video frames; `begins`: the first latent frame is the first of its video and stands for one."""
         values = latents.permute(0, 1, 3, 4, 2) / self.scale
-        return from_blocks(values[:, :1] @ self.first.T / TIME**0.5, values[:, 1:] @ self.rest.T) + GREY
+        lone, rest = values[:, : int(begins)], values[:, int(begins) :]
+        return from_blocks(lone @ self.first.T / TIME**0.5, rest @ self.rest.T) + GREY
+
+
+@dataclass(slots=True)
+class TinyDecoder:
+    """`codecs.protocol.Decoder`: every latent frame decodes alone, so all there is to remember is whether one came."""
+
+    codec: TinyCodec
+    begun: bool = False
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next latent frames [B, f, 16, h, w] as video [B, T, 8 h, 8 w, 3], not clamped."""
+        begins, self.begun = not self.begun, True
+        return self.codec.decode_part(latents.float(), begins)
+
+    def clone(self) -> TinyDecoder:
+        return TinyDecoder(self.codec, self.begun)
+
+
+@dataclass(slots=True)
+class TinyEncoder:
+    """`codecs.protocol.Encoder`."""
+
+    codec: TinyCodec
+    begun: bool = False
+
+    def encode(self, videos: Tensor) -> Tensor:
+        """The next video frames [B, T, H, W, 3] in [0, 1] as latents. First 1 + 4 n of them, then 4 n; else ValueError."""
+        if self.begun and videos.shape[1] % TIME:
+            raise ValueError(f"{videos.shape[1]} video frames follow the first ones; want a multiple of {TIME}")
+        if not self.begun:
+            self.codec.num_latent_frames(videos.shape[1])
+        begins, self.begun = not self.begun, True
+        return self.codec.encode_part(videos, begins)
 
 
 def principal_components(blocks: Tensor) -> Tensor:
@@ -80,15 +132,15 @@ def principal_components(blocks: Tensor) -> Tensor:
     return directions * torch.where(directions.sum(0) < 0, -1.0, 1.0)
 
 
-def to_blocks(videos: Tensor) -> tuple[Tensor, Tensor]:
-    """[B, T, H, W, 3] -> first video frame [B, 1, h, w, 192] and groups of four [B, F - 1, h, w, 768]."""
+def to_blocks(videos: Tensor, num_lone: int = 1) -> tuple[Tensor, Tensor]:
+    """[B, T, H, W, 3] -> the first num_lone video frames [B, num_lone, h, w, 192] and groups of four [B, g, h, w, 768]."""
     frames, height, width = videos.shape[1:4]
     if height % SPACE or width % SPACE:
         raise ValueError(f"video frames are {height} x {width}; height and width must be multiples of {SPACE}")
     grid = videos.unflatten(2, (-1, SPACE)).unflatten(4, (-1, SPACE))  # B, T, h, 8, w, 8, 3
     grid = grid.permute(0, 1, 2, 4, 3, 5, 6)  # B, T, h, w, 8, 8, 3
-    rest = grid[:, 1:].unflatten(1, ((frames - 1) // TIME, TIME)).permute(0, 1, 3, 4, 2, 5, 6, 7)
-    return grid[:, :1].flatten(4), rest.flatten(4)
+    rest = grid[:, num_lone:].unflatten(1, ((frames - num_lone) // TIME, TIME)).permute(0, 1, 3, 4, 2, 5, 6, 7)
+    return grid[:, :num_lone].flatten(4), rest.flatten(4)
 
 
 def from_blocks(lone: Tensor, groups: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.build import (
+    STUDENT_FILE,
     arms,
     build_chunks,
     build_device,
@@ -20,8 +21,9 @@ from selfforcing_dfd.build import (
     codec_file,
     load_network,
     run_folder,
+    student_of,
 )
-from selfforcing_dfd.config import Config, as_dict, find_file, load_config, require, to_yaml
+from selfforcing_dfd.config import Config, as_dict, find_file, require, to_yaml
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.tiny import curves, tables
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -37,8 +39,6 @@ from selfforcing_dfd.tiny.world import MODE_PRIOR, parse_caption
 from selfforcing_dfd.training.tracking import METRICS_FILE, read_metrics
 
 __all__ = ["combine", "sample_videos", "write_report"]
-
-STUDENT_FILE = "student.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,7 +173,7 @@ def sample_videos(run: Path, prompts: Sequence[str] = (), out: Path | None = Non
     With arms, the last one's student. Each prompt has a line of clips; without prompts, captions are drawn from the
     data law. Raises ConfigError for a folder without a run, ValueError for a prompt that names nothing of the world.
     """
-    config, weights = _student_of(run)
+    config, weights = student_of(run)
     for prompt in prompts:
         if not parse_caption(prompt):
             raise ValueError(
@@ -203,18 +203,6 @@ def _lines_of(captions: Iterable[str], columns: int) -> Iterable[str]:
     left = iter(captions)
     while line := list(islice(left, columns)):
         yield " | ".join(line)
-
-
-def _student_of(run: Path) -> tuple[Config, Path]:
-    """Config and weights of a run's student, or of its last arm's."""
-    settings = run / "config.yaml"
-    known = sorted(path.parent.as_posix() for path in run.glob("*/config.yaml"))
-    advice = f"; name one of its arms: {', '.join(known)}" if known else "; name the folder of a finished run"
-    require(settings.is_file(), f"{run} has no config.yaml{advice}")
-    config = load_config(str(settings))
-    last = list(arms(config))[-1]
-    folder = run / last.run.name.rpartition("/")[2] if config.arms else run
-    return last, folder / STUDENT_FILE
 
 
 def _commands(folder: Path, name: str) -> list[str]:

@@ -180,15 +180,30 @@ class MatchingStage:
         return self.fake_loss(batch, draw) if turn == "fake" else self.student_loss(batch, draw, student_updates)
 
     def roll_out(self, batch: Batch, draw: Draw, rows: Tensor | None = None) -> Rollout:
-        """The student's own clips for the batch's captions; `rows` start from the noise stored with their real clip."""
+        """The student's own clips for the batch's captions, tied to their real clips in the DFD `rows`.
+
+        Pairing `inversion`: they start from the noise stored with the real clip. `prefix`: so does their first chunk, and
+        each later chunk sees the real chunks before it in place of the student's own.
+        """
         noise = draw.normal("rollout", (len(self.ladder), *batch.latents.shape[1:]), batch.latents).transpose(0, 1)
-        if rows is not None and batch.noise is not None:
-            start = torch.where(rows[:, None, None, None, None], batch.noise, noise[0])
-            noise = torch.cat([start[None], noise[1:]])
+        prefix = self.forcing.pairing == "prefix"
+        real = torch.zeros(len(batch.latents), dtype=torch.bool) if rows is None else rows
+        mask = real.to(noise.device)[:, None, None, None, None]
+        if batch.noise is not None and self.forcing.pairing in ("inversion", "prefix"):
+            tied = self.chunks[:1] if prefix else self.chunks
+            for chunk in tied:
+                start = chunk.of(noise[0])
+                start.copy_(torch.where(mask, chunk.of(batch.noise), start))
         exit_steps = (draw.choice("exit", len(self.ladder)),) * len(self.chunks)
-        cache = KVCache(self.sink, self.window)
         return rollout(
-            self.trained["student"], noise, Conditioning(batch.text), cache, self.ladder, self.chunks, exit_steps
+            self.trained["student"],
+            noise,
+            Conditioning(batch.text),
+            KVCache(self.sink, self.window),
+            self.ladder,
+            self.chunks,
+            exit_steps,
+            lambda chunk, x0: torch.where(mask, chunk.of(batch.latents), x0) if prefix else x0,
         )
 
     def score_draw(self, draw: Draw, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,7 +220,7 @@ class MatchingStage:
     def student_loss(self, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         conditioning, negative = Conditioning(batch.text), Conditioning(torch.zeros_like(batch.text))
         rows = self.forcing.rows(draw, student_updates).to(batch.latents.device)
-        record = self.roll_out(batch, draw, rows if self.forcing.pairing == "inversion" else None)
+        record = self.roll_out(batch, draw, rows)
         noise, sigma = self.score_draw(draw, record.x0)
         rows = rows & self.forcing.at(sigma)
         x0 = replay(self.trained["student"], record, conditioning)

@@ -1,0 +1,49 @@
+"""What streaming asks of a codec: decode and encode a video piece by piece, with state that the caller owns."""
+
+from __future__ import annotations
+
+from typing import Protocol, Self
+
+from torch import Tensor
+
+
+class Decoder(Protocol):
+    """One video being decoded, in order. Any split into calls gives the bits of a full decode."""
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next latent frames [B, f, C, h, w] as video [B, T, H, W, 3] in [0, 1], not clamped.
+
+        The first latent frame of the video gives one video frame, every later one four.
+        """
+        ...
+
+    def clone(self) -> Self:
+        """An independent decoder that goes on from here."""
+        ...
+
+
+class Encoder(Protocol):
+    """One video being encoded, in order. Any split into calls gives the bits of a full encode."""
+
+    def encode(self, videos: Tensor) -> Tensor:
+        """The next video frames [B, T, H, W, 3] in [0, 1] as latents [B, f, C, h, w].
+
+        The first call takes 1 + 4 n video frames, every later one 4 n. Raises ValueError otherwise.
+        """
+        ...
+
+
+class StreamingCodec(Protocol):
+    """Frozen weights, shared by all sessions; what changes is in the decoders and encoders it hands out."""
+
+    @property
+    def channels(self) -> int: ...
+
+    @property
+    def strides(self) -> tuple[int, int, int]:
+        """Video frames, rows and columns for one step of the latents."""
+        ...
+
+    def start_decoding(self) -> Decoder: ...
+
+    def start_encoding(self) -> Encoder: ...
