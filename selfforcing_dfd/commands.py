@@ -11,6 +11,7 @@ Run = Callable[[argparse.Namespace], None]
 
 STAGES: tuple[tuple[str, dict[str, str]], ...] = (  # config, and which of its exported files become which asset
     ("tiny/teacher.yaml", {"student": "teacher"}),
+    ("tiny/teacher_long.yaml", {"student": "teacher"}),  # goes on from the one before
     ("tiny/init.yaml", {}),
     ("tiny/dmd.yaml", {"student": "student", "fake": "fake"}),
 )
