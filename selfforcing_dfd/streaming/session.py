@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Any, Literal, NamedTuple, Protocol, cast, get_args
 
 import torch
 from torch import Tensor
@@ -252,7 +252,7 @@ class StreamSession:
         sigma = noise.new_zeros(1, sum(lengths))
         sigma[:, lengths[0] :] = ladder[0]
         both = torch.cat([finished, noise[0]], dim=1)
-        flow = self.model.student(both, sigma, conditioning, PackedContext((clean, noisy), lengths)).flow
+        flow = self.model.student(both, sigma, conditioning, PackedContext(cast(Any, (clean, noisy)), lengths)).flow
         x0 = x0_from_flow(noise[0], flow[:, lengths[0] :], ladder[0])
         if len(ladder) == 1:
             return x0

@@ -1,0 +1,168 @@
+"""Wan's video VAE, piece by piece: diffusers' `AutoencoderKLWan` with feature caches that the caller owns.
+
+The module itself stays as it is; a decoder or encoder holds the last features of every causal convolution and hands them
+in. Latents are those that the transformer works on, normalised by the VAE config's means and deviations.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import Tensor, nn
+
+TIME, SPACE = 4, 8
+Features = Tensor | str | None  # "Rep": an upsampler that has seen one latent frame; None: nothing yet
+
+
+class CodecError(ValueError):
+    """Weights that cannot be used, or latents and videos that do not fit; the message says what was wanted."""
+
+
+class WanCodec:
+    """`codecs.protocol.StreamingCodec` over a frozen `AutoencoderKLWan`. Computes in the VAE's dtype, returns float32.
+
+    channels_last: weights and activations in channels_last_3d, which convolutions on Hopper want (NCDHW runs at less
+    than half the rate there); numbers change in the last bits, and on a CPU it gains nothing.
+    """
+
+    strides = (TIME, SPACE, SPACE)
+
+    def __init__(self, vae: Any, channels_last: bool = False) -> None:
+        """vae: an AutoencoderKLWan (which type checkers misread)."""
+        vae.requires_grad_(False).eval()
+        self.vae, self.memory_format = vae, torch.channels_last_3d if channels_last else torch.contiguous_format
+        if channels_last:
+            for module in vae.modules():
+                if isinstance(module, nn.Conv3d):
+                    module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        weight = next(vae.parameters())
+        self.dtype, self.device = weight.dtype, weight.device
+        shape = (1, -1, 1, 1, 1)
+        self.mean, self.deviation = (
+            torch.tensor(vae.config[name], device=self.device).view(shape) for name in ("latents_mean", "latents_std")
+        )
+
+    @classmethod
+    def from_pretrained(
+        cls, folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options: bool
+    ) -> Self:
+        """From a diffusers folder of Wan, or its subfolder `vae`. Raises CodecError where there is none."""
+        found = [path for path in (Path(folder) / "vae", Path(folder)) if (path / "config.json").is_file()]
+        if not found:
+            raise CodecError(
+                f"{folder} holds no vae/config.json; want a diffusers folder of Wan2.1, or its subfolder vae"
+            )
+        vae: Any = AutoencoderKLWan.from_pretrained(found[0], torch_dtype=dtype)
+        return cls(vae.to(device), **options)
+
+    @property
+    def channels(self) -> int:
+        return int(self.vae.config["z_dim"])
+
+    @property
+    def fingerprint(self) -> str:
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.vae.state_dict().items()):
+            digest.update(name.encode() + tensor.float().cpu().numpy().tobytes())
+        return f"wan-vae-{digest.hexdigest()[:16]}"
+
+    def num_latent_frames(self, num_video_frames: int) -> int:
+        """1 + (T - 1) / 4. Raises CodecError for T that is not of the form 1 + 4 n."""
+        if num_video_frames < 1 or (num_video_frames - 1) % TIME:
+            lower = max(num_video_frames - 1, 0) // TIME * TIME + 1
+            raise CodecError(f"{num_video_frames} video frames are not 1 + 4 n; use {lower} or {lower + TIME}")
+        return 1 + (num_video_frames - 1) // TIME
+
+    def encode(self, videos: Tensor) -> Tensor:
+        """[B, T, H, W, 3] in [0, 1] -> [B, F, 16, H / 8, W / 8] float32, the mode of the posterior."""
+        return self.start_encoding().encode(videos)
+
+    def decode(self, latents: Tensor) -> Tensor:
+        """[B, F, 16, h, w] -> [B, 1 + 4 (F - 1), 8 h, 8 w, 3] float32, clamped to [0, 1] as in diffusers."""
+        return self.start_decoding().decode(latents)
+
+    def start_decoding(self) -> WanDecoder:
+        return WanDecoder(self)
+
+    def start_encoding(self) -> WanEncoder:
+        return WanEncoder(self)
+
+
+class FeatureCache:
+    """The features that one video's next piece needs, one entry a causal convolution."""
+
+    def __init__(self, codec: WanCodec) -> None:
+        self.codec = codec
+        self.features: list[Features] = []
+
+    @property
+    def begun(self) -> bool:
+        return bool(self.features)
+
+    @property
+    def num_bytes(self) -> int:
+        """Memory of the cache: constant from the third piece on."""
+        return sum(entry.nbytes for entry in self.features if isinstance(entry, Tensor))
+
+    def clone(self) -> Self:
+        """An independent cache that goes on from here; entries are replaced and never written to, so they may be shared."""
+        copy = type(self)(self.codec)
+        copy.features = list(self.features)
+        return copy
+
+    def run(self, part: nn.Module, side: str, x: Tensor, **options: Any) -> Tensor:
+        """One piece through the VAE's encoder or decoder, with these features before it."""
+        self.features = self.features or [None] * self.codec.vae._cached_conv_counts[side]
+        return part(x, feat_cache=self.features, feat_idx=[0], **options)
+
+
+class WanDecoder(FeatureCache):
+    """`codecs.protocol.Decoder`: latent frame by latent frame, as diffusers decodes a whole video."""
+
+    @torch.no_grad()
+    def decode(self, latents: Tensor) -> Tensor:
+        """The next latent frames [B, f, 16, h, w] as video [B, T, 8 h, 8 w, 3] float32 in [0, 1].
+
+        Raises CodecError for another number of channels.
+        """
+        codec = self.codec
+        if latents.ndim != 5 or latents.shape[2] != codec.channels:
+            raise CodecError(f"latents are {tuple(latents.shape)}; want [B, F, {codec.channels}, h, w]")
+        z = (latents.transpose(1, 2).float() * codec.deviation + codec.mean).to(codec.dtype)
+        parts = []
+        for frame in z.split(1, dim=2):
+            x = codec.vae.post_quant_conv(frame.contiguous(memory_format=codec.memory_format))
+            parts.append(self.run(codec.vae.decoder, "decoder", x, **({} if self.begun else {"first_chunk": True})))
+        video = torch.cat(parts, dim=2).float().clamp(-1, 1)
+        return (video.permute(0, 2, 3, 4, 1) + 1) / 2
+
+
+class WanEncoder(FeatureCache):
+    """`codecs.protocol.Encoder`: the first video frame alone, then fours."""
+
+    @torch.no_grad()
+    def encode(self, videos: Tensor) -> Tensor:
+        """The next video frames [B, T, H, W, 3] in [0, 1] as latents [B, f, 16, H / 8, W / 8] float32.
+
+        First 1 + 4 n of them, then 4 n. Raises CodecError otherwise, and for sizes that are no multiples of 8.
+        """
+        codec, (frames, height, width) = self.codec, videos.shape[1:4]
+        if self.begun and frames % TIME:
+            raise CodecError(f"{frames} video frames follow the first ones; want a multiple of {TIME}")
+        if not self.begun:
+            codec.num_latent_frames(frames)
+        if height % SPACE or width % SPACE:
+            raise CodecError(f"video frames are {height} x {width}; height and width must be multiples of {SPACE}")
+        x = (2 * videos.float() - 1).permute(0, 4, 1, 2, 3).to(codec.dtype)
+        lone = frames % TIME
+        pieces = x.split([lone, *[TIME] * (frames // TIME)] if lone else TIME, dim=2)
+        parts = []
+        for piece in pieces:
+            out = self.run(codec.vae.encoder, "encoder", piece.contiguous(memory_format=codec.memory_format))
+            parts.append(codec.vae.quant_conv(out)[:, : codec.channels])
+        mode = torch.cat(parts, dim=2).float()
+        return ((mode - codec.mean) / codec.deviation).transpose(1, 2).contiguous()
