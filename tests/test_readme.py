@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
+import runpy
+import shlex
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,6 +35,24 @@ def test_training_commands_load(command: str) -> None:
     """Catches a setting in an example that no longer exists."""
     words = command.split()
     load_config(words[1], [word for word in words[2:] if not word.startswith("--")])
+
+
+@pytest.mark.parametrize("script", ["stream", "benchmark"])
+def test_inference_commands_parse(script: str) -> None:
+    """Catches an option in an example that was renamed."""
+    parse_arguments = runpy.run_path(str(ROOT / "inference" / f"{script}.py"))["parse_arguments"]
+    commands = re.findall(rf"inference/{script}\.py ([^#|\n]*)", BLOCKS)
+    assert commands
+    for command in commands:
+        parse_arguments(shlex.split(command))
+
+
+def test_python_example_runs() -> None:
+    """Catches an interface that changed under the README's own example."""
+    (example,) = (block for block in re.findall(r"```\n(.*?)```", README, re.S) if block.startswith("from "))
+    names: dict[str, Any] = {}
+    exec(example, names)
+    assert names["session"].prompt == "a cross moves"
 
 
 def test_files_of_the_tree_exist() -> None:

@@ -32,13 +32,19 @@ class WanCodec:
     strides = (TIME, SPACE, SPACE)
 
     def __init__(self, vae: Any, channels_last: bool = False) -> None:
-        """vae: an AutoencoderKLWan (which type checkers misread)."""
+        """vae: an AutoencoderKLWan (which type checkers misread). Raises CodecError for that of Wan2.2, built otherwise."""
+        if vae.config["patch_size"] is not None:
+            raise CodecError(
+                f"the VAE has patch_size {vae.config['patch_size']}, as Wan2.2 5B has; want the one of Wan2.1 and Wan2.2 14B"
+            )
         vae.requires_grad_(False).eval()
         self.vae, self.memory_format = vae, torch.channels_last_3d if channels_last else torch.contiguous_format
         if channels_last:
             for module in vae.modules():
                 if isinstance(module, nn.Conv3d):
                     module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+                elif isinstance(module, nn.Conv2d):  # upsamplers: without it what follows them is NCDHW again
+                    module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
         weight = next(vae.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         shape = (1, -1, 1, 1, 1)
@@ -114,9 +120,9 @@ class FeatureCache:
         copy.features = list(self.features)
         return copy
 
-    def run(self, part: nn.Module, side: str, x: Tensor, **options: Any) -> Tensor:
+    def run(self, part: nn.Module, x: Tensor, **options: Any) -> Tensor:
         """One piece through the VAE's encoder or decoder, with these features before it."""
-        self.features = self.features or [None] * self.codec.vae._cached_conv_counts[side]
+        self.features = self.features or [None for module in part.modules() if isinstance(module, nn.Conv3d)]
         return part(x, feat_cache=self.features, feat_idx=[0], **options)
 
 
@@ -127,16 +133,16 @@ class WanDecoder(FeatureCache):
     def decode(self, latents: Tensor) -> Tensor:
         """The next latent frames [B, f, 16, h, w] as video [B, T, 8 h, 8 w, 3] float32 in [0, 1].
 
-        Raises CodecError for another number of channels.
+        Raises CodecError for another number of channels, or no latent frames.
         """
         codec = self.codec
-        if latents.ndim != 5 or latents.shape[2] != codec.channels:
-            raise CodecError(f"latents are {tuple(latents.shape)}; want [B, F, {codec.channels}, h, w]")
+        if latents.ndim != 5 or latents.shape[2] != codec.channels or not latents.shape[1]:
+            raise CodecError(f"latents are {tuple(latents.shape)}; want [B, F, {codec.channels}, h, w], F one or more")
         z = (latents.transpose(1, 2).float() * codec.deviation + codec.mean).to(codec.dtype)
         parts = []
         for frame in z.split(1, dim=2):
             x = codec.vae.post_quant_conv(frame.contiguous(memory_format=codec.memory_format))
-            parts.append(self.run(codec.vae.decoder, "decoder", x, **({} if self.begun else {"first_chunk": True})))
+            parts.append(self.run(codec.vae.decoder, x, **({} if self.begun else {"first_chunk": True})))
         video = torch.cat(parts, dim=2).float().clamp(-1, 1)
         return (video.permute(0, 2, 3, 4, 1) + 1) / 2
 
@@ -150,6 +156,8 @@ class WanEncoder(FeatureCache):
 
         First 1 + 4 n of them, then 4 n. Raises CodecError otherwise, and for sizes that are no multiples of 8.
         """
+        if videos.ndim != 5 or videos.shape[-1] != 3 or not videos.shape[1]:
+            raise CodecError(f"videos are {tuple(videos.shape)}; want [B, T, H, W, 3], colours last, T one or more")
         codec, (frames, height, width) = self.codec, videos.shape[1:4]
         if self.begun and frames % TIME:
             raise CodecError(f"{frames} video frames follow the first ones; want a multiple of {TIME}")
@@ -162,7 +170,7 @@ class WanEncoder(FeatureCache):
         pieces = x.split([lone, *[TIME] * (frames // TIME)] if lone else TIME, dim=2)
         parts = []
         for piece in pieces:
-            out = self.run(codec.vae.encoder, "encoder", piece.contiguous(memory_format=codec.memory_format))
+            out = self.run(codec.vae.encoder, piece.contiguous(memory_format=codec.memory_format))
             parts.append(codec.vae.quant_conv(out)[:, : codec.channels])
         mode = torch.cat(parts, dim=2).float()
         return ((mode - codec.mean) / codec.deviation).transpose(1, 2).contiguous()

@@ -16,9 +16,9 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
-from selfforcing_dfd.cache import ChunkKV, Context
+from selfforcing_dfd.cache import Attention, ChunkKV, Context
 from selfforcing_dfd.flow import expand_sigma
-from selfforcing_dfd.models.attention import attend
+from selfforcing_dfd.models.attention import attend, installed_kernels, load_kernel, select_kernel
 from selfforcing_dfd.models.rope import rotary_angles, rotate
 from selfforcing_dfd.network import Conditioning, NetworkOutput, Past
 
@@ -91,6 +91,7 @@ class WanBlock(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps)
         self.attn1, self.attn2 = WanAttention(dim, heads, eps), WanAttention(dim, heads, eps)
         self.ffn = FeedForward(dim, ffn_dim)
+        self.attend: Attention = attend
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
@@ -104,7 +105,7 @@ class WanBlock(nn.Module):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x: [B, F * tokens, D]; text_kv: [B, L, heads, d] each; modulation: [B, F, 6, D] -> (x, keys, values)."""
         q, k, v = self.before_attention(x, modulation, *rotary)
-        return self.after_attention(x, context.attend(attend, layer, q, k, v), modulation, *text_kv), k, v
+        return self.after_attention(x, context.attend(self.attend, layer, q, k, v), modulation, *text_kv), k, v
 
     def before_attention(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """Rotated queries and keys, and values, each [B, F * tokens, heads, d]."""
@@ -120,7 +121,7 @@ class WanBlock(nn.Module):
         table = self.scale_shift_table[:, None] + modulation
         gate1, shift, scale, gate2 = table[:, :, 2:].unbind(2)
         x = (full_precision(x) + gate(self.attn1.output(attended), gate1)).type_as(x)
-        x = x + self.attn2.output(attend(self.attn2.queries(self.norm2(x)), text_k, text_v))
+        x = x + self.attn2.output(self.attend(self.attn2.queries(self.norm2(x)), text_k, text_v))
         normed = modulate(self.norm3(x), scale, shift).type_as(x)
         return (full_precision(x) + gate(self.ffn(normed), gate2)).type_as(x)
 
@@ -207,6 +208,29 @@ class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore
         self.proj_out = nn.Linear(dim, out_channels * self.patch[0] * self.patch[1] * self.patch[2])
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
+        self.attention_backend = "sdpa"
+
+    def set_attention(self, name: str = "auto") -> str:
+        """Choose the attention kernel for where the weights now are: auto, sdpa, fa2, fa3 or fa4; which it is.
+
+        Until this is called it is torch's SDPA. Raises AttentionError for a kernel that cannot run here.
+        """
+        weight = self.patch_embedding.weight
+        capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None
+        self.attention_backend = select_kernel(capability, weight.dtype, self.head_dim, installed_kernels(), name)
+        for block in self.wan_blocks():
+            block.attend = load_kernel(self.attention_backend, weight.device)
+        return self.attention_backend
+
+    def compile_blocks(self, **options: Any) -> None:
+        """torch.compile what lies between attentions, in every block; attention itself stays as it is.
+
+        So a ring's slots are no part of what is compiled: one program a shape serves every chunk. The first calls of each
+        shape compile, for seconds to minutes.
+        """
+        for block in self.wan_blocks():
+            for name in ("before_attention", "after_attention"):
+                setattr(block, name, torch.compile(getattr(block, name), dynamic=False, **options))
 
     def forward(
         self,

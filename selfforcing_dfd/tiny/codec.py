@@ -50,7 +50,7 @@ class TinyCodec:
 
     @property
     def fingerprint(self) -> str:
-        values = torch.cat([self.first.flatten(), self.rest.flatten(), torch.tensor([self.scale])])
+        values = torch.cat([self.first.flatten().cpu(), self.rest.flatten().cpu(), torch.tensor([self.scale])])
         return f"tiny-codec-{hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]}"
 
     def num_latent_frames(self, num_video_frames: int) -> int:
@@ -81,15 +81,19 @@ class TinyCodec:
 
     def encode_part(self, videos: Tensor, begins: bool) -> Tensor:
         """Video frames to latents; `begins`: the first video frame is the first of its video and stands alone."""
+        if videos.ndim != 5 or videos.shape[-1] != 3:
+            raise ValueError(f"videos are {tuple(videos.shape)}; want [B, T, H, W, 3], colours last")
         lone, groups = to_blocks(videos.float() - GREY, int(begins))
-        latents = torch.cat([lone @ self.first * TIME**0.5, groups @ self.rest], dim=1) * self.scale
-        return latents.permute(0, 1, 4, 2, 3).contiguous()
+        parts = [frame_by_frame(lone, self.first) * TIME**0.5, frame_by_frame(groups, self.rest)]
+        return (torch.cat(parts, dim=1) * self.scale).permute(0, 1, 4, 2, 3).contiguous()
 
     def decode_part(self, latents: Tensor, begins: bool) -> Tensor:
         """Latents to video frames; `begins`: the first latent frame is the first of its video and stands for one."""
+        if latents.ndim != 5 or latents.shape[2] != CHANNELS:
+            raise ValueError(f"latents are {tuple(latents.shape)}; want [B, F, {CHANNELS}, h, w], channels third")
         values = latents.permute(0, 1, 3, 4, 2) / self.scale
         lone, rest = values[:, : int(begins)], values[:, int(begins) :]
-        return from_blocks(lone @ self.first.T / TIME**0.5, rest @ self.rest.T) + GREY
+        return from_blocks(frame_by_frame(lone, self.first.T) / TIME**0.5, frame_by_frame(rest, self.rest.T)) + GREY
 
 
 @dataclass(slots=True)
@@ -100,9 +104,11 @@ class TinyDecoder:
     begun: bool = False
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The next latent frames [B, f, 16, h, w] as video [B, T, 8 h, 8 w, 3], not clamped."""
-        begins, self.begun = not self.begun, True
-        return self.codec.decode_part(latents.float(), begins)
+        """The next latent frames [B, f, 16, h, w] as video [B, T, 8 h, 8 w, 3], not clamped, on the latents' device."""
+        self.codec = self.codec.to(latents.device)
+        video = self.codec.decode_part(latents.float(), not self.begun)
+        self.begun = self.begun or latents.shape[1] > 0
+        return video
 
     def clone(self) -> TinyDecoder:
         return TinyDecoder(self.codec, self.begun)
@@ -116,13 +122,38 @@ class TinyEncoder:
     begun: bool = False
 
     def encode(self, videos: Tensor) -> Tensor:
-        """The next video frames [B, T, H, W, 3] in [0, 1] as latents. First 1 + 4 n of them, then 4 n; else ValueError."""
+        """The next video frames [B, T, H, W, 3] in [0, 1] as latents. First 1 + 4 n of them, then 4 n; else ValueError.
+
+        An encoder that refused a piece takes the right one next.
+        """
         if self.begun and videos.shape[1] % TIME:
             raise ValueError(f"{videos.shape[1]} video frames follow the first ones; want a multiple of {TIME}")
         if not self.begun:
             self.codec.num_latent_frames(videos.shape[1])
-        begins, self.begun = not self.begun, True
-        return self.codec.encode_part(videos, begins)
+        self.codec = self.codec.to(videos.device)
+        latents = self.codec.encode_part(videos, not self.begun)
+        self.begun = True
+        return latents
+
+
+def num_video_frames(num_latent_frames: int, first: bool) -> int:
+    """Video frames of a piece: 4 for every latent frame, but one for the first of a video. Three give 9, then 12."""
+    if num_latent_frames < 1:
+        raise ValueError(f"a piece has {num_latent_frames} latent frames; want one or more")
+    return TIME * num_latent_frames - (TIME - 1 if first else 0)
+
+
+def frame_by_frame(values: Tensor, basis: Tensor) -> Tensor:
+    """[B, F, h, w, D] @ [D, E], one latent frame after the other.
+
+    Which kernel multiplies, and so how it rounds, depends on shape, strides and alignment: with a fresh copy of the same
+    shape for every latent frame, any split of a video gives the same bits.
+    """
+    out = values.new_empty(*values.shape[:-1], basis.shape[1])
+    for frame in range(values.shape[1]):
+        rows = values[:, frame].clone(memory_format=torch.contiguous_format).flatten(0, 2)
+        out[:, frame] = (rows @ basis).view(out[:, frame].shape)
+    return out
 
 
 def principal_components(blocks: Tensor) -> Tensor:

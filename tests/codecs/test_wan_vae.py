@@ -44,6 +44,13 @@ def by_diffusers(vae: Any, video: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @pytest.fixture(scope="module")
+def larger(codec: WanCodec) -> tuple[Tensor, Tensor, Tensor]:
+    """A video of 32 x 48 with what diffusers makes of it."""
+    video = rng.uniform((1, 13, 32, 48, 3), 0, "larger video").float()
+    return video, *by_diffusers(codec.vae, video)
+
+
+@pytest.fixture(scope="module")
 def bare() -> WanCodec:
     """Without the two 1 x 1 x 1 convolutions outside encoder and decoder, whose last bits depend on how many frames they get.
 
@@ -81,6 +88,14 @@ def test_pieces_are_diffusers_whole_to_the_bit(bare, video, split):
     assert torch.equal(decoded_in_pieces(bare, latents, split), decoded)
 
 
+@pytest.mark.parametrize("split", SPLITS)
+def test_pieces_are_the_unchanged_vaes_whole_to_the_bit(codec, larger, split):
+    """The same with all of the VAE, at a size (4 x 6 latents) where a 1 x 1 x 1 convolution rounds alike for any count."""
+    video, latents, decoded = larger
+    assert torch.equal(encoded_in_pieces(codec, video, split), latents)
+    assert torch.equal(decoded_in_pieces(codec, latents, split), decoded)
+
+
 def test_whole_is_diffusers_whole(codec, video, latents):
     """Catches wrong means, deviations or projections. 1e-5: ten times the rounding of sums taken in another order."""
     wanted, decoded = by_diffusers(codec.vae, video)
@@ -116,9 +131,11 @@ def test_a_clone_goes_on_alone(codec, latents):
     """Catches a snapshot that shares tensors with the running stream."""
     decoder = codec.start_decoding()
     decoder.decode(latents[:, :2])
-    copy = decoder.clone()
+    copy, again = decoder.clone(), decoder.clone()
     ahead = decoder.decode(latents[:, 2:])
     assert torch.equal(copy.decode(latents[:, 2:]), ahead)
+    decoder.decode(latents[:, :1])
+    assert torch.equal(again.decode(latents[:, 2:]), ahead)
 
 
 def test_module_keeps_nothing_and_memory_does_not_grow(codec, latents):
@@ -145,6 +162,22 @@ def test_channels_last_changes_the_last_bits_only(codec, video, latents):
     assert (other.encode(video) - latents).abs().max() < 1e-4
 
 
+def test_channels_last_reaches_all_weights():
+    """Catches two-dimensional convolutions left out: those of the upsamplers undo the layout for all that follows."""
+    vae: Any = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
+    WanCodec(vae, channels_last=True)
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    weights = [module.weight for module in vae.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d)]
+    assert len(weights) > 50
+    assert all(weight.is_contiguous(memory_format=formats[weight.ndim]) for weight in weights)
+
+
+def test_the_vae_of_another_wan_is_refused():
+    """Catches the VAE of Wan2.2 5B, whose pixels come in patches, failing deep inside with a message about shapes."""
+    with pytest.raises(CodecError, match=r"patch_size 2, as Wan2\.2 5B has; want the one of Wan2\.1"):
+        WanCodec(AutoencoderKLWan(base_dim=8, in_channels=12, out_channels=12, patch_size=2, num_res_blocks=1))
+
+
 def test_saved_folder_is_read_again(codec, latents, tmp_path: Path):
     """Catches weights that are not read, and a folder layout that only its author has."""
     codec.vae.save_pretrained(tmp_path / "model" / "vae")
@@ -162,8 +195,11 @@ def test_what_does_not_fit_is_refused(codec, video, latents):
         codec.encode(video[:, :12])
     with pytest.raises(CodecError, match=r"video frames are 16 x 20; height and width must be multiples of 8"):
         codec.encode(video[:, :, :, :20])
-    with pytest.raises(CodecError, match=r"want \[B, F, 16, h, w\]"):
-        codec.decode(latents[:, :, :8])
+    for wrong in (latents[:, :, :8], latents[:, :0]):
+        with pytest.raises(CodecError, match=r"want \[B, F, 16, h, w\], F one or more"):
+            codec.decode(wrong)
+    with pytest.raises(CodecError, match=r"want \[B, T, H, W, 3\], colours last"):
+        codec.encode(video.movedim(-1, 2))
     encoder = codec.start_encoding()
     encoder.encode(video[:, :5])
     with pytest.raises(CodecError, match=r"5 video frames follow the first ones; want a multiple of 4"):

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.codec import TinyCodec, num_video_frames
 from selfforcing_dfd.tiny.world import draw_factors, render
 
 SPLITS = [(9,), (1,) * 9, (1, 8), (3, 3, 3), (2, 1, 6), (4, 5)]
@@ -40,20 +40,77 @@ def test_encoding_in_pieces_is_encoding_at_once(codec, clips, split):
     assert torch.equal(torch.cat([encoder.encode(part) for part in clips.split(frames, dim=1)], 1), codec.encode(clips))
 
 
+@pytest.mark.parametrize("size", [(1, 8, 8), (2, 8, 8), (1, 16, 16), (1, 24, 40)])
+@pytest.mark.parametrize("split", [(1,) * 7, (3, 3, 1), (1, 6), (2, 5)])
+def test_any_batch_and_size_is_split_without_a_trace(codec, size, split):
+    """Catches products over all latent frames at once: those of few blocks round otherwise when frames are fewer."""
+    batch, height, width = size
+    videos = rng.uniform((batch, 25, height, width, 3), 0, "codec sizes").float()
+    latents = rng.normal((batch, 7, 16, height // 8, width // 8), 0, "codec sizes")
+    encoder, decoder = codec.start_encoding(), codec.start_decoding()
+    frames = [num_video_frames(part, i == 0) for i, part in enumerate(split)]
+    encoded = torch.cat([encoder.encode(part) for part in videos.split(frames, dim=1)], 1)
+    decoded = torch.cat([decoder.decode(part) for part in latents.split(split, dim=1)], 1)
+    assert torch.equal(encoded, codec.encode(videos))
+    assert torch.equal(decoded, codec.decode(latents))
+
+
 def test_first_chunk_has_nine_video_frames_and_later_ones_twelve(codec, clips):
     """Catches a count by chunks of twelve, which drops or repeats three frames."""
     decoder = codec.start_decoding()
-    assert [decoder.decode(part).shape[1] for part in codec.encode(clips).split(3, dim=1)] == [9, 12, 12]
+    counts = [decoder.decode(part).shape[1] for part in codec.encode(clips).split(3, dim=1)]
+    assert counts == [num_video_frames(3, first=i == 0) for i in range(3)] == [9, 12, 12]
+    assert sum(counts) == clips.shape[1] == num_video_frames(9, first=True)
+    with pytest.raises(ValueError, match="0 latent frames; want one or more"):
+        num_video_frames(0, first=True)
 
 
-def test_decoders_share_nothing_and_clones_go_on_alone(codec, clips):
-    """Catches state on the codec, which all streams share."""
+def test_no_latents_leave_the_first_ones_to_come(codec, clips):
+    """Catches an empty piece that counts as the first, after which the first latent frame gives four video frames."""
+    latents, decoder = codec.encode(clips), codec.start_decoding()
+    assert decoder.decode(latents[:, :0]).shape[1] == 0
+    assert torch.equal(decoder.decode(latents), codec.decode(latents))
+
+
+def test_decoders_share_nothing(codec, clips):
+    """Catches state on the codec, which all streams share: interleaved, each gives what it gives alone."""
     latents = codec.encode(clips)
     one, other = codec.start_decoding(), codec.start_decoding()
-    first = one.decode(latents[:, :1])
-    assert torch.equal(other.decode(latents[:, :1]), first)
-    copy = one.clone()
-    assert torch.equal(one.decode(latents[:, 1:3]), copy.decode(latents[:, 1:3]))
+    pieces = [(one.decode(part), other.decode(part.flip(0))) for part in latents.split(3, dim=1)]
+    assert torch.equal(torch.cat([piece for piece, _ in pieces], 1), codec.decode(latents))
+    assert torch.equal(torch.cat([piece for _, piece in pieces], 1), codec.decode(latents.flip(0)))
+
+
+def test_a_clone_goes_on_from_where_it_was_made(codec, clips):
+    """Catches a clone that starts anew or follows the original: one made before the first latent frame, one after."""
+    latents, decoder = codec.encode(clips), codec.start_decoding()
+    fresh = decoder.clone()
+    first = decoder.decode(latents[:, :1])
+    later = decoder.clone()
+    rest = decoder.decode(latents[:, 1:])
+    assert torch.equal(fresh.decode(latents[:, :1]), first)
+    assert torch.equal(later.decode(latents[:, 1:]), rest)
+
+
+def test_bits_do_not_depend_on_the_layout_in_memory(codec):
+    """Catches products that take a slice as it lies: a kernel for transposed rows may round otherwise."""
+    latents = rng.normal((1, 7, 16, 1, 3), 0, "codec layout")
+    channels_last = latents.movedim(2, -1).contiguous().movedim(-1, 2)
+    shifted = torch.cat([latents.new_zeros(1), latents.flatten()])[1:].view(latents.shape)  # not aligned
+    for same in (channels_last, shifted):
+        assert torch.equal(codec.decode(same), codec.decode(latents))
+
+
+def test_decoder_and_encoder_follow_the_device(codec):
+    """Catches bases left on the host, or moved for every piece. The device `meta` has shapes without numbers."""
+    decoder, encoder = codec.start_decoding(), codec.start_encoding()
+    video = decoder.decode(torch.zeros(1, 3, 16, 2, 3, device="meta"))
+    encoder.encode(video)
+    for part in (decoder, encoder):
+        moved = part.codec.first
+        assert moved.device.type == "meta"
+        assert part.codec.to("meta").first is moved
+    assert codec.first.device.type == "cpu"
 
 
 def test_pieces_of_the_wrong_length_are_refused(codec, clips):
@@ -64,3 +121,20 @@ def test_pieces_of_the_wrong_length_are_refused(codec, clips):
     encoder.encode(clips[:, :5])
     with pytest.raises(ValueError, match=r"5 video frames follow the first ones; want a multiple of 4"):
         encoder.encode(clips[:, 5:10])
+    assert torch.equal(encoder.encode(clips[:, 5:9]), codec.encode(clips)[:, 2:3])  # refusals left no trace
+
+
+def test_a_piece_refused_for_its_size_is_not_the_first(codec, clips):
+    """Catches an encoder that has begun with a piece it refused: the next one would lose its lone first frame."""
+    encoder = codec.start_encoding()
+    with pytest.raises(ValueError, match="video frames are 60 x 64; height and width must be multiples of 8"):
+        encoder.encode(clips[:, :5, :60])
+    assert torch.equal(encoder.encode(clips), codec.encode(clips))
+
+
+def test_wrong_channels_are_refused(codec, clips):
+    """Catches channels and frames confused, or channels-first videos, which can pass for videos of another size."""
+    with pytest.raises(ValueError, match=r"latents are \(2, 16, 9, 8, 8\); want \[B, F, 16, h, w\], channels third"):
+        codec.decode(codec.encode(clips).transpose(1, 2))
+    with pytest.raises(ValueError, match=r"want \[B, T, H, W, 3\], colours last"):
+        codec.encode(clips.movedim(-1, 2))

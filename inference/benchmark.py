@@ -1,0 +1,152 @@
+"""Times a stream: `python inference/benchmark.py`, or `--compare A.json B.json` for two results.
+
+A table for people comes first; the last line on stdout is the whole result as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from selfforcing_dfd.streaming.session import StreamModel
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+PROMPTS = ("a disc moves", "a square moves")
+
+
+def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Latency, pace, memory and FLOPs of a stream, chunk by chunk.")
+    model = parser.add_argument_group("the model")
+    model.add_argument("--size", default="tiny", help="tiny, wan1.3b or wan14b; all but tiny have random weights")
+    model.add_argument("--random-weights", action="store_true", help="tiny too: real speed, no picture")
+    model.add_argument("--run", type=Path, metavar="DIR", help="tiny: the student of a finished run")
+    model.add_argument("--checkpoint", default="", metavar="FILE", help="tiny: a student's safetensors file")
+    model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: bfloat16 on a GPU for random weights)")
+    model.add_argument("--height", type=int, help="video rows (default: the size's, 480 for Wan)")
+    model.add_argument("--width", type=int, help="video columns (default: the size's, 832 for Wan)")
+    model.add_argument(
+        "--attention", default="auto", help="auto, or force sdpa, fa2, fa3 or fa4 (default: %(default)s)"
+    )
+    model.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    model.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: what torch takes)")
+
+    past = parser.add_argument_group("how far it looks back (latent frames)")
+    past.add_argument("--stream", default="default", metavar="CONFIG", help="file in configs/stream (%(default)s)")
+    past.add_argument("--window", type=int, metavar="N", help="history and current chunk, the sink not counted")
+    past.add_argument("--sink", type=int, metavar="N", help="first latent frames that are never forgotten")
+    past.add_argument("--positions", help="absolute, sink_relative or window_relative")
+    past.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+
+    how = parser.add_argument_group("what is measured")
+    how.add_argument("--chunks", type=int, metavar="N", help="of the steady state (default: 300, with --quick 6)")
+    how.add_argument("--warmup", type=int, default=10, metavar="N", help="chunks before it (default: %(default)s)")
+    how.add_argument("--prompt-trials", type=int, metavar="N", help="prompt changes (default: 20, with --quick 2)")
+    how.add_argument("--fps", type=float, default=16, help="of playback, for rtf and deadlines (default: %(default)s)")
+    how.add_argument("--peak-tflops", type=float, metavar="X", help="for MFU (default: the GPU's dense bf16 peak)")
+    how.add_argument("--dit-only", action="store_true", help="also a stream that decodes nothing")
+    how.add_argument("--baseline", choices=("naive",), help="also the same stream on a plain cache, chunk by chunk")
+    how.add_argument("--quick", action="store_true", help="a few chunks: does it run?")
+
+    out = parser.add_argument_group("the result")
+    out.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
+    out.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing; compare two results")
+    return parser.parse_args(arguments)
+
+
+def build_model(options: argparse.Namespace) -> StreamModel:
+    """The model that the options ask for, at their resolution, in their dtype, with their kernels."""
+    from dataclasses import replace
+
+    import torch
+
+    from selfforcing_dfd.loading import load_stream_model, random_stream_model
+
+    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if options.dtype not in dtypes:
+        raise ValueError(f"--dtype is {options.dtype}; use float32, bfloat16 or float16")
+    dtype = dtypes[options.dtype]
+    if is_random(options):
+        if options.run or options.checkpoint:
+            raise ValueError("--run and --checkpoint are of the tiny size; drop --size and --random-weights, or them")
+        model = random_stream_model(options.size, options.device, dtype)
+    else:
+        model = load_stream_model(options.run, options.checkpoint, options.device)
+        torch.nn.Module.to(model.student, dtype or model.dtype)
+    height, width = options.height or model.video_size[0], options.width or model.video_size[1]
+    stride = model.codec.strides[1] * model.student.patch[1]
+    if height % stride or width % stride or height < stride or width < stride:
+        raise ValueError(f"--height {height} and --width {width} must be positive multiples of {stride}")
+    model.student.set_attention(options.attention)
+    if options.compile:
+        model.student.compile_blocks()
+    rows, columns = (size // model.codec.strides[1] for size in (height, width))
+    return replace(model, latent_size=(rows, columns))
+
+
+def is_random(options: argparse.Namespace) -> bool:
+    return options.size != "tiny" or options.random_weights
+
+
+def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    import torch
+
+    from selfforcing_dfd.loading import load_settings
+    from selfforcing_dfd.streaming.benchmark_table import environment, table
+    from selfforcing_dfd.streaming.flops import device_peak
+    from selfforcing_dfd.streaming.measure import Plan, measure
+
+    if options.compile and options.baseline:
+        raise ValueError("--baseline compares caches, with nothing compiled; drop --compile or --baseline")
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    past = {"window_frames": options.window, "sink_frames": options.sink, "positions": options.positions}
+    settings, model = load_settings(options.stream, seed=options.seed, **past), build_model(options)
+    choices = {"size": options.size, "weights": "random" if is_random(options) else "trained"}
+    facts = environment(model, settings, compile=options.compile, **choices)
+    num_chunks, num_trials = (6, 2) if options.quick else (300, 20)
+    plan = Plan(
+        num_chunks=num_chunks if options.chunks is None else options.chunks,
+        num_warmup=options.warmup,
+        num_prompt_trials=num_trials if options.prompt_trials is None else options.prompt_trials,
+        playback_fps=options.fps,
+        peak_tflops=options.peak_tflops or device_peak(model),
+        dit_only=options.dit_only,
+        naive=options.baseline == "naive",
+    )
+    result = {"environment": facts, **measure(model, settings, PROMPTS, plan)}
+    return table(result), result
+
+
+def compare(first: Path, second: Path) -> tuple[str, dict[str, Any]]:
+    from selfforcing_dfd.streaming.benchmark_table import comparison, differences, ratios, read_result
+
+    results = read_result(first), read_result(second)
+    text = comparison(*results, (str(first), str(second)))
+    return text, {"ratios": ratios(*results), "warnings": differences(*results)}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    options = parse_arguments(arguments)
+    from selfforcing_dfd.allocator import tune_allocator
+
+    tune_allocator()
+    try:
+        text, result = compare(*options.compare) if options.compare else benchmark(options)
+        line = json.dumps(result, allow_nan=False)
+        if options.out:
+            options.out.write_text(line + "\n")
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{text}\n{line}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

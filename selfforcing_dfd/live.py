@@ -1,0 +1,214 @@
+"""What `inference/stream.py` does: from its options to a file, a pipe or a web page."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from selfforcing_dfd.data.video import read_last_frames
+from selfforcing_dfd.loading import load_settings, load_stream_model
+from selfforcing_dfd.streaming import control as commands
+from selfforcing_dfd.streaming.prompts import ChunkClock, PromptSchedule
+from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
+from selfforcing_dfd.streaming.status import StatusLine
+from selfforcing_dfd.streaming.writers import PreviewWriter, ReaderGone, Writer, open_writer
+
+USER_ERRORS = (ValueError, OSError)
+EXAMPLES = ("a disc moves", "a square moves", "a cross moves")
+MAX_CONTEXT_FRAMES = 81  # video frames of a clip to go on from: five seconds at 16 a second, Wan's training length
+PAUSE_POLL_S = 0.05
+
+
+@dataclass(slots=True)
+class Player:
+    """One stream on its way to its writers, with what may happen to it between two chunks."""
+
+    session: StreamSession
+    schedule: PromptSchedule
+    writers: list[Writer]
+    status: StatusLine
+    control: commands.Control = field(default_factory=commands.Control)
+    stop: threading.Event = field(default_factory=threading.Event)
+    mode: PromptMode | None = None
+    seed: int | None = None
+    paused: bool = False
+
+    def play(self, num_chunks: float) -> None:
+        """Write chunks until that many are there, or someone says stop. Resetting does not start the count again."""
+        self._write(self.session.context_frames)
+        done = 0
+        while done < num_chunks:
+            self._obey()
+            if self.stop.is_set():
+                return
+            if self.paused:
+                self.stop.wait(PAUSE_POLL_S)
+                continue
+            planned = self.schedule.at(self.session.chunk_index) if self.session.chunk_index else None
+            if planned is not None:
+                self.session.set_prompt(planned, self.mode)
+            chunk = self.session.next_chunk()
+            self._write(chunk.frames)
+            done += 1
+            cuda = torch.cuda.memory_allocated() if self.session.model.device.type == "cuda" else None
+            self.status.update(
+                chunk.chunk_index, len(chunk.frames), chunk.timings.total_ms, self.session.prompt, cuda_bytes=cuda
+            )
+
+    def _write(self, frames: torch.Tensor) -> None:
+        if len(frames):
+            for writer in self.writers:
+                writer.write(frames)
+
+    def _obey(self) -> None:
+        """Carry out what was asked for since the last chunk. A prompt that the model refuses changes nothing."""
+        for command in self.control.poll():
+            match command:
+                case commands.NewPrompt(text):
+                    try:
+                        self.session.set_prompt(text, self.mode)
+                    except ValueError as error:
+                        self.status.say(f"error {error}")
+                case commands.Pause():
+                    self.paused = True
+                    self.status.pause()
+                case commands.Resume():
+                    self.paused = False
+                    self.status.resume()
+                case commands.Reset():
+                    self.session.reset(seed=self.seed)
+                case commands.Seed(seed):
+                    self.seed = seed
+                case commands.Mode(mode):
+                    self.mode = mode
+                case commands.Quit():
+                    self.stop.set()
+
+
+def stream(options: argparse.Namespace) -> None:
+    """Generate and write until done. Raises USER_ERRORS, whose messages say what to do."""
+    model, settings = prepare(options)
+    schedule = plan_prompts(options, model)
+    session = StreamSession(model, schedule.first, settings, read_context(options, model))
+    with ExitStack() as stack:
+        stack.enter_context(_reader_may_leave())
+        writers: list[Writer] = [stack.enter_context(open_writer(options.out, options.fps, options.overwrite))]
+        if options.preview:
+            writers.append(stack.enter_context(PreviewWriter(sys.stderr)))
+        sys.stderr.write(describe(options, model, session) + "\n")
+        status = stack.enter_context(StatusLine(sys.stderr, options.fps))
+        player = Player(session, schedule, writers, status)
+        stack.enter_context(_stopping_on_signals(player.stop))
+        if options.control and options.control != "-":
+            stack.enter_context(commands.SocketControl(options.control, player.control))
+        if sys.stdin is not None and (sys.stdin.isatty() or options.control == "-"):
+            commands.LineReader(sys.stdin, player.control, status.say)
+            status.say(commands.HELP)
+        player.play(options.chunks)
+    if options.out != "-":
+        sys.stderr.write(f"wrote {options.out}\n")
+
+
+def serve(options: argparse.Namespace) -> None:
+    """The web page, until Ctrl-C."""
+    from selfforcing_dfd.streaming import server
+
+    model, settings = prepare(options)
+    app = server.create_app(model, settings, fps=options.fps, examples=EXAMPLES)
+    sys.stderr.write(f"{describe(options, model, None)}\nopen http://127.0.0.1:{options.port} (Ctrl-C ends it)\n")
+    server.serve(app, port=options.port)
+
+
+def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
+    """Model and settings that the options ask for."""
+    model = load_stream_model(options.run, options.checkpoint, options.device)
+    model.student.set_attention(options.attention)
+    if options.compile:
+        model.student.compile_blocks()
+    settings = load_settings(
+        options.settings or "tiny",
+        seed=options.seed,
+        window_frames=options.window,
+        sink_frames=options.sink,
+        positions=options.positions,
+        on_prompt=options.on_prompt,
+    )
+    return model, settings
+
+
+def plan_prompts(options: argparse.Namespace, model: StreamModel) -> PromptSchedule:
+    """The schedule of a file, or the one prompt. Every prompt is tried, so that an error does not come hours later."""
+    if options.prompt is not None and options.prompts is not None:
+        raise ValueError("both --prompt and --prompts are given; drop one of them")
+    if options.prompts is None:
+        schedule = PromptSchedule(((0, options.prompt if options.prompt is not None else EXAMPLES[0]),))
+    else:
+        goes_on = bool(options.image or options.video)
+        clock = ChunkClock(model.chunk_frames, model.codec.strides[0], after_context=goes_on)
+        schedule = PromptSchedule.read(options.prompts, options.fps, clock)
+    for _, prompt in schedule.prompts:
+        model.text.encode([prompt])
+    return schedule
+
+
+def read_context(options: argparse.Namespace, model: StreamModel) -> torch.Tensor | None:
+    """The picture or the end of the clip that the stream begins with, [T, H, W, 3] in [0, 1]."""
+    if options.image and options.video:
+        raise ValueError("both --image and --video are given; drop one of them")
+    path = options.image or options.video
+    if path is None:
+        return None
+    frames = read_last_frames(path, 1 if options.image else MAX_CONTEXT_FRAMES, model.video_size)
+    return frames.float() / 255
+
+
+def describe(options: argparse.Namespace, model: StreamModel, session: StreamSession | None) -> str:
+    """What is about to run, in two lines."""
+    height, width = model.video_size
+    parameters = sum(parameter.numel() for parameter in model.student.parameters())
+    weights = options.run or options.checkpoint or "the tiny world's student"
+    lines = [
+        f"{weights}: {parameters / 1e6:.1f} M parameters on {model.device}, {len(model.ladder)} steps a chunk, "
+        f"{width} x {height} pixels, attention {model.student.attention_backend}"
+    ]
+    if session is not None:
+        settings, length = session.settings, "without end" if options.chunks == math.inf else f"{options.chunks} chunks"
+        lines.append(
+            f"K = {session.visible_frames} latent frames (sink {settings.sink_frames} + window {settings.window_frames}, "
+            f"{settings.positions}), {session.cache_bytes / 2**20:.1f} MiB of keys and values; {length} to {options.out}"
+        )
+    return "\n".join(lines)
+
+
+@contextmanager
+def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the stream after the chunk at hand, with a complete file; a second Ctrl-C ends it at once."""
+
+    def ask(number: int, _: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """The end of a pipe's reader is the end of the stream and no error."""
+    try:
+        yield
+    except ReaderGone:
+        sys.stderr.write("the reader has gone; ended\n")

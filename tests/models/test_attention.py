@@ -1,0 +1,77 @@
+"""Which attention kernel is taken where, as a function of what can be known without a GPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import latents, tiny_network
+
+from selfforcing_dfd import rng
+from selfforcing_dfd.models.attention import KERNELS, AttentionError, attend, select_kernel
+from selfforcing_dfd.network import Conditioning
+
+ALL = set(KERNELS)
+BF16 = torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_dim", "installed", "chosen"),
+    [
+        ((9, 0), BF16, 128, ALL, "fa3"),  # H100 and H200 alike
+        ((9, 0), BF16, 128, {"fa2", "fa4"}, "fa4"),
+        ((9, 0), BF16, 128, {"fa2"}, "fa2"),
+        ((9, 0), BF16, 128, set(), "sdpa"),
+        ((8, 0), BF16, 128, ALL, "fa2"),  # A100
+        ((8, 9), torch.float16, 64, ALL, "fa2"),  # 4090
+        ((10, 0), BF16, 128, ALL, "fa4"),  # B200
+        ((10, 0), BF16, 192, ALL, "fa2"),  # fa4 takes heads of up to 128
+        ((12, 0), BF16, 128, ALL, "sdpa"),  # 5090: no kernel says that it was written for it
+        ((7, 5), torch.float16, 64, ALL, "sdpa"),  # T4
+        ((9, 0), torch.float32, 128, ALL, "sdpa"),
+        (None, BF16, 128, ALL, "sdpa"),
+    ],
+)
+def test_kernel_follows_the_compute_capability(capability, dtype, head_dim, installed, chosen):
+    """Catches a choice by a device's name, under which an H200 silently runs the slow kernel, and a kernel that crashes."""
+    assert select_kernel(capability, dtype, head_dim, installed) == chosen
+
+
+@pytest.mark.parametrize(
+    ("name", "capability", "dtype", "installed", "message"),
+    [
+        ("fa5", (9, 0), BF16, ALL, r"attention is 'fa5'; use auto, sdpa, fa3, fa4, fa2"),
+        ("fa3", (8, 0), BF16, ALL, r"written for compute capability 9.x to 9.x, this is 8.0; or use sdpa"),
+        ("fa2", (9, 0), BF16, set(), r"flash_attn is not installed \(pip install .\[flash\]\)"),
+        ("fa2", (9, 0), torch.float32, ALL, r"computes in float16 and bfloat16, the model is torch.float32"),
+        ("fa2", None, BF16, ALL, r"needs a CUDA device"),
+    ],
+)
+def test_a_kernel_that_cannot_run_is_refused(name, capability, dtype, installed, message):
+    """Catches a forced kernel that is silently replaced by another."""
+    with pytest.raises(AttentionError, match=message):
+        select_kernel(capability, dtype, 128, installed, name)
+
+
+def test_the_choice_is_logged(caplog):
+    """Catches hours of the slow kernel that no one knows of."""
+    select_kernel((9, 0), BF16, 128, {"fa2"})
+    assert "attention by fa2" in caplog.text
+    assert "fa3: flash_attn_interface is not installed" in caplog.text
+
+
+def test_sdpa_is_softmax_over_keys():
+    """Catches transposed heads and tokens, and another scale."""
+    q, k, v = (rng.normal((2, length, 3, 8), 0, name).double() for name, length in (("q", 4), ("k", 7), ("v", 7)))
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5).softmax(-1)
+    assert torch.allclose(attend(q, k, v), torch.einsum("bhqk,bkhd->bqhd", weights, v), atol=1e-12)
+
+
+def test_a_model_says_what_it_uses_and_uses_it():
+    """Catches a setting that reaches self-attention alone, or no block at all."""
+    network, text = tiny_network(), Conditioning(rng.normal((2, 5, 12), 0, "text").double())
+    assert network.set_attention("auto") == network.attention_backend == "sdpa"
+    calls = []
+    for block in network.wan_blocks():
+        block.attend = lambda q, k, v: calls.append(k.shape[1]) or attend(q, k, v)
+    network(latents("x"), 0.5, text)
+    assert calls == [36, 5, 36, 5]  # six frames of six tokens, five words; twice
