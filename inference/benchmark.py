@@ -56,7 +56,9 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     out = parser.add_argument_group("the result")
     out.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
     out.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"), help="measure nothing; compare two results")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    options.random_weights |= options.size != "tiny"
+    return options
 
 
 def build_model(options: argparse.Namespace) -> StreamModel:
@@ -71,7 +73,7 @@ def build_model(options: argparse.Namespace) -> StreamModel:
     if options.dtype not in dtypes:
         raise ValueError(f"--dtype is {options.dtype}; use float32, bfloat16 or float16")
     dtype = dtypes[options.dtype]
-    if is_random(options):
+    if options.random_weights:
         if options.run or options.checkpoint:
             raise ValueError("--run and --checkpoint are of the tiny size; drop --size and --random-weights, or them")
         model = random_stream_model(options.size, options.device, dtype)
@@ -89,10 +91,6 @@ def build_model(options: argparse.Namespace) -> StreamModel:
     return replace(model, latent_size=(rows, columns))
 
 
-def is_random(options: argparse.Namespace) -> bool:
-    return options.size != "tiny" or options.random_weights
-
-
 def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     import torch
 
@@ -107,7 +105,7 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         torch.set_num_threads(options.threads)
     past = {"window_frames": options.window, "sink_frames": options.sink, "positions": options.positions}
     settings, model = load_settings(options.stream, seed=options.seed, **past), build_model(options)
-    choices = {"size": options.size, "weights": "random" if is_random(options) else "trained"}
+    choices = {"size": options.size, "weights": "random" if options.random_weights else "trained"}
     facts = environment(model, settings, compile=options.compile, **choices)
     num_chunks, num_trials = (6, 2) if options.quick else (300, 20)
     plan = Plan(

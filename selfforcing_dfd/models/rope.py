@@ -36,7 +36,13 @@ def rotary_angles(
     return torch.cat(parts, dim=1)
 
 
+def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """cos and sin [..., 2 n] of angles [..., n], for both values of each pair, with the sign that `rotate` needs."""
+    cos, sin = angles.cos(), angles.sin()
+    return cos.repeat_interleave(2, dim=-1).to(dtype), torch.stack([-sin, sin], dim=-1).flatten(-2).to(dtype)
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn interleaved pairs (x[2j], x[2j + 1]) of x [B, tokens, heads, head_dim]; cos, sin: [tokens, 1, head_dim / 2]."""
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x)
+    """Turn interleaved pairs (x[2j], x[2j + 1]) of x [B, tokens, heads, d]; cos, sin: `rotary_tables` [tokens, 1, d]."""
+    swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(x * cos, swapped, sin).type_as(x)

@@ -19,7 +19,7 @@ from torch.nn.functional import gelu, layer_norm, silu
 from selfforcing_dfd.cache import Attention, ChunkKV, Context
 from selfforcing_dfd.flow import expand_sigma
 from selfforcing_dfd.models.attention import attend, installed_kernels, load_kernel, select_kernel
-from selfforcing_dfd.models.rope import rotary_angles, rotate
+from selfforcing_dfd.models.rope import rotary_angles, rotary_tables, rotate
 from selfforcing_dfd.network import Conditioning, NetworkOutput, Past
 
 
@@ -109,7 +109,7 @@ class WanBlock(nn.Module):
 
     def before_attention(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
         """Rotated queries and keys, and values, each [B, F * tokens, heads, d]."""
-        shift, scale = (self.scale_shift_table[:, None] + modulation)[:, :, :2].unbind(2)
+        shift, scale = (self.scale_shift_table[:, None, :2] + modulation[:, :, :2]).unbind(2)
         normed = modulate(self.norm1(x), scale, shift).type_as(x)
         q, (k, v) = self.attn1.queries(normed), self.attn1.keys_values(normed)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
@@ -118,12 +118,11 @@ class WanBlock(nn.Module):
         self, x: Tensor, attended: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor
     ) -> Tensor:
         """The rest of the block: attended is self-attention's [B, F * tokens, heads, d]."""
-        table = self.scale_shift_table[:, None] + modulation
-        gate1, shift, scale, gate2 = table[:, :, 2:].unbind(2)
-        x = (full_precision(x) + gate(self.attn1.output(attended), gate1)).type_as(x)
+        gate1, shift, scale, gate2 = (self.scale_shift_table[:, None, 2:] + modulation[:, :, 2:]).unbind(2)
+        x = add_gated(x, self.attn1.output(attended), gate1)
         x = x + self.attn2.output(self.attend(self.attn2.queries(self.norm2(x)), text_k, text_v))
         normed = modulate(self.norm3(x), scale, shift).type_as(x)
-        return (full_precision(x) + gate(self.ffn(normed), gate2)).type_as(x)
+        return add_gated(x, self.ffn(normed), gate2)
 
 
 def sigma_per_frame(sigma: Tensor | float, x_t: Tensor) -> Tensor:
@@ -131,9 +130,11 @@ def sigma_per_frame(sigma: Tensor | float, x_t: Tensor) -> Tensor:
     return expand_sigma(sigma, x_t)[..., 0, 0, 0].expand(x_t.shape[:2])
 
 
-def gate(x: Tensor, values: Tensor) -> Tensor:
-    """x [B, F * tokens, D] times values [B, F, D], each latent frame's for all its tokens."""
-    return (x.unflatten(1, (values.shape[1], -1)) * values[:, :, None]).flatten(1, 2)
+def add_gated(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
+    """x + y * values in float32 at least; x, y: [B, F * tokens, D]; values [B, F, D], each latent frame's for its tokens."""
+    frames = (values.shape[1], -1)
+    sums = torch.addcmul(full_precision(x).unflatten(1, frames), y.unflatten(1, frames), values[:, :, None])
+    return sums.flatten(1, 2).type_as(x)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
@@ -248,8 +249,7 @@ class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore
         embedding, modulation = self.condition_embedder.time(sigma_per_frame(sigma, x_t))
         text_kv = conditioning.text_kv or self.prepare(conditioning).text_kv
         angles = rotary_angles(context.next_frame, *grid, self.head_dim, tokens.device)[:, None]
-        precise = full_precision(tokens).dtype
-        rotary = (angles.cos().to(precise), angles.sin().to(precise))
+        rotary = rotary_tables(angles, full_precision(tokens).dtype)
         layers = []
         for layer, block in enumerate(self.blocks):
             tokens, k, v = self.run_block(block, tokens, text_kv[layer], modulation, rotary, context, layer)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.cache import Attention, ChunkKV
-from selfforcing_dfd.models.rope import axis_dims, axis_frequencies, rotate
+from selfforcing_dfd.models.rope import axis_dims, axis_frequencies, rotary_tables, rotate
 
 Positions = Literal["absolute", "sink_relative", "window_relative"]
 """absolute: every latent frame keeps its index, so the sink recedes for ever (what Self-Forcing does). sink_relative: the
@@ -246,7 +246,7 @@ class RingCache:
         slot.position = position
         angles = (position - slot.home) * axis_frequencies(self.time_dim, self.keys.device)
         precise = torch.float64 if self.dtype == torch.float64 else torch.float32
-        cos, sin, tokens = angles.cos().to(precise), angles.sin().to(precise), self._tokens(slot)
+        (cos, sin), tokens = rotary_tables(angles, precise), self._tokens(slot)
         for keys, home in zip(self.keys, self.home_keys, strict=True):
             keys[:, tokens, :, : self.time_dim] = rotate(home[:, tokens], cos, sin)
 

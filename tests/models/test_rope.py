@@ -7,7 +7,7 @@ import torch
 from golden_weights import golden
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.models.rope import axis_dims, rotary_angles, rotate
+from selfforcing_dfd.models.rope import axis_dims, rotary_angles, rotary_tables, rotate
 from selfforcing_dfd.models.wan import sinusoid
 
 GRID = (2, 2, 3)  # latent frames, rows, columns of the golden tensors
@@ -15,7 +15,7 @@ GRID = (2, 2, 3)  # latent frames, rows, columns of the golden tensors
 
 def turned(x: torch.Tensor, start_frame: int, grid: tuple[int, int, int] = GRID) -> torch.Tensor:
     angles = rotary_angles(start_frame, *grid, x.shape[-1])[:, None]
-    return rotate(x, angles.cos(), angles.sin())
+    return rotate(x, *rotary_tables(angles, torch.float64))
 
 
 def test_axes_split_as_in_wan():
