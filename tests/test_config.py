@@ -7,8 +7,10 @@ from pathlib import Path
 import pytest
 
 from selfforcing_dfd.config import REPOSITORY, ConfigError, as_dict, change, find_file, load_config, to_yaml
+from selfforcing_dfd.loading import load_settings
 
-CONFIGS = sorted((REPOSITORY / "configs").rglob("*.yaml"))
+STREAM_CONFIGS = sorted((REPOSITORY / "configs" / "stream").glob("*.yaml"))
+CONFIGS = sorted(set((REPOSITORY / "configs").rglob("*.yaml")) - set(STREAM_CONFIGS))
 
 MINIMAL = """
 run: {name: tried, stage: dmd}
@@ -29,6 +31,12 @@ def test_shipped_config_loads(path: Path) -> None:
     config = load_config(str(path.relative_to(REPOSITORY / "configs")))
     for overrides in config.arms.values():
         change(config, overrides)
+
+
+@pytest.mark.parametrize("path", STREAM_CONFIGS, ids=lambda path: path.stem)
+def test_shipped_stream_settings_load(path: Path) -> None:
+    """Likewise for what inference/stream.py takes."""
+    load_settings(path.stem)
 
 
 def test_round_trip(minimal: str, tmp_path: Path) -> None:

@@ -1,0 +1,102 @@
+"""Messages between the live page and its server. Whatever does not fit is refused with what was got and what was wanted.
+
+To the server, as JSON: `start {prompt, seed}`, `prompt {text, mode}`, `pause`, `resume`, `reset`, `seed {seed}` (of the next
+reset) and `ack {chunk}`: that chunk, and all before it, has been shown. `type` names the message.
+
+From the server, as JSON: `hello` (sizes and limits), `began` (a start or reset; frames of chunks before `next_chunk` need not
+be shown, and are to be acknowledged), `prompt` (accepted, with the first chunk it holds for), `state`, `chunk` (figures; its
+video frames follow), `error` and `ended`. Each video frame is one binary message: `HEADER`, then a JPEG. Chunks and video
+frames are counted from the start of the connection, so that a number means the same chunk before and after a reset.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import struct
+from dataclasses import dataclass
+from typing import Any, get_args
+
+import numpy as np
+from PIL import Image
+
+from selfforcing_dfd.streaming.session import PromptMode
+
+HEADER = struct.Struct("<II")
+"""Chunk and video frame, before each JPEG."""
+
+MAX_TEXT = 2000
+MAX_MESSAGE_BYTES = 16 * 1024
+MAX_SEED = 2**53 - 1  # what a browser's numbers hold exactly
+JPEG_QUALITY = 92
+FIELDS: dict[str, dict[str, str]] = {
+    "start": {"prompt": "text", "seed": "number"},
+    "prompt": {"text": "text", "mode": "mode"},
+    "pause": {},
+    "resume": {},
+    "reset": {},
+    "seed": {"seed": "number"},
+    "ack": {"chunk": "number"},
+}
+WANTED = {
+    "text": f"a string of at most {MAX_TEXT:,} characters, without lone surrogates",
+    "number": f"a whole number from 0 to {MAX_SEED}",
+    "mode": f"one of {', '.join(get_args(PromptMode))}",
+}
+
+
+class BadMessage(ValueError):
+    """A message that is none of `FIELDS`; says what was got and what was wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    kind: str
+    fields: dict[str, Any]
+
+
+def parse_message(raw: str | bytes) -> Message:
+    """One message of a client. Raises BadMessage."""
+    if isinstance(raw, bytes):
+        raise BadMessage(f"got {len(raw):,} bytes of binary data; want JSON as text")
+    size = len(raw.encode())
+    if size > MAX_MESSAGE_BYTES:
+        raise BadMessage(f"got a message of {size:,} bytes; want at most {MAX_MESSAGE_BYTES:,}")
+    try:
+        message = json.loads(raw)
+    except (ValueError, RecursionError) as error:
+        raise BadMessage(f"got {short(raw)}, which is not JSON; want such as {{'type': 'pause'}}") from error
+    if not isinstance(message, dict):
+        raise BadMessage(f"got {short(message)}; want an object with a type")
+    kind = message.pop("type", None)
+    if not isinstance(kind, str) or kind not in FIELDS:
+        raise BadMessage(f"got type {short(kind)}; want one of {', '.join(FIELDS)}")
+    if message.keys() != FIELDS[kind].keys():
+        got, wanted = (short(", ".join(names) or "nothing") for names in (message, FIELDS[kind]))
+        raise BadMessage(f"{kind} came with the fields {got}; want {wanted}")
+    for name, form in FIELDS[kind].items():
+        if not fits(message[name], form):
+            raise BadMessage(f"{kind}: {name} is {short(message[name])}; want {WANTED[form]}")
+    return Message(kind, message)
+
+
+def fits(value: Any, form: str) -> bool:
+    """Whether a field's value is what `WANTED` says."""
+    if form == "text":
+        return isinstance(value, str) and len(value) <= MAX_TEXT and not any("\ud800" <= c <= "\udfff" for c in value)
+    if form == "number":
+        return type(value) is int and 0 <= value <= MAX_SEED  # a bool is no number here
+    return value in get_args(PromptMode)
+
+
+def short(value: Any) -> str:
+    """A value as an error message shows it."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}... ({len(text):,} characters)"
+
+
+def encode_jpeg(picture: np.ndarray) -> bytes:
+    """uint8 [H, W, 3] with full colour resolution; halved, it smears the edges of small pictures."""
+    buffer = io.BytesIO()
+    Image.fromarray(picture).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()

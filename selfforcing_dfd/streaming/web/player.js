@@ -1,0 +1,87 @@
+/** Plays video frames at a fixed rate, in order, each once, from a buffer that its chunks fill. */
+export class Player {
+  #canvas; #context; #onShown; #onStarved; #onBroken;
+  #frames = [];
+  #info = null; // the chunk whose frames are arriving
+  #numArrived = 0;
+  #isPlaying = false;
+  #due = 0; // when the next frame is to be shown, as performance.now()
+  fps = 16;
+  isPaused = false;
+
+  /** onShown(info, isLast, isFirst) after each frame; onStarved() where the next chunk is late; onBroken(error). */
+  constructor(canvas, { onShown, onStarved, onBroken }) {
+    this.#canvas = canvas;
+    this.#context = canvas.getContext("2d");
+    this.#onShown = onShown;
+    this.#onStarved = onStarved;
+    this.#onBroken = onBroken;
+    const tick = (now) => {
+      this.#tick(now);
+      requestAnimationFrame(tick);
+    };
+    requestAnimationFrame(tick);
+  }
+
+  /** Sizes and rate of the video that follows. */
+  open({ width, height, fps }) {
+    this.#canvas.width = width;
+    this.#canvas.height = height;
+    this.fps = fps;
+  }
+
+  /** A chunk's figures; `info.num_frames` frames of it follow. */
+  beginChunk(info) {
+    this.#info = info;
+    this.#numArrived = 0;
+  }
+
+  /** The next frame. Decoded at once, so that it is ready when its time comes. */
+  addFrame(jpeg) {
+    const info = this.#info;
+    const place = this.#numArrived++;
+    const frame = { info, isFirst: place === 0, isLast: place === info.num_frames - 1, picture: null, isDropped: false };
+    this.#frames.push(frame);
+    createImageBitmap(new Blob([jpeg], { type: "image/jpeg" })).then((picture) => {
+      if (frame.isDropped) picture.close();
+      else frame.picture = picture;
+    }, this.#onBroken);
+  }
+
+  /** Drop everything that has not been shown. */
+  clear() {
+    for (const frame of this.#frames) {
+      frame.isDropped = true;
+      frame.picture?.close();
+    }
+    this.#frames = [];
+    this.#isPlaying = false;
+  }
+
+  #tick(now) {
+    if (this.isPaused) return;
+    const interval = 1000 / this.fps;
+    if (!this.#isPlaying) {
+      if (!this.#frames.some((frame) => frame.isLast && frame.picture)) return; // a whole chunk, or it would stop again
+      this.#isPlaying = true;
+      this.#due = Math.max(now, this.#due); // not sooner than one interval after the frame before
+    }
+    if (now - this.#due > 4 * interval) this.#due = now; // after a pause or a hidden tab: no hurry to catch up
+    while (this.#due <= now) {
+      if (this.#frames.length === 0) {
+        this.#isPlaying = false;
+        this.#onStarved();
+        return;
+      }
+      if (!this.#frames[0].picture) return;
+      this.#show(this.#frames.shift());
+      this.#due += interval;
+    }
+  }
+
+  #show({ info, isFirst, isLast, picture }) {
+    this.#context.drawImage(picture, 0, 0);
+    picture.close();
+    this.#onShown(info, isLast, isFirst);
+  }
+}
