@@ -69,7 +69,9 @@ def read_last_frames(path: Path | str, max_frames: int, size: tuple[int, int]) -
                 top, left = (height - size[0]) // 2, (width - size[1]) // 2
                 frames.append(whole[top : top + size[0], left : left + size[1]])
     except (av.error.FFmpegError, IndexError, FileNotFoundError) as error:
-        raise ClipError(f"{path.name}: cannot be read as picture or video ({error}); convert it to png or mp4") from error
+        raise ClipError(
+            f"{path.name}: cannot be read as picture or video ({error}); convert it to png or mp4"
+        ) from error
     if not frames:
         raise ClipError(f"{path.name}: holds no picture; want at least one video frame")
     kept = list(frames)[(len(frames) - 1) % 4 :]

@@ -84,7 +84,7 @@ class StreamSettings:
 
     def __post_init__(self) -> None:
         if self.merge_commit and (
-            self.positions == "window_relative" or self.sink_frames and self.positions != "absolute"
+            self.positions == "window_relative" or (self.sink_frames and self.positions != "absolute")
         ):
             raise ValueError(
                 f"merge_commit does not go with positions {self.positions!r} and {self.sink_frames} sink_frames: between a "

@@ -278,6 +278,16 @@ def test_reset_is_a_new_session_and_restore_goes_back(model):
     assert not torch.equal(ahead[:8], fresh[len(begun) :][:8])
 
 
+def test_restore_takes_the_decoder_back_too(model):
+    """Catches a codec that goes on from the chunks after the snapshot."""
+    session = StreamSession(model, "a", StreamSettings(sink_frames=2, window_frames=4))
+    moment = session.snapshot()
+    first = frames(session, 2)
+    session.restore(moment)
+    assert torch.equal(frames(session, 2), first)
+    assert len(first) == 5 + 8
+
+
 @pytest.mark.parametrize("num_frames", [1, 5, 9, 21])
 def test_context_is_what_came_before(model, num_frames):
     """Catches a picture or clip that is not committed, or not counted, or decoded as if the stream began after it."""
