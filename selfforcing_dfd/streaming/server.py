@@ -166,8 +166,8 @@ def serve(app: Starlette, host: str = "127.0.0.1", port: int = 8000) -> None:
     """
     try:
         listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        raise OSError(f"cannot listen on {host} port {port} ({error.strerror}); choose another port") from error
+    except (OSError, OverflowError) as error:
+        raise OSError(f"cannot listen: {error}; choose another port") from error
     with listener, suppress(KeyboardInterrupt):  # uvicorn raises it once more after a clean end
         uvicorn.Server(server_config(app)).run(sockets=[listener])
 

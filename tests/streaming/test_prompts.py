@@ -43,8 +43,8 @@ def test_seconds_agree_with_counting(fps, chunk_frames, after_context):
 
 
 def test_seconds_do_not_suffer_from_binary_fractions():
-    """Catches 1.1 * 30 > 33 in floats, which is a chunk too late: chunk 3 starts at video frame 33."""
-    assert PromptSchedule.parse("0: a\n1.1s: b", fps=30).at(3) == "b"
+    """Catches 8.3 * 30 > 249 in floats, which is a chunk too late: chunk 21 starts at video frame 249."""
+    assert PromptSchedule.parse("0: a\n8.3s: b", fps=30).at(21) == "b"
 
 
 def test_after_a_context_the_first_chunk_is_as_long_as_others():

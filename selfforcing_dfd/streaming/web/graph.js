@@ -131,7 +131,7 @@ export class Graph {
       const item = document.createElement("span");
       const chip = document.createElement("i");
       chip.style.background = colour(`stage-${name}`);
-      item.append(chip, `${name} `, bold(milliseconds(bar.stages[name] ?? 0)));
+      item.append(chip, `${name} `, bold(bar.stages[name] ? milliseconds(bar.stages[name]) : "–"));
       return item;
     });
     const total = document.createElement("span");

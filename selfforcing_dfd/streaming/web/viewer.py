@@ -128,7 +128,7 @@ class Viewer:
     num_frames: int = 0
     num_acked: int = 0
     num_bad: int = 0
-    alive_at: float = field(default_factory=time.monotonic)
+    alive_at: float = field(default_factory=time.monotonic)  # a chunk, for which an `ack` made room, is life
     recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT_CHUNKS + 1))
 
     async def run(self) -> None:
@@ -239,8 +239,7 @@ class Viewer:
         """A chunk has been shown, and all before it."""
         if chunk >= self.num_chunks:
             raise BadMessage(f"ack: chunk is {chunk}; want one of the {self.num_chunks} that were sent")
-        if chunk >= self.num_acked:
-            self.num_acked, self.alive_at = chunk + 1, time.monotonic()
+        self.num_acked = max(self.num_acked, chunk + 1)
 
     async def set_paused(self, paused: bool) -> None:
         self.paused, self.alive_at = paused, time.monotonic()
