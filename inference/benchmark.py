@@ -99,8 +99,6 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     from selfforcing_dfd.streaming.flops import device_peak
     from selfforcing_dfd.streaming.measure import Plan, measure
 
-    if options.compile and options.baseline:
-        raise ValueError("--baseline compares caches, with nothing compiled; drop --compile or --baseline")
     if options.threads:
         torch.set_num_threads(options.threads)
     past = {"window_frames": options.window, "sink_frames": options.sink, "positions": options.positions}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -32,11 +33,13 @@ class Past(Protocol):
 class Conditioning:
     """What the student is asked for. `text`: [B, L, D_text] text-encoder states, zero past each prompt's end.
 
-    text_kv: per layer the (k, v) of cross-attention, where a network has worked them out once for many calls.
+    What a network has worked out once for many calls: text_kv, per layer the (k, v) of cross-attention, and levels, by sigma
+    whatever it makes of a noise level.
     """
 
     text: Tensor
     text_kv: tuple[tuple[Tensor, Tensor], ...] = ()
+    levels: Mapping[float, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

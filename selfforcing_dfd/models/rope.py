@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,12 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn interleaved pairs (x[2j], x[2j + 1]) of x [B, tokens, heads, d]; cos, sin: `rotary_tables` [tokens, 1, d]."""
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x * cos, swapped, sin).type_as(x)
+
+
+@lru_cache(maxsize=2)  # the steps of one chunk share it, and so do the passes of one training update
+def positions_rotary(
+    start_frame: int, frames: int, rows: int, columns: int, head_dim: int, device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """`rotary_tables` [tokens, 1, head_dim] of `rotary_angles`; the newest two are kept. Not to be written to."""
+    with torch.inference_mode(False):
+        return rotary_tables(rotary_angles(start_frame, frames, rows, columns, head_dim, device)[:, None], dtype)

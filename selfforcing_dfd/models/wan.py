@@ -7,7 +7,7 @@ frames it gets; with context it is causal by chunk. There are no attention masks
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -19,7 +19,7 @@ from torch.nn.functional import gelu, layer_norm, silu
 from selfforcing_dfd.cache import Attention, ChunkKV, Context
 from selfforcing_dfd.flow import expand_sigma
 from selfforcing_dfd.models.attention import attend, installed_kernels, load_kernel, select_kernel
-from selfforcing_dfd.models.rope import rotary_angles, rotary_tables, rotate
+from selfforcing_dfd.models.rope import positions_rotary, rotate
 from selfforcing_dfd.network import Conditioning, NetworkOutput, Past
 
 
@@ -37,6 +37,24 @@ class ParameterFreeNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return layer_norm(full_precision(x), (self.dim,), eps=self.eps)
+
+
+class Modulation(NamedTuple):
+    """What a noise level does to one block, each [B or 1, F or 1, D]; scales are factors, one included."""
+
+    shift1: Tensor
+    scale1: Tensor
+    gate1: Tensor
+    shift2: Tensor
+    scale2: Tensor
+    gate2: Tensor
+
+
+class NoiseLevel(NamedTuple):
+    """What a noise level does to the whole network: per block its modulation, and the head's (shift, scale)."""
+
+    blocks: tuple[Tensor | Modulation, ...]
+    head: tuple[Tensor, Tensor]
 
 
 class WanAttention(nn.Module):
@@ -97,49 +115,71 @@ class WanBlock(nn.Module):
     def forward(
         self,
         x: Tensor,
-        text_kv: tuple[Tensor, Tensor],
-        modulation: Tensor,
+        text: Tensor | tuple[Tensor, Tensor],
+        modulation: Tensor | Modulation,
         rotary: tuple[Tensor, Tensor],
         context: Past,
         layer: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, F * tokens, D]; text_kv: [B, L, heads, d] each; modulation: [B, F, 6, D] -> (x, keys, values)."""
-        q, k, v = self.before_attention(x, modulation, *rotary)
-        return self.after_attention(x, context.attend(self.attend, layer, q, k, v), modulation, *text_kv), k, v
+        """x: [B, F * tokens, D]; text: [B, L, D], or its keys and values; modulation: [B, F, 6, D] -> (x, keys, values)."""
+        text_k, text_v = self.attn2.keys_values(text) if isinstance(text, Tensor) else text
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation)
+        q, k, v = self.before_attention(x, shift1, scale1, *rotary)
+        attended = context.attend(self.attend, layer, q, k, v)
+        return self.after_attention(x, attended, gate1, shift2, scale2, gate2, text_k, text_v), k, v
 
-    def before_attention(self, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, ...]:
+    def modulation(self, embedding: Tensor | Modulation) -> Modulation:
+        """This block's of a noise level's embedding [B, F, 6, D], if it has not been worked out."""
+        if isinstance(embedding, Modulation):
+            return embedding
+        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table[:, None] + embedding).unbind(2)
+        return Modulation(shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
+
+    def before_attention(
+        self, x: Tensor, shift: Tensor, scale: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Rotated queries and keys, and values, each [B, F * tokens, heads, d]."""
-        shift, scale = (self.scale_shift_table[:, None, :2] + modulation[:, :, :2]).unbind(2)
         normed = modulate(self.norm1(x), scale, shift).type_as(x)
         q, (k, v) = self.attn1.queries(normed), self.attn1.keys_values(normed)
         return rotate(q, cos, sin), rotate(k, cos, sin), v
 
     def after_attention(
-        self, x: Tensor, attended: Tensor, modulation: Tensor, text_k: Tensor, text_v: Tensor
+        self,
+        x: Tensor,
+        attended: Tensor,
+        gate1: Tensor,
+        shift: Tensor,
+        scale: Tensor,
+        gate2: Tensor,
+        text_k: Tensor,
+        text_v: Tensor,
     ) -> Tensor:
         """The rest of the block: attended is self-attention's [B, F * tokens, heads, d]."""
-        gate1, shift, scale, gate2 = (self.scale_shift_table[:, None, 2:] + modulation[:, :, 2:]).unbind(2)
         x = add_gated(x, self.attn1.output(attended), gate1)
         x = x + self.attn2.output(self.attend(self.attn2.queries(self.norm2(x)), text_k, text_v))
-        normed = modulate(self.norm3(x), scale, shift).type_as(x)
-        return add_gated(x, self.ffn(normed), gate2)
+        return add_gated(x, self.ffn(modulate(self.norm3(x), scale, shift).type_as(x)), gate2)
 
 
 def sigma_per_frame(sigma: Tensor | float, x_t: Tensor) -> Tensor:
-    """Sigma [B] or [B, F] or float as [B, F], which is what the network is told."""
-    return expand_sigma(sigma, x_t)[..., 0, 0, 0].expand(x_t.shape[:2])
+    """Sigma [B] or [B, F] as [B, F], which is what the network is told; a number as [1, 1] in float64, good for all."""
+    if isinstance(sigma, Tensor):
+        return expand_sigma(sigma, x_t)[..., 0, 0, 0].expand(x_t.shape[:2])
+    return torch.full((1, 1), sigma, dtype=torch.float64, device=x_t.device)
 
 
 def add_gated(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
-    """x + y * values in float32 at least; x, y: [B, F * tokens, D]; values [B, F, D], each latent frame's for its tokens."""
+    """x + y * values in float32 at least; x, y: [B, F * tokens, D]; values: [B, F, D], one for each latent frame's tokens.
+
+    Where values are the same for all latent frames, [1, 1, D] will do.
+    """
     frames = (values.shape[1], -1)
     sums = torch.addcmul(full_precision(x).unflatten(1, frames), y.unflatten(1, frames), values[:, :, None])
     return sums.flatten(1, 2).type_as(x)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x [B, F * tokens, D] scaled by 1 + scale and shifted; scale, shift: [B, F, D]."""
-    return torch.addcmul(shift[:, :, None], x.unflatten(1, (scale.shape[1], -1)), 1 + scale[:, :, None]).flatten(1, 2)
+    """x [B, F * tokens, D] times scale plus shift; scale, shift: [B, F, D], or [1, 1, D] where they are the same."""
+    return torch.addcmul(shift[:, :, None], x.unflatten(1, (scale.shape[1], -1)), scale[:, :, None]).flatten(1, 2)
 
 
 class TwoLayers(nn.Module):
@@ -246,25 +286,40 @@ class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore
         """
         context = context or Context()
         tokens, grid = self.patchify(x_t)
-        embedding, modulation = self.condition_embedder.time(sigma_per_frame(sigma, x_t))
-        text_kv = conditioning.text_kv or self.prepare(conditioning).text_kv
-        angles = rotary_angles(context.next_frame, *grid, self.head_dim, tokens.device)[:, None]
-        rotary = rotary_tables(angles, full_precision(tokens).dtype)
+        level = self.level_of(sigma, x_t, conditioning)
+        text = conditioning.text_kv or (self.embed_text(conditioning),) * len(self.blocks)
+        precision = full_precision(tokens).dtype
+        rotary = positions_rotary(context.next_frame, *grid, self.head_dim, tokens.device, precision)
         layers = []
         for layer, block in enumerate(self.blocks):
-            tokens, k, v = self.run_block(block, tokens, text_kv[layer], modulation, rotary, context, layer)
+            tokens, k, v = self.run_block(block, tokens, text[layer], level.blocks[layer], rotary, context, layer)
             layers += [] if context.stores else [(k, v)]
-        shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).unbind(2)
+        shift, scale = level.head
         tokens = modulate(self.norm_out(tokens), scale, shift).type_as(tokens)
         return NetworkOutput(self.unpatchify(self.proj_out(tokens), grid), ChunkKV(x_t.shape[1], tuple(layers)))
 
     def wan_blocks(self) -> tuple[WanBlock, ...]:
         return tuple(block for block in self.blocks if isinstance(block, WanBlock))
 
-    def prepare(self, conditioning: Conditioning) -> Conditioning:
-        """The same conditioning with the keys and values of its text, which every call would work out anew."""
-        text = self.condition_embedder.text(conditioning.text.type_as(self.patch_embedding.weight))
-        return Conditioning(conditioning.text, tuple(block.attn2.keys_values(text) for block in self.wan_blocks()))
+    def embed_text(self, conditioning: Conditioning) -> Tensor:
+        """[B, L, D], which every block makes its own keys and values of."""
+        return self.condition_embedder.text(conditioning.text.type_as(self.patch_embedding.weight))
+
+    def level_of(self, sigma: Tensor | float, x_t: Tensor, conditioning: Conditioning) -> NoiseLevel:
+        """What sigma does to every block; of a number that `prepare` was told, what it found."""
+        if not isinstance(sigma, Tensor) and sigma in conditioning.levels:
+            return conditioning.levels[sigma]
+        embedding, modulation = self.condition_embedder.time(sigma_per_frame(sigma, x_t))
+        shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).unbind(2)
+        return NoiseLevel((modulation,) * len(self.blocks), (shift, 1 + scale))
+
+    def prepare(self, conditioning: Conditioning, sigmas: tuple[float, ...] = ()) -> Conditioning:
+        """The same conditioning with what every call would work out anew: the text's keys and values, and noise levels."""
+        text, levels = self.embed_text(conditioning), {}
+        for sigma in sigmas:
+            (embedding, *_), head = self.level_of(sigma, text, Conditioning(conditioning.text))
+            levels[sigma] = NoiseLevel(tuple(block.modulation(embedding) for block in self.wan_blocks()), head)
+        return Conditioning(conditioning.text, tuple(b.attn2.keys_values(text) for b in self.wan_blocks()), levels)
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """One block, re-computed in the backward pass when gradient checkpointing is on."""
@@ -282,7 +337,7 @@ class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore
             )
         embedded = self.patch_embedding(x_t.transpose(1, 2).type_as(self.patch_embedding.weight))
         grid = (embedded.shape[2], embedded.shape[3], embedded.shape[4])
-        return embedded.flatten(2).transpose(1, 2), grid
+        return embedded.flatten(2).transpose(1, 2).contiguous(), grid  # one layout for all blocks: one program
 
     def unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Inverse of `patchify` for the network's output; the channel is the fastest index of a token's values."""

@@ -89,7 +89,7 @@ def chunk_flops(model: StreamModel, settings: StreamSettings, text_tokens: int) 
 def forward_flops(
     student: WanTransformer, frames: int, visible_frames: int, latent_size: tuple[int, int], text_tokens: int
 ) -> int:
-    """One call on `frames` latent frames that see `visible_frames`, themselves included, with prepared text."""
+    """One call on `frames` latent frames that see `visible_frames`, themselves included; text and noise level prepared."""
     config, patch = student.config, student.patch
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     tokens_per_frame = (latent_size[0] // patch[1]) * (latent_size[1] // patch[2])
@@ -98,8 +98,7 @@ def forward_flops(
     linear = 2 * tokens * ((4 + 2) * dim**2 + 2 * dim * config["ffn_dim"])
     attention = 4 * tokens * (visible_frames * tokens_per_frame + text_tokens) * dim
     ends = 2 * tokens * dim * patch_size * (config["in_channels"] + config["out_channels"])
-    time = 2 * frames * (config["freq_dim"] * dim + dim**2 + 6 * dim**2)
-    return config["num_layers"] * (linear + attention) + ends + time
+    return config["num_layers"] * (linear + attention) + ends
 
 
 def text_flops(student: WanTransformer, text_tokens: int) -> int:
@@ -108,6 +107,12 @@ def text_flops(student: WanTransformer, text_tokens: int) -> int:
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     embedder = config["text_dim"] * dim + dim**2
     return 2 * text_tokens * (embedder + config["num_layers"] * 2 * dim**2)
+
+
+def level_flops(student: WanTransformer) -> int:
+    """The embedding of one noise level: once for each prompt and step of the ladder."""
+    dim = student.config["num_attention_heads"] * student.config["attention_head_dim"]
+    return 2 * (student.config["freq_dim"] * dim + dim**2 + 6 * dim**2)
 
 
 def decode_flops(codec: StreamingCodec, latent_size: tuple[int, int], first: bool = False) -> int:

@@ -2,7 +2,7 @@
 
 The cache does what public streaming code does (survey of nine projects): past and present are concatenated in every layer of
 every call, keys are kept as they were before rotation and the whole window is rotated each time through a complex128 table,
-the text's keys and values are worked out in each call, and forgetting is slicing and cloning.
+the text's keys and values are worked out in each call, and forgetting is slicing and cloning. Nothing is compiled.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 from selfforcing_dfd import rng
 from selfforcing_dfd.cache import Attention, ChunkKV
 from selfforcing_dfd.models.rope import axis_dims, axis_frequencies
-from selfforcing_dfd.models.wan import WanBlock, WanTransformer, modulate, sigma_per_frame
+from selfforcing_dfd.models.wan import WanBlock, WanTransformer, modulate
 from selfforcing_dfd.network import Conditioning, NetworkOutput, Past
 from selfforcing_dfd.rollout import commit_chunk, denoise_chunk
 from selfforcing_dfd.streaming.latency import Timings
@@ -124,25 +124,25 @@ class NaiveNetwork:
         assert context is not None
         network = self.network
         tokens, grid = network.patchify(x_t)
-        embedding, modulation = network.condition_embedder.time(sigma_per_frame(sigma, x_t))
+        level = network.level_of(sigma, x_t, Conditioning(conditioning.text))
         with record_function("text"):
             text = network.prepare(Conditioning(conditioning.text)).text_kv
         layers = []
         for layer, block in enumerate(network.wan_blocks()):
-            q, k, v = unrotated(block, tokens, modulation)
-            tokens = block.after_attention(
-                tokens, context.attend(block.attend, layer, q, k, v), modulation, *text[layer]
-            )
+            shift1, scale1, gate1, shift2, scale2, gate2 = block.modulation(level.blocks[layer])
+            q, k, v = unrotated(block, tokens, shift1, scale1)
+            attended = context.attend(block.attend, layer, q, k, v)
+            values = (gate1, shift2, scale2, gate2, *text[layer])
+            tokens = WanBlock.after_attention(block, tokens, attended, *values)  # of the class: not what was compiled
             layers.append((k, v))
-        shift, scale = (network.scale_shift_table[:, None] + embedding[:, :, None]).unbind(2)
+        shift, scale = level.head
         tokens = modulate(network.norm_out(tokens), scale, shift).type_as(tokens)
         flow = network.unpatchify(network.proj_out(tokens), grid)
         return NetworkOutput(flow, ChunkKV(x_t.shape[1], tuple(layers)))
 
 
-def unrotated(block: WanBlock, x: Tensor, modulation: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def unrotated(block: WanBlock, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of self-attention, each [B, tokens, heads, head_dim]."""
-    shift, scale = (block.scale_shift_table[:, None] + modulation)[:, :, :2].unbind(2)
     normed = modulate(block.norm1(x), scale, shift).type_as(x)
     return block.attn1.queries(normed), *block.attn1.keys_values(normed)
 

@@ -27,6 +27,10 @@ flush: all but the sink and the newest chunk is forgotten (arXiv 2511.20649). ke
 """
 
 
+CLEAN = 0.0
+"""The noise level at which finished chunks are committed."""
+
+
 class TextEncoder(Protocol):
     def encode(self, captions: list[str]) -> Tensor:
         """[B, L, D_text], zeros past each prompt's end."""
@@ -149,7 +153,7 @@ class StreamSession:
             self.prompt, self._conditioning = prompt, self._encode(prompt)
         self.context_frames = torch.empty((0, *self.model.video_size, 3), dtype=torch.uint8)
         if context is not None:
-            self.context_frames = self._begin_with(context)
+            self.context_frames = self._begin_with(context).all()
 
     def __iter__(self) -> Iterator[StreamChunk]:
         while True:
@@ -176,10 +180,19 @@ class StreamSession:
         self.model.text.encode([prompt])
         self._change = (prompt, settings.on_prompt)
 
-    @torch.no_grad()
     def next_chunk(self) -> StreamChunk:
         """The next chunk. On a GPU the host waits for its frames only, while the commit pass runs."""
         begun = time.perf_counter()
+        with torch.inference_mode():
+            copy = self._make_chunk()
+        _, first_ready = copy.first()
+        frames = copy.all()
+        total, first = (1000 * (moment - begun) for moment in (time.perf_counter(), first_ready))
+        self.chunk_index += 1
+        return StreamChunk(self.chunk_index - 1, frames, Timings(total, first, self._clock.take()))
+
+    def _make_chunk(self) -> FrameCopy:
+        """Queue the work of one chunk; its frames are on their way when this returns."""
         merged = self.settings.merge_commit and self._change is None and self._pending is not None
         if not merged:
             self._commit_pending()
@@ -192,11 +205,7 @@ class StreamSession:
         self._pending = (x0, self._conditioning)
         if self.model.device.type == "cuda" and not self.settings.merge_commit:
             self._commit_pending()
-        _, first_ready = copy.first()
-        frames = copy.all()
-        total, first = (1000 * (moment - begun) for moment in (time.perf_counter(), first_ready))
-        self.chunk_index += 1
-        return StreamChunk(self.chunk_index - 1, frames, Timings(total, first, self._clock.take()))
+        return copy
 
     def snapshot(self) -> Snapshot:
         """A copy of all state."""
@@ -223,9 +232,9 @@ class StreamSession:
 
     def _encode(self, prompt: str) -> Conditioning:
         """Text with its cross-attention keys and values, worked out once."""
-        with torch.no_grad(), self._clock.stage("text"):
+        with torch.inference_mode(), self._clock.stage("text"):
             text = self.model.text.encode([prompt]).to(self.model.device, self.model.dtype)
-            return self.model.student.prepare(Conditioning(text))
+            return self.model.student.prepare(Conditioning(text), (*self.model.ladder, CLEAN))
 
     def _noise(self) -> Tensor:
         """[S, 1, f, C, h, w] float32, a function of seed, chunk and step."""
@@ -309,9 +318,9 @@ class StreamSession:
             self._commit(x0, self._conditioning)
         self._ring.next_frame = next_frame
 
-    @torch.no_grad()
-    def _begin_with(self, context: Tensor) -> Tensor:
-        """Encode, commit and decode the context; its frames as the codec shows them, uint8 [T, H, W, 3]."""
+    @torch.inference_mode()
+    def _begin_with(self, context: Tensor) -> FrameCopy:
+        """Encode, commit and decode the context; its frames as the codec shows them."""
         size, stride, device = self.model.video_size, self.model.codec.strides[0], self.model.decode_device
         if context.ndim != 4 or tuple(context.shape[1:]) != (*size, 3) or context.shape[0] % stride != 1:
             raise ValueError(
@@ -324,4 +333,4 @@ class StreamSession:
         lengths = [rest, *[self.model.chunk_frames] * full] if rest else [self.model.chunk_frames] * full
         for x0 in latents.to(self.model.device).split(lengths, dim=1):
             self._commit(x0, self._conditioning)
-        return self._decode(latents).all()
+        return self._decode(latents)

@@ -284,4 +284,4 @@ def test_network_is_told_one_sigma_for_each_latent_frame():
     per_sample = torch.tensor([0.25, 0.75])
     assert sigma_per_frame(per_sample, x).tolist() == [[0.25, 0.25], [0.75, 0.75]]
     assert sigma_per_frame(per_sample.expand(2, 2), x).tolist() == [[0.25, 0.75], [0.25, 0.75]]
-    assert sigma_per_frame(0.5, x).tolist() == [[0.5, 0.5], [0.5, 0.5]]
+    assert sigma_per_frame(0.5, x).tolist() == [[0.5]]

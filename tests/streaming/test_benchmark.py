@@ -128,7 +128,6 @@ def test_compare_shows_both_their_ratio_and_what_differs(quick, tmp_path):
         (("--chunks", "0"), "at least 1 must be measured"),
         (("--fps", "0"), "fps must be positive"),
         (("--attention", "fa3"), "needs a CUDA device"),
-        (("--compile", "--baseline", "naive"), "drop --compile"),
         (("--random-weights", "--checkpoint", "x"), "are of the tiny size"),
         (("--positions", "absolute", "--quick", "--chunks", "1", "--baseline", "naive"), "use sink_relative"),
     ],

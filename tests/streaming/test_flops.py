@@ -18,6 +18,7 @@ from selfforcing_dfd.streaming.flops import (
     ChunkFlops,
     decode_flops,
     forward_flops,
+    level_flops,
     peak_tflops,
     text_flops,
     utilisation,
@@ -39,7 +40,7 @@ def counted(run: Any) -> int:
 def test_a_forward_pass_is_counted_to_the_last_product(past_chunks):
     """Catches a projection left out, attention over the current chunk alone, and twos lost in multiply-adds."""
     network, cache, frames = tiny_network(), KVCache(), 2
-    prepared = network.prepare(conditioning(1))
+    prepared = network.prepare(conditioning(1), LADDER)
     for i in range(past_chunks):
         cache.append(network(latents(f"past {i}", frames, 1), 0.0, prepared, cache.read(frames)).kv)
     x_t, past = latents("x_t", frames, 1), cache.read(frames)
@@ -47,10 +48,13 @@ def test_a_forward_pass_is_counted_to_the_last_product(past_chunks):
     assert forward_flops(network, frames, frames * (1 + past_chunks), SHAPE[1:], TEXT_LENGTH) == want
 
 
-def test_the_text_is_counted_once_for_a_prompt():
-    """Catches keys without values, and an embedder left out."""
+def test_what_is_prepared_is_counted_once_for_a_prompt():
+    """Catches keys without values, and an embedder left out; of the text, and of each noise level."""
     network, text = tiny_network(), conditioning(1).text
-    assert text_flops(network, TEXT_LENGTH) == counted(lambda: network.prepare(Conditioning(text)))
+    alone = counted(lambda: network.prepare(Conditioning(text)))
+    assert text_flops(network, TEXT_LENGTH) == alone
+    levels = counted(lambda: network.prepare(Conditioning(text), LADDER)) - alone
+    assert levels == len(LADDER) * level_flops(network)
 
 
 @pytest.fixture(scope="module")
