@@ -9,14 +9,8 @@ import argparse
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from selfforcing_dfd.streaming.session import StreamModel
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-PROMPTS = ("a disc moves", "a square moves")
 
 
 def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -34,6 +28,8 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--attention", default="auto", help="auto, or force sdpa, fa2, fa3 or fa4 (default: %(default)s)"
     )
     model.add_argument("--compile", action="store_true", help="torch.compile the blocks")
+    model.add_argument("--fp8", action="store_true", help="the blocks' linear layers in 8-bit floats (with --compile)")
+    model.add_argument("--vae-device", metavar="DEVICE", help="decode there, such as cuda:1 (default: as --device)")
     model.add_argument("--threads", type=int, metavar="N", help="CPU threads (default: what torch takes)")
 
     past = parser.add_argument_group("how far it looks back (latent frames)")
@@ -61,77 +57,13 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     return options
 
 
-def build_model(options: argparse.Namespace) -> StreamModel:
-    """The model that the options ask for, at their resolution, in their dtype, with their kernels."""
-    from dataclasses import replace
-
-    import torch
-
-    from selfforcing_dfd.loading import load_stream_model, random_stream_model
-
-    dtypes = {None: None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if options.dtype not in dtypes:
-        raise ValueError(f"--dtype is {options.dtype}; use float32, bfloat16 or float16")
-    dtype = dtypes[options.dtype]
-    if options.random_weights:
-        if options.run or options.checkpoint:
-            raise ValueError("--run and --checkpoint are of the tiny size; drop --size and --random-weights, or them")
-        model = random_stream_model(options.size, options.device, dtype)
-    else:
-        model = load_stream_model(options.run, options.checkpoint, options.device)
-        torch.nn.Module.to(model.student, dtype or model.dtype)
-    height, width = options.height or model.video_size[0], options.width or model.video_size[1]
-    stride = model.codec.strides[1] * model.student.patch[1]
-    if height % stride or width % stride or height < stride or width < stride:
-        raise ValueError(f"--height {height} and --width {width} must be positive multiples of {stride}")
-    model.student.set_attention(options.attention)
-    if options.compile:
-        model.student.compile_blocks()
-    rows, columns = (size // model.codec.strides[1] for size in (height, width))
-    return replace(model, latent_size=(rows, columns))
-
-
-def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    import torch
-
-    from selfforcing_dfd.loading import load_settings
-    from selfforcing_dfd.streaming.benchmark_table import environment, table
-    from selfforcing_dfd.streaming.flops import device_peak
-    from selfforcing_dfd.streaming.measure import Plan, measure
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    past = {"window_frames": options.window, "sink_frames": options.sink, "positions": options.positions}
-    settings, model = load_settings(options.stream, seed=options.seed, **past), build_model(options)
-    choices = {"size": options.size, "weights": "random" if options.random_weights else "trained"}
-    facts = environment(model, settings, compile=options.compile, **choices)
-    num_chunks, num_trials = (6, 2) if options.quick else (300, 20)
-    plan = Plan(
-        num_chunks=num_chunks if options.chunks is None else options.chunks,
-        num_warmup=options.warmup,
-        num_prompt_trials=num_trials if options.prompt_trials is None else options.prompt_trials,
-        playback_fps=options.fps,
-        peak_tflops=options.peak_tflops or device_peak(model),
-        dit_only=options.dit_only,
-        naive=options.baseline == "naive",
-    )
-    result = {"environment": facts, **measure(model, settings, PROMPTS, plan)}
-    return table(result), result
-
-
-def compare(first: Path, second: Path) -> tuple[str, dict[str, Any]]:
-    from selfforcing_dfd.streaming.benchmark_table import comparison, differences, ratios, read_result
-
-    results = read_result(first), read_result(second)
-    text = comparison(*results, (str(first), str(second)))
-    return text, {"ratios": ratios(*results), "warnings": differences(*results)}
-
-
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
     from selfforcing_dfd.allocator import tune_allocator
 
     tune_allocator()
+    from selfforcing_dfd.benchmarking import benchmark, compare
+
     try:
         text, result = compare(*options.compare) if options.compare else benchmark(options)
         line = json.dumps(result, allow_nan=False)

@@ -21,8 +21,8 @@ LEVELS = (
     {*CORE, *BESIDE, "rng"},
     {"models", "codecs", "tiny", "data", "sampling", "allocator"},
     {"training", "streaming", "evaluation"},
-    {"config", "build"},
-    {"runner", "plan", "loading", "live", "commands", "__main__", "tiny.report"},
+    {"config", "build", "estimate"},
+    {"runner", "plan", "loading", "live", "benchmarking", "pipeline", "model_card", "commands", "__main__", "tiny.report"},
     {"train", "inference"},
 )
 """Each part may import from its own level and from those before it.

@@ -1,7 +1,7 @@
-"""Wan's video VAE, piece by piece: diffusers' `AutoencoderKLWan` with feature caches that the caller owns.
+"""Wan's video VAE, piece by piece: diffusers' `AutoencoderKLWan` with a past that the caller owns.
 
-The module itself stays as it is; a decoder or encoder holds the last features of every causal convolution and hands them
-in. Latents are those that the transformer works on, normalised by the VAE config's means and deviations.
+The module itself stays as it is; a decoder or encoder holds the last features of every causal convolution. Latents are those
+that the transformer works on, normalised by the VAE config's means and deviations.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from typing import Any, Self
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
+
+from selfforcing_dfd.codecs.wan_decode import StreamingDecoder
 
 TIME, SPACE = 4, 8
 Features = Tensor | str | None  # "Rep": an upsampler that has seen one latent frame; None: nothing yet
@@ -98,36 +100,20 @@ class WanCodec:
         return WanEncoder(self)
 
 
-class FeatureCache:
-    """The features that one video's next piece needs, one entry a causal convolution."""
+class WanDecoder:
+    """`codecs.protocol.Decoder`: latent frame by latent frame, as diffusers decodes a whole video."""
 
-    def __init__(self, codec: WanCodec) -> None:
-        self.codec = codec
-        self.features: list[Features] = []
-
-    @property
-    def begun(self) -> bool:
-        return bool(self.features)
+    def __init__(self, codec: WanCodec, stream: StreamingDecoder | None = None) -> None:
+        self.codec, self.stream = codec, stream or StreamingDecoder(codec.vae.decoder, codec.memory_format)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the cache: constant from the third piece on."""
-        return sum(entry.nbytes for entry in self.features if isinstance(entry, Tensor))
+        """Memory of the past: constant from the second latent frame on."""
+        return self.stream.num_bytes
 
-    def clone(self) -> Self:
-        """An independent cache that goes on from here; entries are replaced and never written to, so they may be shared."""
-        copy = type(self)(self.codec)
-        copy.features = list(self.features)
-        return copy
-
-    def run(self, part: nn.Module, x: Tensor, **options: Any) -> Tensor:
-        """One piece through the VAE's encoder or decoder, with these features before it."""
-        self.features = self.features or [None for module in part.modules() if isinstance(module, nn.Conv3d)]
-        return part(x, feat_cache=self.features, feat_idx=[0], **options)
-
-
-class WanDecoder(FeatureCache):
-    """`codecs.protocol.Decoder`: latent frame by latent frame, as diffusers decodes a whole video."""
+    def clone(self) -> WanDecoder:
+        """An independent decoder that goes on from here."""
+        return WanDecoder(self.codec, self.stream.clone())
 
     @torch.no_grad()
     def decode(self, latents: Tensor) -> Tensor:
@@ -141,14 +127,17 @@ class WanDecoder(FeatureCache):
         z = (latents.transpose(1, 2).float() * codec.deviation + codec.mean).to(codec.dtype)
         parts = []
         for frame in z.split(1, dim=2):
-            x = codec.vae.post_quant_conv(frame.contiguous(memory_format=codec.memory_format))
-            parts.append(self.run(codec.vae.decoder, x, **({} if self.begun else {"first_chunk": True})))
+            parts.append(self.stream(codec.vae.post_quant_conv(frame.contiguous(memory_format=codec.memory_format))))
         video = torch.cat(parts, dim=2).float().clamp(-1, 1)
         return (video.permute(0, 2, 3, 4, 1) + 1) / 2
 
 
-class WanEncoder(FeatureCache):
+class WanEncoder:
     """`codecs.protocol.Encoder`: the first video frame alone, then fours."""
+
+    def __init__(self, codec: WanCodec) -> None:
+        self.codec = codec
+        self.features: list[Features] = []  # diffusers' feature cache, one entry a causal convolution
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
@@ -159,18 +148,20 @@ class WanEncoder(FeatureCache):
         if videos.ndim != 5 or videos.shape[-1] != 3 or not videos.shape[1]:
             raise CodecError(f"videos are {tuple(videos.shape)}; want [B, T, H, W, 3], colours last, T one or more")
         codec, (frames, height, width) = self.codec, videos.shape[1:4]
-        if self.begun and frames % TIME:
+        if self.features and frames % TIME:
             raise CodecError(f"{frames} video frames follow the first ones; want a multiple of {TIME}")
-        if not self.begun:
+        if not self.features:
             codec.num_latent_frames(frames)
         if height % SPACE or width % SPACE:
             raise CodecError(f"video frames are {height} x {width}; height and width must be multiples of {SPACE}")
         x = (2 * videos.float() - 1).permute(0, 4, 1, 2, 3).to(codec.dtype)
         lone = frames % TIME
         pieces = x.split([lone, *[TIME] * (frames // TIME)] if lone else TIME, dim=2)
-        parts = []
+        encoder, parts = codec.vae.encoder, []
+        self.features = self.features or [None for module in encoder.modules() if isinstance(module, nn.Conv3d)]
         for piece in pieces:
-            out = self.run(codec.vae.encoder, piece.contiguous(memory_format=codec.memory_format))
+            given = piece.contiguous(memory_format=codec.memory_format)
+            out = encoder(given, feat_cache=self.features, feat_idx=[0])
             parts.append(codec.vae.quant_conv(out)[:, : codec.channels])
         mode = torch.cat(parts, dim=2).float()
         return ((mode - codec.mean) / codec.deviation).transpose(1, 2).contiguous()

@@ -117,6 +117,16 @@ def test_compare_shows_both_their_ratio_and_what_differs(quick, tmp_path):
     assert "warning" not in comparison(result, result, ("a", "b"))
 
 
+def test_fast_variants_say_what_they_are():
+    """Catches options that are taken and not used: 8-bit layers and a decoder elsewhere, against the naive cache."""
+    extras = ("--fp8", "--vae-device", "cpu", "--baseline", "naive", "--chunks", "3", "--threads", "1")
+    status, printed, complaint = run("--quick", "--device", "cpu", *extras)
+    assert status == 0, complaint
+    result = json.loads(printed.splitlines()[-1])
+    assert result["environment"]["fp8"]
+    assert result["baseline_naive"]["ratio"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

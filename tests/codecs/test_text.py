@@ -1,0 +1,400 @@
+"""Wan's text: cleaning, padding, truncation, loading as saved, and embeddings kept on disk."""
+
+from __future__ import annotations
+
+import json
+import logging
+import multiprocessing
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers.pipelines.wan.pipeline_wan import WanPipeline, prompt_clean
+from safetensors.torch import load_file, save_file
+from tiny_models import tiny_network
+from tiny_text import (
+    DIM,
+    EOS,
+    FLOAT32,
+    MAX_LENGTH,
+    NASTY,
+    PROMPTS,
+    Counting,
+    save_text_folder,
+    tiny_encoder,
+    tiny_tokenizer,
+    tiny_wan_text,
+    unwanted,
+    write_again_and_again,
+)
+
+from selfforcing_dfd import rng
+from selfforcing_dfd.codecs.text import (
+    CachedText,
+    TextError,
+    WanText,
+    check_embedding,
+    clean_prompt,
+    folder_fingerprint,
+    read_entry,
+    write_entry,
+)
+from selfforcing_dfd.data.pack import pack
+from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
+from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.text import TinyText
+from selfforcing_dfd.tiny.world import write_clips
+
+
+@pytest.fixture(scope="module")
+def text() -> WanText:
+    return tiny_wan_text()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder in several shards."""
+    return save_text_folder(tmp_path_factory.mktemp("wan"), max_shard_size="10KB")
+
+
+@pytest.fixture
+def own_folder(folder: Path, tmp_path: Path) -> Path:
+    """A copy that a test may damage."""
+    return Path(shutil.copytree(folder, tmp_path / "wan"))
+
+
+@pytest.mark.parametrize("prompt", NASTY)
+def test_prompts_are_cleaned_as_in_diffusers(prompt):
+    """Catches one unescape instead of two, mojibake left in, and white space that the tokenizer would see."""
+    assert clean_prompt(prompt) == prompt_clean(prompt)
+
+
+def test_cleaning_repairs_decodes_twice_and_collapses():
+    """Catches both sides of the comparison above without ftfy: diffusers leaves it out silently where it is missing."""
+    assert clean_prompt("  caf\u00c3\u00a9\n&amp;amp;  \u201ca\u201d ") == 'caf\u00e9 & "a"'
+
+
+def test_embeddings_are_those_of_diffusers_wan_pipeline(text):
+    """Catches another padding, mask, cleaning or length than Wan's: its pipeline pads every prompt to the full length."""
+    pipeline = WanPipeline(text.tokenizer, text.encoder, vae=None, scheduler=None)
+    expected = pipeline._get_t5_prompt_embeds([*PROMPTS, *NASTY], max_sequence_length=MAX_LENGTH, device="cpu")
+    torch.testing.assert_close(text.encode([*PROMPTS, *NASTY]), expected, **FLOAT32)
+
+
+def test_padding_is_exactly_zero_and_nothing_else_is(text):
+    """Catches states of padding tokens, which are of the size of words and which Wan's transformer attends to."""
+    states = text.encode(PROMPTS)
+    lengths = [len(text.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
+    for row, length in zip(states, lengths, strict=True):
+        assert row.ne(0).any(-1).tolist() == [True] * length + [False] * (MAX_LENGTH - length)
+
+
+def test_a_prompt_does_not_depend_on_its_batch(text):
+    """Catches a mask that does not reach the encoder: a short prompt would read the padding beside a long one."""
+    together = text.encode(PROMPTS)
+    for row, prompt in zip(together, PROMPTS, strict=True):
+        torch.testing.assert_close(row, text.encode([prompt])[0], **FLOAT32)
+
+
+def test_the_empty_prompt_is_the_end_token_alone(text):
+    """Catches a prompt of no tokens, for which attention is undefined."""
+    ids, mask = text.tokenize([""])
+    assert (ids.tolist(), mask.tolist()) == ([[EOS]], [[1]])
+    assert text.encode([""])[0].ne(0).any(-1).sum() == 1
+
+
+@pytest.mark.parametrize("words", [MAX_LENGTH - 1, MAX_LENGTH, 80])
+def test_long_prompts_keep_their_end_and_say_so(text, caplog, words):
+    """Catches a cut that drops eos, which no training prompt ever lacked, and a cut that no one hears of: 24 fit."""
+    ids, _ = text.tokenize(["disc " * words])
+    assert ids.shape == (1, MAX_LENGTH)
+    assert ids[0, -1] == EOS
+    assert (f"a prompt of {words + 1} tokens is cut to {MAX_LENGTH}" in caplog.text) == (words >= MAX_LENGTH)
+
+
+def test_an_encoder_in_training_mode_is_put_to_rest():
+    """Catches dropout: UMT5's config has 0.1, and an encoder just built is in training mode."""
+    text = WanText(tiny_tokenizer(), tiny_encoder().train(), MAX_LENGTH)
+    assert torch.equal(text.encode(["a disc"]), text.encode(["a disc"]))
+
+
+def test_half_precision_comes_out_as_float32_near_the_exact_states(text):
+    """Catches states computed in another dtype than asked, or handed on in bfloat16, which no latent is.
+
+    Relative error 1e-2: two layers of bfloat16, each operation good to 4e-3.
+    """
+    states, exact = tiny_wan_text(dtype=torch.bfloat16).encode(PROMPTS), text.encode(PROMPTS)
+    assert states.dtype == torch.float32
+    assert torch.equal(states, states.bfloat16().float())
+    assert 1e-4 < (states - exact).norm() / exact.norm() < 2e-2
+
+
+@pytest.mark.parametrize("captions", ["a disc", []])
+def test_captions_that_are_no_list_of_prompts_are_refused(text, captions, tmp_path):
+    """Catches a prompt read letter by letter, as six prompts."""
+    for encoder in (text, CachedText(text, tmp_path)):
+        with pytest.raises(TextError, match="want a list of at least one string"):
+            encoder.encode(captions)
+
+
+def test_states_that_are_not_finite_are_refused():
+    """Catches NaN from an overflow of float16, kept in the cache for ever."""
+    text = tiny_wan_text()
+    text.encoder.encoder.final_layer_norm.weight[3] = torch.inf
+    with pytest.raises(TextError, match=r"NaN or infinity in torch.float32; use bfloat16 or float32"):
+        text.encode(["a disc"])
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (lambda words: setattr(words.backend_tokenizer, "post_processor", None), r"makes \[\] of '', not eos"),
+        (lambda words: setattr(words, "pad_token", None), "no padding token"),
+        (lambda words: words.add_tokens([f"<new{i}>" for i in range(80)]), r"has \d+ tokens, the encoder 96"),
+    ],
+)
+def test_a_tokenizer_of_another_model_is_refused(damage, message):
+    """Catches prompts without their end, and ids that index past the word vectors deep inside a CUDA kernel."""
+    tokenizer = tiny_tokenizer()
+    damage(tokenizer)
+    with pytest.raises(TextError, match=message):
+        WanText(tokenizer, tiny_encoder())
+
+
+@pytest.mark.parametrize("names", [("shared",), ("encoder.embed_tokens",), ("shared", "encoder.embed_tokens")])
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_was_saved_is_what_is_loaded(folder, tmp_path, names, tied):
+    """Catches word vectors left at zero or at random: transformers 5 ties them by a rule that has changed twice.
+
+    Checkpoints have either name or both; their configs say that nothing is tied.
+    """
+    shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
+    encoder = tiny_encoder(seed=1)
+    encoder.config.save_pretrained(tmp_path / "text_encoder")
+    config = tmp_path / "text_encoder" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": tied}))
+    state = {
+        name: value for name, value in encoder.state_dict().items() if "embed" not in name and "shared" not in name
+    }
+    state |= {f"{name}.weight": encoder.shared.weight.detach().clone() for name in names}
+    save_file(state, tmp_path / "text_encoder" / "model.safetensors", {"format": "pt"})
+    loaded = WanText.from_pretrained(tmp_path, dtype=torch.float32, max_length=MAX_LENGTH)
+    assert torch.equal(loaded.encode(PROMPTS), tiny_wan_text(seed=1).encode(PROMPTS))
+
+
+def test_a_sharded_folder_gives_the_saved_encoder(folder, text):
+    """Catches a tokenizer rebuilt from its vocabulary: AutoTokenizer drops the normalisation of tokenizer.json."""
+    loaded = WanText.from_pretrained(folder, dtype=torch.float32, max_length=MAX_LENGTH)
+    assert loaded.tokenizer("A DISC")["input_ids"] == tiny_tokenizer()("a disc")["input_ids"]
+    assert torch.equal(loaded.encode(["A DISC", *PROMPTS]), text.encode(["a disc", *PROMPTS]))
+
+
+def test_word_vectors_that_did_not_arrive_are_noticed(folder):
+    """Catches the fault of transformers 5.0: embed_tokens stays at zero, every prompt gives the same states."""
+    encoder = tiny_encoder()
+    check_embedding(encoder, folder / "text_encoder")
+    encoder.encoder.embed_tokens.weight = torch.nn.Parameter(torch.zeros_like(encoder.shared.weight))
+    with pytest.raises(TextError, match=r"word vectors of .* did not reach the encoder"):
+        check_embedding(encoder, folder / "text_encoder")
+
+
+def test_missing_tensors_are_refused_by_name(own_folder):
+    """Catches weights that transformers fills with random numbers and a line in the log."""
+    shard = own_folder / "text_encoder" / "model-00005-of-00011.safetensors"
+    state = load_file(shard)
+    name, _ = state.popitem()
+    save_file(state, shard, {"format": "pt"})
+    with pytest.raises(TextError, match=rf"lacks {name} \(1 tensors\); fetch them: hf download Wan-AI/Wan2.1-T2V"):
+        WanText.from_pretrained(own_folder)
+
+
+@pytest.mark.parametrize("name", ["config.json", "model-00003-of-00011.safetensors", "../tokenizer/tokenizer.json"])
+def test_missing_files_are_named_with_the_command_that_fetches_them(own_folder, name):
+    """Catches a partial download that fails deep inside a library, or asks the network."""
+    path = (own_folder / "text_encoder" / name).resolve()
+    path.unlink()
+    with pytest.raises(TextError) as error:
+        WanText.from_pretrained(own_folder)
+    assert f"lacks {path.relative_to(own_folder)}; fetch them: hf download Wan-AI/Wan2.1-T2V" in str(error.value)
+    assert f"--local-dir {own_folder}" in str(error.value)
+
+
+def test_a_file_cut_short_and_a_pointer_are_no_weights(own_folder):
+    """Catches a download that was interrupted, and a clone without git-lfs."""
+    shard = own_folder / "text_encoder" / "model-00002-of-00011.safetensors"
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-8])
+    with pytest.raises(TextError, match="not what its header says: it was cut short"):
+        WanText.from_pretrained(own_folder)
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 99\n")
+    with pytest.raises(TextError, match="no safetensors file, perhaps a git-lfs pointer"):
+        WanText.from_pretrained(own_folder)
+
+
+def test_another_models_text_encoder_is_refused(own_folder):
+    """Catches a T5 of another pipeline: its one position bias would be used for 24 layers."""
+    config = own_folder / "text_encoder" / "config.json"
+    config.write_text(config.read_text().replace('"umt5"', '"t5"'))
+    with pytest.raises(TextError, match=r"describes a 't5' model; Wan2.1 wants 'umt5'"):
+        WanText.from_pretrained(own_folder)
+
+
+def test_fingerprint_follows_what_the_embeddings_depend_on(own_folder):
+    """Catches stale embeddings: other weights, words, dtype or length, the same config."""
+
+    def of(dtype: torch.dtype = torch.float32, length: int = MAX_LENGTH) -> str:
+        return folder_fingerprint(own_folder, dtype, length)
+
+    first = of()
+    marks = [first, of(torch.bfloat16), of(length=512)]
+    words = own_folder / "tokenizer" / "tokenizer.json"
+    words.write_text(words.read_text().replace("▁disc", "▁ring"))
+    marks.append(of())
+    save_text_folder(own_folder, seed=3, max_shard_size="10KB")
+    marks.append(of())
+    assert len(set(marks)) == len(marks)
+    save_text_folder(own_folder, max_shard_size="10KB")
+    assert of() == first
+
+
+def test_fingerprint_in_memory_knows_the_weights_and_survives_use(text):
+    """Catches a mark of the config alone, and one that changes with the first call, which sets the tokenizer's padding."""
+    text.encode(PROMPTS)
+    assert tiny_wan_text().fingerprint == tiny_wan_text().fingerprint != tiny_wan_text(seed=5).fingerprint
+    assert tiny_wan_text().fingerprint == text.fingerprint
+    assert tiny_wan_text(max_length=9).fingerprint != text.fingerprint
+
+
+def test_cached_embeddings_are_the_encoders(text, tmp_path):
+    """Catches an entry under another prompt's name, lost rows, or rows left over: in any order, first and later."""
+    encoder = Counting(text)
+    cached, alone = CachedText(encoder, tmp_path), torch.cat([text.encode([prompt]) for prompt in PROMPTS])
+    assert torch.equal(cached.encode([*PROMPTS, PROMPTS[0]]), torch.cat([alone, alone[:1]]))
+    assert encoder.asked == PROMPTS
+    assert torch.equal(cached.encode(PROMPTS[::-1]), alone.flip(0))
+    assert encoder.asked == PROMPTS
+
+
+def test_prompts_that_clean_alike_share_an_entry_and_are_cleaned_once(text, tmp_path):
+    """Catches a prompt cleaned by the cache and by the encoder: entities would be decoded four times."""
+    encoder = Counting(text)
+    cached = CachedText(encoder, tmp_path)
+    deep = "<b> &amp;amp;amp;lt;"  # beside a tag ftfy leaves entities alone
+    assert clean_prompt(clean_prompt(deep)) != clean_prompt(deep)
+    assert torch.equal(cached.encode([deep]), text.encode([deep]))
+    cached.encode([f" {deep}\n"])
+    assert encoder.asked == [deep]
+
+
+def test_files_hold_no_padding_and_half_precision_where_that_is_exact(tmp_path):
+    """Catches 8 MB a prompt: 512 rows of 4096 values in float32."""
+    for name, dtype in (("half", torch.bfloat16), ("full", torch.float32)):
+        text = tiny_wan_text(max_length=512, dtype=dtype)
+        cached = CachedText(text, tmp_path / name)
+        first = cached.encode(["a disc"])
+        assert load_file(cached.path("a disc"))["text"].shape == (3, DIM)
+        assert load_file(cached.path("a disc"))["text"].dtype == dtype
+        assert torch.equal(cached.encode(["a disc"]), first)
+
+
+def test_the_encoder_is_not_loaded_when_every_prompt_is_cached(folder, tmp_path):
+    """Catches 11 GB read for nothing, at every start of training and streaming."""
+    warm = WanText.cached(folder, tmp_path, dtype=torch.float32, max_length=MAX_LENGTH)
+    expected = warm.encode(PROMPTS)
+    cold = CachedText(unwanted, tmp_path, folder_fingerprint(folder, torch.float32, MAX_LENGTH))
+    assert cold.fingerprint == warm.fingerprint
+    assert torch.equal(cold.encode(PROMPTS[::-1]), expected.flip(0))
+    with pytest.raises(AssertionError, match="was loaded"):
+        cold.encode(["a new prompt"])
+
+
+def test_nothing_heavy_is_imported_until_an_encoder_is_loaded():
+    """Catches `import transformers` at the top: five seconds for a stream whose prompts are all known."""
+    code = "import sys, selfforcing_dfd.codecs.text; print('transformers' in sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "False"
+
+
+def test_an_encoder_other_than_announced_is_refused(text, tmp_path):
+    """Catches one model's embeddings filed under another's name."""
+    with pytest.raises(TextError, match="needs its fingerprint now"):
+        CachedText(lambda: text, tmp_path)
+    with pytest.raises(TextError, match=r"the text encoder is umt5-\w+, the cache was opened for umt5-other"):
+        CachedText(lambda: text, tmp_path, "umt5-other").encode(["a disc"])
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda content: content[:-5],
+        lambda content: b"",
+        lambda content: content[:-5] + bytes([content[-5] ^ 1]) + content[-4:],
+        lambda content: content.replace(b'"prompt":"a disc"', b'"prompt":"a ring"'),
+    ],
+    ids=["cut", "empty", "one bit", "another prompt"],
+)
+def test_a_damaged_entry_is_made_anew_with_a_warning(text, tmp_path, caplog, damage):
+    """Catches a crash, or a silently wrong embedding, after a full disk or a bad one."""
+    encoder = Counting(text)
+    cached = CachedText(encoder, tmp_path)
+    expected, path = cached.encode(["a disc"]), cached.path("a disc")
+    path.write_bytes(damage(path.read_bytes()))
+    with caplog.at_level(logging.WARNING):
+        assert torch.equal(cached.encode(["a disc"]), expected)
+    assert f"{path} is damaged" in caplog.text
+    assert torch.equal(cached.encode(["a disc"]), expected)
+    assert encoder.asked == ["a disc"] * 2
+
+
+def test_two_processes_may_write_the_same_entry(tmp_path, caplog):
+    """Catches an entry written in place: a reader would find half of it, a second writer would mix with the first."""
+    states, path = rng.normal((512, 256), 0, "states"), tmp_path / "entry.safetensors"
+    write_entry(path, states, "a disc")
+    fork = multiprocessing.get_context("fork")
+    writers = [fork.Process(target=write_again_and_again, args=(path, states)) for _ in range(2)]
+    for writer in writers:
+        writer.start()
+    while any(writer.is_alive() for writer in writers):
+        assert read_entry(path, "a disc") is not None, caplog.text
+    for writer in writers:
+        writer.join()
+        assert writer.exitcode == 0
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path, monkeypatch):
+    """Catches a folder that fills with halves of files when the disk is full."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("selfforcing_dfd.codecs.text.os.replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        write_entry(tmp_path / "entry.safetensors", torch.ones(4, 2), "a disc")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_any_text_encoder_can_be_cached(tmp_path):
+    """Catches a cache that only knows UMT5: the tiny world's empty caption has no rows at all."""
+    text = TinyText()
+    cached = CachedText(text, tmp_path)
+    for _ in range(2):
+        assert torch.equal(cached.encode(["a disc moves", ""]), text.encode(["a disc moves", ""]))
+
+
+def test_packs_and_streams(text, tmp_path):
+    """Catches a method, a device or a dtype that packing or a session expects and the tiny world's encoder has."""
+    write_clips(tmp_path / "clips", 1, seed=0, level="short", num_frames=9)
+    basis = [torch.linalg.qr(rng.normal((size, 16), 0, "basis", size)).Q.contiguous() for size in (192, 768)]
+    codec, cached = TinyCodec(*basis, 1.0), CachedText(text, tmp_path / "cache")
+    pack(tmp_path / "clips", tmp_path / "shards", codec, cached, num_video_frames=9, video_size=(64, 64))
+    assert ShardReader(tmp_path / "shards").index.fingerprints["text"] == text.fingerprint
+    student = tiny_network(dtype=torch.float32, in_channels=16, out_channels=16, text_dim=DIM).requires_grad_(False)
+    model = StreamModel(student, codec, cached, (1.0, 0.625), 2, (4, 4))
+    settings = StreamSettings(sink_frames=0, window_frames=4)
+    frames = [StreamSession(model, prompt, settings).next_chunk().frames for prompt in ("a disc", "a cross")]
+    assert not torch.equal(*frames)

@@ -1,0 +1,58 @@
+"""Streaming on a CUDA device: the same video as on a CPU, and a host that never waits for more than its frames."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from tiny_models import LADDER, tiny_network
+
+from selfforcing_dfd import rng
+from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
+from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.text import TinyText
+
+pytestmark = pytest.mark.gpu
+RAMP = 6
+
+
+def stream_model(device: str, dtype: torch.dtype = torch.float32) -> StreamModel:
+    codec = TinyCodec(rng.normal((192, 16), 0, "first"), rng.normal((768, 16), 0, "rest"), 1.0).to(torch.device(device))
+    student = tiny_network(dtype=dtype, in_channels=16, out_channels=16).requires_grad_(False).to(device)
+    return StreamModel(student, codec, TinyText(12), LADDER, 3, (4, 6))
+
+
+def test_a_chunk_waits_for_its_frames_only():
+    """Catches a hidden `.item()`, a copy from pageable memory, and a stage clock that synchronises (T9)."""
+    session = StreamSession(stream_model("cuda"), "a disc moves")
+    for _ in range(RAMP):
+        session.next_chunk()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(4):
+            session.next_chunk()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("positions", ["sink_relative", "absolute"])
+def test_the_gpu_makes_the_cpus_video(positions):
+    """Catches frames that are handed out before their copy is done. float64, so that kernels differ by rounding only."""
+    settings = StreamSettings(positions=positions)
+    sessions = [
+        StreamSession(stream_model(device, torch.float64), "a disc moves", settings) for device in ("cpu", "cuda")
+    ]
+    for _ in range(RAMP + 3):
+        one, other = (session.next_chunk().frames.int() for session in sessions)
+        assert (one - other).abs().max() <= 1  # a value on the edge between two of 256
+
+
+def test_memory_does_not_grow():
+    """Catches pinned buffers or events that pile up: allocated bytes are the same after each chunk of the steady state."""
+    session = StreamSession(stream_model("cuda"), "a disc moves")
+    for _ in range(RAMP):
+        session.next_chunk()
+    sizes = set()
+    for _ in range(20):
+        session.next_chunk()
+        sizes.add(torch.cuda.memory_allocated())
+    assert len(sizes) == 1
