@@ -16,7 +16,7 @@ from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
 RAMP = 6  # K = 12 is full after four chunks of three
-READS_BACK = ("_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+READS_BACK = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
 """Operators whose result, or its size, the host must wait for."""
 
 MAKES_A_VIEW = ("view", "select", "slice", "transpose", "unbind", "split", "alias", "as_strided", "expand", "detach")
@@ -87,10 +87,12 @@ def test_nothing_waits_for_the_device(model):
 def test_the_watcher_sees_what_it_is_for(model):
     """Catches a watcher that is blind: copies and read-backs of the same memory are found."""
     keys = StreamSession(model, "a disc moves")._ring.keys
-    with Watcher((keys,)) as watcher:
-        torch.cat([keys[0], keys[1]])
-        keys[0, 0, 0, 0, 0].item()
-    assert {"cat", "_local_scalar_dense"} <= watcher.readers | set(watcher.read_back)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context(), Watcher((keys,)) as watcher:
+            torch.cat([keys[0], keys[1]])
+            bool(keys.sum() > 1)
+        assert "cat" in watcher.readers
+        assert watcher.read_back
 
 
 def test_memory_of_the_past_stays_where_it_is(model):
