@@ -49,7 +49,7 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Begin anew, with the seed and prompt that hold then."""
+    """Begin anew, with the seed that holds then; with the prompt too, where no schedule says which comes first."""
 
 
 @dataclass(frozen=True, slots=True)
