@@ -1,6 +1,10 @@
 """Stream video without end: `python inference/stream.py --prompt "a disc moves"`.
 
-Without a run or a checkpoint it shows the tiny world, whose student comes with the repository.
+Without a model, a run or a checkpoint it shows the tiny world, whose student comes with the repository. Real Wan2.1:
+
+    hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir wan
+    hf download gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt --local-dir wan
+    python inference/stream.py --model wan --checkpoint wan/checkpoints/self_forcing_dmd.pt --prompt "a red fox ..."
 """
 
 from __future__ import annotations
@@ -30,9 +34,14 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--video", type=Path, metavar="FILE", help="go on from this clip")
 
     model = parser.add_argument_group("with which model")
+    model.add_argument("--model", type=Path, metavar="DIR", help="Wan2.1 as a diffusers folder, or an export of ours")
     model.add_argument("--run", type=Path, metavar="DIR", help="folder of a finished run, or of one of its arms")
-    model.add_argument("--checkpoint", default="", metavar="FILE", help="a student's safetensors file")
+    model.add_argument("--checkpoint", default="", metavar="FILE", help="a student's weights; any format with --model")
     model.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (default: %(default)s)")
+    model.add_argument("--dtype", help="with --model: float32, bfloat16, float16 (default: bfloat16 on a GPU)")
+    model.add_argument("--vae-device", metavar="DEVICE", help="with --model: decode here (default: as --device)")
+    model.add_argument("--height", type=int, metavar="PIXELS", help="with --model (default: 480)")
+    model.add_argument("--width", type=int, metavar="PIXELS", help="with --model (default: 832)")
     model.add_argument(
         "--attention", default="auto", help="auto, or force sdpa, fa2, fa3 or fa4 (default: %(default)s)"
     )

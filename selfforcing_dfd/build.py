@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.cache import KVCache
 from selfforcing_dfd.config import (
     Config,
     ConfigError,
@@ -28,12 +29,14 @@ from selfforcing_dfd.data.pack import Invert
 from selfforcing_dfd.data.shards import SampleOrder, ShardReader
 from selfforcing_dfd.flow import few_step_ladder
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.models.weights import WeightsError, load_into, read_weights
 from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.rollout import Chunk, plan_chunks
-from selfforcing_dfd.sampling import invert
+from selfforcing_dfd.sampling import invert, invert_by_chunks
 from selfforcing_dfd.training.checkpoint import CheckpointManager, check_config
-from selfforcing_dfd.training.ema import EMA, load_weights, model_fingerprint
+from selfforcing_dfd.training.ema import EMA, model_fingerprint
 from selfforcing_dfd.training.loop import Learner, Trainer, Watch, World
+from selfforcing_dfd.training.precision import DTYPES, compute_in, parameters_in
 from selfforcing_dfd.training.stages import DataForcing, InitStage, MatchingStage, Stage, TeacherStage
 from selfforcing_dfd.training.tracking import Tracker
 
@@ -72,21 +75,54 @@ def build_network(config: ModelConfig, device: torch.device | str = "cpu") -> Wa
     return place(network, device)
 
 
-def load_network(config: ModelConfig, weights: str, device: torch.device | str = "cpu") -> WanTransformer:
-    """A network with the weights of a safetensors file; strict. Raises CheckpointError for another model's weights."""
-    tensors, _ = load_weights(find_file(weights))
-    network = build_network(config)
-    own = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
-    differing = [n for n in {**own, **tensors} if n not in own or n not in tensors or own[n] != tuple(tensors[n].shape)]
-    if differing:
-        first = differing[0]
-        got = tuple(tensors[first].shape) if first in tensors else "nothing"
-        raise ConfigError(
-            f"{weights} holds another model: {len(differing)} of {len(own)} tensors differ, first {first}: got {got}, "
-            f"want {own.get(first, 'nothing')}; make section model agree with the weights"
-        )
-    network.load_state_dict(tensors)
-    return place(network, device)
+def shape_of(config: ModelConfig) -> WanTransformer:
+    """A network of the configured size on the meta device: names and shapes, no memory."""
+    with torch.device("meta"):
+        return build_network(config, "meta")
+
+
+def load_network(
+    config: ModelConfig,
+    weights: str,
+    device: torch.device | str = "cpu",
+    entry: str = "",
+    dtype: torch.dtype = torch.float32,
+) -> WanTransformer:
+    """A network of the configured size with the weights of a file or folder in any format of `models/weights.py`; strict.
+
+    entry: which model of a file that holds several. Raises ConfigError for another model's weights.
+    """
+    try:
+        stored = read_weights(find_file(weights), entry)
+    except WeightsError as error:
+        raise ConfigError(f"{weights}: {error}") from error
+    network = place(nn.Module.to(shape_of(config), dtype).to_empty(device=device), device)
+    try:
+        load_into(network, stored)
+    except WeightsError as error:
+        wanted = f"settings want {config.num_layers} layers of {config.num_heads} heads; make section model agree"
+        raise ConfigError(f"{weights} holds another model: {wanted}. {error}") from error
+    return network
+
+
+def load_frozen(
+    config: ModelConfig, weights: str, device: torch.device | str = "cpu", entry: str = ""
+) -> WanTransformer:
+    """A network that is only asked: its weights themselves are in the dtype that it computes in."""
+    network = load_network(config, weights, device, entry, DTYPES[config.compute])
+    if config.compute != "float32":
+        network.set_attention(config.attention)
+    return network.requires_grad_(False)
+
+
+def train_in(config: ModelConfig, network: WanTransformer) -> WanTransformer:
+    """The network, whose weights are float32, computing in the configured dtype."""
+    dtype = DTYPES[config.compute]
+    if dtype != torch.float32:
+        with parameters_in(network, {network.patch_embedding.weight}, dtype):  # the dtype by which kernels are chosen
+            network.set_attention(config.attention)
+        compute_in(network, dtype)
+    return network
 
 
 def place(network: WanTransformer, device: torch.device | str) -> WanTransformer:
@@ -95,36 +131,57 @@ def place(network: WanTransformer, device: torch.device | str) -> WanTransformer
     return network
 
 
+def sources(config: Config) -> dict[str, tuple[str, str]]:
+    """What each role of the stage starts from, file or folder and entry; empty for weights from run.seed."""
+    weights = config.weights
+    teacher = (weights.teacher, weights.teacher_entry)
+    student = (weights.student, weights.student_entry) if weights.student else teacher
+    fake = (weights.fake, weights.fake_entry) if weights.fake else teacher
+    if config.run.stage == "pairs":
+        return {"teacher": teacher}
+    return {"student": student} | ({"fake": fake, "teacher": teacher} if config.run.stage in ("dmd", "dfd") else {})
+
+
+def teacher_size(config: Config) -> ModelConfig:
+    return config.teacher_model or config.model
+
+
+def build_teacher(config: Config, device: torch.device | str = "cpu") -> WanTransformer:
+    """The frozen teacher of the config."""
+    return load_frozen(teacher_size(config), config.weights.teacher, device, config.weights.teacher_entry)
+
+
 def build_networks(config: Config, device: torch.device) -> dict[str, WanTransformer]:
     """student, and for distribution matching the frozen teacher and the fake score, each with its starting weights."""
-    weights = config.weights
     networks: dict[str, WanTransformer] = {}
-    if config.run.stage in ("dmd", "dfd"):
-        networks["teacher"] = load_network(config.model, weights.teacher, device)
-        networks["fake"] = load_network(config.model, weights.fake or weights.teacher, device)
-    start = weights.student or weights.teacher
-    if start:
-        networks["student"] = load_network(config.model, start, device)
-    else:
-        networks["student"] = build_network(config.model)
-        networks["student"].init_weights(rng.generator(config.run.seed, "weights"))
-        place(networks["student"], device)
+    for role, (weights, entry) in sources(config).items():
+        if role == "teacher":
+            networks[role] = build_teacher(config, device)
+        elif weights:
+            networks[role] = train_in(config.model, load_network(config.model, weights, device, entry))
+        else:
+            networks[role] = build_network(config.model)
+            networks[role].init_weights(rng.generator(config.run.seed, "weights"))
+            train_in(config.model, place(networks[role], device))
     for network in networks.values():
         network.requires_grad_(False)
     return networks
 
 
-def build_stage(config: Config, networks: dict[str, WanTransformer]) -> Stage:
-    chunks = plan_chunks(config.rollout.frames, config.rollout.chunk_frames)
-    past: dict[str, Any] = {"sink": config.rollout.sink, "window": config.rollout.window or None}
+def build_stage(config: Config, networks: dict[str, WanTransformer], negative: Tensor | None = None) -> Stage:
+    """negative: [L, D_text], the text of no caption; zeros by default."""
+    flow, score = config.flow, config.score
+    student: dict[str, nn.Module] = {"student": networks["student"]}
+    past: dict[str, Any] = {"sink": config.rollout.sink, "window": config.rollout.window or None, "negative": negative}
     if config.run.stage == "teacher":
-        return TeacherStage({"student": networks["student"]}, config.flow.shift, config.flow.text_dropout)
+        return TeacherStage(student, flow.shift, flow.text_dropout, negative=negative)
+    chunks = build_chunks(config)
     if config.run.stage == "init":
-        flow = config.flow
-        return InitStage({"student": networks["student"]}, chunks, flow.shift, flow.text_dropout, **past)
-    score = config.score
+        paired = len(chunks) if flow.paired == "all" else 1
+        levels = build_ladder(config) if flow.levels == "ladder" else ()
+        return InitStage(student, chunks, flow.shift, flow.text_dropout, num_paired=paired, levels=levels, **past)
     return MatchingStage(
-        trained={"student": networks["student"], "fake": networks["fake"]},
+        trained={**student, "fake": networks["fake"]},
         teacher=networks["teacher"],
         chunks=chunks,
         ladder=build_ladder(config),
@@ -167,6 +224,8 @@ def build_learner(network: nn.Module, config: OptimizerConfig, student_updates: 
     if matrices:
         muon = torch.optim.Muon(matrices.values(), lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
+    for optimizer in optimizers:  # else both networks' gradients lie in memory, one of them unused
+        optimizer.register_step_post_hook(lambda used, args, kwargs: used.zero_grad(set_to_none=True))
     return Learner(network, tuple(optimizers), build_lr(config, student_updates), config.clip)
 
 
@@ -190,29 +249,45 @@ def check_start(config: Config) -> None:
         ("teacher", config.weights.teacher),
         ("fake", config.weights.fake),
     ):
-        if name and not find_file(name).is_file():
+        if name and not find_file(name).exists():
             raise ConfigError(f"weights.{role} is {name}, which does not exist; train it first, or correct the path")
 
 
 def build_invert(config: Config, num_steps: int) -> Invert:
-    """The configured teacher's ODE from clips to their noise, for the packer."""
-    device = build_device(config.run.device)
-    teacher = load_network(config.model, config.weights.teacher, device)
+    """The configured teacher's ODE from clips to their noise, for the packer.
+
+    With flow.paired all, weights.teacher is a causal network, whose ODE is followed chunk by chunk.
+    """
+    device, rollout, shift = build_device(config.run.device), config.rollout, config.flow.shift
+    teacher = build_teacher(config, device)
 
     def run(latents: Tensor, text: Tensor) -> Tensor:
-        conditioning = Conditioning(text.to(device))
-        return invert(teacher, latents.to(device), conditioning, num_steps, config.flow.shift).cpu()
+        latents, conditioning = latents.to(device), Conditioning(text.to(device))
+        if config.flow.paired == "first":
+            return invert(teacher, latents, conditioning, num_steps, shift).cpu()
+        cache = KVCache(rollout.sink, rollout.window or None)
+        return invert_by_chunks(teacher, latents, conditioning, num_steps, shift, build_chunks(config), cache).cpu()
 
     return run
+
+
+def noise_wish(config: Config) -> str:
+    """The setting that needs noise stored with the clips; empty where none does."""
+    if config.run.stage == "dfd" and config.dfd.pairing in ("inversion", "prefix"):
+        return f"dfd.pairing is {config.dfd.pairing}"
+    if config.run.stage == "init" and (config.flow.paired, config.flow.levels) != ("first", "any"):
+        return f"flow.paired is {config.flow.paired} and flow.levels {config.flow.levels}"
+    return ""
 
 
 def build_reader(config: Config) -> ShardReader:
     """The data set; refuses latents, text or missing noise that do not fit the configured model, clip length and pairing."""
     reader = ShardReader(Path(config.data.shards))
-    if config.run.stage == "dfd" and config.dfd.pairing in ("inversion", "prefix") and not reader.has_noise:
+    wish = noise_wish(config)
+    if wish and not reader.has_noise:
         raise ConfigError(
-            f"dfd.pairing is {config.dfd.pairing}, but {config.data.shards} holds no noise: add it with "
-            f"`python -m selfforcing_dfd invert {config.data.shards} --config CONFIG`, or pair by caption"
+            f"{wish}, but {config.data.shards} holds no noise: add it with "
+            f"`python -m selfforcing_dfd invert {config.data.shards} --config CONFIG`, or change that setting"
         )
     wanted = (config.rollout.frames, config.model.channels)
     if tuple(reader.index.latent_shape[:2]) != wanted:
@@ -266,7 +341,9 @@ MAY_CHANGE = {
     "run.student_updates",
     "run.device",
     "run.out",
+    "run.gpus",
     "data.workers",
+    "data.video_size",
     "checkpoint",
     "log",
     "report",
@@ -281,7 +358,7 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
     device = build_device(config.run.device)
     reader = build_reader(config)
     networks = build_networks(config, device)
-    stage = build_stage(config, networks)
+    stage = build_stage(config, networks, reader.negative)
     folder = run_folder(config)
     fixed = {role: model_fingerprint(network) for role, network in networks.items() if role == "teacher"}
     checkpoints = CheckpointManager(

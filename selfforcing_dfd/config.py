@@ -36,11 +36,15 @@ def require(condition: bool, message: str) -> None:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     name: str = "run"  # the run's folder is out/name
-    stage: Literal["teacher", "init", "dmd", "dfd"] = "dfd"
+    stage: Literal["teacher", "pairs", "init", "dmd", "dfd"] = "dfd"
     seed: int = 0
     student_updates: int = 40
     out: str = "runs"
     device: str = "auto"  # auto | cpu | cuda | cuda:N
+    gpus: int = 1  # what --dry-run plans for; training itself runs on one
+
+    def __post_init__(self) -> None:
+        require(self.gpus >= 1, f"run.gpus is {self.gpus}; it must be at least 1")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -55,6 +59,8 @@ class ModelConfig:
     text_dim: int = 32
     freq_dim: int = 256
     gradient_checkpointing: bool = False
+    compute: Literal["float32", "bfloat16"] = "float32"  # bfloat16: trained weights stay float32, training/precision.py
+    attention: Literal["auto", "sdpa", "fa2", "fa3", "fa4"] = "auto"  # the kernel where compute is bfloat16
 
     def __post_init__(self) -> None:
         require(
@@ -65,11 +71,17 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsConfig:
-    """Safetensors files to start from; empty means from nothing (student, fake: from the teacher where there is one)."""
+    """What to start from; empty means from nothing (student, fake: from the teacher where there is one).
+
+    A file or folder in any format of `models/weights.py`; the entry picks one model of a file that holds several.
+    """
 
     student: str = ""
     teacher: str = ""
     fake: str = ""
+    student_entry: str = ""  # such as generator_ema in a Self-Forcing .pt file
+    teacher_entry: str = ""
+    fake_entry: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -140,8 +152,28 @@ class DFDConfig:
 class FlowConfig:
     """Flow matching on data, for the stages teacher and init."""
 
-    shift: float = 3.0  # of the training noise levels
+    shift: float = 3.0  # of the training noise levels, and of the teacher's ODE in stage pairs
     text_dropout: float = 0.1  # share of samples trained without caption
+    levels: Literal["any", "ladder"] = "any"  # stage init: all noise levels, or only those of rollout.ladder
+    paired: Literal["first", "all"] = (
+        "first"  # stage init: the chunks that start from the stored noise, where there is some
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class PairsConfig:
+    """Stage pairs: noise and what the teacher's ODE makes of it, for each caption of data.shards, as shards of their own."""
+
+    out: str = ""  # folder
+    num: int = 0  # captions, from the first one; 0 takes all
+    steps: int = 24  # of Heun's method, 2 steps - 1 calls
+    guidance: float = 6.0
+
+    def __post_init__(self) -> None:
+        require(
+            self.steps >= 1 and self.num >= 0,
+            f"pairs.steps is {self.steps}, pairs.num {self.num}; use 1 and 0 at least",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -199,6 +231,7 @@ class TinyDataConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     shards: str = ""  # folder with index.json and tar shards
+    video_size: tuple[int, int] = (64, 64)  # height and width of its clips, for --dry-run while there are no shards
     workers: int = 0
     tiny: TinyDataConfig = field(default_factory=TinyDataConfig)
 
@@ -207,6 +240,9 @@ class DataConfig:
 class CheckpointConfig:
     every: int = 10  # student updates
     keep: int = 3
+    export: Literal["float16", "float32"] = (
+        "float16"  # of the finished weights; small steps of a large model need float32
+    )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -239,11 +275,13 @@ class Config:
     base: str = ""  # another config file that this one changes
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    teacher_model: ModelConfig | None = None  # where the teacher's size is not the student's
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
     score: ScoreConfig = field(default_factory=ScoreConfig)
     dfd: DFDConfig = field(default_factory=DFDConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -255,11 +293,16 @@ class Config:
     arms: dict[str, list[str]] = field(default_factory=dict)  # runs to make and compare: name -> overrides
 
     def __post_init__(self) -> None:
-        matching = self.run.stage in ("dmd", "dfd")
+        needs_teacher = self.run.stage in ("pairs", "dmd", "dfd")
         require(
-            not matching or bool(self.weights.teacher),
-            f"run.stage is {self.run.stage} but weights.teacher is empty: name the teacher's safetensors file",
+            not needs_teacher or bool(self.weights.teacher),
+            f"run.stage is {self.run.stage} but weights.teacher is empty: name the teacher's weights",
         )
+        require(
+            self.run.stage != "pairs" or bool(self.pairs.out),
+            "run.stage is pairs but pairs.out is empty: name the folder for the teacher's clips and their noise",
+        )
+        self._check_teacher_model()
         require(
             not (self.run.stage == "dfd" and self.dfd.pairing == "assignment" and self.batch.group == 1),
             "dfd.pairing is assignment but batch.group is 1: one sample has one possible partner; use batch.group=8",
@@ -267,6 +310,23 @@ class Config:
         require(
             bool(self.data.shards),
             "data.shards is empty: name a folder written by `python -m selfforcing_dfd pack`",
+        )
+
+    def _check_teacher_model(self) -> None:
+        """A teacher of another size sees the same latents and text, and cannot stand in for the student or the fake score."""
+        teacher, own, weights = self.teacher_model, self.model, self.weights
+        if teacher is None:
+            return
+        ends = (teacher.channels, teacher.text_dim), (own.channels, own.text_dim)
+        require(
+            ends[0] == ends[1],
+            f"teacher_model has (channels, text_dim) {ends[0]}, model has {ends[1]}; both see the same data: make them equal",
+        )
+        empty = [role for role, name in (("student", weights.student), ("fake", weights.fake)) if not name]
+        require(
+            self.run.stage not in ("dmd", "dfd") or not empty,
+            f"teacher_model is set, but weights.{' and weights.'.join(empty)} would start from the teacher, which has "
+            "another size; name weights of the student's size",
         )
 
 
@@ -336,5 +396,5 @@ def as_dict(config: Config) -> dict[str, Any]:
 
 
 def to_yaml(config: Config) -> str:
-    """The resolved settings, loadable again."""
-    return OmegaConf.to_yaml(OmegaConf.structured(config))
+    """The resolved settings, loadable again anywhere: what came from `base` is in them."""
+    return OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(config, base="")))

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import torch
 
 from selfforcing_dfd.data.video import read_last_frames
-from selfforcing_dfd.loading import load_settings, load_stream_model
+from selfforcing_dfd.loading import WAN_SIZE, load_settings, load_stream_model, load_wan_model
 from selfforcing_dfd.streaming import control as commands
+from selfforcing_dfd.streaming.background import BackgroundWriter
 from selfforcing_dfd.streaming.prompts import ChunkClock, PromptSchedule
 from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.streaming.status import StatusLine
@@ -23,6 +24,12 @@ from selfforcing_dfd.streaming.writers import PreviewWriter, ReaderGone, Writer,
 
 USER_ERRORS = (ValueError, OSError)
 EXAMPLES = ("a disc moves", "a square moves", "a cross moves")
+WAN_EXAMPLES = (
+    "A red fox walks through fresh snow at dawn, its breath visible in the cold air. Low camera, shallow focus.",
+    "Waves roll onto a black beach under heavy clouds, foam sliding back over the pebbles. Slow aerial shot.",
+    "A woman in a yellow raincoat crosses a busy street at night, neon signs reflected in the wet asphalt.",
+)
+"""Long and concrete, as the students' training prompts are."""
 MAX_CONTEXT_FRAMES = 81  # video frames of a clip to go on from: five seconds at 16 a second, Wan's training length
 PAUSE_POLL_S = 0.05
 
@@ -84,7 +91,8 @@ class Player:
                     self.paused = False
                     self.status.resume()
                 case commands.Reset():
-                    self.session.reset(seed=self.seed)
+                    planned = self.schedule.first if len(self.schedule.prompts) > 1 else None
+                    self.session.reset(planned, seed=self.seed)
                 case commands.Seed(seed):
                     self.seed = seed
                 case commands.Mode(mode):
@@ -100,7 +108,8 @@ def stream(options: argparse.Namespace) -> None:
     session = StreamSession(model, schedule.first, settings, read_context(options, model))
     with ExitStack() as stack:
         stack.enter_context(_reader_may_leave())
-        writers: list[Writer] = [stack.enter_context(open_writer(options.out, options.fps, options.overwrite))]
+        output = BackgroundWriter(open_writer(options.out, options.fps, options.overwrite))
+        writers: list[Writer] = [stack.enter_context(output)]
         if options.preview:
             writers.append(stack.enter_context(PreviewWriter(sys.stderr)))
         sys.stderr.write(describe(options, model, session) + "\n")
@@ -122,19 +131,19 @@ def serve(options: argparse.Namespace) -> None:
     from selfforcing_dfd.streaming import server
 
     model, settings = prepare(options)
-    app = server.create_app(model, settings, fps=options.fps, examples=EXAMPLES)
+    app = server.create_app(model, settings, fps=options.fps, examples=examples(options))
     sys.stderr.write(f"{describe(options, model, None)}\nopen http://127.0.0.1:{options.port} (Ctrl-C ends it)\n")
     server.serve(app, port=options.port)
 
 
 def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
     """Model and settings that the options ask for."""
-    model = load_stream_model(options.run, options.checkpoint, options.device)
+    model = load_model(options)
     model.student.set_attention(options.attention)
     if options.compile:
         model.student.compile_blocks()
     settings = load_settings(
-        options.settings or "tiny",
+        options.settings or ("default" if options.model else "tiny"),
         seed=options.seed,
         window_frames=options.window,
         sink_frames=options.sink,
@@ -144,12 +153,39 @@ def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
     return model, settings
 
 
+def load_model(options: argparse.Namespace) -> StreamModel:
+    """Real Wan for --model, else the tiny world. Raises ValueError for options that do not go together."""
+    sizes = {"height": options.height, "width": options.width}
+    if options.model is None:
+        given = [
+            name for name, value in {**sizes, "dtype": options.dtype, "vae-device": options.vae_device}.items() if value
+        ]
+        if given:
+            raise ValueError(f"--{', --'.join(given)} without --model: the tiny world has one size; add --model DIR")
+        return load_stream_model(options.run, options.checkpoint, options.device)
+    if options.run is not None:
+        raise ValueError("both --model and --run are given; name the run's student by --checkpoint instead of --run")
+    return load_wan_model(
+        options.model,
+        options.checkpoint,
+        options.device,
+        options.dtype or "auto",
+        options.vae_device or "",
+        (options.height or WAN_SIZE[0], options.width or WAN_SIZE[1]),
+    )
+
+
+def examples(options: argparse.Namespace) -> tuple[str, ...]:
+    """Prompts that the model understands; the first one is the default."""
+    return WAN_EXAMPLES if options.model else EXAMPLES
+
+
 def plan_prompts(options: argparse.Namespace, model: StreamModel) -> PromptSchedule:
     """The schedule of a file, or the one prompt. Every prompt is tried, so that an error does not come hours later."""
     if options.prompt is not None and options.prompts is not None:
         raise ValueError("both --prompt and --prompts are given; drop one of them")
     if options.prompts is None:
-        schedule = PromptSchedule(((0, options.prompt if options.prompt is not None else EXAMPLES[0]),))
+        schedule = PromptSchedule(((0, options.prompt if options.prompt is not None else examples(options)[0]),))
     else:
         goes_on = bool(options.image or options.video)
         clock = ChunkClock(model.chunk_frames, model.codec.strides[0], after_context=goes_on)
@@ -174,10 +210,11 @@ def describe(options: argparse.Namespace, model: StreamModel, session: StreamSes
     """What is about to run, in two lines."""
     height, width = model.video_size
     parameters = sum(parameter.numel() for parameter in model.student.parameters())
-    weights = options.run or options.checkpoint or "the tiny world's student"
+    weights = options.run or options.checkpoint or options.model or "the tiny world's student"
     lines = [
         f"{weights}: {parameters / 1e6:.1f} M parameters on {model.device}, {len(model.ladder)} steps a chunk, "
-        f"{width} x {height} pixels, attention {model.student.attention_backend}"
+        f"{width} x {height} pixels, {str(model.dtype).removeprefix('torch.')}, "
+        f"attention {model.student.attention_backend}"
     ]
     if session is not None:
         settings, length = session.settings, "without end" if options.chunks == math.inf else f"{options.chunks} chunks"

@@ -22,7 +22,19 @@ LEVELS = (
     {"models", "codecs", "tiny", "data", "sampling", "allocator"},
     {"training", "streaming", "evaluation"},
     {"config", "build", "estimate"},
-    {"runner", "plan", "loading", "live", "benchmarking", "pipeline", "model_card", "commands", "__main__", "tiny.report"},
+    {
+        "runner",
+        "plan",
+        "loading",
+        "live",
+        "benchmarking",
+        "pipeline",
+        "exporting",
+        "model_card",
+        "commands",
+        "__main__",
+        "tiny.report",
+    },
     {"train", "inference"},
 )
 """Each part may import from its own level and from those before it.

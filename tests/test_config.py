@@ -79,6 +79,12 @@ def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path)
         ("score.fake_per_student=0", r"at least 1"),
         ("model.head_dim=5", r"model\.head_dim is 5; .* even number"),
         ("weights.teacher=", r"weights\.teacher is empty"),
+        ("run.gpus=0", r"run\.gpus is 0; it must be at least 1"),
+        ("run.stage=pairs", r"pairs\.out is empty"),
+        ("pairs.steps=0", r"pairs\.steps is 0"),
+        ("model.compute=float16", r"model\.compute: Invalid value 'float16', expected one of"),
+        ("teacher_model.text_dim=16", r"teacher_model has \(channels, text_dim\) \(16, 16\), model has \(16, 32\)"),
+        ("teacher_model.num_layers=9", r"weights\.student and weights\.fake would start from the teacher"),
         ("data.shards=", r"data\.shards is empty"),
         ("seed", r"'seed' is not of the form section\.setting=value"),
         ("log.wandb=yes", r"log\.wandb: Key 'wandb' not in"),
@@ -122,3 +128,36 @@ def test_assets_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     assert find_file("assets/tiny/codec.safetensors").is_file()
     assert find_file("mine.safetensors") == Path("mine.safetensors")
+
+
+def test_a_teacher_of_another_size_survives_the_round_trip(minimal: str, tmp_path: Path) -> None:
+    """Catches a nested section that is None by default and is lost, or filled in, when a run saves its settings."""
+    sizes = ["teacher_model.num_layers=9", "weights.student=s", "weights.fake=f"]
+    for overrides in ([], sizes):
+        config = load_config(minimal, overrides)
+        (tmp_path / "again.yaml").write_text(to_yaml(config))
+        assert load_config(str(tmp_path / "again.yaml")) == config
+    assert config.teacher_model is not None and config.teacher_model.num_layers == 9
+    assert change(config, ["teacher_model=null"]).teacher_model is None
+
+
+def test_recipes_state_the_published_settings() -> None:
+    """Catches a number of research/selfforcing.md 8.1 that a base file overwrites: what recipes say once merged."""
+    dmd, dfd = load_config("wan1.3b/dmd_ar.yaml"), load_config("wan1.3b/dfd_ar.yaml")
+    for config in (dmd, dfd):
+        score, student, fake = config.score, config.optim.student, config.optim.fake
+        assert (score.guidance, score.shift, score.sigma_min, score.sigma_max) == (4.0, 5.0, 0.02, 0.98)
+        assert (config.rollout.frames, config.rollout.chunk_frames, config.rollout.shift) == (21, 3, 5.0)
+        assert tuple(config.rollout.ladder) == (1000, 750, 500, 250)
+        assert (student.lr, fake.lr, score.fake_per_student) == (2e-6, 4e-7, 5)
+        assert tuple(student.betas) == tuple(fake.betas) == (0.0, 0.999)
+        assert (student.weight_decay, student.clip, config.batch.size, config.ema.decay) == (0.01, 10.0, 64, 0.99)
+    assert (dmd.run.student_updates, dmd.ema.start) == (600 // 5, 200 // 5)  # iterations there, student updates here
+    assert (dfd.run.student_updates, dfd.teacher_model, dfd.dfd.p) == (160 // 5, None, 0.5)
+
+
+def test_saved_settings_need_no_base(tmp_path):
+    """Catches a run's config.yaml that can only be read beside the configs that it was made from."""
+    config = load_config("wan1.3b/dfd_ar.yaml", ["run.seed=5"])
+    (tmp_path / "config.yaml").write_text(to_yaml(config))
+    assert as_dict(load_config(str(tmp_path / "config.yaml"))) == as_dict(config) | {"base": ""}

@@ -30,6 +30,12 @@ log = logging.getLogger(__name__)
 
 MAX_LENGTH = 512  # tokens, the end included; Wan2.1's text_len
 SAMPLE_BYTES = 1024  # of each tensor, in a fingerprint
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，"
+    "丑陋的，残缺的，多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"
+    "杂乱的背景，三条腿，背景人很多，倒着走"
+)
+"""What Wan2.1 guides away from unless told otherwise (sample_neg_prompt of its shared config): the unconditional half."""
 REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # the encoder of 14B is the same
 
 

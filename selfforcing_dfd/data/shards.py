@@ -8,6 +8,8 @@ endless order that is a function of (seed, epoch). Workers and ranks only decide
     <key>.text.npy     float16 or float32 [n, D], trimmed to the valid tokens
     <key>.noise.npy    optional: the noise to which the teacher's probability-flow ODE maps this sample
     <key>.json         caption, source, num_video_frames, fingerprints of codec and text encoder
+
+Beside the shards may lie `negative.safetensors`: key `text`, the negative prompt's embedding [n, D], trimmed likewise.
 """
 
 from __future__ import annotations
@@ -17,22 +19,24 @@ import io
 import json
 import os
 import zlib
-from collections import defaultdict, deque
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.data.ahead import in_order
 
 FORMAT_VERSION = 1
-INDEX_NAME = "index.json"
+INDEX_NAME, NEGATIVE_NAME = "index.json", "negative.safetensors"
 LATENT, TEXT, NOISE = "latent.npy", "text.npy", "noise.npy"
 
 
@@ -67,10 +71,23 @@ class Entry:
     caption: str
     members: dict[str, Member]
 
+    def to_fields(self) -> dict[str, Any]:
+        members = {name: [place.offset, place.size, place.crc32] for name, place in self.members.items()}
+        return {"key": self.key, "shard": self.shard, "caption": self.caption, "members": members}
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Entry:
+        members = {name: Member(*place) for name, place in fields["members"].items()}
+        return cls(fields["key"], fields["shard"], fields["caption"], members)
+
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """All about a shard folder but the arrays. fingerprints: of `codec`, `text` and, where there is noise, `noise`."""
+    """All about a shard folder but the arrays. fingerprints: of `codec`, `text` and, where there is noise, `noise`.
+
+    about: what was packed and how: `source` (number and SHA-256 of its list), `settings`, `negative` (prompt and SHA-256
+    of its file) where there is one, `part` where it is one of several. Empty in folders packed before there was any.
+    """
 
     shards: tuple[Shard, ...]
     samples: tuple[Entry, ...]
@@ -78,29 +95,28 @@ class Index:
     text_shape: tuple[int, ...]  # padded length L, D
     fingerprints: dict[str, str]
     refused: tuple[dict[str, str], ...]  # file and reason of each clip that the packer left out
+    about: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        fields = {"version": FORMAT_VERSION, **asdict(self)}
-        for sample in fields["samples"]:
-            sample["members"] = {name: list(member.values()) for name, member in sample["members"].items()}
-        return json.dumps(fields, ensure_ascii=False)
+        shards, samples = ([asdict(s) for s in self.shards], [entry.to_fields() for entry in self.samples])
+        rest = ("latent_shape", "text_shape", "fingerprints", "refused", "about")
+        fields = {"version": FORMAT_VERSION, "shards": shards, "samples": samples}
+        return json.dumps(fields | {name: getattr(self, name) for name in rest}, ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Index:
         fields = json.loads(text)
         if fields["version"] != FORMAT_VERSION:
             raise ValueError(f"format version {fields['version']}, this program reads version {FORMAT_VERSION}")
-        samples = [
-            Entry(s["key"], s["shard"], s["caption"], {name: Member(*place) for name, place in s["members"].items()})
-            for s in fields["samples"]
-        ]
+        samples = tuple(Entry.from_fields(sample) for sample in fields["samples"])
         return cls(
             shards=tuple(Shard(**shard) for shard in fields["shards"]),
-            samples=tuple(samples),
+            samples=samples,
             latent_shape=tuple(fields["latent_shape"]),
             text_shape=tuple(fields["text_shape"]),
             fingerprints=fields["fingerprints"],
             refused=tuple(fields["refused"]),
+            about=fields.get("about", {}),
         )
 
 
@@ -178,6 +194,25 @@ class ShardReader:
         return NOISE in self.index.samples[0].members
 
     @property
+    def negative(self) -> Tensor | None:
+        """[L, D] float32: the negative prompt's embedding, zeros past its end; None if the folder was packed without."""
+        packed = self.index.about.get("negative")
+        if not packed:
+            return None
+        path, (length, dim) = self.folder / NEGATIVE_NAME, self.index.text_shape
+        if not path.is_file() or sha256_of(path) != packed["sha256"]:
+            state = "not as packed (SHA-256 differs)" if path.is_file() else "missing"
+            raise ShardError(f"{path}: {state}; it holds the negative prompt. {self._remedy}")
+        try:
+            with safe_open(path, "pt") as file:
+                tokens = file.get_tensor("text").float()
+        except SafetensorError as error:
+            raise ShardError(f"{path}: cannot be read ({error}). {self._remedy}") from error
+        if tokens.shape[1:] != (dim,) or len(tokens) > length:
+            raise ShardError(f"{path}: is {list(tokens.shape)}, the index wants [at most {length}, {dim}]")
+        return pad_text(tokens, length)
+
+    @property
     def captions(self) -> list[str]:
         return [entry.caption for entry in self.index.samples]
 
@@ -199,6 +234,7 @@ class ShardReader:
             raise ShardError(f"{self.folder}: {', '.join(changed)}: not as packed (SHA-256 differs). {self._remedy}")
         for number in range(len(self)):
             self[number]
+        self.negative  # noqa: B018  reading it checks it
 
     @property
     def _remedy(self) -> str:
@@ -341,26 +377,9 @@ def batches(
     stride: int = 1,
     offset: int = 0,
 ) -> Iterator[Batch]:
-    """`load_batch` for each of `starts` (may be endless), in order. Workers only read ahead and change nothing.
-
-    They are threads: reading is I/O, checksums and copies, none of which hold Python's lock, and threads need no shared
-    memory, no fork beside a GPU, and pass an error on as it was raised.
-    """
+    """`load_batch` for each of `starts` (may be endless), in order. Workers only read ahead and change nothing."""
 
     def load(start: int) -> Batch:
         return load_batch(reader, order, start, size, stride, offset)
 
-    if num_workers == 0:
-        yield from map(load, starts)
-        return
-    pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batches")
-    try:
-        ahead: deque[Future[Batch]] = deque()
-        for start in starts:
-            ahead.append(pool.submit(load, start))
-            if len(ahead) > 2 * num_workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
-    finally:
-        pool.shutdown(cancel_futures=True)
+    return in_order(load, starts, num_workers)

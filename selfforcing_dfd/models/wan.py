@@ -19,6 +19,7 @@ from torch.nn.functional import gelu, layer_norm, silu
 from selfforcing_dfd.cache import Attention, ChunkKV, Context
 from selfforcing_dfd.flow import expand_sigma
 from selfforcing_dfd.models.attention import attend, installed_kernels, load_kernel, select_kernel
+from selfforcing_dfd.models.hub import HubMixin
 from selfforcing_dfd.models.rope import positions_rotary, rotate
 from selfforcing_dfd.network import Conditioning, NetworkOutput, Past
 
@@ -218,7 +219,7 @@ def sinusoid(timestep: Tensor, dim: int) -> Tensor:
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
 
-class WanTransformer(ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """Flow-predicting transformer over latents [B, F, C, H, W]."""
 
     _supports_gradient_checkpointing = True

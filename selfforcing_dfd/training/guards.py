@@ -37,20 +37,37 @@ def pixel_statistics(videos: Tensor) -> dict[str, float]:
     }
 
 
+def latent_statistics(latents: Tensor) -> dict[str, float]:
+    """The same of latents [B, F, C, H, W], where decoding costs too much; spread needs two clips and is left out of one.
+
+    saturation: standard deviation over channels at a place; contrast: over places in a latent frame and channel.
+    """
+    values = latents.float()
+    numbers = {
+        "saturation": float(values.std(dim=2).mean()),
+        "contrast": float(values.flatten(3).std(dim=3).mean()),
+        "sharpness": float((values.diff(dim=3).abs().mean() + values.diff(dim=4).abs().mean()) / 2),
+        "motion": float(values.diff(dim=1).abs().mean()),
+    }
+    return numbers if len(values) == 1 else numbers | {"spread": float(values.std(dim=0, correction=0).mean())}
+
+
 @dataclass(slots=True)
 class Guards:
     """Watches a run: logs every statistic of student and data, warns when one leaves 1 / (1 + t) .. 1 + t of the data's.
 
-    decode: latents [B, F, C, H, W] -> videos [B, T, H, W, 3]; tolerance t; stop turns a warning into GuardError.
+    decode: latents [B, F, C, H, W] -> what is measured, videos [B, T, H, W, 3] unless `measure` wants something else;
+    tolerance t; stop turns a warning into GuardError.
     """
 
     decode: Callable[[Tensor], Tensor]
     tolerance: float
     stop: bool = False
+    measure: Callable[[Tensor], dict[str, float]] = pixel_statistics
     warned: set[str] = field(default_factory=set)
 
     def __call__(self, generated: Tensor, real: Tensor) -> dict[str, float]:
-        ours, data = pixel_statistics(self.decode(generated)), pixel_statistics(self.decode(real))
+        ours, data = self.measure(self.decode(generated)), self.measure(self.decode(real))
         outside = {
             n for n in ours if not 1 / (1 + self.tolerance) <= ours[n] / max(data[n], 1e-9) <= 1 + self.tolerance
         }

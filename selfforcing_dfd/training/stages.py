@@ -19,6 +19,7 @@ from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching
 from selfforcing_dfd.pairing import PAIRINGS, Pair
 from selfforcing_dfd.rollout import Chunk, Rollout, commit_chunk, replay, rollout
+from selfforcing_dfd.sampling import over_whole_clips
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,18 +71,22 @@ class Stage(Protocol):
 
 @dataclass(slots=True)
 class TeacherStage:
-    """Bidirectional flow matching on data: how a teacher is made."""
+    """Bidirectional flow matching on data: how a teacher is made.
+
+    negative: [L, D_text], the text that stands for no caption; None is zeros.
+    """
 
     trained: dict[str, nn.Module]
     shift: float
     text_dropout: float
     fake_per_student: int = 0
+    negative: Tensor | None = None
 
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         noise = draw.normal("noise", batch.latents.shape[1:], batch.latents)
         sigma = shift_sigma(draw.uniform("sigma"), self.shift).to(noise)
-        conditioning = drop_text(batch, draw, self.text_dropout)
-        loss = flow_matching(self.trained[turn], batch.latents, noise, sigma, conditioning)
+        conditioning = drop_text(batch, draw, self.text_dropout, self.negative)
+        loss = flow_matching(over_whole_clips(self.trained[turn]), batch.latents, noise, sigma, conditioning)
         return StageLoss(loss.mean(), {"flow_loss": loss.detach()})
 
 
@@ -89,9 +94,12 @@ class TeacherStage:
 class InitStage:
     """Causal student by teacher forcing: each chunk is denoised after the clean real chunks before it.
 
-    Where the shards hold the noise that the teacher's ODE maps each clip to, the first chunk starts from it: noise then
-    determines the clip, and a few steps suffice (regression along straight lines to the teacher's endpoints, Liu et al.,
-    arXiv 2209.03003). Later chunks take fresh noise, or they would follow their noise and not their context.
+    Where the shards hold the noise that the teacher's ODE maps each clip to, the first `num_paired` chunks start from it:
+    noise then determines the clip, and a few steps suffice (regression along straight lines to the ODE's endpoints, Liu et
+    al., arXiv 2209.03003; at sigma 1 that is regression along the ODE's own path). The noise of a bidirectional teacher is
+    for the first chunk only: later chunks would follow their noise and not their context. For them fresh noise is drawn.
+
+    levels: the sigmas that are trained; none is all of them, shifted. negative: [L, D_text], no caption; None is zeros.
     """
 
     trained: dict[str, nn.Module]
@@ -101,19 +109,29 @@ class InitStage:
     sink: int = 0
     window: int | None = None
     fake_per_student: int = 0
+    num_paired: int = 1
+    levels: tuple[float, ...] = ()
+    negative: Tensor | None = None
 
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         student = self.trained[turn]
-        conditioning = drop_text(batch, draw, self.text_dropout)
+        conditioning = drop_text(batch, draw, self.text_dropout, self.negative)
         noise = draw.normal("noise", batch.latents.shape[1:], batch.latents)
         if batch.noise is not None:
-            self.chunks[0].of(noise).copy_(self.chunks[0].of(batch.noise))
+            for chunk in self.chunks[: self.num_paired]:
+                chunk.of(noise).copy_(chunk.of(batch.noise))
         frames = tuple(chunk.frames for chunk in self.chunks)
-        sigma = shift_sigma(draw.uniform("sigma", (len(frames),)), self.shift).to(noise)
+        sigma = self.sigmas(draw.uniform("sigma", (len(frames),))).to(noise)
         sigma = sigma.repeat_interleave(torch.tensor(frames, device=sigma.device), dim=1)
         context = PackedContext(self.clean_contexts(student, batch.latents, conditioning), frames)
         loss = flow_matching(student, batch.latents, noise, sigma, conditioning, context)
         return StageLoss(loss.mean(), {"flow_loss": loss.detach()})
+
+    def sigmas(self, u: Tensor) -> Tensor:
+        """Noise levels for uniform u in [0, 1)."""
+        if not self.levels:
+            return shift_sigma(u, self.shift)
+        return torch.tensor(self.levels, dtype=u.dtype)[(u * len(self.levels)).long()]
 
     def clean_contexts(self, student: nn.Module, latents: Tensor, conditioning: Conditioning) -> tuple[Context, ...]:
         """The context of every chunk when all chunks before it are the given latents."""
@@ -160,6 +178,7 @@ class MatchingStage:
     """Self-Forcing with distribution matching: DMD, or DFD in the rows that `forcing` picks.
 
     The fake score learns by flow matching on the student's own samples, `fake_per_student` times for each student update.
+    negative: [L, D_text], the text of guidance's unconditional half; None is zeros.
     """
 
     trained: dict[str, nn.Module]
@@ -175,6 +194,7 @@ class MatchingStage:
     forcing: DataForcing = DataForcing()
     sink: int = 0
     window: int | None = None
+    negative: Tensor | None = None
 
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         return self.fake_loss(batch, draw) if turn == "fake" else self.student_loss(batch, draw, student_updates)
@@ -212,13 +232,15 @@ class MatchingStage:
         return noise, score_sigma(draw.uniform("sigma"), self.shift, self.sigma_min, self.sigma_max).to(latents)
 
     def fake_loss(self, batch: Batch, draw: Draw) -> StageLoss:
-        record = self.roll_out(batch, draw)
-        noise, sigma = self.score_draw(draw, record.x0)
-        loss = flow_matching(self.trained["fake"], record.x0, noise, sigma, Conditioning(batch.text))
+        x0 = self.roll_out(
+            batch, draw
+        ).x0  # of its record, the past of all chunks would lie in memory beside the gradient
+        noise, sigma = self.score_draw(draw, x0)
+        loss = flow_matching(over_whole_clips(self.trained["fake"]), x0, noise, sigma, Conditioning(batch.text))
         return StageLoss(loss.mean(), {"flow_loss": loss.detach(), "sigma": sigma})
 
     def student_loss(self, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
-        conditioning, negative = Conditioning(batch.text), Conditioning(torch.zeros_like(batch.text))
+        conditioning, negative = Conditioning(batch.text), Conditioning(no_text(batch.text, self.negative))
         rows = self.forcing.rows(draw, student_updates).to(batch.latents.device)
         record = self.roll_out(batch, draw, rows)
         noise, sigma = self.score_draw(draw, record.x0)
@@ -231,8 +253,8 @@ class MatchingStage:
             anchor,
             noise,
             sigma,
-            teacher=self.teacher,
-            fake=self.trained["fake"],
+            teacher=over_whole_clips(self.teacher),
+            fake=over_whole_clips(self.trained["fake"]),
             conditioning=conditioning,
             negative=negative,
             guidance=self.guidance,
@@ -253,7 +275,12 @@ def _matching_values(matching: Matching, pair: Pair, rows: Tensor, sigma: Tensor
     }
 
 
-def drop_text(batch: Batch, draw: Draw, share: float) -> Conditioning:
-    """The batch's text with a share of samples left without caption (zeros), so that guidance has its unconditional half."""
-    keep = (draw.uniform("text_dropout") >= share).to(batch.text)
-    return Conditioning(batch.text * keep[:, None, None])
+def drop_text(batch: Batch, draw: Draw, share: float, negative: Tensor | None = None) -> Conditioning:
+    """The batch's text with a share of samples left without caption, so that guidance has its unconditional half."""
+    keep = (draw.uniform("text_dropout") >= share).to(batch.text)[:, None, None]
+    return Conditioning(batch.text * keep + no_text(batch.text, negative) * (1 - keep))
+
+
+def no_text(text: Tensor, negative: Tensor | None = None) -> Tensor:
+    """What stands for no caption, [B, L, D_text] like `text`: zeros, or `negative` [L, D_text] in every row."""
+    return torch.zeros_like(text) if negative is None else negative.to(text).expand_as(text)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
 import shutil
-import signal
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tiny_pack import FailingCodec, pack_and_die, pack_tiny, stop_with
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.data.pack import PackError, PackSummary, add_noise, pack
+from selfforcing_dfd.data.pack import PackError, add_noise, pack
 from selfforcing_dfd.data.shards import SampleOrder, ShardError, ShardReader, load_batch
 from selfforcing_dfd.data.video import write_video
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -25,37 +23,6 @@ from selfforcing_dfd.tiny.text import TinyText
 def rotate_noise(latents: Tensor, text: Tensor) -> Tensor:
     """Stands in for the teacher's ODE: depends on every argument, sample by sample."""
     return latents.flip(1) * 0.5 + text.mean(dim=(1, 2))[:, None, None, None, None]
-
-
-def pack_tiny(clips: Path, out: Path, codec: Any, **settings: Any) -> PackSummary:
-    return pack(clips, out, codec, TinyText(), num_video_frames=9, video_size=(64, 64), **settings)
-
-
-class FailingCodec:
-    """The tiny codec until it has encoded `num_clips` clips; then `fail` is called."""
-
-    def __init__(self, codec: TinyCodec, num_clips: int, fail: Any):
-        self.codec, self.left, self.fail = codec, num_clips + 1, fail  # one more for the black clip at the start
-
-    @property
-    def fingerprint(self) -> str:
-        return self.codec.fingerprint
-
-    def num_latent_frames(self, num_video_frames: int) -> int:
-        return self.codec.num_latent_frames(num_video_frames)
-
-    def encode(self, video: Tensor) -> Tensor:
-        if not self.left:
-            self.fail()
-        self.left -= 1
-        return self.codec.encode(video)
-
-
-def stop_with(error: BaseException) -> Any:
-    def fail() -> None:
-        raise error
-
-    return fail
 
 
 def test_packing_twice_gives_the_same_bytes(clips: Path, packed: Path, codec: TinyCodec, tmp_path: Path) -> None:
@@ -216,16 +183,7 @@ def test_a_killed_pack_leaves_nothing_readable_and_does_not_stop_the_next(
 ) -> None:
     """kill -9 runs no clean-up: what is left must not open, under any name, and must not stand in the way."""
     out = tmp_path / "shards"
-
-    def die() -> None:
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    process = multiprocessing.get_context("fork").Process(
-        target=pack_tiny, args=(clips, out, FailingCodec(codec, 7, die)), kwargs={"shard_size": 3}
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    pack_and_die(7, clips, out, codec, shard_size=3)
     assert [path.name for path in tmp_path.iterdir()] == ["shards.partial"]
     with pytest.raises(ShardError, match=r"no index\.json"):
         ShardReader(tmp_path / "shards.partial")

@@ -63,7 +63,7 @@ def test_folders_saved_by_diffusers_load(tmp_path):
     """Catches a config or file layout of our own: Wan's published folders could not be read."""
     twin = diffusers_twin()
     twin.save_pretrained(tmp_path)
-    ours = WanTransformer.from_pretrained(tmp_path)
+    ours = WanTransformer.from_pretrained(tmp_path, teacher=True)
     state = ours.state_dict()
     assert state.keys() == twin.state_dict().keys()
     assert all(torch.equal(state[name], value) for name, value in twin.state_dict().items())

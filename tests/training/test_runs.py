@@ -31,6 +31,7 @@ STAGES = {
     "dmd": ["run.stage=dmd"],
     "dfd": ["dfd.pairing=assignment", "batch.group=2", "dfd.granularity=sample", "dfd.ramp_updates=2", "dfd.p_start=0"],
     "inversion": ["dfd.pairing=inversion", "dfd.p=1"],
+    "bfloat16": ["model.compute=bfloat16", "model.gradient_checkpointing=true", "run.stage=dmd"],
 }
 
 
@@ -233,5 +234,5 @@ def test_cli_says_what_is_wrong(tmp_path: Path) -> None:
     dry = subprocess.run(
         [*command, "--dry-run", f"run.out={tmp_path}"], cwd=REPOSITORY, capture_output=True, text=True, check=True
     )
-    assert "parameters each" in dry.stdout
+    assert "student 1,580,736" in dry.stdout
     assert not list(tmp_path.iterdir())
