@@ -91,6 +91,37 @@ def pack(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def prompts(parser: argparse.ArgumentParser) -> Run:
+    """Encode prompts without clips into shards, for Self-Forcing with DMD and for the teacher's trajectories."""
+    parser.add_argument("source", type=Path, metavar="FILE", help="text file, a prompt on each line")
+    _add_text_arguments(parser, "default: umt5")
+    _add_output_arguments(parser)
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="where the shards go")
+    parser.add_argument("--frames", type=int, default=81, metavar="N", help="video frames to generate (default: 81)")
+    parser.add_argument("--size", type=_size, default=(480, 832), metavar="HxW", help="of the video (default: 480x832)")
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.data.choices import latent_shape
+        from selfforcing_dfd.data.prompts import pack_prompts
+
+        args.text = args.text or "umt5"
+        summary = pack_prompts(
+            args.source,
+            args.out,
+            _load_text(args),
+            latent_shape(args.frames, args.size),
+            negative_prompt=_negative_prompt(args),
+            shard_size=args.shard_size or 4096,
+            dtype="float32" if args.float32 else "float16",
+            strict=args.strict,
+            overwrite=args.overwrite,
+            unfinished="resume" if args.resume else "keep",
+        )
+        _print_summary(summary)
+
+    return run
+
+
 def merge(parser: argparse.ArgumentParser) -> Run:
     """Put the folders that `pack --part` wrote together; shards are hard links where the file system can."""
     parser.add_argument("parts", nargs="+", type=Path, metavar="PART", help="all N folders OUT.part-I-of-N")
@@ -162,7 +193,7 @@ def verify(parser: argparse.ArgumentParser) -> Run:
 
 
 import_.__name__ = "import"  # which a def cannot be called
-COMMANDS = (clips, pack, merge, import_, verify, *commands.COMMANDS)
+COMMANDS = (clips, pack, prompts, merge, import_, verify, *commands.COMMANDS)
 
 
 def _add_clip_arguments(parser: argparse.ArgumentParser) -> None:
@@ -207,9 +238,11 @@ def _add_text_arguments(parser: argparse.ArgumentParser, default: str) -> None:
 
 
 def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--shard-size", type=int, metavar="N", help="samples per shard (default: tiny 512, else 128)")
+    parser.add_argument(
+        "--shard-size", type=int, metavar="N", help="samples in each (default: 128, tiny 512, prompts 4096)"
+    )
     parser.add_argument("--float32", action="store_true", help="store float32 instead of float16")
-    parser.add_argument("--strict", action="store_true", help="stop at the first clip that cannot be used")
+    parser.add_argument("--strict", action="store_true", help="stop at the first clip or prompt that cannot be used")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run has complete shards")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier shards in the same place")
 

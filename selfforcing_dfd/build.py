@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.build_data import build_order, build_reader
 from selfforcing_dfd.cache import KVCache
 from selfforcing_dfd.config import (
     Config,
@@ -26,7 +27,6 @@ from selfforcing_dfd.config import (
     require,
 )
 from selfforcing_dfd.data.pack import Invert
-from selfforcing_dfd.data.shards import SampleOrder, ShardReader
 from selfforcing_dfd.flow import few_step_ladder
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.models.weights import WeightsError, load_into, read_weights
@@ -40,7 +40,6 @@ from selfforcing_dfd.training.precision import DTYPES, compute_in, parameters_in
 from selfforcing_dfd.training.stages import DataForcing, InitStage, MatchingStage, Stage, TeacherStage
 from selfforcing_dfd.training.tracking import Tracker
 
-BASIS = "assets/tiny/codec.safetensors"
 STUDENT_FILE = "student.safetensors"
 
 
@@ -269,48 +268,6 @@ def build_invert(config: Config, num_steps: int) -> Invert:
         return invert_by_chunks(teacher, latents, conditioning, num_steps, shift, build_chunks(config), cache).cpu()
 
     return run
-
-
-def noise_wish(config: Config) -> str:
-    """The setting that needs noise stored with the clips; empty where none does."""
-    if config.run.stage == "dfd" and config.dfd.pairing in ("inversion", "prefix"):
-        return f"dfd.pairing is {config.dfd.pairing}"
-    if config.run.stage == "init" and (config.flow.paired, config.flow.levels) != ("first", "any"):
-        return f"flow.paired is {config.flow.paired} and flow.levels {config.flow.levels}"
-    return ""
-
-
-def build_reader(config: Config) -> ShardReader:
-    """The data set; refuses latents, text or missing noise that do not fit the configured model, clip length and pairing."""
-    reader = ShardReader(Path(config.data.shards))
-    wish = noise_wish(config)
-    if wish and not reader.has_noise:
-        raise ConfigError(
-            f"{wish}, but {config.data.shards} holds no noise: add it with "
-            f"`python -m selfforcing_dfd invert {config.data.shards} --config CONFIG`, or change that setting"
-        )
-    wanted = (config.rollout.frames, config.model.channels)
-    if tuple(reader.index.latent_shape[:2]) != wanted:
-        raise ConfigError(
-            f"{config.data.shards} holds latents {tuple(reader.index.latent_shape)} [F, C, H, W], but rollout.frames is "
-            f"{wanted[0]} and model.channels is {wanted[1]}; change these or pack the clips again"
-        )
-    if reader.index.text_shape[1] != config.model.text_dim:
-        raise ConfigError(
-            f"{config.data.shards} holds text of width {reader.index.text_shape[1]}, but model.text_dim is "
-            f"{config.model.text_dim}; use model.text_dim={reader.index.text_shape[1]} or pack with another text encoder"
-        )
-    return reader
-
-
-def codec_file(config: Config) -> Path:
-    """The basis beside the shards if the packer refitted it, else the shipped one."""
-    beside = Path(config.data.shards) / "codec.safetensors"
-    return beside if beside.exists() else find_file(BASIS)
-
-
-def build_order(config: Config, reader: ShardReader) -> SampleOrder:
-    return SampleOrder(len(reader), config.run.seed, reader.caption_ids, config.batch.group)
 
 
 def run_folder(config: Config) -> Path:

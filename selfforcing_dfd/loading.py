@@ -15,7 +15,8 @@ from diffusers import AutoencoderKLWan
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from selfforcing_dfd.build import build_device, build_ladder, build_network, codec_file, load_network, student_of
+from selfforcing_dfd.build import build_device, build_ladder, build_network, load_network, student_of
+from selfforcing_dfd.build_data import codec_file
 from selfforcing_dfd.codecs.text import WanText
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.config import REPOSITORY, ConfigError, ModelConfig, find_file, load_config, require

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from selfforcing_dfd.build import arms, build_chunks, build_device, build_ladder, noise_wish, run_folder, sources
+from selfforcing_dfd.build import arms, build_chunks, build_device, build_ladder, run_folder, sources
+from selfforcing_dfd.build_data import NEED_NO_CLIPS, noise_wish
 from selfforcing_dfd.config import REPOSITORY, Config, find_file, to_yaml
 from selfforcing_dfd.data.shards import INDEX_NAME, ShardReader
 from selfforcing_dfd.estimate import (
@@ -31,6 +32,7 @@ TEXT_TOKENS = 512  # UMT5's padded length, while there are no shards to ask
 UMT5_WIDTH = 4096
 ENCODERS = "weights/Wan2.1-T2V-1.3B-Diffusers"  # VAE and text encoder; those of 14B are the same
 DFD_DATA, DFD_FOLDER = "csusupergear/vipe_long_lmdb", "data/vipe_long_lmdb"
+PROMPTS, PROMPT_FOLDER = "vidprom_filtered_extended.txt", "data"  # of Self-Forcing: prompts are all that DMD needs
 TERA = 1e12
 GIGA = 1e9
 
@@ -49,16 +51,17 @@ def plan(config: Config) -> str:
     runs = list(arms(config))
     lines = [f"{len(runs)} run{'s' * (len(runs) > 1)}"]
     costs: list[str] = []
+    prompts_do = all(run.run.stage in NEED_NO_CLIPS for run in runs)  # the runs of a comparison share their data
     for run in runs:
         cost = plan_cost(run)
         same = [f"  cost        as of the run before, of {run.run.gpus} GPU{'s' * (run.run.gpus > 1)}"]
-        lines += ["", *plan_run(run), *(same if cost == costs else cost)]
+        lines += ["", *plan_run(run, prompts_do), *(same if cost == costs else cost)]
         costs = cost
     return "\n".join([*lines, "", "settings", to_yaml(config)])
 
 
-def plan_run(config: Config) -> list[str]:
-    """A run's networks, data and updates, one line each."""
+def plan_run(config: Config, prompts_do: bool = False) -> list[str]:
+    """A run's networks, data and updates, one line each. prompts_do: data without clips will do."""
     stage, batch, rollout = config.run.stage, config.batch, config.rollout
     parameters = ", ".join(f"{role} {count:,}" for role, count in role_parameters(config).items())
     (height, width), (text_tokens, _) = latent_size(config), text_shape(config)
@@ -78,7 +81,7 @@ def plan_run(config: Config) -> list[str]:
     if stage == "dfd":
         dfd = config.dfd
         lines.append(f"  data rows   p {dfd.p:g} a {dfd.granularity}, pairing {dfd.pairing}, sigma {dfd.sigma_range}")
-    return [*lines, *describe_updates(config), *describe_needs(config)]
+    return [*lines, *describe_updates(config), *describe_needs(config, prompts_do)]
 
 
 def describe_updates(config: Config) -> Iterator[str]:
@@ -101,7 +104,7 @@ def describe_negative(config: Config) -> str:
     return "the negative prompt stored with the shards" if reader_of(config).negative is not None else "zeros"
 
 
-def describe_needs(config: Config) -> Iterator[str]:
+def describe_needs(config: Config, prompts_do: bool) -> Iterator[str]:
     """The files that a run starts from; for each that is not there, the command that fetches or makes it."""
     given: dict[tuple[str, str], list[str]] = {source: [] for source in sources(config).values() if source[0]}
     for role, (path, entry) in sources(config).items():
@@ -121,7 +124,7 @@ def describe_needs(config: Config) -> Iterator[str]:
         yield f"  {'data':<12}{folder}, to be made from {tiny.clips} tiny-world clips with {tiny.level} captions"
     else:
         yield f"  {'data':<12}{folder} (MISSING)"
-        yield from (f"{'':14}{command}" for command in how_to_make_shards(config))
+        yield from (f"{'':14}{command}" for command in how_to_make_shards(config, prompts_do))
     if noise_wish(config) and not tiny.noise_steps and not (has_shards(config) and reader_of(config).has_noise):
         yield f"  {'noise':<12}not in {folder} (MISSING)"
         yield f"{'':14}python -m selfforcing_dfd invert {folder} --config CONFIG   # this one"
@@ -139,7 +142,7 @@ def how_to_get(path: str) -> str:
     return f"python train.py --config {maker}" if maker else "no shipped config makes it; correct the path"
 
 
-def how_to_make_shards(config: Config) -> Iterator[str]:
+def how_to_make_shards(config: Config, prompts_do: bool) -> Iterator[str]:
     """The commands that write data.shards: a shipped config of stage pairs, or the packer, or the importer."""
     if maker := maker_of(config.data.shards, "pairs"):
         yield f"python train.py --config {maker}"
@@ -148,6 +151,11 @@ def how_to_make_shards(config: Config) -> Iterator[str]:
     size = "x".join(str(side) for side in config.data.video_size)
     models = f" --model {ENCODERS}" if wan else ""
     frames = f"--frames {1 + 4 * (config.rollout.frames - 1)} --size {size}"
+    if wan and prompts_do:
+        yield f"hf download {REPOSITORIES['Self-Forcing']} {PROMPTS} --local-dir {PROMPT_FOLDER}"
+        yield f"python -m selfforcing_dfd prompts {PROMPT_FOLDER}/{PROMPTS}{models} {frames} {out}"
+        yield f"or, from clips: python -m selfforcing_dfd pack CLIPS --codec wan{models} {frames} {out}"
+        return
     yield f"python -m selfforcing_dfd pack CLIPS --codec {'wan' if wan else 'tiny'}{models} {frames} {out}"
     if wan:
         yield f"or, DFD's own: hf download {DFD_DATA} --repo-type dataset --local-dir {DFD_FOLDER}"

@@ -15,17 +15,15 @@ from tqdm import tqdm
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.build import (
-    BASIS,
     arms,
     build_device,
     build_invert,
-    build_reader,
     build_teacher,
     build_trainer,
     check_start,
-    codec_file,
     run_folder,
 )
+from selfforcing_dfd.build_data import BASIS, build_reader, codec_file
 from selfforcing_dfd.config import Config, ConfigError, find_file, require, to_yaml
 from selfforcing_dfd.data.pack import PackError, add_noise
 from selfforcing_dfd.data.shards import LATENT, NEGATIVE_NAME, NOISE, TEXT, ShardError, ShardReader
@@ -61,6 +59,8 @@ def run(config: Config, resume: bool = False) -> None:
     for arm in runs:
         check_start(arm)
     prepare_data(config)
+    for arm in runs:
+        build_reader(arm)  # what does not fit the last arm is said before the first is trained
     for arm in runs:
         if arm.run.stage == "pairs":
             make_pairs(arm, resume)

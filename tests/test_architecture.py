@@ -21,7 +21,7 @@ LEVELS = (
     {*CORE, *BESIDE, "rng"},
     {"models", "codecs", "tiny", "data", "sampling", "allocator"},
     {"training", "streaming", "evaluation"},
-    {"config", "build", "estimate"},
+    {"config", "build", "build_data", "estimate"},
     {
         "runner",
         "plan",

@@ -61,6 +61,7 @@ def test_commands_for_weights_and_data() -> None:
     assert "hf download Wan-AI/Wan2.1-T2V-14B-Diffusers --local-dir weights/Wan2.1-T2V-14B-Diffusers" in text
     assert "hf download gdhe17/Self-Forcing checkpoints/ode_init.pt --local-dir weights/Self-Forcing" in text
     assert "pack CLIPS --codec wan --model weights/Wan2.1-T2V-1.3B-Diffusers --frames 81 --size 480x832" in text
+    text = table(load_config("wan1.3b/dfd_ar.yaml"))
     assert (
         "selfforcing_dfd import data/vipe_long_lmdb --model weights/Wan2.1-T2V-1.3B-Diffusers --out data/wan-480p"
         in text

@@ -19,7 +19,7 @@ from tiny_wan import HEIGHT, WIDTH, save_wan_folder
 from inference import stream
 from selfforcing_dfd import rng
 from selfforcing_dfd.__main__ import main
-from selfforcing_dfd.config import load_config
+from selfforcing_dfd.config import ConfigError, load_config
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.video import read_video, write_video
 from selfforcing_dfd.models.wan import WanTransformer
@@ -70,6 +70,15 @@ def shards(place: Path, wan: Path) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def prompts(place: Path, wan: Path) -> Path:
+    """`prompts` on a text file: all the data that trajectories and DMD need."""
+    (place / "prompts.txt").write_text("colours number 0\ncolours that move\na red fox\nwaves\n")
+    size, out = ("--frames", str(VIDEO_FRAMES), "--size", f"{HEIGHT}x{WIDTH}"), place / "prompts"
+    assert main(["prompts", str(place / "prompts.txt"), "--model", str(wan), *size, "--out", str(out)]) == 0
+    return out
+
+
 def train(name: str, place: Path, shards: Path, *overrides: str) -> Path:
     """A recipe of configs/wan1.3b at small size; the run's folder."""
     config = load_config(
@@ -80,16 +89,16 @@ def train(name: str, place: Path, shards: Path, *overrides: str) -> Path:
 
 
 @pytest.fixture(scope="module")
-def student(place: Path, wan: Path, shards: Path) -> Path:
-    """Pairs of the teacher's ODE, causal student, DMD, DFD with its control; the folder of the DFD arm."""
+def student(place: Path, wan: Path, shards: Path, prompts: Path) -> Path:
+    """Pairs of the teacher's ODE and causal student, DMD on prompts, DFD with its control; the folder of the DFD arm."""
     pairs, teacher = place / "pairs", wan / "transformer"
     train(
-        "ode_pairs", place, shards, f"weights.teacher={teacher}", f"pairs.out={pairs}", "pairs.steps=2", "pairs.num=4"
+        "ode_pairs", place, prompts, f"weights.teacher={teacher}", f"pairs.out={pairs}", "pairs.steps=2", "pairs.num=4"
     )
     init = train("init_ode", place, pairs, f"weights.student={teacher}", "run.student_updates=1")
     start = f"weights.student={init / 'student.safetensors'}"
     teachers = (f"weights.teacher={teacher}", "score.fake_per_student=1", "run.student_updates=1", "ema.start=0")
-    dmd = train("dmd_ar", place, shards, start, f"weights.fake={teacher}", "teacher_model=null", *teachers)
+    dmd = train("dmd_ar", place, prompts, start, f"weights.fake={teacher}", "teacher_model=null", *teachers)
     weights = (f"weights.student={dmd / 'student.safetensors'}", f"weights.fake={dmd / 'fake.safetensors'}")
     return train("dfd_ar", place, shards, *weights, *teachers, "dfd.p=1.0", "dfd.p_start=1.0") / "caption"
 
@@ -188,3 +197,20 @@ def test_clips_are_what_was_packed(place, shards):
     for number in range(NUM_CLIPS):
         again = codec.encode(clips[number][None])[0]
         assert (reader[number].latents - again).abs().max() < 2e-3 * again.abs().max()  # stored in float16
+
+
+def test_what_needs_clips_refuses_prompts(place, wan, prompts):
+    """Catches data forcing with clips of zeros: every video would be pulled to grey."""
+    teacher = wan / "transformer"
+    weights = [f"weights.{role}={teacher}" for role in ("student", "teacher", "fake")]
+    with pytest.raises(ConfigError, match="holds prompts without clips, which do for pairs and dmd"):
+        train("dfd_ar", place, prompts, *weights, "run.name=refused")
+    assert not (place / "runs" / "refused").exists()
+
+
+def test_prompts_alone_tell_of_no_data(place, student):
+    """Catches a gap to clips that do not exist, and guards that compare with them."""
+    rows = [json.loads(line) for line in (place / "runs/wan1.3b/dmd_ar/metrics.jsonl").read_text().splitlines()]
+    (row,) = [row for row in rows if row["kind"] == "student"]
+    assert "loss" in row
+    assert not any("gap" in key or "contrast" in key for key in row)

@@ -18,12 +18,13 @@ from selfforcing_dfd.data.lmdb_source import LmdbSource, find_environments
 from selfforcing_dfd.data.pack import TextEncoder
 from selfforcing_dfd.data.sources import Clip, PackError
 from selfforcing_dfd.data.video import ClipError, Resize, read_video
-from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.codec import CHANNELS, SPACE, TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
 if TYPE_CHECKING:
     from selfforcing_dfd.codecs.wan_vae import WanCodec
 
+PATCH = 2 * SPACE  # pixels that a token stands for, in height and in width
 MAX_CLIPS_TO_FIT = 64  # 33,000 blocks of 4 x 8 x 8 pixels at the default size: plenty for a basis of 16
 
 
@@ -101,3 +102,14 @@ def _named(model: Path | None, option: str, parts: str) -> Path:
     if model is None:
         raise PackError(f"{option} needs --model DIR, a diffusers folder of Wan2.1 with its subfolder {parts}")
     return model
+
+
+def latent_shape(num_video_frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """F, C, H, W of the latents of Wan's VAE, which the tiny codec shares. PackError for a video that it cannot hold."""
+    height, width = size
+    if num_video_frames < 1 or (num_video_frames - 1) % TIME or height % PATCH or width % PATCH or min(size) < PATCH:
+        raise PackError(
+            f"a video of {num_video_frames} frames of {height}x{width}; want 1 + {TIME} n frames, and height and width "
+            f"that are multiples of {PATCH}, such as 81 frames of 480x832"
+        )
+    return 1 + (num_video_frames - 1) // TIME, CHANNELS, height // SPACE, width // SPACE

@@ -4,7 +4,7 @@ Tars are the storage: any webdataset tool reads them. The index is the dataset: 
 samples are read in any order without parsing a tar, and the state of a data stream is one integer, the position in an
 endless order that is a function of (seed, epoch). Workers and ranks only decide who reads a position.
 
-    <key>.latent.npy   float16 or float32 [F, C, H, W]
+    <key>.latent.npy   float16 or float32 [F, C, H, W]; none in a folder of prompts without clips
     <key>.text.npy     float16 or float32 [n, D], trimmed to the valid tokens
     <key>.noise.npy    optional: the noise to which the teacher's probability-flow ODE maps this sample
     <key>.json         caption, source, num_video_frames, fingerprints of codec and text encoder
@@ -122,7 +122,7 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """latents, noise: [F, C, H, W] float32; text: [L, D] float32, zeros past the caption's end."""
+    """latents, noise: [F, C, H, W] float32, zeros without clips; text: [L, D] float32, zeros past the caption's end."""
 
     latents: Tensor
     text: Tensor
@@ -133,13 +133,14 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """latents, noise: [B, F, C, H, W] float32; text: [B, L, D] float32."""
+    """latents, noise: [B, F, C, H, W] float32; text: [B, L, D] float32. Without clips latents are zeros, of the right shape."""
 
     latents: Tensor
     text: Tensor
     captions: tuple[str, ...]
     keys: tuple[str, ...]
     noise: Tensor | None
+    has_clips: bool = True
 
 
 def sha256_of(path: Path) -> str:
@@ -178,7 +179,7 @@ class ShardReader:
         if tokens.shape[1:] != (dim,) or len(tokens) > length:
             raise self._error(entry, TEXT, f"is {list(tokens.shape)}, the index wants [at most {length}, {dim}]")
         return Sample(
-            latents=self._clip_array(entry, LATENT),
+            latents=self._clip_array(entry, LATENT) if self.has_clips else torch.zeros(self.index.latent_shape),
             text=pad_text(tokens, length),
             caption=entry.caption,
             key=entry.key,
@@ -188,6 +189,11 @@ class ShardReader:
     def __del__(self) -> None:
         for file in self._files.values():
             os.close(file)
+
+    @property
+    def has_clips(self) -> bool:
+        """False for prompts alone."""
+        return LATENT in self.index.samples[0].members
 
     @property
     def has_noise(self) -> bool:
@@ -271,7 +277,7 @@ class ShardReader:
         sizes = {shard.name: shard.bytes for shard in self.index.shards}
         if not self.index.samples:
             raise ShardError(f"{self.folder}: the index lists no samples. {self._remedy}")
-        wanted = {LATENT, TEXT, NOISE} if self.has_noise else {LATENT, TEXT}
+        wanted = {TEXT, *([LATENT] if self.has_clips else []), *([NOISE] if self.has_noise else [])}
         for entry in self.index.samples:
             arrays = {name for name in entry.members if name.endswith(".npy")}
             if arrays != wanted:
@@ -365,6 +371,7 @@ def load_batch(
         captions=tuple(sample.caption for sample in samples),
         keys=tuple(sample.key for sample in samples),
         noise=torch.stack(noise) if noise else None,
+        has_clips=reader.has_clips,
     )
 
 

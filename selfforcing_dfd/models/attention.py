@@ -43,8 +43,8 @@ class Kernel:
 
 KERNELS = {
     "fa3": Kernel("flash_attn_interface", (9, 9), 256, "build flash-attention's `hopper` folder"),
-    "fa4": Kernel("flash_attn.cute", (9, 10), 128, "pip install flash-attn-4"),
-    "fa2": Kernel("flash_attn", (8, 10), 256, "pip install .[flash]"),
+    "fa4": Kernel("flash_attn.cute", (9, 12), 128, "pip install .[flash]"),
+    "fa2": Kernel("flash_attn", (8, 10), 256, "pip install flash-attn --no-build-isolation, which needs nvcc"),
 }
 """In the order in which they are preferred."""
 

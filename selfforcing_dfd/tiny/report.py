@@ -18,11 +18,11 @@ from selfforcing_dfd.build import (
     build_chunks,
     build_device,
     build_ladder,
-    codec_file,
     load_network,
     run_folder,
     student_of,
 )
+from selfforcing_dfd.build_data import codec_file
 from selfforcing_dfd.config import Config, as_dict, find_file, require, to_yaml
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.tiny import curves, tables

@@ -260,16 +260,16 @@ class MatchingStage:
             guidance=self.guidance,
             min_normaliser=self.min_normaliser,
         )
-        values = _matching_values(matching, pair, rows, sigma)
-        return StageLoss(matching.loss.mean(), values, x0.detach(), batch.latents)
+        values = _matching_values(matching, pair if batch.has_clips else None, rows, sigma)
+        return StageLoss(matching.loss.mean(), values, x0.detach(), batch.latents if batch.has_clips else None)
 
 
-def _matching_values(matching: Matching, pair: Pair, rows: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+def _matching_values(matching: Matching, pair: Pair | None, rows: Tensor, sigma: Tensor) -> dict[str, Tensor]:
     return {
         "loss": matching.loss.detach(),
         "discrepancy": matching.discrepancy,
         "normaliser": matching.normaliser,
-        "gap": pair.gap,
+        **({"gap": pair.gap} if pair else {}),
         "dfd": rows.float(),
         "sigma": sigma,
     }

@@ -1,0 +1,62 @@
+"""Prompts without clips: the same shards but for the latents, and what may be trained on them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from selfforcing_dfd.__main__ import main
+from selfforcing_dfd.data.prompts import pack_prompts
+from selfforcing_dfd.data.shards import SampleOrder, ShardReader, load_batch
+from selfforcing_dfd.data.sources import PackError
+from selfforcing_dfd.tiny.text import TinyText
+
+SHAPE = (9, 16, 8, 8)
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text(
+        "a disc moves\n\n  a cross   moves\none two three four five six seven eight nine ten eleven twelve thirteen\n"
+        + "a square moves\n" * 20
+    )
+    return path
+
+
+def test_prompts_become_samples_of_zeros(prompts, tmp_path):
+    """Catches blank lines, prompts out of order, and text that is not what `pack` would have stored."""
+    summary = pack_prompts(prompts, tmp_path / "out", TinyText(), SHAPE)
+    reader = ShardReader(tmp_path / "out")
+    assert not reader.has_clips
+    assert reader.captions[:2] == ["a disc moves", "a cross moves"]
+    assert torch.equal(reader[1].text, TinyText().encode(["a cross moves"])[0].half().float())
+    assert torch.equal(reader[0].latents, torch.zeros(SHAPE))
+    batch = load_batch(reader, SampleOrder(len(reader), 0), 0, 2)
+    assert not batch.has_clips
+    assert summary.num_samples == len(reader)
+    reader.verify()
+
+
+def test_a_prompt_that_is_refused_takes_no_other_with_it(prompts, tmp_path):
+    """Catches a batch of sixteen that is lost for one word; --strict names the line."""
+    summary = pack_prompts(prompts, tmp_path / "out", TinyText(), SHAPE)
+    assert [refusal.file for refusal in summary.refused] == ["line 3"]
+    assert summary.num_samples == 22
+    with pytest.raises(PackError, match="line 3: caption has 13 words"):
+        pack_prompts(prompts, tmp_path / "strict", TinyText(), SHAPE, strict=True)
+
+
+def test_the_command_says_what_it_cannot_use(prompts, tmp_path, capsys):
+    """Catches a size that the model cannot make being found out at the first update, hours later."""
+    out = ("--out", str(tmp_path / "out"), "--text", "tiny")
+    for size, frames in (("64x60", "33"), ("64x64", "32")):
+        assert main(["prompts", str(prompts), *out, "--size", size, "--frames", frames]) == 1
+        assert "such as 81 frames of 480x832" in capsys.readouterr().err
+    assert main(["prompts", str(prompts), *out, "--size", "64x64", "--frames", "33"]) == 0
+    assert "left out line 3: caption has 13 words" in capsys.readouterr().out
+    assert ShardReader(tmp_path / "out").index.latent_shape == SHAPE
+    with pytest.raises(PackError, match="no such file"):
+        pack_prompts(tmp_path / "none.txt", tmp_path / "other", TinyText(), SHAPE)
