@@ -25,7 +25,9 @@ BF16 = torch.bfloat16
         ((8, 9), torch.float16, 64, ALL, "fa2"),  # 4090
         ((10, 0), BF16, 128, ALL, "fa4"),  # B200
         ((10, 0), BF16, 192, ALL, "fa2"),  # fa4 takes heads of up to 128
-        ((12, 0), BF16, 128, ALL, "sdpa"),  # 5090: no kernel says that it was written for it
+        ((12, 0), BF16, 128, ALL, "fa4"),  # 5090
+        ((12, 0), BF16, 128, {"fa2", "fa3"}, "sdpa"),
+        ((8, 0), BF16, 128, {"fa4"}, "sdpa"),  # whose backward pass begins with Hopper
         ((7, 5), torch.float16, 64, ALL, "sdpa"),  # T4
         ((9, 0), torch.float32, 128, ALL, "sdpa"),
         (None, BF16, 128, ALL, "sdpa"),
@@ -41,7 +43,8 @@ def test_kernel_follows_the_compute_capability(capability, dtype, head_dim, inst
     [
         ("fa5", (9, 0), BF16, ALL, r"attention is 'fa5'; use auto, sdpa, fa3, fa4, fa2"),
         ("fa3", (8, 0), BF16, ALL, r"written for compute capability 9.x to 9.x, this is 8.0; or use sdpa"),
-        ("fa2", (9, 0), BF16, set(), r"flash_attn is not installed \(pip install .\[flash\]\)"),
+        ("fa2", (9, 0), BF16, set(), r"flash_attn is not installed \(pip install flash-attn"),
+        ("fa4", (9, 0), BF16, set(), r"flash_attn.cute is not installed \(pip install .\[flash\]\)"),
         ("fa2", (9, 0), torch.float32, ALL, r"computes in float16 and bfloat16, the model is torch.float32"),
         ("fa2", None, BF16, ALL, r"needs a CUDA device"),
     ],
