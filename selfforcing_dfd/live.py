@@ -7,6 +7,7 @@ import math
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -140,8 +141,6 @@ def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
     """Model and settings that the options ask for."""
     model = load_model(options)
     model.student.set_attention(options.attention)
-    if options.compile:
-        model.student.compile_blocks()
     settings = load_settings(
         options.settings or ("default" if options.model else "tiny"),
         seed=options.seed,
@@ -150,7 +149,21 @@ def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
         positions=options.positions,
         on_prompt=options.on_prompt,
     )
+    if options.compile:
+        model.student.compile_blocks()
+        warm_up(model, settings, examples(options)[0])
     return model, settings
+
+
+def warm_up(model: StreamModel, settings: StreamSettings, prompt: str) -> None:
+    """Compile all that a stream runs, in a stream that nobody sees: two chunks go through every program."""
+    begun = time.perf_counter()
+    sys.stderr.write("compiling the blocks ...")
+    sys.stderr.flush()
+    session = StreamSession(model, prompt, settings)
+    session.next_chunk()
+    session.next_chunk()
+    sys.stderr.write(f" {time.perf_counter() - begun:.0f} s\n")
 
 
 def load_model(options: argparse.Namespace) -> StreamModel:

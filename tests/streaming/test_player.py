@@ -6,8 +6,9 @@ import io
 
 import numpy as np
 import torch
+from torch._dynamo.testing import CompileCounter
 
-from selfforcing_dfd.live import Player
+from selfforcing_dfd.live import Player, warm_up
 from selfforcing_dfd.loading import load_settings, load_stream_model
 from selfforcing_dfd.streaming.prompts import PromptSchedule
 from selfforcing_dfd.streaming.session import StreamSession
@@ -57,3 +58,19 @@ def test_reset_keeps_a_prompt_that_was_asked_for():
 def test_the_stream_ends_when_it_is_told():
     """Catches a quit that waits for the last chunk."""
     assert len(play("0: a disc moves\n", {2: "/quit"}, 100)) == 2
+
+
+def test_warming_up_leaves_nothing_to_compile(capsys):
+    """Catches a compiled stream whose first seconds are spent compiling, with the viewer waiting."""
+    torch._dynamo.reset()
+    counter, model = CompileCounter(), load_stream_model()
+    model.student.compile_blocks(backend=counter)
+    settings = load_settings("tiny")
+    warm_up(model, settings, "a disc moves")
+    compiled = counter.frame_count
+    assert compiled > 0
+    session = StreamSession(model, "a cross moves", settings)
+    for _ in range(5):
+        session.next_chunk()
+    assert counter.frame_count == compiled
+    assert "compiling the blocks" in capsys.readouterr().err
