@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from selfforcing_dfd import commands
 
@@ -112,10 +112,7 @@ def prompts(parser: argparse.ArgumentParser) -> Run:
             latent_shape(args.frames, args.size),
             negative_prompt=_negative_prompt(args),
             shard_size=args.shard_size or 4096,
-            dtype="float32" if args.float32 else "float16",
-            strict=args.strict,
-            overwrite=args.overwrite,
-            unfinished="resume" if args.resume else "keep",
+            **_output_options(args),
         )
         _print_summary(summary)
 
@@ -168,10 +165,7 @@ def import_(parser: argparse.ArgumentParser) -> Run:
             codec_fingerprint=IMPORTED_CODEC,
             negative_prompt=_negative_prompt(args) if args.text else None,
             shard_size=args.shard_size or 128,
-            dtype="float32" if args.float32 else "float16",
-            strict=args.strict,
-            overwrite=args.overwrite,
-            unfinished="resume" if args.resume else "keep",
+            **_output_options(args),
         )
         _print_summary(summary)
 
@@ -245,6 +239,16 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--strict", action="store_true", help="stop at the first clip or prompt that cannot be used")
     parser.add_argument("--resume", action="store_true", help="go on where an interrupted run has complete shards")
     parser.add_argument("--overwrite", action="store_true", help="replace earlier shards in the same place")
+
+
+def _output_options(args: argparse.Namespace) -> dict[str, Any]:
+    """What `_add_output_arguments` asked for, but for the size of shards, whose default differs."""
+    return {
+        "dtype": "float32" if args.float32 else "float16",
+        "strict": args.strict,
+        "overwrite": args.overwrite,
+        "unfinished": "resume" if args.resume else "keep",
+    }
 
 
 def _size(text: str) -> tuple[int, int]:

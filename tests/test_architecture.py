@@ -19,7 +19,7 @@ PRINTING = {"train.py", f"{PACKAGE}/__main__.py", f"{PACKAGE}/commands.py", f"{P
 
 LEVELS = (
     {*CORE, *BESIDE, "rng"},
-    {"models", "codecs", "tiny", "data", "sampling", "allocator"},
+    {"models", "codecs", "tiny", "data", "sampling", "allocator", "files"},
     {"training", "streaming", "evaluation"},
     {"config", "build", "build_data", "estimate"},
     {

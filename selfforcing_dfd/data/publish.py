@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 from selfforcing_dfd.data.sources import PackError
+from selfforcing_dfd.files import sync
 
 Unfinished = Literal["discard", "keep", "resume"]
 """What becomes of the partial folder of an interrupted run: "discard" removes it, on an exception or at the next start;
@@ -59,15 +59,6 @@ def num_complete(partial: Path) -> int:
     """Complete shards that an interrupted run left: the lines of its journal but the first, each with its end."""
     journal = partial / JOURNAL_NAME
     return max(journal.read_bytes().count(b"\n") - 1, 0) if journal.is_file() else 0
-
-
-def sync(path: Path) -> None:
-    """Force a file or folder to disk, so that what is written later never shows less than what it builds on."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def check_is_ours(folder: Path) -> None:

@@ -20,7 +20,7 @@ from safetensors.torch import save
 from torch import Tensor
 from webdataset import TarWriter
 
-from selfforcing_dfd.data.publish import JOURNAL_NAME, Unfinished, published, sync
+from selfforcing_dfd.data.publish import JOURNAL_NAME, Unfinished, published
 from selfforcing_dfd.data.shards import (
     INDEX_NAME,
     NEGATIVE_NAME,
@@ -31,6 +31,7 @@ from selfforcing_dfd.data.shards import (
     sha256_of,
 )
 from selfforcing_dfd.data.sources import PackError
+from selfforcing_dfd.files import sync
 
 NUM_NAMED = 5
 

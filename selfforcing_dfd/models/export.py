@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfforcing_dfd import __version__
+from selfforcing_dfd.files import sync
 from selfforcing_dfd.models.hub import ARCHITECTURE, Role
 from selfforcing_dfd.models.stored import DTYPES, INDEX, WEIGHTS, StoredTensor, WeightsError, byte_view
 from selfforcing_dfd.models.wan_keys import to_wan
@@ -271,7 +271,7 @@ def _whole(destination: Path, overwrite: bool) -> Iterator[Path]:
                 aside.rename(destination)
                 raise
             _remove(aside)
-        _sync(destination.parent)
+        sync(destination.parent)
     finally:
         _remove(temporary)
 
@@ -289,14 +289,5 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _sync_all(path: Path) -> None:
     for file in sorted(path.iterdir()) if path.is_dir() else []:
-        _sync(file)
-    _sync(path)
-
-
-def _sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        sync(file)
+    sync(path)

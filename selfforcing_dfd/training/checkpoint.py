@@ -35,7 +35,8 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from selfforcing_dfd import __version__
-from selfforcing_dfd.training.ema import NUM_SHOWN, describe, differences, model_fingerprint, sync
+from selfforcing_dfd.files import sync
+from selfforcing_dfd.training.ema import NUM_SHOWN, describe, differences, model_fingerprint
 from selfforcing_dfd.training.ema import load_optimizer_state as load_optimizer_state
 from selfforcing_dfd.training.ema import load_weights as load_weights
 from selfforcing_dfd.training.ema import optimizer_state as optimizer_state

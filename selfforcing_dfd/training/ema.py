@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+
+from selfforcing_dfd.files import sync
 
 NUM_SHOWN = 5
 
@@ -189,15 +190,6 @@ def whole(tensor: Tensor) -> Tensor:
     """Contiguous on the CPU, with all shards of a DTensor."""
     tensor = tensor.detach()
     return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu().contiguous()
-
-
-def sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _named(weights: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:

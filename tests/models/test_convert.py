@@ -181,7 +181,7 @@ def test_a_failure_leaves_what_was_there(to, original, tmp_path, monkeypatch):
     def fail(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "_sync", fail)
+    monkeypatch.setattr(export, "sync", fail)
     with pytest.raises(OSError, match="No space left"):
         convert(wan_folder(tmp_path / "other", wan_state(1)), tmp_path / "w", to, overwrite=True)
     assert digest(tmp_path / "w") == before
