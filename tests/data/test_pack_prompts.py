@@ -60,3 +60,28 @@ def test_the_command_says_what_it_cannot_use(prompts, tmp_path, capsys):
     assert ShardReader(tmp_path / "out").index.latent_shape == SHAPE
     with pytest.raises(PackError, match="no such file"):
         pack_prompts(tmp_path / "none.txt", tmp_path / "other", TinyText(), SHAPE)
+
+
+def test_output_options_reach_the_shards(prompts, tmp_path, capsys):
+    """Catches --strict, --overwrite, --resume or --float32 being taken and not handed on."""
+    command = [
+        "prompts",
+        str(prompts),
+        "--out",
+        str(tmp_path / "out"),
+        "--text",
+        "tiny",
+        "--size",
+        "64x64",
+        "--frames",
+        "33",
+    ]
+    assert main([*command, "--strict"]) == 1
+    assert "line 3: caption has 13 words" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    assert main(command) == 0
+    assert main(command) == 1
+    assert "exists" in capsys.readouterr().err
+    assert main([*command, "--resume"]) == 0  # it is finished: nothing to do
+    assert main([*command, "--overwrite", "--float32"]) == 0
+    assert torch.equal(ShardReader(tmp_path / "out")[0].text, TinyText().encode(["a disc moves"])[0])
