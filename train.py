@@ -11,18 +11,30 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         description="Train one stage (teacher, pairs, init, dmd, dfd), or all arms of a comparison, from a config file.",
         epilog="Overrides change single settings: train.py --config dfd_ar.yaml optim.student.lr=1e-5 run.seed=1",
     )
-    parser.add_argument("--config", required=True, help="YAML file; a bare name is looked up in configs/")
     parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest complete checkpoint of this run"
+        "--config", required=True, help="YAML file; a bare name is looked up in configs/"
     )
     parser.add_argument(
-        "--dry-run", action="store_true", help="print what would be done, what it needs and what it costs"
+        "--resume",
+        action="store_true",
+        help="continue from the newest complete checkpoint of this run",
     )
     parser.add_argument(
-        "--gpus", type=int, metavar="N", help="with --dry-run: GPUs to plan for; the same as run.gpus=N"
+        "--dry-run",
+        action="store_true",
+        help="print what would be done, what it needs and what it costs",
     )
     parser.add_argument(
-        "overrides", nargs="*", metavar="section.setting=value", help="settings that replace the file's"
+        "--gpus",
+        type=int,
+        metavar="N",
+        help="with --dry-run: GPUs to plan for; the same as run.gpus=N",
+    )
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="section.setting=value",
+        help="settings that replace the file's",
     )
     return parser.parse_intermixed_args(arguments)
 

@@ -1,4 +1,6 @@
-"""The C allocator's settings. Freed tensors of tens of megabytes otherwise go back to the system and fault in anew."""
+"""The C allocator's settings. Freed tensors of tens of megabytes otherwise go back to the system
+and fault in anew.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ KEEP_BYTES = 32 << 20  # the largest that glibc accepts for mmap
 
 
 def tune_allocator() -> None:
-    """Make glibc keep large freed blocks (Linux; elsewhere nothing happens). Call before the first tensor."""
+    """Make glibc keep large freed blocks (Linux; elsewhere nothing happens). Call before the first
+    tensor.
+    """
     if sys.platform != "linux":
         return
     libc = ctypes.CDLL(None)

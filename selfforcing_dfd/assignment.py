@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 def assign(cost: list[list[float]]) -> list[int]:
-    """Column of each row in the assignment of least total cost (Kuhn 1955; shortest augmenting paths, O(n^3))."""
+    """Column of each row in the assignment of least total cost (Kuhn 1955; shortest augmenting
+    paths, O(n^3)).
+    """
     n = len(cost)
     row_price, column_price = [0.0] * n, [0.0] * (n + 1)
     row_of = [-1] * (n + 1)  # the extra column is where each new row starts its search

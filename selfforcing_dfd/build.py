@@ -37,7 +37,13 @@ from selfforcing_dfd.training.checkpoint import CheckpointManager, check_config
 from selfforcing_dfd.training.ema import EMA, model_fingerprint
 from selfforcing_dfd.training.loop import Learner, Trainer, Watch, World
 from selfforcing_dfd.training.precision import DTYPES, compute_in, parameters_in
-from selfforcing_dfd.training.stages import DataForcing, InitStage, MatchingStage, Stage, TeacherStage
+from selfforcing_dfd.training.stages import (
+    DataForcing,
+    InitStage,
+    MatchingStage,
+    Stage,
+    TeacherStage,
+)
 from selfforcing_dfd.training.tracking import Tracker
 
 STUDENT_FILE = "student.safetensors"
@@ -53,7 +59,9 @@ def build_device(name: str) -> torch.device:
         raise ConfigError(f"run.device is {name!r}; use auto, cpu, cuda or cuda:N") from error
     found = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= found:
-        raise ConfigError(f"run.device is {name} but torch sees {found} GPUs; use run.device=auto or run.device=cpu")
+        raise ConfigError(
+            f"run.device is {name} but torch sees {found} GPUs; use run.device=auto or run.device=cpu"
+        )
     return device
 
 
@@ -87,7 +95,8 @@ def load_network(
     entry: str = "",
     dtype: torch.dtype = torch.float32,
 ) -> WanTransformer:
-    """A network of the configured size with the weights of a file or folder in any format of `models/weights.py`; strict.
+    """A network of the configured size with the weights of a file or folder in any format of
+    `models/weights.py`; strict.
 
     entry: which model of a file that holds several. Raises ConfigError for another model's weights.
     """
@@ -118,7 +127,8 @@ def train_in(config: ModelConfig, network: WanTransformer) -> WanTransformer:
     """The network, whose weights are float32, computing in the configured dtype."""
     dtype = DTYPES[config.compute]
     if dtype != torch.float32:
-        with parameters_in(network, {network.patch_embedding.weight}, dtype):  # the dtype by which kernels are chosen
+        # the dtype by which kernels are chosen
+        with parameters_in(network, {network.patch_embedding.weight}, dtype):
             network.set_attention(config.attention)
         compute_in(network, dtype)
     return network
@@ -131,14 +141,18 @@ def place(network: WanTransformer, device: torch.device | str) -> WanTransformer
 
 
 def sources(config: Config) -> dict[str, tuple[str, str]]:
-    """What each role of the stage starts from, file or folder and entry; empty for weights from run.seed."""
+    """What each role of the stage starts from, file or folder and entry; empty for weights from
+    run.seed.
+    """
     weights = config.weights
     teacher = (weights.teacher, weights.teacher_entry)
     student = (weights.student, weights.student_entry) if weights.student else teacher
     fake = (weights.fake, weights.fake_entry) if weights.fake else teacher
     if config.run.stage == "pairs":
         return {"teacher": teacher}
-    return {"student": student} | ({"fake": fake, "teacher": teacher} if config.run.stage in ("dmd", "dfd") else {})
+    return {"student": student} | (
+        {"fake": fake, "teacher": teacher} if config.run.stage in ("dmd", "dfd") else {}
+    )
 
 
 def teacher_size(config: Config) -> ModelConfig:
@@ -147,17 +161,23 @@ def teacher_size(config: Config) -> ModelConfig:
 
 def build_teacher(config: Config, device: torch.device | str = "cpu") -> WanTransformer:
     """The frozen teacher of the config."""
-    return load_frozen(teacher_size(config), config.weights.teacher, device, config.weights.teacher_entry)
+    return load_frozen(
+        teacher_size(config), config.weights.teacher, device, config.weights.teacher_entry
+    )
 
 
 def build_networks(config: Config, device: torch.device) -> dict[str, WanTransformer]:
-    """student, and for distribution matching the frozen teacher and the fake score, each with its starting weights."""
+    """student, and for distribution matching the frozen teacher and the fake score, each with its
+    starting weights.
+    """
     networks: dict[str, WanTransformer] = {}
     for role, (weights, entry) in sources(config).items():
         if role == "teacher":
             networks[role] = build_teacher(config, device)
         elif weights:
-            networks[role] = train_in(config.model, load_network(config.model, weights, device, entry))
+            networks[role] = train_in(
+                config.model, load_network(config.model, weights, device, entry)
+            )
         else:
             networks[role] = build_network(config.model)
             networks[role].init_weights(rng.generator(config.run.seed, "weights"))
@@ -167,18 +187,26 @@ def build_networks(config: Config, device: torch.device) -> dict[str, WanTransfo
     return networks
 
 
-def build_stage(config: Config, networks: dict[str, WanTransformer], negative: Tensor | None = None) -> Stage:
+def build_stage(
+    config: Config, networks: dict[str, WanTransformer], negative: Tensor | None = None
+) -> Stage:
     """negative: [L, D_text], the text of no caption; zeros by default."""
     flow, score = config.flow, config.score
     student: dict[str, nn.Module] = {"student": networks["student"]}
-    past: dict[str, Any] = {"sink": config.rollout.sink, "window": config.rollout.window or None, "negative": negative}
+    past: dict[str, Any] = {
+        "sink": config.rollout.sink,
+        "window": config.rollout.window or None,
+        "negative": negative,
+    }
     if config.run.stage == "teacher":
         return TeacherStage(student, flow.shift, flow.text_dropout, negative=negative)
     chunks = build_chunks(config)
     if config.run.stage == "init":
         paired = len(chunks) if flow.paired == "all" else 1
         levels = build_ladder(config) if flow.levels == "ladder" else ()
-        return InitStage(student, chunks, flow.shift, flow.text_dropout, num_paired=paired, levels=levels, **past)
+        return InitStage(
+            student, chunks, flow.shift, flow.text_dropout, num_paired=paired, levels=levels, **past
+        )
     return MatchingStage(
         trained={**student, "fake": networks["fake"]},
         teacher=networks["teacher"],
@@ -208,23 +236,35 @@ def build_forcing(config: Config) -> DataForcing:
     if config.run.stage == "dmd":
         return DataForcing()
     dfd, (low, high) = config.dfd, config.dfd.sigma_range
-    return DataForcing(dfd.p, dfd.p_start, dfd.ramp_updates, dfd.granularity, dfd.pairing, (low, high))
+    return DataForcing(
+        dfd.p, dfd.p_start, dfd.ramp_updates, dfd.granularity, dfd.pairing, (low, high)
+    )
 
 
 def build_learner(network: nn.Module, config: OptimizerConfig, student_updates: int) -> Learner:
-    """A network with AdamW; with kind muon, Muon (torch.optim.Muon) takes the blocks' matrices and AdamW the rest."""
+    """A network with AdamW; with kind muon, Muon (torch.optim.Muon) takes the blocks' matrices and
+    AdamW the rest.
+    """
     parameters = dict(network.named_parameters())
     matrices = {
-        n: p for n, p in parameters.items() if config.kind == "muon" and n.startswith("blocks.") and p.ndim == 2
+        n: p
+        for n, p in parameters.items()
+        if config.kind == "muon" and n.startswith("blocks.") and p.ndim == 2
     }
     rest = [p for n, p in parameters.items() if n not in matrices]
     decay = config.weight_decay
-    optimizers: list[Optimizer] = [torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=decay)]
+    optimizers: list[Optimizer] = [
+        torch.optim.AdamW(rest, lr=config.lr, betas=config.betas, weight_decay=decay)
+    ]
     if matrices:
-        muon = torch.optim.Muon(matrices.values(), lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        muon = torch.optim.Muon(
+            matrices.values(), lr=config.lr, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
+        )
         optimizers.append(muon)
     for optimizer in optimizers:  # else both networks' gradients lie in memory, one of them unused
-        optimizer.register_step_post_hook(lambda used, args, kwargs: used.zero_grad(set_to_none=True))
+        optimizer.register_step_post_hook(
+            lambda used, args, kwargs: used.zero_grad(set_to_none=True)
+        )
     return Learner(network, tuple(optimizers), build_lr(config, student_updates), config.clip)
 
 
@@ -235,13 +275,17 @@ def build_lr(config: OptimizerConfig, student_updates: int) -> Callable[[int], f
         if update < config.warmup:
             return config.lr * (update + 1) / config.warmup
         progress = (update - config.warmup) / max(student_updates - config.warmup, 1)
-        return config.lr * (config.decay + (1 - config.decay) * 0.5 * (1 + math.cos(math.pi * min(progress, 1))))
+        return config.lr * (
+            config.decay + (1 - config.decay) * 0.5 * (1 + math.cos(math.pi * min(progress, 1)))
+        )
 
     return lr
 
 
 def check_start(config: Config) -> None:
-    """ConfigError for a device or weights that are not there: found out before data is made or anything is trained."""
+    """ConfigError for a device or weights that are not there: found out before data is made or
+    anything is trained.
+    """
     build_device(config.run.device)
     for role, name in (
         ("student", config.weights.student),
@@ -249,7 +293,9 @@ def check_start(config: Config) -> None:
         ("fake", config.weights.fake),
     ):
         if name and not find_file(name).exists():
-            raise ConfigError(f"weights.{role} is {name}, which does not exist; train it first, or correct the path")
+            raise ConfigError(
+                f"weights.{role} is {name}, which does not exist; train it first, or correct the path"
+            )
 
 
 def build_invert(config: Config, num_steps: int) -> Invert:
@@ -265,7 +311,9 @@ def build_invert(config: Config, num_steps: int) -> Invert:
         if config.flow.paired == "first":
             return invert(teacher, latents, conditioning, num_steps, shift).cpu()
         cache = KVCache(rollout.sink, rollout.window or None)
-        return invert_by_chunks(teacher, latents, conditioning, num_steps, shift, build_chunks(config), cache).cpu()
+        return invert_by_chunks(
+            teacher, latents, conditioning, num_steps, shift, build_chunks(config), cache
+        ).cpu()
 
     return run
 
@@ -275,18 +323,28 @@ def run_folder(config: Config) -> Path:
 
 
 def arms(config: Config) -> Iterator[Config]:
-    """The runs that a config stands for: one a named arm, in runs/name/arm; without arms the config itself."""
+    """The runs that a config stands for: one a named arm, in runs/name/arm; without arms the config
+    itself.
+    """
     if not config.arms:
         yield config
     for name, overrides in config.arms.items():
-        yield change(dataclasses.replace(config, arms={}), [f"run.name={config.run.name}/{name}", *overrides])
+        yield change(
+            dataclasses.replace(config, arms={}), [f"run.name={config.run.name}/{name}", *overrides]
+        )
 
 
 def student_of(run: Path) -> tuple[Config, Path]:
-    """Config and weights of a run's student, or of its last arm's. Raises ConfigError for a folder without a run."""
+    """Config and weights of a run's student, or of its last arm's. Raises ConfigError for a folder
+    without a run.
+    """
     settings = run / "config.yaml"
     known = sorted(path.parent.as_posix() for path in run.glob("*/config.yaml"))
-    advice = f"; name one of its arms: {', '.join(known)}" if known else "; name the folder of a finished run"
+    advice = (
+        f"; name one of its arms: {', '.join(known)}"
+        if known
+        else "; name the folder of a finished run"
+    )
     require(settings.is_file(), f"{run} has no config.yaml{advice}")
     config = load_config(str(settings))
     last = list(arms(config))[-1]
@@ -311,13 +369,17 @@ MAY_CHANGE = {
 
 
 def build_trainer(config: Config, watch: Watch | None = None, resume: bool = False) -> Trainer:
-    """Everything that one run of `train.py` needs, continued from its newest checkpoint where asked and there is one."""
+    """Everything that one run of `train.py` needs, continued from its newest checkpoint where asked
+    and there is one.
+    """
     device = build_device(config.run.device)
     reader = build_reader(config)
     networks = build_networks(config, device)
     stage = build_stage(config, networks, reader.negative)
     folder = run_folder(config)
-    fixed = {role: model_fingerprint(network) for role, network in networks.items() if role == "teacher"}
+    fixed = {
+        role: model_fingerprint(network) for role, network in networks.items() if role == "teacher"
+    }
     checkpoints = CheckpointManager(
         folder / "checkpoints",
         config.checkpoint.keep,
@@ -343,7 +405,9 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
         student_updates=config.run.student_updates,
         checkpoints=checkpoints,
         checkpoint_every=config.checkpoint.every,
-        tracker=Tracker(folder, tensorboard=config.log.tensorboard, wandb_project=config.log.wandb_project),
+        tracker=Tracker(
+            folder, tensorboard=config.log.tensorboard, wandb_project=config.log.wandb_project
+        ),
         num_workers=config.data.workers,
         watch=watch,
         world=World(device=device),

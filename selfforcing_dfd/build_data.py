@@ -22,7 +22,9 @@ def noise_wish(config: Config) -> str:
 
 
 def build_reader(config: Config) -> ShardReader:
-    """The data set; refuses latents, text or missing noise that do not fit the configured model, clip length and pairing."""
+    """The data set; refuses latents, text or missing noise that do not fit the configured model,
+    clip length and pairing.
+    """
     reader = ShardReader(Path(config.data.shards))
     if not reader.has_clips and config.run.stage not in NEED_NO_CLIPS:
         raise ConfigError(

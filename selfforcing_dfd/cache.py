@@ -1,7 +1,8 @@
 """The past of a chunk: keys and values of the chunks before it, as immutable context.
 
-Attention sees values only; the one mutable object of a rollout is `KVCache`. Keys and values are detached as they enter
-a `ChunkKV`, so no gradient reaches an earlier chunk; in the public code, whose cache is written in place, it does.
+Attention sees values only; the one mutable object of a rollout is `KVCache`. Keys and values are
+detached as they enter a `ChunkKV`, so no gradient reaches an earlier chunk; in the public code,
+whose cache is written in place, it does.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True, slots=True)
 class ChunkKV:
-    """What a finished chunk leaves behind: per layer (k, v), each [B, frames * tokens, heads, head_dim], k rotated."""
+    """What a finished chunk leaves behind: per layer (k, v), each [B, frames * tokens, heads,
+    head_dim], k rotated.
+    """
 
     frames: int
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -29,7 +32,9 @@ class ChunkKV:
 
 @dataclass(frozen=True, slots=True)
 class Context:
-    """Immutable view of the past of one chunk, whose first latent frame has the absolute index `next_frame`."""
+    """Immutable view of the past of one chunk, whose first latent frame has the absolute index
+    `next_frame`.
+    """
 
     chunks: tuple[ChunkKV, ...] = ()
     next_frame: int = 0
@@ -47,7 +52,9 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class PackedContext:
-    """The pasts of consecutive chunks that go through the network together; each sees its own past and itself."""
+    """The pasts of consecutive chunks that go through the network together; each sees its own past
+    and itself.
+    """
 
     contexts: tuple[Context, ...]
     frames: tuple[int, ...]
@@ -59,7 +66,9 @@ class PackedContext:
 
     def attend(self, attention: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens = q.shape[1] // sum(self.frames)
-        parts = [part.split([frames * tokens for frames in self.frames], dim=1) for part in (q, k, v)]
+        parts = [
+            part.split([frames * tokens for frames in self.frames], dim=1) for part in (q, k, v)
+        ]
         seen = zip(self.contexts, *parts, strict=True)
         return torch.cat([context.attend(attention, layer, *qkv) for context, *qkv in seen], dim=1)
 
@@ -68,7 +77,8 @@ class PackedContext:
 class KVCache:
     """Sink + window, by whole chunks.
 
-    sink: first latent frames, kept for ever. window: latent frames a chunk may see, itself and sink included, or None.
+    sink: first latent frames, kept for ever. window: latent frames a chunk may see, itself and sink
+    included, or None.
     """
 
     sink: int = 0

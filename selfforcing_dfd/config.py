@@ -1,4 +1,5 @@
-"""Typed, frozen settings: YAML over dataclasses, dotlist overrides on top, every mistake named with its cure.
+"""Typed, frozen settings: YAML over dataclasses, dotlist overrides on top, every mistake named with
+its cure.
 
     config = load_config("dfd_ar.yaml", ["optim.student.lr=1e-5"])
 
@@ -49,7 +50,9 @@ class RunConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Size of student, teacher and fake score (Wan2.1's names in research and code: dim = heads * head_dim)."""
+    """Size of student, teacher and fake score (Wan2.1's names in research and code: dim = heads *
+    head_dim).
+    """
 
     num_heads: int = 4
     head_dim: int = 32
@@ -59,8 +62,10 @@ class ModelConfig:
     text_dim: int = 32
     freq_dim: int = 256
     gradient_checkpointing: bool = False
-    compute: Literal["float32", "bfloat16"] = "float32"  # bfloat16: trained weights stay float32, training/precision.py
-    attention: Literal["auto", "sdpa", "fa2", "fa3", "fa4"] = "auto"  # the kernel where compute is bfloat16
+    # bfloat16: trained weights stay float32, training/precision.py
+    compute: Literal["float32", "bfloat16"] = "float32"
+    # the kernel where compute is bfloat16
+    attention: Literal["auto", "sdpa", "fa2", "fa3", "fa4"] = "auto"
 
     def __post_init__(self) -> None:
         require(
@@ -71,9 +76,11 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsConfig:
-    """What to start from; empty means from nothing (student, fake: from the teacher where there is one).
+    """What to start from; empty means from nothing (student, fake: from the teacher where there is
+    one).
 
-    A file or folder in any format of `models/weights.py`; the entry picks one model of a file that holds several.
+    A file or folder in any format of `models/weights.py`; the entry picks one model of a file that
+    holds several.
     """
 
     student: str = ""
@@ -105,12 +112,15 @@ class RolloutConfig:
             f"rollout.window ({self.window}) must hold rollout.sink ({self.sink}) and one chunk ({self.chunk_frames}); "
             f"use at least {self.sink + self.chunk_frames}, or 0 to see everything",
         )
-        few_step_ladder(tuple(self.ladder), self.shift)  # raises for a ladder that does not fall from 1000
+        # raises for a ladder that does not fall from 1000
+        few_step_ladder(tuple(self.ladder), self.shift)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ScoreConfig:
-    """Distribution matching: where teacher and fake score are compared, and how often each model learns."""
+    """Distribution matching: where teacher and fake score are compared, and how often each model
+    learns.
+    """
 
     guidance: float = 4.0  # uncond + w (cond - uncond); 1 is off. Self-Forcing's 3.0 is 4.0 here
     shift: float = 5.0
@@ -124,12 +134,17 @@ class ScoreConfig:
             0 < self.sigma_min < self.sigma_max <= 1,
             f"score.sigma_min ({self.sigma_min}) and score.sigma_max ({self.sigma_max}) must satisfy 0 < min < max <= 1",
         )
-        require(self.fake_per_student >= 1, f"score.fake_per_student is {self.fake_per_student}; it must be at least 1")
+        require(
+            self.fake_per_student >= 1,
+            f"score.fake_per_student is {self.fake_per_student}; it must be at least 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DFDConfig:
-    """Data forcing: which rows of a batch ask the teacher about a real video (arXiv 2606.18478, Eq. 9-10)."""
+    """Data forcing: which rows of a batch ask the teacher about a real video (arXiv 2606.18478, Eq.
+    9-10).
+    """
 
     p: float = 0.5  # probability that a row is anchored by data
     p_start: float = 0.5  # probability at the first student update, ramped linearly to p
@@ -143,9 +158,15 @@ class DFDConfig:
             0 <= self.p <= 1 and 0 <= self.p_start <= 1,
             f"dfd.p ({self.p}) and dfd.p_start ({self.p_start}) are probabilities in [0, 1]",
         )
-        require(self.pairing in PAIRINGS, f"dfd.pairing is {self.pairing}; known are {', '.join(PAIRINGS)}")
+        require(
+            self.pairing in PAIRINGS,
+            f"dfd.pairing is {self.pairing}; known are {', '.join(PAIRINGS)}",
+        )
         low, high = self.sigma_range
-        require(0 <= low < high <= 1, f"dfd.sigma_range is {self.sigma_range}; it must satisfy 0 <= low < high <= 1")
+        require(
+            0 <= low < high <= 1,
+            f"dfd.sigma_range is {self.sigma_range}; it must satisfy 0 <= low < high <= 1",
+        )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,7 +175,8 @@ class FlowConfig:
 
     shift: float = 3.0  # of the training noise levels, and of the teacher's ODE in stage pairs
     text_dropout: float = 0.1  # share of samples trained without caption
-    levels: Literal["any", "ladder"] = "any"  # stage init: all noise levels, or only those of rollout.ladder
+    # stage init: all noise levels, or only those of rollout.ladder
+    levels: Literal["any", "ladder"] = "any"
     paired: Literal["first", "all"] = (
         "first"  # stage init: the chunks that start from the stored noise, where there is some
     )
@@ -162,7 +184,9 @@ class FlowConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class PairsConfig:
-    """Stage pairs: noise and what the teacher's ODE makes of it, for each caption of data.shards, as shards of their own."""
+    """Stage pairs: noise and what the teacher's ODE makes of it, for each caption of data.shards,
+    as shards of their own.
+    """
 
     out: str = ""  # folder
     num: int = 0  # captions, from the first one; 0 takes all
@@ -184,7 +208,8 @@ class OptimizerConfig:
     weight_decay: float = 0.01
     clip: float = 10.0  # gradient norm
     warmup: int = 0  # updates of linear warm-up
-    decay: float = 1.0  # learning rate at the last update as a share of lr, by half a cosine; 1 is constant
+    # learning rate at the last update as a share of lr, by half a cosine; 1 is constant
+    decay: float = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -203,7 +228,8 @@ class EMAConfig:
 class BatchConfig:
     size: int = 16  # samples an update, over all processes
     micro: int = 16  # samples a forward pass; the gradient is accumulated over size / micro passes
-    group: int = 1  # neighbouring samples that share a caption (assignment pairing works within them)
+    # neighbouring samples that share a caption (assignment pairing works within them)
+    group: int = 1
 
     def __post_init__(self) -> None:
         require(
@@ -220,18 +246,22 @@ class BatchConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TinyDataConfig:
-    """How many tiny-world clips to render and pack when data.shards does not exist yet; 0 clips never makes data."""
+    """How many tiny-world clips to render and pack when data.shards does not exist yet; 0 clips
+    never makes data.
+    """
 
     clips: int = 0
     seed: int = 0
     level: Literal["short", "medium", "long"] = "short"
-    noise_steps: int = 0  # steps of the teacher's ODE that finds each clip's noise (`inversion`, stage init); 0: none
+    # steps of the teacher's ODE that finds each clip's noise (`inversion`, stage init); 0: none
+    noise_steps: int = 0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     shards: str = ""  # folder with index.json and tar shards
-    video_size: tuple[int, int] = (64, 64)  # height and width of its clips, for --dry-run while there are no shards
+    # height and width of its clips, for --dry-run while there are no shards
+    video_size: tuple[int, int] = (64, 64)
     workers: int = 0
     tiny: TinyDataConfig = field(default_factory=TinyDataConfig)
 
@@ -255,7 +285,9 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardsConfig:
-    """Saturation, contrast, sharpness, motion and spread of the student's samples against the data's."""
+    """Saturation, contrast, sharpness, motion and spread of the student's samples against the
+    data's.
+    """
 
     tolerance: float = 0.5  # warn where the ratio leaves 1 / (1 + tolerance) .. 1 + tolerance
     stop: bool = False  # end the run instead of warning
@@ -290,7 +322,8 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
-    arms: dict[str, list[str]] = field(default_factory=dict)  # runs to make and compare: name -> overrides
+    # runs to make and compare: name -> overrides
+    arms: dict[str, list[str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         needs_teacher = self.run.stage in ("pairs", "dmd", "dfd")
@@ -304,7 +337,11 @@ class Config:
         )
         self._check_teacher_model()
         require(
-            not (self.run.stage == "dfd" and self.dfd.pairing == "assignment" and self.batch.group == 1),
+            not (
+                self.run.stage == "dfd"
+                and self.dfd.pairing == "assignment"
+                and self.batch.group == 1
+            ),
             "dfd.pairing is assignment but batch.group is 1: one sample has one possible partner; use batch.group=8",
         )
         require(
@@ -313,7 +350,9 @@ class Config:
         )
 
     def _check_teacher_model(self) -> None:
-        """A teacher of another size sees the same latents and text, and cannot stand in for the student or the fake score."""
+        """A teacher of another size sees the same latents and text, and cannot stand in for the
+        student or the fake score.
+        """
         teacher, own, weights = self.teacher_model, self.model, self.weights
         if teacher is None:
             return
@@ -322,7 +361,11 @@ class Config:
             ends[0] == ends[1],
             f"teacher_model has (channels, text_dim) {ends[0]}, model has {ends[1]}; both see the same data: make them equal",
         )
-        empty = [role for role, name in (("student", weights.student), ("fake", weights.fake)) if not name]
+        empty = [
+            role
+            for role, name in (("student", weights.student), ("fake", weights.fake))
+            if not name
+        ]
         require(
             self.run.stage not in ("dmd", "dfd") or not empty,
             f"teacher_model is set, but weights.{' and weights.'.join(empty)} would start from the teacher, which has "
@@ -335,8 +378,12 @@ def find_config(name: str) -> Path:
     for path in (Path(name), REPOSITORY / "configs" / name):
         if path.is_file():
             return path
-    known = sorted(str(p.relative_to(REPOSITORY / "configs")) for p in (REPOSITORY / "configs").rglob("*.yaml"))
-    raise ConfigError(f"no config file {name}, neither here nor in configs/; there are {', '.join(known)}")
+    known = sorted(
+        str(p.relative_to(REPOSITORY / "configs")) for p in (REPOSITORY / "configs").rglob("*.yaml")
+    )
+    raise ConfigError(
+        f"no config file {name}, neither here nor in configs/; there are {', '.join(known)}"
+    )
 
 
 def find_file(name: str) -> Path:
@@ -346,9 +393,11 @@ def find_file(name: str) -> Path:
 
 
 def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Settings of the file `name` (and of its `base`), with dotlist overrides such as `dfd.p=0.3` on top.
+    """Settings of the file `name` (and of its `base`), with dotlist overrides such as `dfd.p=0.3`
+    on top.
 
-    Raises ConfigError with the file and the full path of an unknown key, a wrong type or a value that does not fit.
+    Raises ConfigError with the file and the full path of an unknown key, a wrong type or a value
+    that does not fit.
     """
     with _explained(name):
         merged = OmegaConf.merge(OmegaConf.structured(Config), _layers(find_config(name)))
@@ -358,8 +407,13 @@ def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Confi
 def _to_config(settings: Any, overrides: list[str], name: str) -> Config:
     with _explained(name):
         for override in overrides:
-            require("=" in override, f"override {override!r} is not of the form section.setting=value")
-        dotlist = [f"{override}''" if override.endswith("=") else override for override in overrides]  # empty, not None
+            require(
+                "=" in override, f"override {override!r} is not of the form section.setting=value"
+            )
+        # empty, not None
+        dotlist = [
+            f"{override}''" if override.endswith("=") else override for override in overrides
+        ]
         config = OmegaConf.to_object(OmegaConf.merge(settings, OmegaConf.from_dotlist(dotlist)))
     assert isinstance(config, Config)
     return config
@@ -367,7 +421,9 @@ def _to_config(settings: Any, overrides: list[str], name: str) -> Config:
 
 @contextmanager
 def _explained(name: str) -> Iterator[None]:
-    """Turn what OmegaConf and our own checks raise into ConfigError with the file's name and the setting's path."""
+    """Turn what OmegaConf and our own checks raise into ConfigError with the file's name and the
+    setting's path.
+    """
     try:
         yield
     except (OmegaConfBaseException, ValueError) as error:
@@ -381,7 +437,9 @@ def change(config: Config, overrides: list[str]) -> Config:
 
 
 def _layers(path: Path) -> Any:
-    """The file's settings over those of its `base`, which is looked up beside it and then in `configs/`."""
+    """The file's settings over those of its `base`, which is looked up beside it and then in
+    `configs/`.
+    """
     own: Any = OmegaConf.load(path)
     base = own.get("base") if OmegaConf.is_dict(own) else None
     if not base:

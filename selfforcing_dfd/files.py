@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def sync(path: Path) -> None:
-    """Make a file's content, or a folder's list of names, survive a power cut: what follows never shows less than this."""
+    """Make a file's content, or a folder's list of names, survive a power cut: what follows never
+    shows less than this.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,8 +1,10 @@
-"""Flow-matching algebra on the straight path between data and noise. Sigma in [0, 1] is the only time there is.
+"""Flow-matching algebra on the straight path between data and noise. Sigma in [0, 1] is the only
+time there is.
 
     x_t = (1 - sigma) x0 + sigma noise        flow = noise - x0        x0 = x_t - sigma flow
 
-Sigma is a tensor [B] or [B, F] or a float and broadcasts over latents [B, F, C, H, W]. No lookup tables, no timesteps.
+Sigma is a tensor [B] or [B, F] or a float and broadcasts over latents [B, F, C, H, W]. No lookup
+tables, no timesteps.
 """
 
 from __future__ import annotations
@@ -29,21 +31,28 @@ def x0_from_flow(x_t: Tensor, flow: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def shift_sigma(u: Tensor, shift: float) -> Tensor:
-    """Wan's time shift, s u / (1 + (s - 1) u): shift > 1 spends more of [0, 1] at high noise, 1 changes nothing."""
+    """Wan's time shift, s u / (1 + (s - 1) u): shift > 1 spends more of [0, 1] at high noise, 1
+    changes nothing.
+    """
     return shift * u / (1 + (shift - 1) * u)
 
 
 def few_step_ladder(timesteps: tuple[float, ...], shift: float) -> tuple[float, ...]:
     """The decreasing sigmas of few-step sampling from unshifted timesteps in (0, 1000].
 
-    (1000, 750, 500, 250) under shift 5 is (1, .9375, .8333, .625), Self-Forcing's warped denoising steps.
+    (1000, 750, 500, 250) under shift 5 is (1, .9375, .8333, .625), Self-Forcing's warped denoising
+    steps.
     """
     steps = torch.tensor(timesteps, dtype=torch.float64)
     if steps.numel() == 0 or steps[0] != 1000 or (steps <= 0).any() or (steps.diff() >= 0).any():
-        raise ValueError(f"ladder is {timesteps}; it must start at 1000 and fall and stay above 0: 1000, 750, 500")
+        raise ValueError(
+            f"ladder is {timesteps}; it must start at 1000 and fall and stay above 0: 1000, 750, 500"
+        )
     return tuple(shift_sigma(steps / 1000, shift).tolist())
 
 
 def score_sigma(u: Tensor, shift: float, low: float, high: float) -> Tensor:
-    """Noise levels at which teacher and fake score are compared: shift(u) for uniform u, clamped to [low, high]."""
+    """Noise levels at which teacher and fake score are compared: shift(u) for uniform u, clamped to
+    [low, high].
+    """
     return shift_sigma(u, shift).clamp(low, high)

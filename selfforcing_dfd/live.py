@@ -31,7 +31,8 @@ WAN_EXAMPLES = (
     "A woman in a yellow raincoat crosses a busy street at night, neon signs reflected in the wet asphalt.",
 )
 """Long and concrete, as the students' training prompts are."""
-MAX_CONTEXT_FRAMES = 81  # video frames of a clip to go on from: five seconds at 16 a second, Wan's training length
+# video frames of a clip to go on from: five seconds at 16 a second, Wan's training length
+MAX_CONTEXT_FRAMES = 81
 PAUSE_POLL_S = 0.05
 
 
@@ -50,7 +51,9 @@ class Player:
     paused: bool = False
 
     def play(self, num_chunks: float) -> None:
-        """Write chunks until that many are there, or someone says stop. Resetting does not start the count again."""
+        """Write chunks until that many are there, or someone says stop. Resetting does not start
+        the count again.
+        """
         self._write(self.session.context_frames)
         done = 0
         while done < num_chunks:
@@ -60,15 +63,23 @@ class Player:
             if self.paused:
                 self.stop.wait(PAUSE_POLL_S)
                 continue
-            planned = self.schedule.at(self.session.chunk_index) if self.session.chunk_index else None
+            planned = (
+                self.schedule.at(self.session.chunk_index) if self.session.chunk_index else None
+            )
             if planned is not None:
                 self.session.set_prompt(planned, self.mode)
             chunk = self.session.next_chunk()
             self._write(chunk.frames)
             done += 1
-            cuda = torch.cuda.memory_allocated() if self.session.model.device.type == "cuda" else None
+            cuda = (
+                torch.cuda.memory_allocated() if self.session.model.device.type == "cuda" else None
+            )
             self.status.update(
-                chunk.chunk_index, len(chunk.frames), chunk.timings.total_ms, self.session.prompt, cuda_bytes=cuda
+                chunk.chunk_index,
+                len(chunk.frames),
+                chunk.timings.total_ms,
+                self.session.prompt,
+                cuda_bytes=cuda,
             )
 
     def _write(self, frames: torch.Tensor) -> None:
@@ -77,7 +88,9 @@ class Player:
                 writer.write(frames)
 
     def _obey(self) -> None:
-        """Carry out what was asked for since the last chunk. A prompt that the model refuses changes nothing."""
+        """Carry out what was asked for since the last chunk. A prompt that the model refuses
+        changes nothing.
+        """
         for command in self.control.poll():
             match command:
                 case commands.NewPrompt(text):
@@ -133,7 +146,9 @@ def serve(options: argparse.Namespace) -> None:
 
     model, settings = prepare(options)
     app = server.create_app(model, settings, fps=options.fps, examples=examples(options))
-    sys.stderr.write(f"{describe(options, model, None)}\nopen http://127.0.0.1:{options.port} (Ctrl-C ends it)\n")
+    sys.stderr.write(
+        f"{describe(options, model, None)}\nopen http://127.0.0.1:{options.port} (Ctrl-C ends it)\n"
+    )
     server.serve(app, port=options.port)
 
 
@@ -156,7 +171,9 @@ def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
 
 
 def warm_up(model: StreamModel, settings: StreamSettings, prompt: str) -> None:
-    """Compile all that a stream runs, in a stream that nobody sees: two chunks go through every program."""
+    """Compile all that a stream runs, in a stream that nobody sees: two chunks go through every
+    program.
+    """
     begun = time.perf_counter()
     sys.stderr.write("compiling the blocks ...")
     sys.stderr.flush()
@@ -167,17 +184,29 @@ def warm_up(model: StreamModel, settings: StreamSettings, prompt: str) -> None:
 
 
 def load_model(options: argparse.Namespace) -> StreamModel:
-    """Real Wan for --model, else the tiny world. Raises ValueError for options that do not go together."""
+    """Real Wan for --model, else the tiny world. Raises ValueError for options that do not go
+    together.
+    """
     sizes = {"height": options.height, "width": options.width}
     if options.model is None:
         given = [
-            name for name, value in {**sizes, "dtype": options.dtype, "vae-device": options.vae_device}.items() if value
+            name
+            for name, value in {
+                **sizes,
+                "dtype": options.dtype,
+                "vae-device": options.vae_device,
+            }.items()
+            if value
         ]
         if given:
-            raise ValueError(f"--{', --'.join(given)} without --model: the tiny world has one size; add --model DIR")
+            raise ValueError(
+                f"--{', --'.join(given)} without --model: the tiny world has one size; add --model DIR"
+            )
         return load_stream_model(options.run, options.checkpoint, options.device)
     if options.run is not None:
-        raise ValueError("both --model and --run are given; name the run's student by --checkpoint instead of --run")
+        raise ValueError(
+            "both --model and --run are given; name the run's student by --checkpoint instead of --run"
+        )
     return load_wan_model(
         options.model,
         options.checkpoint,
@@ -194,11 +223,15 @@ def examples(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def plan_prompts(options: argparse.Namespace, model: StreamModel) -> PromptSchedule:
-    """The schedule of a file, or the one prompt. Every prompt is tried, so that an error does not come hours later."""
+    """The schedule of a file, or the one prompt. Every prompt is tried, so that an error does not
+    come hours later.
+    """
     if options.prompt is not None and options.prompts is not None:
         raise ValueError("both --prompt and --prompts are given; drop one of them")
     if options.prompts is None:
-        schedule = PromptSchedule(((0, options.prompt if options.prompt is not None else examples(options)[0]),))
+        schedule = PromptSchedule(
+            ((0, options.prompt if options.prompt is not None else examples(options)[0]),)
+        )
     else:
         goes_on = bool(options.image or options.video)
         clock = ChunkClock(model.chunk_frames, model.codec.strides[0], after_context=goes_on)
@@ -230,7 +263,10 @@ def describe(options: argparse.Namespace, model: StreamModel, session: StreamSes
         f"attention {model.student.attention_backend}"
     ]
     if session is not None:
-        settings, length = session.settings, "without end" if options.chunks == math.inf else f"{options.chunks} chunks"
+        settings, length = (
+            session.settings,
+            "without end" if options.chunks == math.inf else f"{options.chunks} chunks",
+        )
         lines.append(
             f"K = {session.visible_frames} latent frames (sink {settings.sink_frames} + window {settings.window_frames}, "
             f"{settings.positions}), {session.cache_bytes / 2**20:.1f} MiB of keys and values; {length} to {options.out}"
@@ -240,7 +276,9 @@ def describe(options: argparse.Namespace, model: StreamModel, session: StreamSes
 
 @contextmanager
 def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the stream after the chunk at hand, with a complete file; a second Ctrl-C ends it at once."""
+    """Ctrl-C and SIGTERM end the stream after the chunk at hand, with a complete file; a second
+    Ctrl-C ends it at once.
+    """
 
     def ask(number: int, _: object) -> None:
         if stop.is_set():

@@ -1,4 +1,6 @@
-"""From files or a size's name to a model that streams: a Wan folder with a student, a run's folder, or random weights."""
+"""From files or a size's name to a model that streams: a Wan folder with a student, a run's folder,
+or random weights.
+"""
 
 from __future__ import annotations
 
@@ -15,12 +17,31 @@ from diffusers import AutoencoderKLWan
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from selfforcing_dfd.build import build_device, build_ladder, build_network, load_network, student_of
+from selfforcing_dfd.build import (
+    build_device,
+    build_ladder,
+    build_network,
+    load_network,
+    student_of,
+)
 from selfforcing_dfd.build_data import codec_file
 from selfforcing_dfd.codecs.text import WanText
 from selfforcing_dfd.codecs.wan_vae import WanCodec
-from selfforcing_dfd.config import REPOSITORY, ConfigError, ModelConfig, find_file, load_config, require
-from selfforcing_dfd.models.hub import mark_student, read_config, recipe_of, require_student, role_of
+from selfforcing_dfd.config import (
+    REPOSITORY,
+    ConfigError,
+    ModelConfig,
+    find_file,
+    load_config,
+    require,
+)
+from selfforcing_dfd.models.hub import (
+    mark_student,
+    read_config,
+    recipe_of,
+    require_student,
+    role_of,
+)
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.models.weights import load_transformer, read_weights
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
@@ -31,14 +52,19 @@ from selfforcing_dfd.tiny.world import SIDE, parse_caption
 TINY_STUDENT = "assets/tiny/student.safetensors"
 WAN_SIZE = (480, 832)
 STREAM_CONFIGS = REPOSITORY / "configs" / "stream"
-LATENT_SIZES = {"tiny": (SIDE // SPACE, SIDE // SPACE), "wan1.3b": (60, 104), "wan14b": (60, 104)}  # 480 x 832
+# 480 x 832
+LATENT_SIZES = {"tiny": (SIDE // SPACE, SIDE // SPACE), "wan1.3b": (60, 104), "wan14b": (60, 104)}
 MODELS = {
     "tiny": ModelConfig(),
     "wan1.3b": ModelConfig(num_heads=12, head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096),
     "wan14b": ModelConfig(num_heads=40, head_dim=128, num_layers=40, ffn_dim=13824, text_dim=4096),
 }
 """Sizes of Wan2.1-T2V (arXiv 2503.20314, table 2) and of the tiny world."""
-PARTS = {"vae": ("config.json",), "text_encoder": ("config.json",), "tokenizer": ("tokenizer.json",)}
+PARTS = {
+    "vae": ("config.json",),
+    "text_encoder": ("config.json",),
+    "tokenizer": ("tokenizer.json",),
+}
 """What a Wan folder must hold besides a student, and the files of each part besides its weights."""
 STUDENT_REPOSITORY, STUDENT_FILE = "gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -60,14 +86,19 @@ class TinyPrompts:
         return self.encoder.encode(captions)
 
 
-def load_stream_model(run: Path | None = None, checkpoint: str = "", device: str = "auto") -> StreamModel:
-    """The student of a run, or of a weights file of the tiny size, or the shipped one, with the tiny world's codec and text.
+def load_stream_model(
+    run: Path | None = None, checkpoint: str = "", device: str = "auto"
+) -> StreamModel:
+    """The student of a run, or of a weights file of the tiny size, or the shipped one, with the
+    tiny world's codec and text.
 
     Raises ConfigError where files are missing or hold another model.
     """
     if run is not None and checkpoint:
         raise ConfigError("both a run and a checkpoint are given; drop --run or --checkpoint")
-    config, weights = student_of(run) if run else (load_config("dfd_ar.yaml"), Path(checkpoint or TINY_STUDENT))
+    config, weights = (
+        student_of(run) if run else (load_config("dfd_ar.yaml"), Path(checkpoint or TINY_STUDENT))
+    )
     require(
         find_file(str(weights)).is_file(),
         f"{weights} does not exist; train first, or leave it out for the tiny student",
@@ -76,7 +107,14 @@ def load_stream_model(run: Path | None = None, checkpoint: str = "", device: str
     student = load_network(config.model, str(weights), place).requires_grad_(False)
     codec = TinyCodec.load(codec_file(config)).to(place)
     text = TinyPrompts(TinyText(config.model.text_dim))
-    return StreamModel(student, codec, text, build_ladder(config), config.rollout.chunk_frames, LATENT_SIZES["tiny"])
+    return StreamModel(
+        student,
+        codec,
+        text,
+        build_ladder(config),
+        config.rollout.chunk_frames,
+        LATENT_SIZES["tiny"],
+    )
 
 
 def load_wan_model(
@@ -87,11 +125,13 @@ def load_wan_model(
     vae_device: str = "",
     size: tuple[int, int] = WAN_SIZE,
 ) -> StreamModel:
-    """A student of real Wan2.1 with the VAE and text encoder of `folder`: a diffusers folder of Wan, or an export of ours.
+    """A student of real Wan2.1 with the VAE and text encoder of `folder`: a diffusers folder of
+    Wan, or an export of ours.
 
-    checkpoint: the student, in any format of `models/weights.py`; empty takes the folder's transformer if that is one.
-    dtype: auto is bfloat16 on a GPU and float32 elsewhere. size: height and width of the video. Embeddings of prompts are
-    kept on disk, so the text encoder is loaded for new prompts only. Raises ConfigError with the cure for what is missing.
+    checkpoint: the student, in any format of `models/weights.py`; empty takes the folder's
+    transformer if that is one. dtype: auto is bfloat16 on a GPU and float32 elsewhere. size: height
+    and width of the video. Embeddings of prompts are kept on disk, so the text encoder is loaded
+    for new prompts only. Raises ConfigError with the cure for what is missing.
     """
     require(dtype in ("auto", *DTYPES), f"dtype is {dtype!r}; use auto, {', '.join(DTYPES)}")
     rows_columns = latent_size(size, WanCodec.strides, (1, 2, 2))
@@ -99,21 +139,30 @@ def load_wan_model(
     place, kind = build_device(device), DTYPES.get(dtype)
     kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
     vae_place = build_device(vae_device) if vae_device else place
-    student = load_student(find_file(checkpoint) if checkpoint else folder / "transformer", place, kind)
+    student = load_student(
+        find_file(checkpoint) if checkpoint else folder / "transformer", place, kind
+    )
     check_fit(student, folder)
-    codec = WanCodec.from_pretrained(folder, vae_place, kind, channels_last=vae_place.type == "cuda")
+    codec = WanCodec.from_pretrained(
+        folder, vae_place, kind, channels_last=vae_place.type == "cuda"
+    )
     text = WanText.cached(folder, text_cache(), place, kind)
     recipe = recipe_of(student.config)
-    return StreamModel(student, codec, text, recipe.ladder, recipe.chunk_frames, rows_columns, vae_place)
+    return StreamModel(
+        student, codec, text, recipe.ladder, recipe.chunk_frames, rows_columns, vae_place
+    )
 
 
 def load_student(
-    source: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, entry: str = ""
+    source: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    entry: str = "",
 ) -> WanTransformer:
     """A causal student, frozen, marked as one and with its recipe in its config.
 
-    A file that says nothing of its role is taken for what it is named as; a folder has to say it. Raises HubError for a
-    teacher's weights, WeightsError for what cannot be read.
+    A file that says nothing of its role is taken for what it is named as; a folder has to say it.
+    Raises HubError for a teacher's weights, WeightsError for what cannot be read.
     """
     weights = read_weights(source, entry)
     if weights.role != "unknown" or Path(source).is_dir():
@@ -124,9 +173,17 @@ def load_student(
 
 
 def check_fit(student: WanTransformer, folder: Path) -> None:
-    """ConfigError for a student of other latents or text than the folder's VAE and text encoder make."""
-    for part, key, own in (("vae", "z_dim", "in_channels"), ("text_encoder", "d_model", "text_dim")):
-        width, wanted = json.loads((folder / part / "config.json").read_text()).get(key), student.config[own]
+    """ConfigError for a student of other latents or text than the folder's VAE and text encoder
+    make.
+    """
+    for part, key, own in (
+        ("vae", "z_dim", "in_channels"),
+        ("text_encoder", "d_model", "text_dim"),
+    ):
+        width, wanted = (
+            json.loads((folder / part / "config.json").read_text()).get(key),
+            student.config[own],
+        )
         require(
             width in (None, wanted),
             f"{folder}/{part} has {key} {width}, the student wants {wanted}; they are not of one model: name a student of "
@@ -134,8 +191,12 @@ def check_fit(student: WanTransformer, folder: Path) -> None:
         )
 
 
-def latent_size(size: tuple[int, int], strides: tuple[int, int, int], patch: tuple[int, int, int]) -> tuple[int, int]:
-    """Rows and columns of the latents of a video of some height and width. Raises ConfigError for sizes that do not fit."""
+def latent_size(
+    size: tuple[int, int], strides: tuple[int, int, int], patch: tuple[int, int, int]
+) -> tuple[int, int]:
+    """Rows and columns of the latents of a video of some height and width. Raises ConfigError for
+    sizes that do not fit.
+    """
     for name, pixels, unit in zip(
         ("height", "width"), size, (strides[1] * patch[1], strides[2] * patch[2]), strict=True
     ):
@@ -148,15 +209,23 @@ def latent_size(size: tuple[int, int], strides: tuple[int, int, int], patch: tup
 
 
 def check_parts(folder: Path, checkpoint: str = "") -> None:
-    """ConfigError that lists what a folder lacks for streaming, and for each part the command that fetches it."""
+    """ConfigError that lists what a folder lacks for streaming, and for each part the command that
+    fetches it.
+    """
     lacking = [
-        (f"{part}: {', '.join(files)}", fetch_part(folder, part)) for part in PARTS if (files := absent(folder, part))
+        (f"{part}: {', '.join(files)}", fetch_part(folder, part))
+        for part in PARTS
+        if (files := absent(folder, part))
     ]
     if checkpoint and not find_file(checkpoint).exists():
         lacking.append((f"student: {checkpoint} does not exist", fetch_student(folder)))
     elif not checkpoint and role_of(read_config(folder / "transformer")) != "student":
         here = read_config(folder / "transformer")
-        what = "Wan's own transformer is bidirectional, not a causal student" if here else "there is no transformer"
+        what = (
+            "Wan's own transformer is bidirectional, not a causal student"
+            if here
+            else "there is no transformer"
+        )
         lacking.append((f"student: {what}", fetch_student(folder)))
     elif not checkpoint and (files := absent(folder, "transformer")):
         lacking.append((f"transformer: {', '.join(files)}", "fetch or export it again"))
@@ -189,16 +258,24 @@ def fetch_student(folder: Path) -> str:
 
 
 def text_cache() -> Path:
-    """Where embeddings of prompts are kept: selfforcing_dfd/text in XDG_CACHE_HOME, by default ~/.cache."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "selfforcing_dfd" / "text"
+    """Where embeddings of prompts are kept: selfforcing_dfd/text in XDG_CACHE_HOME, by default
+    ~/.cache.
+    """
+    return (
+        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        / "selfforcing_dfd"
+        / "text"
+    )
 
 
 def random_stream_model(
     size: str, device: str = "auto", dtype: torch.dtype | None = None, seed: int = 0
 ) -> StreamModel:
-    """A model of one of the known sizes with random weights: real speed, no picture. `size`: tiny, wan1.3b or wan14b.
+    """A model of one of the known sizes with random weights: real speed, no picture. `size`: tiny,
+    wan1.3b or wan14b.
 
-    dtype: bfloat16 on a GPU and float32 elsewhere unless given. Raises ConfigError for an unknown size.
+    dtype: bfloat16 on a GPU and float32 elsewhere unless given. Raises ConfigError for an unknown
+    size.
     """
     require(size in MODELS, f"size is {size!r}; use one of {', '.join(MODELS)}")
     place = build_device(device)
@@ -236,7 +313,13 @@ def load_settings(name: str = "default", **changes: Any) -> StreamSettings:
     require(path.is_file(), f"no stream settings {name!r}; use one of {known}, or a YAML file")
     loaded = OmegaConf.to_container(OmegaConf.load(path))
     fields = {field.name for field in dataclasses.fields(StreamSettings)}
-    settings = {**(loaded if isinstance(loaded, dict) else {}), **{k: v for k, v in changes.items() if v is not None}}
+    settings = {
+        **(loaded if isinstance(loaded, dict) else {}),
+        **{k: v for k, v in changes.items() if v is not None},
+    }
     unknown = sorted(str(key) for key in settings if key not in fields)
-    require(not unknown, f"{path} has unknown settings {', '.join(unknown)}; known are {', '.join(sorted(fields))}")
+    require(
+        not unknown,
+        f"{path} has unknown settings {', '.join(unknown)}; known are {', '.join(sorted(fields))}",
+    )
     return StreamSettings(**{str(key): value for key, value in settings.items()})

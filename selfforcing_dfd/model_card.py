@@ -1,4 +1,6 @@
-"""The README.md of an exported student: what it is, how to run it, how it was trained, what it cannot do."""
+"""The README.md of an exported student: what it is, how to run it, how it was trained, what it
+cannot do.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,7 @@ from typing import Any
 
 from selfforcing_dfd.models.hub import Recipe
 
-GENERATED = (
-    "<!-- Written by selfforcing_dfd; edit it freely, or delete this line to keep exports from replacing it. -->"
-)
+GENERATED = "<!-- Written by selfforcing_dfd; edit it freely, or delete this line to keep exports from replacing it. -->"
 SHOWN = (
     "run",
     "rollout",
@@ -35,9 +35,11 @@ LIMITS = (
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What a card is made of. size: height and width of the training clips; training: a resolved training config.
+    """What a card is made of. size: height and width of the training clips; training: a resolved
+    training config.
 
-    measured: what was found out about this model, name -> value with unit. Nothing is claimed that is not given here.
+    measured: what was found out about this model, name -> value with unit. Nothing is claimed that
+    is not given here.
     """
 
     name: str
@@ -57,7 +59,9 @@ class ModelFacts:
 
 
 def write_model_card(folder: Path | str, facts: ModelFacts) -> Path:
-    """README.md in an export's folder; where it is. A README that somebody else wrote stays as it is."""
+    """README.md in an export's folder; where it is. A README that somebody else wrote stays as it
+    is.
+    """
     path = Path(folder) / "README.md"
     if not path.exists() or GENERATED in path.read_text():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -67,15 +71,33 @@ def write_model_card(folder: Path | str, facts: ModelFacts) -> Path:
 
 def model_card(facts: ModelFacts) -> str:
     """The card's text."""
-    sections = [f"# {facts.name}", _summary(facts), "## Use", _usage(facts), "## Settings", _settings(facts)]
+    sections = [
+        f"# {facts.name}",
+        _summary(facts),
+        "## Use",
+        _usage(facts),
+        "## Settings",
+        _settings(facts),
+    ]
     if facts.training:
-        sections += ["## Training", "What differs between trainings, as it was resolved:", _training(facts.training)]
+        sections += [
+            "## Training",
+            "What differs between trainings, as it was resolved:",
+            _training(facts.training),
+        ]
     sections += ["## Measured", _measured(facts), "## Limits", _limits(facts)]
     return "\n\n".join([_front_matter(facts), GENERATED, *sections]) + "\n"
 
 
 def _front_matter(facts: ModelFacts) -> str:
-    tags = ("text-to-video", "autoregressive", "streaming", "self-forcing", "distillation", *facts.tags)
+    tags = (
+        "text-to-video",
+        "autoregressive",
+        "streaming",
+        "self-forcing",
+        "distillation",
+        *facts.tags,
+    )
     lines = [
         f"license: {json.dumps(facts.license)}",  # JSON strings are YAML strings
         f"base_model: {json.dumps(facts.base_model)}",
@@ -135,7 +157,9 @@ def _settings(facts: ModelFacts) -> str:
 
 
 def _training(config: Mapping[str, Any]) -> str:
-    return _table(("setting", "value"), {key: f"`{value}`" for key, value in _flat(config) if _is_shown(key)})
+    return _table(
+        ("setting", "value"), {key: f"`{value}`" for key, value in _flat(config) if _is_shown(key)}
+    )
 
 
 def _measured(facts: ModelFacts) -> str:
@@ -148,17 +172,25 @@ def _limits(facts: ModelFacts) -> str:
 
 
 def _is_shown(key: str) -> bool:
-    return any(key == section or key.startswith(f"{section}.") for section in SHOWN) and not key.startswith("run.out")
+    return any(
+        key == section or key.startswith(f"{section}.") for section in SHOWN
+    ) and not key.startswith("run.out")
 
 
 def _flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
     """Dotted names with their values."""
     pairs: list[tuple[str, Any]] = []
     for key, value in config.items():
-        pairs += _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else [(f"{prefix}{key}", value)]
+        pairs += (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else [(f"{prefix}{key}", value)]
+        )
     return pairs
 
 
 def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
     cells = [head, ("---", "---"), *rows.items()]
-    return "\n".join(f"| {left} | {str(right).replace('|', chr(92) + '|')} |" for left, right in cells)
+    return "\n".join(
+        f"| {left} | {str(right).replace('|', chr(92) + '|')} |" for left, right in cells
+    )

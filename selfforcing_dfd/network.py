@@ -12,7 +12,9 @@ from selfforcing_dfd.cache import Attention, ChunkKV
 
 
 class Past(Protocol):
-    """What a network asks of a chunk's past: `cache.Context`, `cache.PackedContext`, or a view of a ring of slots."""
+    """What a network asks of a chunk's past: `cache.Context`, `cache.PackedContext`, or a view of a
+    ring of slots.
+    """
 
     @property
     def next_frame(self) -> int:
@@ -31,10 +33,11 @@ class Past(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Conditioning:
-    """What the student is asked for. `text`: [B, L, D_text] text-encoder states, zero past each prompt's end.
+    """What the student is asked for. `text`: [B, L, D_text] text-encoder states, zero past each
+    prompt's end.
 
-    What a network has worked out once for many calls: text_kv, per layer the (k, v) of cross-attention, and levels, by sigma
-    whatever it makes of a noise level.
+    What a network has worked out once for many calls: text_kv, per layer the (k, v) of
+    cross-attention, and levels, by sigma whatever it makes of a noise level.
     """
 
     text: Tensor
@@ -44,17 +47,25 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True)
 class NetworkOutput:
-    """flow: [B, F, C, H, W]; kv: the keys and values of exactly these frames, no layers where the past stores them."""
+    """flow: [B, F, C, H, W]; kv: the keys and values of exactly these frames, no layers where the
+    past stores them.
+    """
 
     flow: Tensor
     kv: ChunkKV
 
 
 class Network(Protocol):
-    """Student, teacher and fake score alike. Without context it is bidirectional over the frames it gets."""
+    """Student, teacher and fake score alike. Without context it is bidirectional over the frames it
+    gets.
+    """
 
     def __call__(
-        self, x_t: Tensor, sigma: Tensor | float, conditioning: Conditioning, context: Past | None = None
+        self,
+        x_t: Tensor,
+        sigma: Tensor | float,
+        conditioning: Conditioning,
+        context: Past | None = None,
     ) -> NetworkOutput: ...
 
 

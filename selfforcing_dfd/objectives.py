@@ -1,9 +1,10 @@
 """Distribution matching with a chosen anchor, and flow matching.
 
-Distribution matching moves the student's sample G along d = fake(G_t) - teacher(anchor_t), both as clean predictions at
-the same noise and sigma. anchor = G is DMD (arXiv 2311.18828, Eq. 7-8); anchor = a real video is DFD (arXiv 2606.18478,
-Eq. 8-10 and Algorithm 1). It is written in x0 space because only there does a real anchor attract the sample: the
-score-space form repels it and the velocity form changes sign at sigma = 1/2.
+Distribution matching moves the student's sample G along d = fake(G_t) - teacher(anchor_t), both as
+clean predictions at the same noise and sigma. anchor = G is DMD (arXiv 2311.18828, Eq. 7-8); anchor
+= a real video is DFD (arXiv 2606.18478, Eq. 8-10 and Algorithm 1). It is written in x0 space
+because only there does a real anchor attract the sample: the score-space form repels it and the
+velocity form changes sign at sigma = 1/2.
 """
 
 from __future__ import annotations
@@ -29,11 +30,18 @@ class Matching:
 
 
 def guided_x0(
-    teacher: Network, x_t: Tensor, sigma: Tensor, conditioning: Conditioning, negative: Conditioning, guidance: float
+    teacher: Network,
+    x_t: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    negative: Conditioning,
+    guidance: float,
 ) -> Tensor:
-    """Classifier-free guidance on the clean prediction: uncond + guidance (cond - uncond); 1 asks the teacher once.
+    """Classifier-free guidance on the clean prediction: uncond + guidance (cond - uncond); 1 asks
+    the teacher once.
 
-    Ho & Salimans, arXiv 2207.12598. Self-Forcing's 3.0 in `cond + s (cond - uncond)` is guidance 4.0 here.
+    Ho & Salimans, arXiv 2207.12598. Self-Forcing's 3.0 in `cond + s (cond - uncond)` is guidance
+    4.0 here.
     """
     if guidance == 1:
         return x0_from_flow(x_t, teacher(x_t, sigma, conditioning).flow, sigma)
@@ -72,12 +80,18 @@ def distribution_matching(
 
 
 def flow_matching(
-    network: Network, x0: Tensor, noise: Tensor, sigma: Tensor, conditioning: Conditioning, context: Past | None = None
+    network: Network,
+    x0: Tensor,
+    noise: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    context: Past | None = None,
 ) -> Tensor:
-    """Per-sample flow regression [B] on clean latents x0 [B, F, C, H, W]; sigma [B] or [B, F] (arXiv 2210.02747).
+    """Per-sample flow regression [B] on clean latents x0 [B, F, C, H, W]; sigma [B] or [B, F]
+    (arXiv 2210.02747).
 
-    On the student's own samples it is the fake score's loss; on data without context it trains a teacher, and with the
-    recorded clean chunks as context it is teacher forcing.
+    On the student's own samples it is the fake score's loss; on data without context it trains a
+    teacher, and with the recorded clean chunks as context it is teacher forcing.
     """
     flow = network(add_noise(x0, noise, sigma), sigma, conditioning, context).flow
     return (flow - (noise - x0)).square().mean(PER_SAMPLE)

@@ -1,7 +1,8 @@
 """Which real sample anchors which generated one.
 
-Given only the caption, a real sample is independent of the student's noise, so in expectation data enters DFD as the
-conditional mean and every sample shrinks towards it; pairings that tie the two together shrink less.
+Given only the caption, a real sample is independent of the student's noise, so in expectation data
+enters DFD as the conditional mean and every sample shrinks towards it; pairings that tie the two
+together shrink less.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Pair:
 
     real: Tensor  # [B, F, C, H, W]
     real_index: Tensor  # [B], its place in the batch
-    gap: Tensor  # [B], mean |real - generated|^2: the validity condition's E|x - G|^2 (arXiv 2606.18478, Eq. 7)
+    # [B], mean |real - generated|^2: the validity condition's E|x - G|^2 (arXiv 2606.18478, Eq. 7)
+    gap: Tensor
 
 
 def _pair(generated: Tensor, real: Tensor, real_index: Tensor) -> Pair:
@@ -36,10 +38,11 @@ def pair_in_order(generated: Tensor, real: Tensor, groups: Sequence[object]) -> 
 
 
 def pair_by_assignment(generated: Tensor, real: Tensor, groups: Sequence[object]) -> Pair:
-    """Within each caption, the one-to-one assignment of least total distance on a low-resolution view.
+    """Within each caption, the one-to-one assignment of least total distance on a low-resolution
+    view.
 
-    groups: one hashable per sample. Counts are equal within a caption, so every real sample anchors exactly one sample
-    and no mode is left out, however far the student is from it.
+    groups: one hashable per sample. Counts are equal within a caption, so every real sample anchors
+    exactly one sample and no mode is left out, however far the student is from it.
     """
     real_index = torch.empty(len(groups), dtype=torch.long)
     view_generated, view_real = _low_resolution(generated), _low_resolution(real)
@@ -50,9 +53,18 @@ def pair_by_assignment(generated: Tensor, real: Tensor, groups: Sequence[object]
     return _pair(generated, real, real_index)
 
 
-PAIRINGS = dict.fromkeys(("caption", "inversion", "prefix"), pair_in_order) | {"assignment": pair_by_assignment}
+PAIRINGS = dict.fromkeys(("caption", "inversion", "prefix"), pair_in_order) | {
+    "assignment": pair_by_assignment
+}
 
 
 def _low_resolution(latents: Tensor) -> Tensor:
-    """[B, F, C, H, W] -> [B, D]: 2 x 2 spatial averages, so that layout and motion decide and texture does not."""
-    return torch.nn.functional.avg_pool2d(latents.flatten(1, 2), 2, ceil_mode=True).flatten(1).double().cpu()
+    """[B, F, C, H, W] -> [B, D]: 2 x 2 spatial averages, so that layout and motion decide and
+    texture does not.
+    """
+    return (
+        torch.nn.functional.avg_pool2d(latents.flatten(1, 2), 2, ceil_mode=True)
+        .flatten(1)
+        .double()
+        .cpu()
+    )

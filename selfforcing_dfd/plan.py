@@ -8,7 +8,14 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from selfforcing_dfd.build import arms, build_chunks, build_device, build_ladder, run_folder, sources
+from selfforcing_dfd.build import (
+    arms,
+    build_chunks,
+    build_device,
+    build_ladder,
+    run_folder,
+    sources,
+)
 from selfforcing_dfd.build_data import NEED_NO_CLIPS, noise_wish
 from selfforcing_dfd.config import REPOSITORY, Config, find_file, to_yaml
 from selfforcing_dfd.data.shards import INDEX_NAME, ShardReader
@@ -32,7 +39,8 @@ TEXT_TOKENS = 512  # UMT5's padded length, while there are no shards to ask
 UMT5_WIDTH = 4096
 ENCODERS = "weights/Wan2.1-T2V-1.3B-Diffusers"  # VAE and text encoder; those of 14B are the same
 DFD_DATA, DFD_FOLDER = "csusupergear/vipe_long_lmdb", "data/vipe_long_lmdb"
-PROMPTS, PROMPT_FOLDER = "vidprom_filtered_extended.txt", "data"  # of Self-Forcing: prompts are all that DMD needs
+# of Self-Forcing: prompts are all that DMD needs
+PROMPTS, PROMPT_FOLDER = "vidprom_filtered_extended.txt", "data"
 TERA = 1e12
 GIGA = 1e9
 
@@ -47,14 +55,19 @@ REPOSITORIES = {
 
 
 def plan(config: Config) -> str:
-    """For every run that the settings stand for: what is trained on what, what is missing, what it costs; then the settings."""
+    """For every run that the settings stand for: what is trained on what, what is missing, what it
+    costs; then the settings.
+    """
     runs = list(arms(config))
     lines = [f"{len(runs)} run{'s' * (len(runs) > 1)}"]
     costs: list[str] = []
-    prompts_do = all(run.run.stage in NEED_NO_CLIPS for run in runs)  # the runs of a comparison share their data
+    # the runs of a comparison share their data
+    prompts_do = all(run.run.stage in NEED_NO_CLIPS for run in runs)
     for run in runs:
         cost = plan_cost(run)
-        same = [f"  cost        as of the run before, of {run.run.gpus} GPU{'s' * (run.run.gpus > 1)}"]
+        same = [
+            f"  cost        as of the run before, of {run.run.gpus} GPU{'s' * (run.run.gpus > 1)}"
+        ]
         lines += ["", *plan_run(run, prompts_do), *(same if cost == costs else cost)]
         costs = cost
     return "\n".join([*lines, "", "settings", to_yaml(config)])
@@ -80,7 +93,9 @@ def plan_run(config: Config, prompts_do: bool = False) -> list[str]:
         lines.append(f"  ladder      sigma {ladder}; teacher guided by {config.score.guidance:g}")
     if stage == "dfd":
         dfd = config.dfd
-        lines.append(f"  data rows   p {dfd.p:g} a {dfd.granularity}, pairing {dfd.pairing}, sigma {dfd.sigma_range}")
+        lines.append(
+            f"  data rows   p {dfd.p:g} a {dfd.granularity}, pairing {dfd.pairing}, sigma {dfd.sigma_range}"
+        )
     return [*lines, *describe_updates(config), *describe_needs(config, prompts_do)]
 
 
@@ -101,12 +116,20 @@ def describe_negative(config: Config) -> str:
     """Which text stands for no caption."""
     if not has_shards(config):
         return "the shards' negative prompt if they hold one, else zeros"
-    return "the negative prompt stored with the shards" if reader_of(config).negative is not None else "zeros"
+    return (
+        "the negative prompt stored with the shards"
+        if reader_of(config).negative is not None
+        else "zeros"
+    )
 
 
 def describe_needs(config: Config, prompts_do: bool) -> Iterator[str]:
-    """The files that a run starts from; for each that is not there, the command that fetches or makes it."""
-    given: dict[tuple[str, str], list[str]] = {source: [] for source in sources(config).values() if source[0]}
+    """The files that a run starts from; for each that is not there, the command that fetches or
+    makes it.
+    """
+    given: dict[tuple[str, str], list[str]] = {
+        source: [] for source in sources(config).values() if source[0]
+    }
     for role, (path, entry) in sources(config).items():
         if path:
             given[path, entry].append(role)
@@ -125,7 +148,11 @@ def describe_needs(config: Config, prompts_do: bool) -> Iterator[str]:
     else:
         yield f"  {'data':<12}{folder} (MISSING)"
         yield from (f"{'':14}{command}" for command in how_to_make_shards(config, prompts_do))
-    if noise_wish(config) and not tiny.noise_steps and not (has_shards(config) and reader_of(config).has_noise):
+    if (
+        noise_wish(config)
+        and not tiny.noise_steps
+        and not (has_shards(config) and reader_of(config).has_noise)
+    ):
         yield f"  {'noise':<12}not in {folder} (MISSING)"
         yield f"{'':14}python -m selfforcing_dfd invert {folder} --config CONFIG   # this one"
 
@@ -139,11 +166,17 @@ def how_to_get(path: str) -> str:
             folder = shlex.quote(str(Path(*parts[: depth + 1])))
             return " ".join(["hf download", REPOSITORIES[part], *wanted, "--local-dir", folder])
     maker = maker_of(str(Path(path).parent), "run")
-    return f"python train.py --config {maker}" if maker else "no shipped config makes it; correct the path"
+    return (
+        f"python train.py --config {maker}"
+        if maker
+        else "no shipped config makes it; correct the path"
+    )
 
 
 def how_to_make_shards(config: Config, prompts_do: bool) -> Iterator[str]:
-    """The commands that write data.shards: a shipped config of stage pairs, or the packer, or the importer."""
+    """The commands that write data.shards: a shipped config of stage pairs, or the packer, or the
+    importer.
+    """
     if maker := maker_of(config.data.shards, "pairs"):
         yield f"python train.py --config {maker}"
         return
@@ -168,7 +201,11 @@ def maker_of(folder: str, what: str) -> str:
         own = OmegaConf.to_container(OmegaConf.load(path))
         settings = own if isinstance(own, dict) else {}
         run, pairs = settings.get("run") or {}, settings.get("pairs") or {}
-        made = f"{run.get('out', 'runs')}/{run.get('name', '')}" if what == "run" else pairs.get("out", "")
+        made = (
+            f"{run.get('out', 'runs')}/{run.get('name', '')}"
+            if what == "run"
+            else pairs.get("out", "")
+        )
         if made == folder:
             return path.relative_to(REPOSITORY / "configs").as_posix()
     return ""
@@ -179,11 +216,17 @@ def plan_cost(config: Config) -> list[str]:
     clip, gpus = clip_of(config, latent_size(config), text_shape(config)[0]), config.run.gpus
     memory = estimate_memory(config, clip, gpus)
     rows = [*memory.lasting.items(), *memory.phases[memory.peak_phase].items()]
-    lines = [f"  memory      of each of {gpus} GPU{'s' * (gpus > 1)}, at its peak ({memory.peak_phase}), estimated"]
+    lines = [
+        f"  memory      of each of {gpus} GPU{'s' * (gpus > 1)}, at its peak ({memory.peak_phase}), estimated"
+    ]
     lines += [f"{amount / GIGA:>14,.2f} GB  {name}" for name, amount in rows]
     lines.append(f"{memory.total / GIGA:>14,.2f} GB  in all")
     lines += [f"{'':14}{fit}" for fit in describe_fit(config, clip)]
-    lines += [line for title, parts in flops_of(config, clip).items() for line in table_of_flops(title, parts)]
+    lines += [
+        line
+        for title, parts in flops_of(config, clip).items()
+        for line in table_of_flops(title, parts)
+    ]
     return [*lines, *describe_hours(config, clip)]
 
 
@@ -191,7 +234,11 @@ def describe_fit(config: Config, clip: Clip) -> Iterator[str]:
     """On how many of which GPU the plan fits, and that only one can be used yet."""
     for gpu in GPUS:
         fewest = fewest_gpus(config, clip, gpu)
-        fits = f"fits {fewest} of them" if fewest else "does not fit, nor any number up to 512: too much is on each"
+        fits = (
+            f"fits {fewest} of them"
+            if fewest
+            else "does not fit, nor any number up to 512: too much is on each"
+        )
         yield f"{gpu.name}, {gpu.gigabytes} GB: {fits}"
     if config.run.gpus > 1 or all(fewest_gpus(config, clip, gpu) != 1 for gpu in GPUS):
         yield "NOTE: training runs on one GPU today; sharded training over several is not there yet"
@@ -200,7 +247,9 @@ def describe_fit(config: Config, clip: Clip) -> Iterator[str]:
 def flops_of(config: Config, clip: Clip) -> dict[str, dict[str, int]]:
     pairs = config.run.stage == "pairs"
     parts = {"one pair" if pairs else "student update, one sample": student_flops(config, clip)}
-    return parts | ({"fake-score update, one sample": fake} if (fake := fake_flops(config, clip)) else {})
+    return parts | (
+        {"fake-score update, one sample": fake} if (fake := fake_flops(config, clip)) else {}
+    )
 
 
 def table_of_flops(title: str, parts: dict[str, int]) -> Iterator[str]:
@@ -215,7 +264,9 @@ def describe_hours(config: Config, clip: Clip) -> Iterator[str]:
     if config.run.stage == "pairs" and not has_shards(config) and not config.pairs.num:
         yield "  GPU-hours   as many as captions; they are not known before the shards are there"
         return
-    flops = run_flops(config, clip, config.pairs.num or (len(reader_of(config)) if has_shards(config) else 0))
+    flops = run_flops(
+        config, clip, config.pairs.num or (len(reader_of(config)) if has_shards(config) else 0)
+    )
     yield f"  GPU-hours   of the whole run at {MFU:.0%} of the bf16 peak (what Self-Forcing's authors report comes to)"
     yield from (f"{hours(flops, gpu):>14} h  {gpu.name}" for gpu in GPUS)
 

@@ -1,7 +1,9 @@
-"""Self-Forcing rollout (arXiv 2506.08009, Algorithm 1): the student generates its own context, chunk by chunk.
+"""Self-Forcing rollout (arXiv 2506.08009, Algorithm 1): the student generates its own context,
+chunk by chunk.
 
-Training and streaming call the same `denoise_chunk` and `commit_chunk`. Gradient reaches each chunk's exit step only:
-the rollout runs without gradient and records what entered that step, and `replay` repeats all exit steps in one pass.
+Training and streaming call the same `denoise_chunk` and `commit_chunk`. Gradient reaches each
+chunk's exit step only: the rollout runs without gradient and records what entered that step, and
+`replay` repeats all exit steps in one pass.
 """
 
 from __future__ import annotations
@@ -46,17 +48,25 @@ def plan_chunks(num_frames: int, chunk_frames: int) -> tuple[Chunk, ...]:
     """Equal chunks over `num_frames` latent frames."""
     if num_frames % chunk_frames:
         upper = num_frames + -num_frames % chunk_frames
-        raise ValueError(f"{num_frames} latent frames are no multiple of {chunk_frames} frames a chunk; use {upper}")
+        raise ValueError(
+            f"{num_frames} latent frames are no multiple of {chunk_frames} frames a chunk; use {upper}"
+        )
     return tuple(Chunk(start, chunk_frames) for start in range(0, num_frames, chunk_frames))
 
 
 @torch.no_grad()
 def denoise_chunk(
-    student: Network, noise: Tensor, conditioning: Conditioning, context: Past, ladder: Ladder, exit_step: int = -1
+    student: Network,
+    noise: Tensor,
+    conditioning: Conditioning,
+    context: Past,
+    ladder: Ladder,
+    exit_step: int = -1,
 ) -> tuple[Tensor, Tensor]:
     """Few-step generation of one chunk: (x0 after ladder[exit_step], what entered that step).
 
-    noise: [S, B, f, C, H, W], one draw a ladder step: the start, then what is added between steps. -1 is the last step.
+    noise: [S, B, f, C, H, W], one draw a ladder step: the start, then what is added between steps.
+    -1 is the last step.
     """
     x_t, last = noise[0], range(len(ladder))[exit_step]
     for step in range(last + 1):
@@ -83,15 +93,21 @@ def rollout(
     exit_steps: tuple[int, ...] = (),
     see: Callable[[Chunk, Tensor], Tensor] = lambda chunk, x0: x0,
 ) -> Rollout:
-    """Generate all chunks in order from noise [S, B, F, C, H, W]; chunk i leaves the ladder at exit_steps[i].
+    """Generate all chunks in order from noise [S, B, F, C, H, W]; chunk i leaves the ladder at
+    exit_steps[i].
 
-    see(chunk, x0) is what becomes context, the student's own x0 by default; of the last chunk nothing does.
+    see(chunk, x0) is what becomes context, the student's own x0 by default; of the last chunk
+    nothing does.
     """
     exit_steps = exit_steps or (-1,) * len(chunks)
     made, contexts = [], []
     for chunk, exit_step in zip(chunks, exit_steps, strict=True):
         contexts.append(cache.read(chunk.frames))
-        made.append(denoise_chunk(student, chunk.of(noise, dim=2), conditioning, contexts[-1], ladder, exit_step))
+        made.append(
+            denoise_chunk(
+                student, chunk.of(noise, dim=2), conditioning, contexts[-1], ladder, exit_step
+            )
+        )
         if chunk is not chunks[-1]:
             commit_chunk(student, see(chunk, made[-1][0]), conditioning, cache)
     x0, x_exit = (torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
@@ -99,11 +115,16 @@ def rollout(
 
 
 def replay(student: Network, record: Rollout, conditioning: Conditioning) -> Tensor:
-    """The rollout's x0 [B, F, C, H, W] with gradient: all exit steps in one packed pass over the recorded context.
+    """The rollout's x0 [B, F, C, H, W] with gradient: all exit steps in one packed pass over the
+    recorded context.
 
     Equal to differentiating chunk by chunk, since context carries no gradient.
     """
     frames = tuple(chunk.frames for chunk in record.chunks)
     x_t, per_chunk = record.x_exit, zip(record.sigma_exit, frames, strict=True)
-    sigma = x_t.new_tensor([sigma for sigma, count in per_chunk for _ in range(count)]).expand(x_t.shape[:2])
-    return x0_from_flow(x_t, student(x_t, sigma, conditioning, PackedContext(record.contexts, frames)).flow, sigma)
+    sigma = x_t.new_tensor([sigma for sigma, count in per_chunk for _ in range(count)]).expand(
+        x_t.shape[:2]
+    )
+    return x0_from_flow(
+        x_t, student(x_t, sigma, conditioning, PackedContext(record.contexts, frames)).flow, sigma
+    )

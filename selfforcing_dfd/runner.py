@@ -1,4 +1,6 @@
-"""What `train.py` does: make sure there is data, train one stage or every arm of a comparison, report."""
+"""What `train.py` does: make sure there is data, train one stage or every arm of a comparison,
+report.
+"""
 
 from __future__ import annotations
 
@@ -52,10 +54,15 @@ USER_ERRORS = (ConfigError, CheckpointError, ShardError, PackError, GuardError, 
 
 
 def run(config: Config, resume: bool = False) -> None:
-    """Train every arm of `config` (or its one run) and write the report. Errors in USER_ERRORS explain themselves."""
+    """Train every arm of `config` (or its one run) and write the report. Errors in USER_ERRORS
+    explain themselves.
+    """
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     runs = list(arms(config))
-    require(config.run.gpus == 1, f"run.gpus is {config.run.gpus}, but training runs on one GPU; it is for --dry-run")
+    require(
+        config.run.gpus == 1,
+        f"run.gpus is {config.run.gpus}, but training runs on one GPU; it is for --dry-run",
+    )
     for arm in runs:
         check_start(arm)
     prepare_data(config)
@@ -73,23 +80,33 @@ def run(config: Config, resume: bool = False) -> None:
 
 
 def prepare_data(config: Config) -> None:
-    """Render and pack tiny-world clips, and find their noise, where the config asks for it and it is not there yet."""
+    """Render and pack tiny-world clips, and find their noise, where the config asks for it and it
+    is not there yet.
+    """
     folder, tiny = Path(config.data.shards), config.data.tiny
     if not tiny.clips:
         return
     if not folder.exists():
         print(f"making {tiny.clips} tiny-world clips with {tiny.level} captions in {folder}")
-        make_tiny_shards(folder, tiny.clips, tiny.seed, tiny.level, config.rollout.frames, find_file(BASIS))
+        make_tiny_shards(
+            folder, tiny.clips, tiny.seed, tiny.level, config.rollout.frames, find_file(BASIS)
+        )
     if tiny.noise_steps and not ShardReader(folder).has_noise:
         print(f"finding the noise of {tiny.clips} clips with the teacher's ODE")
         teacher = model_fingerprint(build_teacher(config))
-        add_noise(folder, build_invert(config, tiny.noise_steps), noise_fingerprint=f"{teacher}-{tiny.noise_steps}")
+        add_noise(
+            folder,
+            build_invert(config, tiny.noise_steps),
+            noise_fingerprint=f"{teacher}-{tiny.noise_steps}",
+        )
 
 
 def make_pairs(config: Config, resume: bool = False) -> None:
-    """Noise and what the guided teacher's ODE makes of it, for each caption of the shards, as shards of their own.
+    """Noise and what the guided teacher's ODE makes of it, for each caption of the shards, as
+    shards of their own.
 
-    PackError if `pairs.out` exists, or holds what another config has begun. resume: go on with complete shards.
+    PackError if `pairs.out` exists, or holds what another config has begun. resume: go on with
+    complete shards.
     """
     reader, pairs = build_reader(config), config.pairs
     device = build_device(config.run.device)
@@ -109,29 +126,50 @@ def make_pairs(config: Config, resume: bool = False) -> None:
 
     def records(first: int, refuse: Refuse) -> Iterator[Record]:
         micro = config.batch.micro
-        for start in tqdm(range(first, job.num_items, micro), desc="pairs", unit="batch", disable=None):
-            yield from pair_records(config, teacher, reader, range(start, min(start + micro, job.num_items)), device)
+        for start in tqdm(
+            range(first, job.num_items, micro), desc="pairs", unit="batch", disable=None
+        ):
+            yield from pair_records(
+                config, teacher, reader, range(start, min(start + micro, job.num_items)), device
+            )
 
     summary = write_folder(pairs.out, job, records, unfinished="resume" if resume else "keep")
     print(f"{summary.folder}: {summary.num_samples} pairs in {summary.num_shards} shards")
 
 
 def pair_records(
-    config: Config, teacher: WanTransformer, reader: ShardReader, numbers: range, device: torch.device
+    config: Config,
+    teacher: WanTransformer,
+    reader: ShardReader,
+    numbers: range,
+    device: torch.device,
 ) -> Iterator[Record]:
     """One batch of `make_pairs`: pair n starts from noise that depends on the seed and n alone."""
     pairs, samples = config.pairs, [reader[number] for number in numbers]
-    noise = torch.stack([rng.normal(reader.index.latent_shape, config.run.seed, "pairs", n) for n in numbers]).to(
-        device
-    )
+    noise = torch.stack(
+        [rng.normal(reader.index.latent_shape, config.run.seed, "pairs", n) for n in numbers]
+    ).to(device)
     text = torch.stack([sample.text for sample in samples]).to(device)
-    negative = None if reader.negative is None else Conditioning(reader.negative.to(text).expand_as(text))
-    made = sample(teacher, noise, Conditioning(text), pairs.steps, config.flow.shift, pairs.guidance, negative)
+    negative = (
+        None if reader.negative is None else Conditioning(reader.negative.to(text).expand_as(text))
+    )
+    made = sample(
+        teacher, noise, Conditioning(text), pairs.steps, config.flow.shift, pairs.guidance, negative
+    )
     for number, one, latents, start in zip(numbers, samples, made, noise, strict=True):
-        about = {"caption": one.caption, "source": f"pair {number}", "steps": pairs.steps, "guidance": pairs.guidance}
+        about = {
+            "caption": one.caption,
+            "source": f"pair {number}",
+            "steps": pairs.steps,
+            "guidance": pairs.guidance,
+        }
         arrays = {LATENT: latents, NOISE: start}
         stored = {name: npy(array, "float16", f"pair {number}") for name, array in arrays.items()}
-        members = {**stored, TEXT: reader.members(number)[TEXT], "json": json.dumps(about, ensure_ascii=False).encode()}
+        members = {
+            **stored,
+            TEXT: reader.members(number)[TEXT],
+            "json": json.dumps(about, ensure_ascii=False).encode(),
+        }
         yield Record(number, one.key, one.caption, members)
 
 
@@ -151,11 +189,17 @@ def train(config: Config, resume: bool) -> None:
 
 def export(trainer: Trainer, folder: Path, config: Config) -> None:
     """The averaged student, and the fake score where there is one, as single safetensors files."""
-    about = {"run": config.run.name, "stage": config.run.stage, "student_updates": str(config.run.student_updates)}
+    about = {
+        "run": config.run.name,
+        "stage": config.run.stage,
+        "student_updates": str(config.run.student_updates),
+    }
     dtype = {"float16": torch.float16, "float32": torch.float32}[config.checkpoint.export]
     if "fake" in trainer.learners:
         notes = network_notes(trainer.learners["fake"].network)
-        save_weights(folder / "fake.safetensors", trainer.learners["fake"].network, about | notes, dtype)
+        save_weights(
+            folder / "fake.safetensors", trainer.learners["fake"].network, about | notes, dtype
+        )
     student = trainer.learners["student"].network
     notes = network_notes(student, None if config.run.stage == "teacher" else recipe_of_run(config))
     with trainer.ema.swap(student):
@@ -163,7 +207,9 @@ def export(trainer: Trainer, folder: Path, config: Config) -> None:
 
 
 def network_notes(network: Any, student: Recipe | None = None) -> dict[str, str]:
-    """A weights file's metadata from which it can be read without a config: sizes, and whether it is a causal student."""
+    """A weights file's metadata from which it can be read without a config: sizes, and whether it
+    is a causal student.
+    """
     sizes = diffusers_config({name: network.config[name] for name in SIZES})
     role: dict[str, Any] = {CAUSAL: student is not None}
     return {"config": json.dumps(sizes | role | ({RECIPE: asdict(student)} if student else {}))}
@@ -176,7 +222,8 @@ def recipe_of_run(config: Config) -> Recipe:
 
 
 def build_guards(config: Config) -> Guards | None:
-    """Guards for distribution matching: of pixels where the tiny codec made the data, else of the latents themselves.
+    """Guards for distribution matching: of pixels where the tiny codec made the data, else of the
+    latents themselves.
 
     A decoded clip of Wan's VAE would cost seconds and gigabytes at every student update.
     """

@@ -1,4 +1,5 @@
-"""The teacher's probability-flow ODE: many-step sampling from noise, and inversion of real clips back to their noise.
+"""The teacher's probability-flow ODE: many-step sampling from noise, and inversion of real clips
+back to their noise.
 
 Also what asks a network about a whole clip without collecting its keys and values.
 """
@@ -20,9 +21,11 @@ from selfforcing_dfd.rollout import Chunk, commit_chunk
 
 @dataclass(frozen=True, slots=True)
 class WholeClip:
-    """The past of a whole clip: none. Nobody asks for the clip's keys and values, so nobody keeps them.
+    """The past of a whole clip: none. Nobody asks for the clip's keys and values, so nobody keeps
+    them.
 
-    A network collects those of all layers unless its past stores them: 6 GB a row at 1.3B and 21 latent frames.
+    A network collects those of all layers unless its past stores them: 6 GB a row at 1.3B and 21
+    latent frames.
     """
 
     next_frame = 0
@@ -50,7 +53,9 @@ def over_whole_clips(network: Network) -> Network:
 
 def sampling_ladder(num_steps: int, shift: float) -> tuple[float, ...]:
     """`num_steps + 1` sigmas from 1 down to 0."""
-    return tuple(shift_sigma(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).tolist())
+    return tuple(
+        shift_sigma(torch.linspace(1, 0, num_steps + 1, dtype=torch.float64), shift).tolist()
+    )
 
 
 @torch.no_grad()
@@ -62,10 +67,12 @@ def integrate(
     guidance: float = 1.0,
     negative: Conditioning | None = None,
 ) -> Tensor:
-    """Move latents [B, F, C, H, W] along dx / dsigma = flow(x, sigma) through `sigmas`, up or down, with Heun's method.
+    """Move latents [B, F, C, H, W] along dx / dsigma = flow(x, sigma) through `sigmas`, up or down,
+    with Heun's method.
 
-    At sigma 0 the flow is asked just above, where it is defined by the data; the last step down to 0 is Euler's, which is
-    exact for a straight path. negative: guidance's unconditional text, zeros by default.
+    At sigma 0 the flow is asked just above, where it is defined by the data; the last step down to
+    0 is Euler's, which is exact for a straight path. negative: guidance's unconditional text, zeros
+    by default.
     """
     negative = negative or Conditioning(torch.zeros_like(conditioning.text))
 
@@ -93,14 +100,20 @@ def sample(
     guidance: float = 1.0,
     negative: Conditioning | None = None,
 ) -> Tensor:
-    """Clean latents from noise [B, F, C, H, W] with a bidirectional network; 2 num_steps - 1 network calls."""
+    """Clean latents from noise [B, F, C, H, W] with a bidirectional network; 2 num_steps - 1
+    network calls.
+    """
     ladder = sampling_ladder(num_steps, shift)
     return integrate(over_whole_clips(teacher), noise, ladder, conditioning, guidance, negative)
 
 
-def invert(teacher: Network, latents: Tensor, conditioning: Conditioning, num_steps: int, shift: float) -> Tensor:
+def invert(
+    teacher: Network, latents: Tensor, conditioning: Conditioning, num_steps: int, shift: float
+) -> Tensor:
     """The noise from which the unguided ODE makes these clean latents: `sample` backwards."""
-    return integrate(over_whole_clips(teacher), latents, sampling_ladder(num_steps, shift)[::-1], conditioning)
+    return integrate(
+        over_whole_clips(teacher), latents, sampling_ladder(num_steps, shift)[::-1], conditioning
+    )
 
 
 def invert_by_chunks(
@@ -112,10 +125,11 @@ def invert_by_chunks(
     chunks: tuple[Chunk, ...],
     cache: KVCache,
 ) -> Tensor:
-    """The noise from which a causal network's ODE makes each chunk of these clean latents after the clean chunks before it.
+    """The noise from which a causal network's ODE makes each chunk of these clean latents after the
+    clean chunks before it.
 
-    Given the past, a chunk's noise is as good as fresh: a student may learn to follow it in every chunk (the causal ODE of
-    Causal-Forcing, turned round: its endpoints are the data itself).
+    Given the past, a chunk's noise is as good as fresh: a student may learn to follow it in every
+    chunk (the causal ODE of Causal-Forcing, turned round: its endpoints are the data itself).
     """
     noise = torch.empty_like(latents)
     for chunk in chunks:

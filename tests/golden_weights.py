@@ -1,4 +1,6 @@
-"""Tensors and weights computed with the public reference code; golden/README.md and golden/manifest.json say how."""
+"""Tensors and weights computed with the public reference code; golden/README.md and
+golden/manifest.json say how.
+"""
 
 from __future__ import annotations
 
@@ -79,8 +81,12 @@ def golden_network(name: str = "weights", dtype: torch.dtype = torch.float32) ->
 
 
 FORWARD = {"atol": 2e-5, "rtol": 0}
-"""Network outputs up to 3.4: float32 leaves 2e-6, the reference's own distance to float64 too; planted bugs move 5e-5."""
+"""Network outputs up to 3.4: float32 leaves 2e-6, the reference's own distance to float64 too;
+planted bugs move 5e-5.
+"""
 ROLLOUT = {"atol": 1e-4, "rtol": 1e-4}
-"""Rollouts: up to 10 network calls one after the other; the smallest effect to be seen, context noise, moves 1.6e-3."""
+"""Rollouts: up to 10 network calls one after the other; the smallest effect to be seen, context
+noise, moves 1.6e-3.
+"""
 MATCHING = {"atol": 2e-4, "rtol": 1e-4}
 """d / n: at sigma .02 the normaliser of .04 amplifies float32 rounding about 25 times."""

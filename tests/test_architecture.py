@@ -1,4 +1,6 @@
-"""What the code may look like, checked on its syntax trees: who imports whom, sizes, and calls that hide mistakes."""
+"""What the code may look like, checked on its syntax trees: who imports whom, sizes, and calls that
+hide mistakes.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = "selfforcing_dfd"
 CORE = ("flow", "cache", "rollout", "objectives", "pairing")
-BESIDE = ("assignment", "network")  # a textbook algorithm that the core calls, and the protocol that it talks to
+# a textbook algorithm that the core calls, and the protocol that it talks to
+BESIDE = ("assignment", "network")
 PRINTING = {"train.py", f"{PACKAGE}/__main__.py", f"{PACKAGE}/commands.py", f"{PACKAGE}/runner.py"}
 
 LEVELS = (
@@ -43,7 +46,11 @@ LEVELS = (
 
 
 def sources() -> list[Path]:
-    return [ROOT / "train.py", *sorted((ROOT / PACKAGE).rglob("*.py")), *sorted((ROOT / "inference").rglob("*.py"))]
+    return [
+        ROOT / "train.py",
+        *sorted((ROOT / PACKAGE).rglob("*.py")),
+        *sorted((ROOT / "inference").rglob("*.py")),
+    ]
 
 
 def short(path: Path) -> str:
@@ -73,7 +80,12 @@ def imports(path: Path) -> Iterator[str]:
 def level(module: str) -> int:
     """Where a module stands; the longest name in LEVELS that begins it decides."""
     name = module.removeprefix(f"{PACKAGE}.")
-    fitting = [(len(part), i) for i, parts in enumerate(LEVELS) for part in parts if f"{name}.".startswith(f"{part}.")]
+    fitting = [
+        (len(part), i)
+        for i, parts in enumerate(LEVELS)
+        for part in parts
+        if f"{name}.".startswith(f"{part}.")
+    ]
     assert fitting, f"{module} stands in no level of test_architecture.LEVELS"
     return max(fitting)[1]
 
@@ -109,7 +121,8 @@ def test_training_and_streaming_do_not_know_each_other():
         for path in sources()
         for name in imports(path)
         for one, other in (("training", "streaming"), ("streaming", "training"))
-        if module_name(path).startswith(f"{PACKAGE}.{one}") and name.startswith(f"{PACKAGE}.{other}")
+        if module_name(path).startswith(f"{PACKAGE}.{one}")
+        and name.startswith(f"{PACKAGE}.{other}")
     ]
     assert wrong == []
 
@@ -120,14 +133,23 @@ def test_core_imports_torch_the_standard_library_and_itself():
     for name in (*CORE, *BESIDE):
         for imported in imports(ROOT / PACKAGE / f"{name}.py"):
             inner = imported.removeprefix(f"{PACKAGE}.").split(".")[0]
-            assert imported.split(".")[0] in allowed or inner in (*CORE, *BESIDE), f"{name}.py imports {imported}"
+            assert imported.split(".")[0] in allowed or inner in (*CORE, *BESIDE), (
+                f"{name}.py imports {imported}"
+            )
 
 
 def test_no_import_cycles():
-    """Catches two modules that need each other, which an import inside a function hides until it runs."""
+    """Catches two modules that need each other, which an import inside a function hides until it
+    runs.
+    """
     names = {module_name(path): path for path in sources()}
     needs = {
-        module: {n for name in imports(path) for n in (name, name.rpartition(".")[0]) if n in names and n != PACKAGE}
+        module: {
+            n
+            for name in imports(path)
+            for n in (name, name.rpartition(".")[0])
+            if n in names and n != PACKAGE
+        }
         for module, path in names.items()
     }
     while free := [module for module, wanted in needs.items() if not wanted - {module}]:
@@ -146,7 +168,12 @@ def test_core_fits_into_four_hundred_lines():
 
 @pytest.mark.parametrize(
     ("pattern", "limit"),
-    [("train.py", 80), ("inference/*.py", 150), (f"{PACKAGE}/**/*.py", 400), ("tests/**/*.py", 400)],
+    [
+        ("train.py", 80),
+        ("inference/*.py", 150),
+        (f"{PACKAGE}/**/*.py", 400),
+        ("tests/**/*.py", 400),
+    ],
 )
 def test_files_stay_short(pattern, limit):
     """Catches the file that everything ends up in."""
@@ -207,7 +234,9 @@ def texts() -> Iterator[Path]:
 
 def test_no_path_of_one_machine():
     """Catches a default that exists on its author's machine only."""
-    machine = re.compile(r"(?<![\w.])/(?:" + "|".join(("work", "root", "home", "tmp", "Users", "mnt")) + r")/")
+    machine = re.compile(
+        r"(?<![\w.])/(?:" + "|".join(("work", "root", "home", "tmp", "Users", "mnt")) + r")/"
+    )
     found = [
         f"{short(path)}: {line.strip()[:80]}"
         for path in texts()
@@ -221,7 +250,15 @@ def test_nothing_is_left_for_later_or_left_out():
     """Catches work that was put off in a comment, and tests that pass by not running."""
     signs = [
         f"{a}{b}"
-        for a, b in (("TO", "DO"), ("FIX", "ME"), ("pytest.sk", "ip("), ("mark.x", "fail"), ("importor", "skip"))
+        for a, b in (
+            ("TO", "DO"),
+            ("FIX", "ME"),
+            ("pytest.sk", "ip("),
+            ("mark.x", "fail"),
+            ("importor", "skip"),
+        )
     ]
-    found = [f"{short(path)}: {sign}" for path in texts() for sign in signs if sign in path.read_text()]
+    found = [
+        f"{short(path)}: {sign}" for path in texts() for sign in signs if sign in path.read_text()
+    ]
     assert found == []

@@ -1,4 +1,6 @@
-"""Context as values: which chunks a chunk sees, that nothing seen can change, and that no gradient gets in."""
+"""Context as values: which chunks a chunk sees, that nothing seen can change, and that no gradient
+gets in.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,12 @@ TOKENS = 2  # of one latent frame
 
 def frames_kv(first: int, frames: int, layers: int = 1) -> ChunkKV:
     """Keys that say which latent frame they are of, and values that say the negative."""
-    index = torch.arange(first, first + frames, dtype=torch.float64).repeat_interleave(TOKENS)[None, :, None, None]
-    return ChunkKV(frames, tuple((index + 100 * layer, -index - 100 * layer) for layer in range(layers)))
+    index = torch.arange(first, first + frames, dtype=torch.float64).repeat_interleave(TOKENS)[
+        None, :, None, None
+    ]
+    return ChunkKV(
+        frames, tuple((index + 100 * layer, -index - 100 * layer) for layer in range(layers))
+    )
 
 
 def seen_frames(context: Context) -> list[int]:
@@ -43,12 +49,15 @@ def attended(cache: KVCache, num_chunks: int, split: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(("window", "sink", "split"), [(6, 0, 3), (6, 3, 3), (9, 3, 3), (7, 1, 1)])
 def test_sink_and_window_keep_the_frames_that_the_reference_attends_to(window, sink, split):
-    """Catches a window that forgets to count the sink or the chunk at hand: the student sees one chunk more or less.
+    """Catches a window that forgets to count the sink or the chunk at hand: the student sees one
+    chunk more or less.
 
     The reference's lists were read off its running cache.
     Its sink of 1 frame splits a chunk, so here chunks of 1 frame do.
     """
-    expected = manifest()["files"]["rolling.safetensors"]["attended_frames"][f"local{window}_sink{sink}"]
+    expected = manifest()["files"]["rolling.safetensors"]["attended_frames"][
+        f"local{window}_sink{sink}"
+    ]
     assert attended(KVCache(sink, window), 6, split) == list(expected.values())
 
 
@@ -58,7 +67,9 @@ def test_no_window_keeps_everything_in_order():
 
 
 def test_sink_counts_whole_chunks():
-    """Catches half a chunk in the sink: a chunk that does not fit into it goes through the window like any other."""
+    """Catches half a chunk in the sink: a chunk that does not fit into it goes through the window
+    like any other.
+    """
     cache = KVCache(sink=4, window=6)
     for start in (0, 3, 6):
         cache.append(frames_kv(start, 3))
@@ -87,7 +98,9 @@ def test_frame_index_counts_forgotten_chunks_too():
 
 
 def test_memory_does_not_grow_with_the_video():
-    """Catches a cache that hides chunks from readers but keeps them: memory of an endless video grows without end."""
+    """Catches a cache that hides chunks from readers but keeps them: memory of an endless video
+    grows without end.
+    """
     cache, sizes = KVCache(sink=3, window=9), []
     for start in range(0, 120, 3):
         cache.append(frames_kv(start, 3))
@@ -97,7 +110,9 @@ def test_memory_does_not_grow_with_the_video():
 
 
 def test_what_was_read_does_not_change_when_the_cache_moves_on():
-    """Catches contexts that are views of a living cache: the recorded past of a rollout would be overwritten."""
+    """Catches contexts that are views of a living cache: the recorded past of a rollout would be
+    overwritten.
+    """
     cache = KVCache(sink=0, window=6)
     cache.append(frames_kv(0, 3))
     context = cache.read(3)
@@ -107,7 +122,9 @@ def test_what_was_read_does_not_change_when_the_cache_moves_on():
 
 
 def test_reading_is_a_question():
-    """Catches a read that evicts: looking ahead for a larger chunk would take the past away from the one that comes."""
+    """Catches a read that evicts: looking ahead for a larger chunk would take the past away from
+    the one that comes.
+    """
     cache = KVCache(window=9)
     for start in (0, 3, 6):
         cache.append(frames_kv(start, 3))
@@ -116,13 +133,17 @@ def test_reading_is_a_question():
 
 
 def test_keys_and_values_enter_without_gradient():
-    """Catches the leak of the public code: gradient of a later chunk flows into earlier ones through their K/V."""
+    """Catches the leak of the public code: gradient of a later chunk flows into earlier ones
+    through their K/V.
+    """
     k, v = (torch.ones(1, 2, 1, 1, requires_grad=True) * 2 for _ in range(2))
     assert all(not part.requires_grad for pair in ChunkKV(1, ((k, v),)).layers for part in pair)
 
 
 def test_extend_puts_the_past_before_the_present_and_keeps_layers_apart():
-    """Catches keys of one layer or chunk paired with values of another; shapes agree, so nothing else would notice."""
+    """Catches keys of one layer or chunk paired with values of another; shapes agree, so nothing
+    else would notice.
+    """
     context = Context((frames_kv(0, 1, layers=2), frames_kv(1, 1, layers=2)), next_frame=2)
     present = frames_kv(2, 1, layers=2)
     for layer in range(2):
@@ -132,7 +153,9 @@ def test_extend_puts_the_past_before_the_present_and_keeps_layers_apart():
 
 
 def test_packed_chunks_attend_as_they_would_alone():
-    """Catches a chunk that looks into its packed neighbours: replay would train on a network that never generates."""
+    """Catches a chunk that looks into its packed neighbours: replay would train on a network that
+    never generates.
+    """
     frames = (1, 3, 2)
     q, k, v = (rng.normal((2, TOKENS * sum(frames), 2, 4), 0, name).double() for name in "qkv")
     pasts = [
@@ -150,7 +173,9 @@ def test_packed_chunks_attend_as_they_would_alone():
     contexts = (Context(), Context((pasts[0],), 1), Context((pasts[0], pasts[1]), 4))
     packed = PackedContext(contexts, frames).attend(attend, 0, q, k, v)
     parts = [part.split([TOKENS * n for n in frames], dim=1) for part in (q, k, v)]
-    alone = [context.attend(attend, 0, *qkv) for context, *qkv in zip(contexts, *parts, strict=True)]
+    alone = [
+        context.attend(attend, 0, *qkv) for context, *qkv in zip(contexts, *parts, strict=True)
+    ]
     assert torch.equal(packed, torch.cat(alone, dim=1))
 
 

@@ -6,7 +6,15 @@ from pathlib import Path
 
 import pytest
 
-from selfforcing_dfd.config import REPOSITORY, ConfigError, as_dict, change, find_file, load_config, to_yaml
+from selfforcing_dfd.config import (
+    REPOSITORY,
+    ConfigError,
+    as_dict,
+    change,
+    find_file,
+    load_config,
+    to_yaml,
+)
 from selfforcing_dfd.loading import load_settings
 
 STREAM_CONFIGS = sorted((REPOSITORY / "configs" / "stream").glob("*.yaml"))
@@ -25,7 +33,9 @@ def minimal(tmp_path: Path) -> str:
     return str(tmp_path / "minimal.yaml")
 
 
-@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(REPOSITORY / "configs")))
+@pytest.mark.parametrize(
+    "path", CONFIGS, ids=lambda path: str(path.relative_to(REPOSITORY / "configs"))
+)
 def test_shipped_config_loads(path: Path) -> None:
     """A renamed setting must not leave a shipped file behind; nobody runs all of them by hand."""
     config = load_config(str(path.relative_to(REPOSITORY / "configs")))
@@ -42,7 +52,8 @@ def test_shipped_stream_settings_load(path: Path) -> None:
 def test_round_trip(minimal: str, tmp_path: Path) -> None:
     """What is saved with a run is the run: a setting lost in the YAML would resume as another run."""
     config = load_config(
-        minimal, ["dfd.p=0.25", "optim.fake.lr=3e-5", "rollout.ladder=[1000,500]", "dfd.pairing=inversion"]
+        minimal,
+        ["dfd.p=0.25", "optim.fake.lr=3e-5", "rollout.ladder=[1000,500]", "dfd.pairing=inversion"],
     )
     (tmp_path / "again.yaml").write_text(to_yaml(config))
     assert load_config(str(tmp_path / "again.yaml")) == config
@@ -58,7 +69,11 @@ def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path)
     """A recipe that says `base:` keeps what it does not mention."""
     (tmp_path / "child.yaml").write_text("base: minimal.yaml\nrun: {seed: 7}\n")
     config = load_config(str(tmp_path / "child.yaml"))
-    assert (config.run.seed, config.run.name, config.weights.teacher) == (7, "tried", "teacher.safetensors")
+    assert (config.run.seed, config.run.name, config.weights.teacher) == (
+        7,
+        "tried",
+        "teacher.safetensors",
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,10 +85,19 @@ def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path)
         ("dfd.granularity=batch", r"dfd\.granularity: Invalid value 'batch', expected one of"),
         ("dfd.p=2", r"dfd\.p \(2\.0\).* probabilities in \[0, 1\]"),
         ("dfd.sigma_range=[0.9,0.1]", r"dfd\.sigma_range is .*0 <= low < high <= 1"),
-        ("rollout.frames=10", r"rollout\.frames \(10\) is not a multiple of rollout\.chunk_frames \(3\); use 9 or 12"),
-        ("rollout.window=2", r"rollout\.window \(2\) must hold rollout\.sink \(0\) .* use at least 3"),
+        (
+            "rollout.frames=10",
+            r"rollout\.frames \(10\) is not a multiple of rollout\.chunk_frames \(3\); use 9 or 12",
+        ),
+        (
+            "rollout.window=2",
+            r"rollout\.window \(2\) must hold rollout\.sink \(0\) .* use at least 3",
+        ),
         ("rollout.ladder=[900,500]", r"must start at 1000"),
-        ("batch.micro=5", r"batch\.size \(16\) is not a multiple of batch\.micro \(5\); use 15 or 20"),
+        (
+            "batch.micro=5",
+            r"batch\.size \(16\) is not a multiple of batch\.micro \(5\); use 15 or 20",
+        ),
         ("batch.group=3", r"batch\.micro \(16\) is not a multiple of batch\.group \(3\).*use 18"),
         ("score.sigma_max=0.01", r"0 < min < max <= 1"),
         ("score.fake_per_student=0", r"at least 1"),
@@ -83,8 +107,14 @@ def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path)
         ("run.stage=pairs", r"pairs\.out is empty"),
         ("pairs.steps=0", r"pairs\.steps is 0"),
         ("model.compute=float16", r"model\.compute: Invalid value 'float16', expected one of"),
-        ("teacher_model.text_dim=16", r"teacher_model has \(channels, text_dim\) \(16, 16\), model has \(16, 32\)"),
-        ("teacher_model.num_layers=9", r"weights\.student and weights\.fake would start from the teacher"),
+        (
+            "teacher_model.text_dim=16",
+            r"teacher_model has \(channels, text_dim\) \(16, 16\), model has \(16, 32\)",
+        ),
+        (
+            "teacher_model.num_layers=9",
+            r"weights\.student and weights\.fake would start from the teacher",
+        ),
         ("data.shards=", r"data\.shards is empty"),
         ("seed", r"'seed' is not of the form section\.setting=value"),
         ("log.wandb=yes", r"log\.wandb: Key 'wandb' not in"),
@@ -98,7 +128,9 @@ def test_mistake_is_explained(minimal: str, override: str, message: str) -> None
 
 
 def test_assignment_needs_groups(minimal: str) -> None:
-    """Assignment over one sample is caption pairing in disguise: the run would claim what it does not do."""
+    """Assignment over one sample is caption pairing in disguise: the run would claim what it does
+    not do.
+    """
     with pytest.raises(ConfigError, match=r"batch\.group is 1.*use batch\.group=8"):
         load_config(minimal, ["run.stage=dfd", "dfd.pairing=assignment"])
 
@@ -131,7 +163,9 @@ def test_assets_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_teacher_of_another_size_survives_the_round_trip(minimal: str, tmp_path: Path) -> None:
-    """Catches a nested section that is None by default and is lost, or filled in, when a run saves its settings."""
+    """Catches a nested section that is None by default and is lost, or filled in, when a run saves
+    its settings.
+    """
     sizes = ["teacher_model.num_layers=9", "weights.student=s", "weights.fake=f"]
     for overrides in ([], sizes):
         config = load_config(minimal, overrides)
@@ -142,17 +176,34 @@ def test_a_teacher_of_another_size_survives_the_round_trip(minimal: str, tmp_pat
 
 
 def test_recipes_state_the_published_settings() -> None:
-    """Catches a number of research/selfforcing.md 8.1 that a base file overwrites: what recipes say once merged."""
+    """Catches a number of research/selfforcing.md 8.1 that a base file overwrites: what recipes say
+    once merged.
+    """
     dmd, dfd = load_config("wan1.3b/dmd_ar.yaml"), load_config("wan1.3b/dfd_ar.yaml")
     for config in (dmd, dfd):
         score, student, fake = config.score, config.optim.student, config.optim.fake
-        assert (score.guidance, score.shift, score.sigma_min, score.sigma_max) == (4.0, 5.0, 0.02, 0.98)
-        assert (config.rollout.frames, config.rollout.chunk_frames, config.rollout.shift) == (21, 3, 5.0)
+        assert (score.guidance, score.shift, score.sigma_min, score.sigma_max) == (
+            4.0,
+            5.0,
+            0.02,
+            0.98,
+        )
+        assert (config.rollout.frames, config.rollout.chunk_frames, config.rollout.shift) == (
+            21,
+            3,
+            5.0,
+        )
         assert tuple(config.rollout.ladder) == (1000, 750, 500, 250)
         assert (student.lr, fake.lr, score.fake_per_student) == (2e-6, 4e-7, 5)
         assert tuple(student.betas) == tuple(fake.betas) == (0.0, 0.999)
-        assert (student.weight_decay, student.clip, config.batch.size, config.ema.decay) == (0.01, 10.0, 64, 0.99)
-    assert (dmd.run.student_updates, dmd.ema.start) == (600 // 5, 200 // 5)  # iterations there, student updates here
+        assert (student.weight_decay, student.clip, config.batch.size, config.ema.decay) == (
+            0.01,
+            10.0,
+            64,
+            0.99,
+        )
+    # iterations there, student updates here
+    assert (dmd.run.student_updates, dmd.ema.start) == (600 // 5, 200 // 5)
     assert (dfd.run.student_updates, dfd.teacher_model, dfd.dfd.p) == (160 // 5, None, 0.5)
 
 

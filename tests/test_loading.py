@@ -1,4 +1,6 @@
-"""From Wan's folders and a student to a stream, on Wan's real classes at tiny size, as `inference/stream.py` starts it."""
+"""From Wan's folders and a student to a stream, on Wan's real classes at tiny size, as
+`inference/stream.py` starts it.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("export")
-    CausalWanPipeline(tiny_student(), *tiny_parts(), export_scheduler(RECIPE)).save_pretrained(folder)
+    CausalWanPipeline(tiny_student(), *tiny_parts(), export_scheduler(RECIPE)).save_pretrained(
+        folder
+    )
     return folder
 
 
@@ -68,7 +72,10 @@ def test_an_export_streams_with_its_own_recipe(export):
 
 def test_wans_folder_streams_with_a_student_from_elsewhere(wan, export):
     """Catches the folder's own bidirectional weights in place of the named student's."""
-    own, mixed = (load_wan_model(*arguments, size=(HEIGHT, WIDTH)) for arguments in ((export,), (wan, str(export))))
+    own, mixed = (
+        load_wan_model(*arguments, size=(HEIGHT, WIDTH))
+        for arguments in ((export,), (wan, str(export)))
+    )
     assert torch.equal(frames(mixed), frames(own))
     plain = load_wan_model(wan, str(export / "transformer"), size=(HEIGHT, WIDTH))
     assert torch.equal(frames(plain, 1), frames(own, 1))
@@ -79,7 +86,9 @@ def test_a_student_without_recipe_has_self_forcings(export, tmp_path):
     student = tmp_path / "student"
     shutil.copytree(export / "transformer", student)
     config = json.loads((student / "config.json").read_text())
-    (student / "config.json").write_text(json.dumps({k: v for k, v in config.items() if k != "student"}))
+    (student / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k != "student"})
+    )
     loaded = load_student(student)
     assert recipe_of(loaded.config) == Recipe((1000, 750, 500, 250), 5.0, 3, 21)
     assert recipe_of(loaded.config).ladder == pytest.approx((1, 0.9375, 5 / 6, 0.625))
@@ -90,7 +99,10 @@ def test_a_self_forcing_checkpoint_streams(wan, export, tmp_path):
     """Catches published students whose names, as FSDP leaves them, or whose ladder do not arrive."""
     convert(export, tmp_path / "student.pt", "self-forcing")
     content = torch.load(tmp_path / "student.pt", weights_only=True)
-    wrapped = {name.replace("model.", "model._fsdp_wrapped_module.", 1): t for name, t in content["generator"].items()}
+    wrapped = {
+        name.replace("model.", "model._fsdp_wrapped_module.", 1): t
+        for name, t in content["generator"].items()
+    }
     torch.save({"generator_ema": wrapped, "config": content["config"]}, tmp_path / "theirs.pt")
     theirs = load_wan_model(wan, str(tmp_path / "theirs.pt"), size=(HEIGHT, WIDTH))
     assert torch.equal(frames(theirs, 1), frames(load_wan_model(export, size=(HEIGHT, WIDTH)), 1))
@@ -127,7 +139,9 @@ def test_the_text_encoder_rests_when_prompts_are_known(export, text_cache, monke
 
 
 def test_wans_folder_alone_is_no_student(wan):
-    """Catches the bidirectional transformer streamed chunk by chunk; the error brings the published student."""
+    """Catches the bidirectional transformer streamed chunk by chunk; the error brings the published
+    student.
+    """
     with pytest.raises(ConfigError) as error:
         load_wan_model(wan)
     message = str(error.value)
@@ -150,7 +164,12 @@ def test_all_that_is_missing_is_listed_at_once(export, tmp_path):
     (half / "vae" / "diffusion_pytorch_model.safetensors").unlink()
     (half / "text_encoder").mkdir()
     shutil.copy(export / "text_encoder" / "config.json", half / "text_encoder")
-    index = {"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "a": "model-00001-of-00002.safetensors",
+            "b": "model-00002-of-00002.safetensors",
+        }
+    }
     (half / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
     (half / "text_encoder" / "model-00001-of-00002.safetensors").touch()
     with pytest.raises(ConfigError) as error:
@@ -184,7 +203,9 @@ def test_parts_of_two_models_are_refused(export, tmp_path):
     ],
 )
 def test_mistakes_are_found_before_weights_are_read(tmp_path, options, message):
-    """Catches a typing mistake that costs minutes; the folder is empty, and that would be the next error."""
+    """Catches a typing mistake that costs minutes; the folder is empty, and that would be the next
+    error.
+    """
     with pytest.raises(ConfigError, match=message):
         load_wan_model(tmp_path, **options)
 
@@ -192,7 +213,19 @@ def test_mistakes_are_found_before_weights_are_read(tmp_path, options, message):
 def test_the_command_line_streams_an_export(export, tmp_path, capsys):
     """Catches options that do not arrive; the file holds what the session makes."""
     out = tmp_path / "s.rgb"
-    options = ["--model", str(export), *SIZE, "--prompt", PROMPT, "--chunks", "2", "--seed", "5", "--out", str(out)]
+    options = [
+        "--model",
+        str(export),
+        *SIZE,
+        "--prompt",
+        PROMPT,
+        "--chunks",
+        "2",
+        "--seed",
+        "5",
+        "--out",
+        str(out),
+    ]
     assert main(options) == 0
     shown = np.frombuffer(out.read_bytes(), np.uint8).reshape(-1, HEIGHT, WIDTH, 3)
     assert np.array_equal(shown, frames(load_wan_model(export, size=(HEIGHT, WIDTH))).numpy())
@@ -203,7 +236,17 @@ def test_the_command_line_streams_an_export(export, tmp_path, capsys):
 
 def test_the_command_line_takes_a_dtype(export, tmp_path, capsys):
     """Catches --dtype and --vae-device that are parsed and forgotten."""
-    options = ["--model", str(export), *SIZE, "--dtype", "bfloat16", "--vae-device", "cpu", "--chunks", "1"]
+    options = [
+        "--model",
+        str(export),
+        *SIZE,
+        "--dtype",
+        "bfloat16",
+        "--vae-device",
+        "cpu",
+        "--chunks",
+        "1",
+    ]
     assert main([*options, "--out", str(tmp_path / "s.rgb")]) == 0
     assert "bfloat16" in capsys.readouterr().err
 
@@ -216,7 +259,9 @@ def test_the_command_line_takes_a_dtype(export, tmp_path, capsys):
         (["--model", "nowhere"], "nowhere cannot be streamed from yet; it lacks"),
     ],
 )
-def test_options_that_do_not_go_together_are_explained(tmp_path, monkeypatch, capsys, arguments, message):
+def test_options_that_do_not_go_together_are_explained(
+    tmp_path, monkeypatch, capsys, arguments, message
+):
     """Catches a traceback, and options that are quietly ignored."""
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == 2

@@ -1,6 +1,7 @@
 """What bfloat16 costs, and that the parts which docs/numerics.md promises in more bits have them.
 
-Measured bounds: on one thread of a CPU; other kernels add in another order, which moves errors by a few per cent.
+Measured bounds: on one thread of a CPU; other kernels add in another order, which moves errors by a
+few per cent.
 """
 
 from __future__ import annotations
@@ -41,16 +42,26 @@ def cast(network: WanTransformer, dtype: torch.dtype) -> WanTransformer:
 
 
 def flow(dtype: torch.dtype, start_frame: int = 0) -> Tensor:
-    """The golden network's answer with weights in dtype; inputs in float32, or float64 for the exact one."""
+    """The golden network's answer with weights in dtype; inputs in float32, or float64 for the
+    exact one.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, t, text = (golden("bidirectional")[name].to(wide) for name in ("x", "t", "text"))
-    return cast(golden_network(), dtype)(x, t / 1000, Conditioning(text), Context((), start_frame)).flow
+    return cast(golden_network(), dtype)(
+        x, t / 1000, Conditioning(text), Context((), start_frame)
+    ).flow
 
 
 def matching(dtype: torch.dtype, case: str, anchor: str) -> tuple[Matching, Tensor]:
-    """Distribution matching with scores in dtype, latents in float32 (float64 for the exact one); with d loss / d x0."""
+    """Distribution matching with scores in dtype, latents in float32 (float64 for the exact one);
+    with d loss / d x0.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    data = {name: value.to(wide) for name, value in golden("losses").items() if value.is_floating_point()}
+    data = {
+        name: value.to(wide)
+        for name, value in golden("losses").items()
+        if value.is_floating_point()
+    }
     x0 = data["x_gen"].clone().requires_grad_()
     result = distribution_matching(
         x0,
@@ -77,11 +88,15 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("bhqk,bkhd->bqhd", scores.softmax(-1), v)
 
 
-def check_attention(kernel: Attention, shape: Sequence[int], dtype: torch.dtype, device: str) -> tuple[float, float]:
-    """The rule for kernels: at most twice the error that the same dtype costs when every step is rounded.
+def check_attention(
+    kernel: Attention, shape: Sequence[int], dtype: torch.dtype, device: str
+) -> tuple[float, float]:
+    """The rule for kernels: at most twice the error that the same dtype costs when every step is
+    rounded.
 
-    Against float64, on the same rounded inputs; half an ulp of the largest value is allowed on top, since where a row has
-    one key the step-by-step result is exact. Returns both errors, the kernel's first.
+    Against float64, on the same rounded inputs; half an ulp of the largest value is allowed on top,
+    since where a row has one key the step-by-step result is exact. Returns both errors, the
+    kernel's first.
     """
     num_queries, num_keys, heads, head_dim = shape
     q, k, v = (
@@ -89,7 +104,9 @@ def check_attention(kernel: Attention, shape: Sequence[int], dtype: torch.dtype,
         for name, length in (("q", num_queries), ("k", num_keys), ("v", num_keys))
     )
     exact = exact_attention(q.double(), k.double(), v.double())
-    ours, plain = ((out.double() - exact).abs().max() for out in (kernel(q, k, v), exact_attention(q, k, v)))
+    ours, plain = (
+        (out.double() - exact).abs().max() for out in (kernel(q, k, v), exact_attention(q, k, v))
+    )
     assert ours <= 2 * plain + torch.finfo(dtype).eps / 2 * exact.abs().max(), (ours, plain)
     return float(ours), float(plain)
 
@@ -97,7 +114,9 @@ def check_attention(kernel: Attention, shape: Sequence[int], dtype: torch.dtype,
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
 def test_attention_on_the_cpu_keeps_the_rule_of_twice_the_error(shape, dtype):
-    """Catches a kernel whose scale, layout or accumulation is wrong by little, which a fixed tolerance lets through."""
+    """Catches a kernel whose scale, layout or accumulation is wrong by little, which a fixed
+    tolerance lets through.
+    """
     check_attention(load_kernel("sdpa", torch.device("cpu")), shape, dtype, "cpu")
 
 
@@ -124,8 +143,9 @@ def test_float32_is_float64_to_rounding():
 def test_bfloat16_is_float32_within_its_rounding():
     """Catches an overflow, a sum of squares or a difference in 16 bits.
 
-    Measured 7.4e-3: rounding weights (HALF_ULP / sqrt(3) = 1.1e-3 each), inputs, and the outputs of some 40 operations.
-    From below: a network that had quietly stayed in float32 would be 2.4e-7 away.
+    Measured 7.4e-3: rounding weights (HALF_ULP / sqrt(3) = 1.1e-3 each), inputs, and the outputs of
+    some 40 operations. From below: a network that had quietly stayed in float32 would be 2.4e-7
+    away.
     """
     ours = flow(BF16)
     assert ours.dtype == BF16
@@ -134,9 +154,11 @@ def test_bfloat16_is_float32_within_its_rounding():
 
 @pytest.mark.parametrize("start_frame", [77, 5003, 987_654])
 def test_rounding_does_not_grow_with_position(start_frame):
-    """Catches angles in float32, or in bfloat16, which at frame 5003 turn keys by arbitrary amounts (error .6).
+    """Catches angles in float32, or in bfloat16, which at frame 5003 turn keys by arbitrary amounts
+    (error .6).
 
-    Without a past nothing depends on where the first frame is, so the exact answer is that of frame 0.
+    Without a past nothing depends on where the first frame is, so the exact answer is that of frame
+    0.
     """
     exact = flow(torch.float64)
     assert relative(flow(torch.float64, start_frame), exact) < 1e-9
@@ -152,20 +174,34 @@ def test_rotation_of_half_precision_is_rounded_once():
 
 
 def test_gated_residual_sums_are_rounded_once():
-    """Catches product and sum rounded one after the other, as in Self-Forcing: 23 % of all values would differ."""
+    """Catches product and sum rounded one after the other, as in Self-Forcing: 23 % of all values
+    would differ.
+    """
     x, y, gate = tokens("x", 2, 24, DIM), tokens("y", 2, 24, DIM), tokens("gate", 2, FRAMES, DIM)
     frames = (FRAMES, -1)
-    exact = x.double().unflatten(1, frames) + y.double().unflatten(1, frames) * gate.double()[:, :, None]
+    exact = (
+        x.double().unflatten(1, frames)
+        + y.double().unflatten(1, frames) * gate.double()[:, :, None]
+    )
     assert torch.equal(add_gated(x, y, gate), exact.flatten(1, 2).to(BF16))
 
 
 def test_layer_norm_and_modulation_are_float32():
     """Catches LayerNorm in bfloat16, 1.7e-3 off; float32 statistics and products leave 6e-8."""
-    x, shift, scale = tokens("x", 2, 24, DIM), tokens("shift", 2, FRAMES, DIM), tokens("scale", 2, FRAMES, DIM)
+    x, shift, scale = (
+        tokens("x", 2, 24, DIM),
+        tokens("shift", 2, FRAMES, DIM),
+        tokens("scale", 2, FRAMES, DIM),
+    )
     ours = modulate(ParameterFreeNorm(DIM, 1e-6)(x), scale, shift)
     normed = layer_norm(x.double(), (DIM,), eps=1e-6).unflatten(1, (FRAMES, -1))
     assert ours.dtype == torch.float32
-    assert relative(ours, (normed * scale.double()[:, :, None] + shift.double()[:, :, None]).flatten(1, 2)) < 3e-7
+    assert (
+        relative(
+            ours, (normed * scale.double()[:, :, None] + shift.double()[:, :, None]).flatten(1, 2)
+        )
+        < 3e-7
+    )
 
 
 def test_query_and_key_norms_are_rounded_once():
@@ -176,16 +212,23 @@ def test_query_and_key_norms_are_rounded_once():
 
 
 def test_noise_levels_do_not_pass_through_bfloat16():
-    """Catches a timestep in 16 bits, as in Causal-Forcing: 937.5 would be 936, a different point of the ladder."""
+    """Catches a timestep in 16 bits, as in Causal-Forcing: 937.5 would be 936, a different point of
+    the ladder.
+    """
     network, exact = cast(golden_network(), BF16), cast(golden_network(), torch.float64)
-    near, far = (exact.condition_embedder.time(torch.tensor([[t / 1000]]).double())[0] for t in (937.5, 936.0))
+    near, far = (
+        exact.condition_embedder.time(torch.tensor([[t / 1000]]).double())[0]
+        for t in (937.5, 936.0)
+    )
     ours = network.condition_embedder.time(torch.tensor([[0.9375]]))[0]
     assert relative(ours, near) < 2e-2
     assert relative(far, near) > 5 * relative(ours, near)
 
 
 def test_clean_predictions_and_noise_stay_in_float32():
-    """Catches x0 in bfloat16 between the steps of a rollout, where the error of every step would be added."""
+    """Catches x0 in bfloat16 between the steps of a rollout, where the error of every step would be
+    added.
+    """
     data = golden("losses")
     x_t = add_noise(data["x_gen"], data["eps"], 0.02)
     v = (data["eps"] - data["x_gen"]).to(BF16)
@@ -199,8 +242,8 @@ def test_clean_predictions_and_noise_stay_in_float32():
 def test_matching_with_scores_in_bfloat16(case, anchor):
     """Catches a loss or normaliser in 16 bits. Noise levels .73 and .02, .98 and .41.
 
-    Direction: measured 5e-4 (DFD at .02) to 1.8e-2; guidance 4 doubles the flows' own 7.6e-3. Normaliser: 1e-3, a mean
-    over errors of both signs. In float32: 3e-6.
+    Direction: measured 5e-4 (DFD at .02) to 1.8e-2; guidance 4 doubles the flows' own 7.6e-3.
+    Normaliser: 1e-3, a mean over errors of both signs. In float32: 3e-6.
     """
     exact, direction = matching(torch.float64, case, anchor)
     half, half_direction = matching(BF16, case, anchor)
@@ -212,11 +255,15 @@ def test_matching_with_scores_in_bfloat16(case, anchor):
 
 
 def test_the_fake_scores_loss_is_float32():
-    """Catches a squared difference in bfloat16, or its target rounded: 2e-3 is the flows' error, averaged."""
+    """Catches a squared difference in bfloat16, or its target rounded: 2e-3 is the flows' error,
+    averaged.
+    """
     data = golden("losses")
     sigma, text = data["case0/t"] / 1000, Conditioning(data["cond"])
     half, full = (
-        flow_matching(cast(golden_network("weights_fake"), dtype), data["x_gen"], data["eps"], sigma, text)
+        flow_matching(
+            cast(golden_network("weights_fake"), dtype), data["x_gen"], data["eps"], sigma, text
+        )
         for dtype in (BF16, torch.float32)
     )
     assert half.dtype == torch.float32
@@ -228,7 +275,9 @@ def test_tests_that_the_documents_name_exist(page):
     """Catches a promise whose test was renamed or removed."""
     tests = Path(__file__).parent
     code = "".join(path.read_text() for path in tests.rglob("test_*.py"))
-    cited = re.findall(r"`((?:\w+/)?test_\w+(?:\.py)?)`", (tests.parent / "docs" / f"{page}.md").read_text())
+    cited = re.findall(
+        r"`((?:\w+/)?test_\w+(?:\.py)?)`", (tests.parent / "docs" / f"{page}.md").read_text()
+    )
     files = {name for name in cited if name.endswith(".py")}
     assert {name for name in files if not (tests / name.removeprefix("tests/")).is_file()} == set()
     assert {name for name in set(cited) - files if f"def {name}(" not in code} == set()

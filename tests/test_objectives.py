@@ -1,4 +1,6 @@
-"""Distribution matching, guidance and flow matching: identities, exact posteriors, and the reference's own numbers."""
+"""Distribution matching, guidance and flow matching: identities, exact posteriors, and the
+reference's own numbers.
+"""
 
 from __future__ import annotations
 
@@ -25,12 +27,18 @@ SIGMAS = [0.02, 0.1, 0.3, 0.49, 0.51, 0.7, 0.9, 0.98]
 
 def match(x0: Tensor, anchor: Tensor, teacher: Network, fake: Network, **changes: Any) -> Matching:
     """distribution_matching at tiny size with fixed noise, text and noise levels."""
-    settings: dict[str, Any] = {"guidance": 4.0, "conditioning": conditioning(), "negative": NO_TEXT} | changes
+    settings: dict[str, Any] = {
+        "guidance": 4.0,
+        "conditioning": conditioning(),
+        "negative": NO_TEXT,
+    } | changes
     noise, sigma = settings.pop("noise", latents("noise")), settings.pop("sigma", SIGMA)
     return distribution_matching(x0, anchor, noise, sigma, teacher=teacher, fake=fake, **settings)
 
 
-def direction(x0: Tensor, anchor: Tensor, teacher: Network, fake: Network, **changes: Any) -> Tensor:
+def direction(
+    x0: Tensor, anchor: Tensor, teacher: Network, fake: Network, **changes: Any
+) -> Tensor:
     """d = fake - teacher, read off the gradient that the student receives:
     d / n / numel, the loss summed over samples.
     """
@@ -67,7 +75,12 @@ def test_gradient_is_d_over_n_over_numel(networks):
     """Catches a normaliser inside the graph, or a mean over the wrong axes:
     the step size would depend on the clip's size.
     """
-    x0, anchor, noise, text = latents("x0").requires_grad_(), latents("real"), latents("noise"), conditioning()
+    x0, anchor, noise, text = (
+        latents("x0").requires_grad_(),
+        latents("real"),
+        latents("noise"),
+        conditioning(),
+    )
     matching = match(x0, anchor, networks["teacher"], networks["fake"], guidance=1.0)
     (gradient,) = torch.autograd.grad(matching.loss.sum(), x0)
     with torch.no_grad():
@@ -78,7 +91,8 @@ def test_gradient_is_d_over_n_over_numel(networks):
         n = (x0[row] - real[row]).abs().mean()
         d = fake[row] - real[row]
         expected = d / n / x0[row].numel()
-        torch.testing.assert_close(gradient[row], expected, rtol=1e-10, atol=1e-15)  # x0 - (x0 - d / n) rounds once
+        # x0 - (x0 - d / n) rounds once
+        torch.testing.assert_close(gradient[row], expected, rtol=1e-10, atol=1e-15)
         torch.testing.assert_close(matching.loss[row], 0.5 * (d / n).square().mean())
         torch.testing.assert_close(matching.discrepancy[row], d.abs().mean())
         torch.testing.assert_close(matching.normaliser[row], n)
@@ -111,7 +125,13 @@ def test_normaliser_is_clamped_where_the_teacher_agrees():
     exact = ExactGaussian(0.5, 1e-9)
     fake = ExactGaussian(0.6, 1e-9)
     matching = match(
-        x0.requires_grad_(), x0.detach(), exact, fake, guidance=1.0, noise=torch.ones_like(x0), sigma=SIGMA[:1]
+        x0.requires_grad_(),
+        x0.detach(),
+        exact,
+        fake,
+        guidance=1.0,
+        noise=torch.ones_like(x0),
+        sigma=SIGMA[:1],
     )
     assert matching.normaliser.item() == 1e-3
     torch.testing.assert_close(matching.discrepancy.item(), 0.1, rtol=1e-6, atol=0)
@@ -119,7 +139,9 @@ def test_normaliser_is_clamped_where_the_teacher_agrees():
 
 
 def test_nothing_to_learn_when_fake_and_teacher_agree_on_the_own_sample(networks):
-    """Catches an asymmetry between the branches: same network, no guidance, same input must give exactly zero."""
+    """Catches an asymmetry between the branches: same network, no guidance, same input must give
+    exactly zero.
+    """
     x0 = latents("x0").requires_grad_()
     matching = match(x0, x0.detach(), networks["teacher"], networks["teacher"], guidance=1.0)
     assert not matching.loss.any()
@@ -127,13 +149,15 @@ def test_nothing_to_learn_when_fake_and_teacher_agree_on_the_own_sample(networks
 
 
 def test_both_branches_share_noise_and_noise_level():
-    """Catches a second draw for the real branch: with one exact posterior k y for both, d must be k alpha (G - x),
-    noise-free.
+    """Catches a second draw for the real branch: with one exact posterior k y for both, d must be k
+    alpha (G - x), noise-free.
     """
     x0, real, exact = latents("x0"), latents("real"), ExactGaussian()
     level = SIGMA[:, None, None, None, None]
     expected = (1 - level) ** 2 / ((1 - level) ** 2 + level**2) * (x0 - real)
-    torch.testing.assert_close(direction(x0, real, exact, exact, guidance=1.0), expected, rtol=0, atol=1e-11)
+    torch.testing.assert_close(
+        direction(x0, real, exact, exact, guidance=1.0), expected, rtol=0, atol=1e-11
+    )
 
 
 @pytest.mark.parametrize("sigma", SIGMAS)
@@ -149,10 +173,11 @@ def test_a_real_anchor_attracts_in_x0_space(sigma):
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_score_space_repels_and_velocity_space_changes_sign(sigma):
-    """Why the loss is written in x0 space: the same difference taken between scores pushes the sample away from the
-    data.
+    """Why the loss is written in x0 space: the same difference taken between scores pushes the
+    sample away from the data.
 
-    score = (alpha x0 - y) / sigma^2; flow = (y - x0) / sigma, along whose negative a sample would move.
+    score = (alpha x0 - y) / sigma^2; flow = (y - x0) / sigma, along whose negative a sample would
+    move.
     """
     x0, real, noise, exact = latents("x0"), latents("real"), latents("noise"), ExactGaussian()
     own_t, real_t = add_noise(x0, noise, sigma), add_noise(real, noise, sigma)
@@ -164,12 +189,15 @@ def test_score_space_repels_and_velocity_space_changes_sign(sigma):
     assert ((flow_pull * towards).sum() > 0) == (sigma < 0.5)
 
 
-@pytest.mark.parametrize(("mean", "balanced"), [(0.0, True), (0.1, False)], ids=["like the data", "off by 0.1"])
+@pytest.mark.parametrize(
+    ("mean", "balanced"), [(0.0, True), (0.1, False)], ids=["like the data", "off by 0.1"]
+)
 def test_direction_vanishes_in_expectation_only_when_samples_are_like_data(mean, balanced):
-    """Catches a biased estimator: with unpaired real anchors, E[d] = 0 at the optimum (arXiv 2606.18478, Prop. A.1).
+    """Catches a biased estimator: with unpaired real anchors, E[d] = 0 at the optimum (arXiv
+    2606.18478, Prop. A.1).
 
-    98,304 independent values; 4 standard errors of their mean are crossed by chance once in 16,000. An offset of 0.1 at
-    sigma .3 moves the mean by .1 k alpha = .084, 20 standard errors.
+    98,304 independent values; 4 standard errors of their mean are crossed by chance once in 16,000.
+    An offset of 0.1 at sigma .3 moves the mean by .1 k alpha = .084, 20 standard errors.
     """
     shape = (256, 4, 4, 4, 6)
     own, real, noise = (rng.normal(shape, 3, name).double() for name in ("own", "real", "noise"))
@@ -182,7 +210,9 @@ def test_direction_vanishes_in_expectation_only_when_samples_are_like_data(mean,
 
 
 def test_guidance_one_asks_for_the_condition_only(networks):
-    """Catches a guidance that is off by one, the difference between Self-Forcing's convention and the standard one."""
+    """Catches a guidance that is off by one, the difference between Self-Forcing's convention and
+    the standard one.
+    """
     x_t, text, teacher = latents("x_t"), conditioning(), networks["teacher"]
     expected = x0_from_flow(x_t, teacher(x_t, SIGMA, text).flow, SIGMA)
     assert torch.equal(guided_x0(teacher, x_t, SIGMA, text, NO_TEXT, 1.0), expected)
@@ -198,20 +228,25 @@ def test_guidance_is_the_standard_one(networks, guidance):
     ours = guided_x0(teacher, x_t, SIGMA, text, NO_TEXT, guidance)
     torch.testing.assert_close(ours, uncond + guidance * (cond - uncond), rtol=0, atol=1e-12)
     if guidance == 4.0:
-        torch.testing.assert_close(ours, cond + 3.0 * (cond - uncond), rtol=0, atol=1e-12)  # Self-Forcing's 3.0
+        # Self-Forcing's 3.0
+        torch.testing.assert_close(ours, cond + 3.0 * (cond - uncond), rtol=0, atol=1e-12)
 
 
 def test_the_teacher_alone_is_guided(networks):
     """Catches a guided fake score: guidance must enter d with the teacher's factor and no other."""
     x0, teacher, fake = latents("x0"), networks["teacher"], networks["fake"]
     x_t = add_noise(x0, latents("noise"), SIGMA)
-    change = direction(x0, x0, teacher, fake, guidance=4.0) - direction(x0, x0, teacher, fake, guidance=1.0)
+    change = direction(x0, x0, teacher, fake, guidance=4.0) - direction(
+        x0, x0, teacher, fake, guidance=1.0
+    )
     one, four = (guided_x0(teacher, x_t, SIGMA, conditioning(), NO_TEXT, w) for w in (1.0, 4.0))
     torch.testing.assert_close(change, one - four, rtol=0, atol=1e-10)
 
 
 def test_student_loss_gives_gradient_to_the_student_alone():
-    """Catches scores inside the graph: a teacher that learns, or a fake score that is pulled by the student's loss."""
+    """Catches scores inside the graph: a teacher that learns, or a fake score that is pulled by the
+    student's loss.
+    """
     student, teacher, fake = tiny_network(0), tiny_network(1), tiny_network(2)
     noise = latents("start")
     x0 = x0_from_flow(noise, student(noise, 1.0, conditioning()).flow, 1.0)
@@ -273,9 +308,13 @@ def reference() -> dict[str, Any]:
 @pytest.mark.parametrize("case", ["case0", "case1"])
 @pytest.mark.parametrize(("branch", "anchor"), [("dmd", "x_gen"), ("dfd", "x_real")])
 def test_matching_equals_the_reference(reference, case, branch, anchor):
-    """Catches any difference to the published DMD and DFD losses with sigma = t / 1000: loss, normaliser, gradient."""
+    """Catches any difference to the published DMD and DFD losses with sigma = t / 1000: loss,
+    normaliser, gradient.
+    """
     data = reference["data"]
-    expected = {name: data[f"{case}/exact/{branch}/{name}"] for name in ("loss", "normaliser", "grad")}
+    expected = {
+        name: data[f"{case}/exact/{branch}/{name}"] for name in ("loss", "normaliser", "grad")
+    }
     x0 = data["x_gen"].clone().requires_grad_()
     matching = distribution_matching(
         x0,
@@ -290,21 +329,30 @@ def test_matching_equals_the_reference(reference, case, branch, anchor):
     )
     (gradient,) = torch.autograd.grad(matching.loss.mean(), x0)
     torch.testing.assert_close(gradient * x0.numel(), expected["grad"], **MATCHING)
-    torch.testing.assert_close(matching.normaliser, expected["normaliser"].flatten(), rtol=1e-4, atol=0)
-    torch.testing.assert_close(matching.loss.mean().double(), expected["loss"][0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        matching.normaliser, expected["normaliser"].flatten(), rtol=1e-4, atol=0
+    )
+    torch.testing.assert_close(
+        matching.loss.mean().double(), expected["loss"][0], rtol=1e-4, atol=0
+    )
 
 
 @pytest.mark.parametrize("case", ["case0", "case1"])
 def test_fake_score_loss_equals_the_reference(reference, case):
-    """Catches a weighting of the fake score's regression by noise level, or x0 in place of flow as its target."""
+    """Catches a weighting of the fake score's regression by noise level, or x0 in place of flow as
+    its target.
+    """
     data = reference["data"]
     sigma, text = data[f"{case}/t"] / 1000, Conditioning(data["cond"])
     loss = flow_matching(reference["fake"], data["x_gen"], data["eps"], sigma, text)
-    torch.testing.assert_close(loss.mean().double(), data[f"{case}/exact/critic/loss"][0], rtol=1e-5, atol=0)
+    torch.testing.assert_close(
+        loss.mean().double(), data[f"{case}/exact/critic/loss"][0], rtol=1e-5, atol=0
+    )
 
 
 def test_parameter_gradients_of_a_whole_student_update_equal_the_reference(reference):
-    """Catches what no single part shows: rollout, replay and loss together give the reference's detached gradient.
+    """Catches what no single part shows: rollout, replay and loss together give the reference's
+    detached gradient.
 
     Per tensor 1e-4 of its largest value, over everything 1e-5 relative;
     the leaky gradient of the public code is 7e-2 away.
@@ -312,7 +360,9 @@ def test_parameter_gradients_of_a_whole_student_update_equal_the_reference(refer
     data, draws, student = golden("gradients"), golden("rollout_exit2"), golden_network()
     text = Conditioning(draws["text"])
     ladder = tuple((draws["steps"].double() / 1000).tolist())
-    record = rollout(student, golden_noise(draws), text, KVCache(), ladder, plan_chunks(6, 3), (2, 2))
+    record = rollout(
+        student, golden_noise(draws), text, KVCache(), ladder, plan_chunks(6, 3), (2, 2)
+    )
     x0 = replay(student, record, text)
     matching = distribution_matching(
         x0,
@@ -327,7 +377,9 @@ def test_parameter_gradients_of_a_whole_student_update_equal_the_reference(refer
     )
     matching.loss.mean().backward()
     prefix = "detached_clean_context_exact/"
-    torch.testing.assert_close(matching.loss.mean().double(), data[prefix + "loss"][0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        matching.loss.mean().double(), data[prefix + "loss"][0], rtol=1e-4, atol=0
+    )
     order = manifest()["files"]["gradients.safetensors"]["parameter_order"]
     ours = {name: student.get_parameter(diffusers_name(name)).grad for name in order}
     norms = torch.stack([gradient.double().norm() for gradient in ours.values()])

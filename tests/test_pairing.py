@@ -1,4 +1,6 @@
-"""Which real sample anchors which generated one: an optimal assignment within each caption, and the gap it leaves."""
+"""Which real sample anchors which generated one: an optimal assignment within each caption, and the
+gap it leaves.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ def view_cost(generated: Tensor, real: Tensor) -> Tensor:
 
 
 def best_total(cost: list[list[float]]) -> float:
-    """The least total cost by dynamic programming over sets of used columns: 2^n n steps, no matching theory."""
+    """The least total cost by dynamic programming over sets of used columns: 2^n n steps, no
+    matching theory.
+    """
     n = len(cost)
     best = [0.0] + [float("inf")] * (2**n - 1)
     for used in range(2**n - 1):
@@ -49,7 +53,9 @@ def best_total(cost: list[list[float]]) -> float:
 @pytest.mark.parametrize("n", range(1, 7))
 @pytest.mark.parametrize("kind", ["random", "negative", "tied", "all equal"])
 def test_assignment_is_the_best_of_all_permutations(n, kind):
-    """Catches a greedy matching or prices updated one row late; they are right most of the time on random costs."""
+    """Catches a greedy matching or prices updated one row late; they are right most of the time on
+    random costs.
+    """
     for trial in range(20):
         values = rng.uniform((n, n), trial, f"{kind} cost", n)
         if kind == "negative":
@@ -73,8 +79,8 @@ def test_assignment_is_optimal_for_ten(seed):
 
 
 def test_hardest_known_order_is_solved():
-    """Catches an early stop: costs i * j force every row to be moved when the next one arrives (Machol and Wien
-    1976).
+    """Catches an early stop: costs i * j force every row to be moved when the next one arrives
+    (Machol and Wien 1976).
     """
     cost = [[float((i + 1) * (j + 1)) for j in range(32)] for i in range(32)]
     assert assign(cost) == list(range(31, -1, -1))
@@ -126,7 +132,9 @@ def test_assignment_never_crosses_captions():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_real_clip_is_used_once_and_the_cost_never_rises(seed):
-    """Catches nearest-neighbour pairing, which leaves out exactly the modes that the student has lost."""
+    """Catches nearest-neighbour pairing, which leaves out exactly the modes that the student has
+    lost.
+    """
     generated, real = clips("generated", 12, seed), clips("real", 12, seed)
     generated[:6] = generated[0]  # a collapsed student: half of its clips are one clip
     groups = [("red", "blue", "green")[i % 3] for i in range(12)]
@@ -138,12 +146,14 @@ def test_every_real_clip_is_used_once_and_the_cost_never_rises(seed):
     for group in set(groups):
         members = [i for i in range(12) if groups[i] == group]
         least = best_total(cost[members][:, members].tolist())
-        assert cost[members, pair.real_index[members]].sum().item() == pytest.approx(least, rel=1e-5)
+        assert cost[members, pair.real_index[members]].sum().item() == pytest.approx(
+            least, rel=1e-5
+        )
 
 
 def test_layout_decides_and_texture_does_not():
-    """Catches a distance over single pixels: a checkerboard that averages out over 2 x 2 must not change the
-    pairing.
+    """Catches a distance over single pixels: a checkerboard that averages out over 2 x 2 must not
+    change the pairing.
     """
     generated, real = clips("generated", 6), clips("real", 6)
     checks = 10 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(SHAPE[2] // 2, SHAPE[3] // 2)
@@ -171,15 +181,26 @@ def test_other_pairings_keep_the_order_of_the_batch(name):
 
 
 def test_gap_is_the_mean_squared_distance_to_the_own_anchor():
-    """Catches a gap of the low-resolution view, or one averaged over the batch: Eq. 7 is per sample and per value."""
+    """Catches a gap of the low-resolution view, or one averaged over the batch: Eq. 7 is per sample
+    and per value.
+    """
     generated, real = clips("generated", 6), clips("real", 6)
-    for pair in (pair_in_order(generated, real, ["a"] * 6), pair_by_assignment(generated, real, ["a"] * 6)):
+    for pair in (
+        pair_in_order(generated, real, ["a"] * 6),
+        pair_by_assignment(generated, real, ["a"] * 6),
+    ):
         for row, index in enumerate(pair.real_index.tolist()):
-            torch.testing.assert_close(pair.gap[row], (generated[row] - real[index]).square().mean())
+            torch.testing.assert_close(
+                pair.gap[row], (generated[row] - real[index]).square().mean()
+            )
 
 
 def test_assignment_narrows_the_gap_of_independent_clips():
-    """Catches a cost that is maximised. Over 64 independent clips the best pairing is far below the first one found."""
+    """Catches a cost that is maximised. Over 64 independent clips the best pairing is far below the
+    first one found.
+    """
     generated, real = clips("generated", 64), clips("real", 64)
-    gap = {p: PAIRINGS[p](generated, real, ["a"] * 64).gap.mean() for p in ("caption", "assignment")}
+    gap = {
+        p: PAIRINGS[p](generated, real, ["a"] * 64).gap.mean() for p in ("caption", "assignment")
+    }
     assert gap["assignment"] < 0.95 * gap["caption"]

@@ -1,4 +1,6 @@
-"""The pipeline of diffusers over a student, on Wan's real classes at tiny size: same bits as the session it stands for."""
+"""The pipeline of diffusers over a student, on Wan's real classes at tiny size: same bits as the
+session it stands for.
+"""
 
 from __future__ import annotations
 
@@ -65,20 +67,29 @@ def session_frames(pipe: CausalWanPipeline, settings: StreamSettings, chunks: in
 
 
 def test_a_call_is_the_session(pipe, clip):
-    """Catches a second rollout that drifts away from the one that streams, and another past than the student knows."""
+    """Catches a second rollout that drifts away from the one that streams, and another past than
+    the student knows.
+    """
     settings = StreamSettings(seed=5, sink_frames=0, window_frames=6, positions="absolute")
     assert torch.equal(clip[0], session_frames(pipe, settings, 2))
     assert clip.shape == (1, 21, HEIGHT, WIDTH, 3)
 
 
 def test_a_longer_clip_is_the_endless_stream(pipe):
-    """Catches a past longer than the student saw in training. Five chunks: fifteen latent frames, of which K = 12 are seen."""
+    """Catches a past longer than the student saw in training. Five chunks: fifteen latent frames,
+    of which K = 12 are seen.
+    """
     long = pipe(PROMPT, num_frames=57, seed=5, output_type="uint8", **SIZE).frames[0]
-    assert torch.equal(long, torch.cat([chunk.frames for chunk in pipe.stream(PROMPT, num_chunks=5, seed=5, **SIZE)]))
+    assert torch.equal(
+        long,
+        torch.cat([chunk.frames for chunk in pipe.stream(PROMPT, num_chunks=5, seed=5, **SIZE)]),
+    )
 
 
 def test_a_clip_of_the_training_length_sees_all_of_its_past():
-    """Catches a window that is shorter than what the student was trained with; the same clip as above, one setting apart."""
+    """Catches a window that is shorter than what the student was trained with; the same clip as
+    above, one setting apart.
+    """
     pipe = make_pipeline(dataclasses.replace(RECIPE, num_frames=15))
     clip = pipe(PROMPT, num_frames=57, seed=5, output_type="uint8", **SIZE).frames[0]
     settings = StreamSettings(seed=5, sink_frames=0, window_frames=15, positions="absolute")
@@ -95,7 +106,10 @@ def test_any_number_of_video_frames_is_a_beginning(pipe, clip, num_frames):
 
 def test_output_types_are_one_video(pipe, clip):
     """Catches channels in the wrong place, values outside [0, 1], and rounding between the types."""
-    made = {kind: pipe(PROMPT, num_frames=9, seed=5, output_type=kind, **SIZE).frames for kind in ("np", "pt", "pil")}
+    made = {
+        kind: pipe(PROMPT, num_frames=9, seed=5, output_type=kind, **SIZE).frames
+        for kind in ("np", "pt", "pil")
+    }
     wanted = clip[:, :9].numpy()
     assert made["np"].dtype == np.float32
     assert np.array_equal(np.round(made["np"] * 255), wanted)
@@ -106,19 +120,26 @@ def test_output_types_are_one_video(pipe, clip):
 
 
 def test_prompts_of_a_list_are_each_alone(pipe, clip):
-    """Catches prompts that share noise, or depend on their place in the list by more than their seed."""
+    """Catches prompts that share noise, or depend on their place in the list by more than their
+    seed.
+    """
     both = pipe(["a blue cross", PROMPT], num_frames=9, seed=4, output_type="uint8", **SIZE).frames
     assert torch.equal(both[1], clip[0, :9])
     assert not torch.equal(both[0], both[1])
 
 
 def test_a_generator_names_its_video():
-    """Catches a generator that is ignored, and one whose second call repeats the first, unlike anywhere in diffusers."""
+    """Catches a generator that is ignored, and one whose second call repeats the first, unlike
+    anywhere in diffusers.
+    """
     one, other = (torch.Generator().manual_seed(3) for _ in range(2))
     first = prompt_seeds(2, None, one)
     assert first == prompt_seeds(2, None, other)
     assert len({*first, *prompt_seeds(2, None, one)}) == 4
-    assert prompt_seeds(2, None, [torch.Generator().manual_seed(3) for _ in range(2)]) == [first[0]] * 2
+    assert (
+        prompt_seeds(2, None, [torch.Generator().manual_seed(3) for _ in range(2)])
+        == [first[0]] * 2
+    )
     torch.manual_seed(0)
     unasked = prompt_seeds(1, None, None)
     assert unasked != prompt_seeds(1, None, None)
@@ -129,7 +150,13 @@ def test_a_generator_names_its_video():
 def test_a_generator_reaches_the_noise(pipe):
     """Catches seeds that are drawn and then not used."""
     videos = [
-        pipe(PROMPT, num_frames=9, generator=torch.Generator().manual_seed(seed), output_type="uint8", **SIZE).frames
+        pipe(
+            PROMPT,
+            num_frames=9,
+            generator=torch.Generator().manual_seed(seed),
+            output_type="uint8",
+            **SIZE,
+        ).frames
         for seed in (3, 3, 4)
     ]
     assert torch.equal(videos[0], videos[1])
@@ -144,16 +171,22 @@ def test_the_callback_sees_chunks_and_can_end_the_call(pipe, clip):
         seen.append(chunk.chunk_index)
         caller._interrupt = True
 
-    made = pipe(PROMPT, 21, seed=5, output_type="uint8", callback_on_chunk_end=callback, **SIZE).frames
+    made = pipe(
+        PROMPT, 21, seed=5, output_type="uint8", callback_on_chunk_end=callback, **SIZE
+    ).frames
     assert seen == [0]
     assert torch.equal(made, clip[:, :9])
-    assert len(pipe(PROMPT, 21, seed=5, output_type="uint8", **SIZE).frames[0]) == 21, "the next call is whole again"
+    assert len(pipe(PROMPT, 21, seed=5, output_type="uint8", **SIZE).frames[0]) == 21, (
+        "the next call is whole again"
+    )
 
 
 def test_progress_counts_chunks(pipe, monkeypatch):
     """Catches a bar that never ends, or counts something that the user cannot see."""
     bars = []
-    monkeypatch.setattr(pipe, "progress_bar", lambda **options: bars.append(Bar(**options)) or bars[-1])
+    monkeypatch.setattr(
+        pipe, "progress_bar", lambda **options: bars.append(Bar(**options)) or bars[-1]
+    )
     pipe([PROMPT, PROMPT], num_frames=10, seed=0, **SIZE)
     assert [(bar.total, bar.count) for bar in bars] == [(4, 4)]
 
@@ -177,7 +210,9 @@ def test_a_stream_has_no_end_and_takes_prompts(pipe):
     assert isinstance(plain, Iterator)
     next(changed)
     changed.set_prompt("a blue cross", "flush")
-    one, two = (list(itertools.islice(stream, count)) for stream, count in ((plain, 3), (changed, 2)))
+    one, two = (
+        list(itertools.islice(stream, count)) for stream, count in ((plain, 3), (changed, 2))
+    )
     assert changed.session.prompt == "a blue cross"
     assert not torch.equal(one[1].frames, two[0].frames)
     assert [len(chunk.frames) for chunk in one] == [9, 12, 12]
@@ -211,7 +246,9 @@ def test_an_export_comes_back_to_the_bit(export, clip):
     again = CausalWanPipeline.from_pretrained(export)
     again.set_progress_bar_config(disable=True)
     assert again.recipe == RECIPE
-    assert torch.equal(again(PROMPT, num_frames=21, seed=5, output_type="uint8", **SIZE).frames, clip)
+    assert torch.equal(
+        again(PROMPT, num_frames=21, seed=5, output_type="uint8", **SIZE).frames, clip
+    )
     assert type(again.scheduler) is FlowMatchEulerDiscreteScheduler
 
 
@@ -219,8 +256,12 @@ def test_dtypes_are_those_asked_for(export):
     """Catches torch_dtype that reaches some parts only."""
     half = CausalWanPipeline.from_pretrained(export, dtype=torch.bfloat16)
     parts = (half.transformer, half.vae, half.text_encoder)
-    assert {parameter.dtype for part in parts for parameter in part.parameters()} == {torch.bfloat16}
-    mixed = CausalWanPipeline.from_pretrained(export, dtype={"transformer": torch.float16, "default": torch.float32})
+    assert {parameter.dtype for part in parts for parameter in part.parameters()} == {
+        torch.bfloat16
+    }
+    mixed = CausalWanPipeline.from_pretrained(
+        export, dtype={"transformer": torch.float16, "default": torch.float32}
+    )
     assert (mixed.transformer.dtype, mixed.vae.dtype) == (torch.float16, torch.float32)
 
 
@@ -254,29 +295,46 @@ def test_a_teacher_handed_in_is_refused(wan, pipe):
     unmarked = WanTransformer(**SIZES)
     for transformer, message in ((theirs, "bidirectional"), (unmarked, "does not say whether")):
         with pytest.raises(HubError, match=message):
-            CausalWanPipeline(transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler)
+            CausalWanPipeline(
+                transformer, pipe.vae, pipe.text_encoder, pipe.tokenizer, pipe.scheduler
+            )
 
 
 def test_wans_repository_with_a_student_is_the_export(wan, export, clip, tmp_path):
-    """Catches a student that is loaded beside the teacher and then not used, and parts wanted that nobody needs."""
-    bare = shutil.copytree(wan, tmp_path / "bare", ignore=shutil.ignore_patterns("transformer", "scheduler"))
+    """Catches a student that is loaded beside the teacher and then not used, and parts wanted that
+    nobody needs.
+    """
+    bare = shutil.copytree(
+        wan, tmp_path / "bare", ignore=shutil.ignore_patterns("transformer", "scheduler")
+    )
     mixed = CausalWanPipeline.from_pretrained(bare, student=export)
     mixed.set_progress_bar_config(disable=True)
     assert isinstance(mixed.transformer, WanTransformer)
     assert isinstance(mixed.scheduler, FlowMatchEulerDiscreteScheduler)
-    assert torch.equal(mixed(PROMPT, num_frames=21, seed=5, output_type="uint8", **SIZE).frames, clip)
+    assert torch.equal(
+        mixed(PROMPT, num_frames=21, seed=5, output_type="uint8", **SIZE).frames, clip
+    )
 
 
 def test_an_adapter_changes_the_clip(export, clip, tmp_path):
-    """Catches an adapter that is loaded and has no effect, on the text's keys and values too, which are worked out once."""
+    """Catches an adapter that is loaded and has no effect, on the text's keys and values too, which
+    are worked out once.
+    """
     adapted = make_pipeline()
     names = [f"transformer.blocks.0.attn2.to_v.lora_{half}.weight" for half in "AB"]
-    tensors = {name: 0.2 * rng.normal(shape, 0, name) for name, shape in zip(names, ((2, 128), (128, 2)), strict=True)}
+    tensors = {
+        name: 0.2 * rng.normal(shape, 0, name)
+        for name, shape in zip(names, ((2, 128), (128, 2)), strict=True)
+    }
     save_file(tensors, tmp_path / "pytorch_lora_weights.safetensors")
     adapted.load_lora_weights(tmp_path)
-    assert not torch.equal(adapted(PROMPT, num_frames=9, seed=5, output_type="uint8", **SIZE).frames, clip[:, :9])
+    assert not torch.equal(
+        adapted(PROMPT, num_frames=9, seed=5, output_type="uint8", **SIZE).frames, clip[:, :9]
+    )
     adapted.transformer.disable_adapters()
-    assert torch.equal(adapted(PROMPT, num_frames=9, seed=5, output_type="uint8", **SIZE).frames, clip[:, :9])
+    assert torch.equal(
+        adapted(PROMPT, num_frames=9, seed=5, output_type="uint8", **SIZE).frames, clip[:, :9]
+    )
 
 
 def test_missing_parts_are_listed_with_their_commands(export, tmp_path):
@@ -286,7 +344,10 @@ def test_missing_parts_are_listed_with_their_commands(export, tmp_path):
     with pytest.raises(ConfigError) as error:
         CausalWanPipeline.from_pretrained(tmp_path / "half")
     for part in ("vae", "text_encoder", "tokenizer"):
-        assert f"hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --include '{part}/*' --local-dir" in str(error.value)
+        assert (
+            f"hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --include '{part}/*' --local-dir"
+            in str(error.value)
+        )
 
 
 def test_pushing_waits_for_the_card(pipe, tmp_path):
@@ -303,7 +364,11 @@ def test_the_card_says_what_the_export_is(export):
     assert (card.data.pipeline_tag, card.data.library_name) == ("text-to-video", "diffusers")
     assert "streaming" in card.data.tags
     assert "# my-student" in card.text
-    for row in ("| ladder before the shift | 1000, 500 |", "| sigmas | 1, 0.75 |", "21 video frames"):
+    for row in (
+        "| ladder before the shift | 1000, 500 |",
+        "| sigmas | 1, 0.75 |",
+        "21 video frames",
+    ):
         assert row in card.text
 
 
@@ -315,8 +380,15 @@ def test_the_card_shows_the_training_and_no_paths():
         "weights": {"teacher": "secret-place"},
         "dfd": {"p": 0.5},
     }
-    text = model_card(ModelFacts("x", training=config, measured={"latency, p50": "41 ms"}, limits=("No hands.",)))
-    for part in ("| optim.student.lr | `2e-06` |", "| dfd.p | `0.5` |", "| latency, p50 | 41 ms |", "- No hands."):
+    text = model_card(
+        ModelFacts("x", training=config, measured={"latency, p50": "41 ms"}, limits=("No hands.",))
+    )
+    for part in (
+        "| optim.student.lr | `2e-06` |",
+        "| dfd.p | `0.5` |",
+        "| latency, p50 | 41 ms |",
+        "- No hands.",
+    ):
         assert part in text
     assert "secret-place" not in text
     assert "Nothing yet." in model_card(ModelFacts("x"))
@@ -334,6 +406,8 @@ def test_a_readme_by_hand_stays(tmp_path):
     """Catches an evening's writing that the next export replaces."""
     facts = ModelFacts("x", Recipe())
     path = write_model_card(tmp_path, facts)
-    assert write_model_card(tmp_path, ModelFacts("y")).read_text() == model_card(ModelFacts("y")), "ours is renewed"
+    assert write_model_card(tmp_path, ModelFacts("y")).read_text() == model_card(ModelFacts("y")), (
+        "ours is renewed"
+    )
     path.write_text("mine")
     assert write_model_card(tmp_path, facts).read_text() == "mine"

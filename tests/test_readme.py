@@ -49,7 +49,9 @@ def test_inference_commands_parse(script: str) -> None:
 
 def test_python_example_runs() -> None:
     """Catches an interface that changed under the README's own example."""
-    (example,) = (block for block in re.findall(r"```\n(.*?)```", README, re.S) if block.startswith("from "))
+    (example,) = (
+        block for block in re.findall(r"```\n(.*?)```", README, re.S) if block.startswith("from ")
+    )
     names: dict[str, Any] = {}
     exec(example, names)
     assert names["session"].prompt == "a cross moves"

@@ -1,8 +1,9 @@
-"""How far the published code is from its own formulas: the size of each deviation that this package does not have.
+"""How far the published code is from its own formulas: the size of each deviation that this package
+does not have.
 
-Sizes come from tensors of the reference code at tiny size with random weights; what they do to a trained model's pictures
-is not known. docs/differences.md quotes them. That this package is on the exact side is shown in test_objectives.py and
-test_rollout.py.
+Sizes come from tensors of the reference code at tiny size with random weights; what they do to a
+trained model's pictures is not known. docs/differences.md quotes them. That this package is on the
+exact side is shown in test_objectives.py and test_rollout.py.
 """
 
 from __future__ import annotations
@@ -30,7 +31,9 @@ def relative(theirs: Tensor, exact: Tensor) -> float:
 
 
 def looked_up(t: Tensor, shift: int) -> Tensor:
-    """Sigma as the published code has it: that of the nearest of 1000 timesteps in the table of this shift."""
+    """Sigma as the published code has it: that of the nearest of 1000 timesteps in the table of
+    this shift.
+    """
     tables = golden("schedule")
     distance = (tables[f"shift{shift}/timesteps"] - t.reshape(-1, 1)).abs()
     return tables[f"shift{shift}/sigmas"][distance.argmin(1)]
@@ -53,7 +56,9 @@ class Deviations:
 NONE = Deviations(False, False, False)
 
 
-def golden_rollout(student: WanTransformer, data: dict[str, Tensor], exit_step: int, context_noise: bool) -> Rollout:
+def golden_rollout(
+    student: WanTransformer, data: dict[str, Tensor], exit_step: int, context_noise: bool
+) -> Rollout:
     """The reference's rollout; with its noise of sigma .005 on what becomes context, if wanted."""
 
     def see(chunk: Chunk, x0: Tensor) -> Tensor:
@@ -62,11 +67,24 @@ def golden_rollout(student: WanTransformer, data: dict[str, Tensor], exit_step: 
 
     ladder = tuple((data["steps"].double() / 1000).tolist())
     text = Conditioning(data["text"])
-    return rollout(student, golden_noise(data), text, KVCache(), ladder, plan_chunks(6, 3), (exit_step,) * 2, see)
+    return rollout(
+        student,
+        golden_noise(data),
+        text,
+        KVCache(),
+        ladder,
+        plan_chunks(6, 3),
+        (exit_step,) * 2,
+        see,
+    )
 
 
-def second_context(record: Rollout, first: ChunkKV, layers: tuple[tuple[Tensor, Tensor], ...], leaky: bool) -> Context:
-    """What chunk 1 sees of chunk 0: the clean pass's values, with the gradient of the exit pass's if leaky."""
+def second_context(
+    record: Rollout, first: ChunkKV, layers: tuple[tuple[Tensor, Tensor], ...], leaky: bool
+) -> Context:
+    """What chunk 1 sees of chunk 0: the clean pass's values, with the gradient of the exit pass's
+    if leaky.
+    """
     (clean,) = record.contexts[1].chunks
     if leaky:  # past ChunkKV's own detach, which makes the leak impossible
         mixed = [
@@ -78,11 +96,15 @@ def second_context(record: Rollout, first: ChunkKV, layers: tuple[tuple[Tensor, 
     return Context((clean,), first.frames)
 
 
-def exit_passes(student: WanTransformer, record: Rollout, text: Conditioning, leaky: bool) -> Tensor:
+def exit_passes(
+    student: WanTransformer, record: Rollout, text: Conditioning, leaky: bool
+) -> Tensor:
     """x0 [B, F, C, H, W] with gradient, chunk after chunk."""
     kept: list[tuple[Tensor, Tensor]] = []
 
-    def keep(block: torch.nn.Module, inputs: object, outputs: tuple[Tensor, Tensor, Tensor]) -> None:
+    def keep(
+        block: torch.nn.Module, inputs: object, outputs: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
         kept.append(outputs[1:])
 
     hooks = [block.register_forward_hook(keep) for block in student.wan_blocks()]
@@ -98,11 +120,15 @@ def exit_passes(student: WanTransformer, record: Rollout, text: Conditioning, le
 
 
 def matching_loss(x0: Tensor, tables: bool) -> Tensor:
-    """DMD's loss; with `tables` noised by the sigma of one table and converted back by that of another."""
+    """DMD's loss; with `tables` noised by the sigma of one table and converted back by that of
+    another.
+    """
     data, draws = golden("gradients"), golden("rollout_exit2")
     cond, uncond = Conditioning(draws["text"]), Conditioning(golden("losses")["uncond"])
     exact = data["t"] / 1000
-    noised, converted = (looked_up(data["t"], 5), looked_up(data["t"], 8)) if tables else (exact, exact)
+    noised, converted = (
+        (looked_up(data["t"], 5), looked_up(data["t"], 8)) if tables else (exact, exact)
+    )
     with torch.no_grad():
         x_t = add_noise(x0.detach(), data["eps"], noised)
 
@@ -133,7 +159,11 @@ def flat(gradients: dict[str, Tensor]) -> Tensor:
 def stored(variant: str) -> dict[str, Tensor]:
     """The golden gradients of one variant: about three quarters of the whole by norm."""
     prefix = f"{variant}/grad/"
-    return {key.removeprefix(prefix): value for key, value in golden("gradients").items() if key.startswith(prefix)}
+    return {
+        key.removeprefix(prefix): value
+        for key, value in golden("gradients").items()
+        if key.startswith(prefix)
+    }
 
 
 @pytest.mark.parametrize(
@@ -146,7 +176,9 @@ def stored(variant: str) -> dict[str, Tensor]:
     ],
 )
 def test_these_three_deviations_are_all_there_is_in_a_student_update(deviations, variant):
-    """Catches a fourth one: this network with all three gives the published gradient to rounding, 1e-5."""
+    """Catches a fourth one: this network with all three gives the published gradient to rounding,
+    1e-5.
+    """
     ours, theirs = student_update(deviations), stored(variant)
     assert relative(flat({name: ours[name] for name in theirs}), flat(theirs)) < 1e-5
 
@@ -161,12 +193,16 @@ def test_these_three_deviations_are_all_there_is_in_a_student_update(deviations,
     ids=["leaky context", "context noise", "two tables"],
 )
 def test_size_of_each_deviation_in_a_student_update(deviations, low, high):
-    """Catches a claim without a number: relative difference of the gradient over all parameters, two chunks."""
+    """Catches a claim without a number: relative difference of the gradient over all parameters,
+    two chunks.
+    """
     assert low < relative(flat(student_update(deviations)), flat(student_update(NONE))) < high
 
 
 def test_the_leak_changes_keys_and_values_most():
-    """Catches a leak looked for in the wrong place: queries and outputs of the last block are not touched at all."""
+    """Catches a leak looked for in the wrong place: queries and outputs of the last block are not
+    touched at all.
+    """
     leaky, detached = stored("reference_leaky"), stored("detached")
     sizes = {name: relative(leaky[name], detached[name]) for name in leaky}
     assert sizes["blocks.0.self_attn.k.bias"] > 0.7
@@ -178,7 +214,9 @@ def test_the_leak_changes_keys_and_values_most():
 
 @pytest.mark.parametrize("exit_step", range(4))
 def test_context_noise_moves_every_chunk_but_the_first(exit_step):
-    """Catches a train-test mismatch called small without a number: up to 3.3e-3 of x0 of size one, one chunk later."""
+    """Catches a train-test mismatch called small without a number: up to 3.3e-3 of x0 of size one,
+    one chunk later.
+    """
     data = golden(f"rollout_exit{exit_step}")
     noised = golden_rollout(golden_network(), data, exit_step, context_noise=True).x0
     torch.testing.assert_close(noised, data["x0_reference"], **ROLLOUT)
@@ -189,14 +227,17 @@ def test_context_noise_moves_every_chunk_but_the_first(exit_step):
 
 
 def test_the_scores_tables_disagree_by_up_to_a_fifth():
-    """Catches sigma taken from a table of another shift: noise added by shift 5, clean predictions made by shift 8."""
+    """Catches sigma taken from a table of another shift: noise added by shift 5, clean predictions
+    made by shift 8.
+    """
     t = score_timesteps()
     ratio, off = looked_up(t, 8) / looked_up(t, 5) - 1, looked_up(t, 8) / (t / 1000) - 1
     assert -0.09 < ratio.min() < -0.08
     assert 0.19 < ratio.max() < 0.20
     assert 0.03 < (ratio.abs() > 0.01).float().mean() < 0.04
     assert 0.17 < off.abs().max() < 0.18
-    assert 0.015 < (looked_up(t, 5) / (t / 1000) - 1).abs().max() < 0.017  # the lookup alone, one table
+    # the lookup alone, one table
+    assert 0.015 < (looked_up(t, 5) / (t / 1000) - 1).abs().max() < 0.017
 
 
 @pytest.mark.parametrize(
@@ -209,48 +250,71 @@ def test_the_scores_tables_disagree_by_up_to_a_fifth():
     ],
 )
 def test_what_the_tables_do_to_the_losses(sigma, dmd, dfd, fake_flow):
-    """Catches sizes quoted from memory: relative differences of the gradients and of the flow that the fake score fits."""
+    """Catches sizes quoted from memory: relative differences of the gradients and of the flow that
+    the fake score fits.
+    """
     (case, row), data = CASES[sigma], golden("losses")
     for name, size in (("dmd/grad", dmd), ("dfd/grad", dfd), ("critic/flow_pred", fake_flow)):
-        theirs, exact = (data[f"{case}/{variant}/{name}"][row] for variant in ("reference", "exact"))
+        theirs, exact = (
+            data[f"{case}/{variant}/{name}"][row] for variant in ("reference", "exact")
+        )
         assert relative(theirs, exact) == pytest.approx(size, rel=0.1), name
 
 
 def test_what_the_tables_do_to_the_normaliser():
     """Catches an effect on the weight of a sample: at sigma .02 a DMD sample counts 11 % less."""
     data = golden("losses")
-    theirs, exact = (data[f"case0/{variant}/dmd/normaliser"].flatten()[1] for variant in ("reference", "exact"))
+    theirs, exact = (
+        data[f"case0/{variant}/dmd/normaliser"].flatten()[1] for variant in ("reference", "exact")
+    )
     assert float(theirs / exact) == pytest.approx(1.125, abs=0.01)
 
 
 @pytest.mark.parametrize(("t", "size"), [(20, 5.3e-2), (50, 2.1e-2), (100, 1.1e-2), (980, 1.1e-3)])
 def test_a_flow_does_not_survive_the_way_over_x0_in_bfloat16(t, size):
-    """Catches a fake score that is fitted by flow -> x0 in bfloat16 -> flow: rounding of x0 divided by sigma."""
+    """Catches a fake score that is fitted by flow -> x0 in bfloat16 -> flow: rounding of x0 divided
+    by sigma.
+    """
     data, sigma = golden("losses"), t / 1000
-    x_t, flow = add_noise(data["x_gen"], data["eps"], sigma).double(), (data["eps"] - data["x_gen"]).double()
+    x_t, flow = (
+        add_noise(data["x_gen"], data["eps"], sigma).double(),
+        (data["eps"] - data["x_gen"]).double(),
+    )
     back = (x_t - x0_from_flow(x_t, flow, sigma).bfloat16().double()) / sigma
     assert relative(back, flow) == pytest.approx(size, rel=0.1)
 
 
 def test_guidance_three_is_four():
-    """Catches a recipe copied with its number: cond + 3 (cond - uncond) is guidance 4; read as 3, x0 is a fifth away."""
+    """Catches a recipe copied with its number: cond + 3 (cond - uncond) is guidance 4; read as 3,
+    x0 is a fifth away.
+    """
     data = golden("losses")
-    cond, uncond, guided = (data[f"case1/exact/dmd/teacher_x0_{name}"] for name in ("cond", "uncond", "guided"))
+    cond, uncond, guided = (
+        data[f"case1/exact/dmd/teacher_x0_{name}"] for name in ("cond", "uncond", "guided")
+    )
     torch.testing.assert_close(uncond + 4 * (cond - uncond), guided, rtol=0, atol=1e-5)
     assert 0.15 < relative(uncond + 3 * (cond - uncond), guided) < 0.25
 
 
 def test_the_demos_steps_are_not_the_trained_ones():
-    """Catches a student asked at noise levels that it never saw: the public demo shifts by 8, training by 5."""
+    """Catches a student asked at noise levels that it never saw: the public demo shifts by 8,
+    training by 5.
+    """
     tables, raw = golden("schedule"), (1000.0, 750.0, 500.0, 250.0)
     for shift in (5, 8):
         steps = tables[f"shift{shift}/warped_1000_750_500_250"] / 1000
-        torch.testing.assert_close(steps, torch.tensor(few_step_ladder(raw, shift)), rtol=1e-6, atol=0)
-    assert few_step_ladder(raw, 8)[-1] - few_step_ladder(raw, 5)[-1] == pytest.approx(0.102, abs=1e-3)
+        torch.testing.assert_close(
+            steps, torch.tensor(few_step_ladder(raw, shift)), rtol=1e-6, atol=0
+        )
+    assert few_step_ladder(raw, 8)[-1] - few_step_ladder(raw, 5)[-1] == pytest.approx(
+        0.102, abs=1e-3
+    )
 
 
 def test_timesteps_in_bfloat16_are_not_the_steps_taken():
-    """Catches noise levels in 16 bits, as in Causal-Forcing's consistency stage: a step's length is off by up to 64 %."""
+    """Catches noise levels in 16 bits, as in Causal-Forcing's consistency stage: a step's length is
+    off by up to 64 %.
+    """
     t = 1000 * shift_sigma(1 - torch.arange(48) / 48, 5)
     error = (t.bfloat16().float().diff() / t.diff() - 1).abs()
     assert float(error.mean()) == pytest.approx(0.126, abs=0.01)

@@ -12,10 +12,15 @@ PINNED_UNIFORM = [0.5291465023447309, 0.686420254517702, 0.5870179369244336]
 
 
 def test_streams_never_change_between_versions():
-    """Catches a changed hash or text form: every resumed run would silently draw other numbers from there on."""
+    """Catches a changed hash or text form: every resumed run would silently draw other numbers from
+    there on.
+    """
     assert rng.stream_seed(0, "noise", 1, 2) == PINNED_SEED
     torch.testing.assert_close(
-        rng.uniform((3,), 7, "sigma", 11), torch.tensor(PINNED_UNIFORM, dtype=torch.float64), rtol=0, atol=0
+        rng.uniform((3,), 7, "sigma", 11),
+        torch.tensor(PINNED_UNIFORM, dtype=torch.float64),
+        rtol=0,
+        atol=0,
     )
 
 
@@ -28,7 +33,9 @@ def test_draws_do_not_depend_on_what_was_drawn_before():
 
 
 def test_draws_leave_the_global_generator_alone():
-    """Catches use of torch's global state, which would couple the streams to anything else that draws."""
+    """Catches use of torch's global state, which would couple the streams to anything else that
+    draws.
+    """
     before = torch.get_rng_state()
     rng.normal((4,), 0, "rollout", 5)
     rng.uniform((4,), 0, "rollout", 5)
@@ -37,7 +44,13 @@ def test_draws_leave_the_global_generator_alone():
 
 @pytest.mark.parametrize(
     "other",
-    [(1, "noise", 1, 11), (0, "score", 1, 11), (0, "noise", 11, 1), (0, "noise", 111), (0, "noise", 1, 11, 0)],
+    [
+        (1, "noise", 1, 11),
+        (0, "score", 1, 11),
+        (0, "noise", 11, 1),
+        (0, "noise", 111),
+        (0, "noise", 1, 11, 0),
+    ],
     ids=["seed", "name", "order", "joined digits", "one counter more"],
 )
 def test_every_part_of_a_stream_name_counts(other):
@@ -46,9 +59,11 @@ def test_every_part_of_a_stream_name_counts(other):
 
 
 def test_neighbouring_counters_are_unrelated():
-    """Catches seeds handed to the generator as they are: neighbouring Mersenne streams can be correlated.
+    """Catches seeds handed to the generator as they are: neighbouring Mersenne streams can be
+    correlated.
 
-    The correlation of independent streams of length 1000 has standard error .032; 5 of them over 63 pairs.
+    The correlation of independent streams of length 1000 has standard error .032; 5 of them over 63
+    pairs.
     """
     streams = torch.stack([rng.normal((1000,), 0, "noise", n) for n in range(64)])
     correlation = torch.corrcoef(streams).diagonal(1)

@@ -9,13 +9,29 @@ from dataclasses import replace
 import pytest
 import torch
 from golden_weights import ROLLOUT, golden, golden_network
-from tiny_models import CHUNK, FRAMES, LADDER, SHAPE, conditioning, ladder_noise, latents, tiny_network
+from tiny_models import (
+    CHUNK,
+    FRAMES,
+    LADDER,
+    SHAPE,
+    conditioning,
+    ladder_noise,
+    latents,
+    tiny_network,
+)
 from torch import Tensor
 
 from selfforcing_dfd.cache import ChunkKV, Context, KVCache
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.network import Conditioning
-from selfforcing_dfd.rollout import Rollout, commit_chunk, denoise_chunk, plan_chunks, replay, rollout
+from selfforcing_dfd.rollout import (
+    Rollout,
+    commit_chunk,
+    denoise_chunk,
+    plan_chunks,
+    replay,
+    rollout,
+)
 
 LONG = 10  # latent frames: five chunks, so that windows of two or three chunks do forget
 EXITS = [(0, 0, 0, 0, 0), (1, 1, 1, 1, 1), (2, 2, 2, 2, 2), (3, 3, 3, 3, 3), (3, 0, 2, 1, 2)]
@@ -29,7 +45,9 @@ def roll(
     window: int | None = None,
 ) -> Rollout:
     chunks = plan_chunks(noise.shape[2], CHUNK)
-    return rollout(network, noise, conditioning(), KVCache(sink, window), LADDER, chunks, exit_steps)
+    return rollout(
+        network, noise, conditioning(), KVCache(sink, window), LADDER, chunks, exit_steps
+    )
 
 
 def visible(index: int, sink: int, window: int | None) -> list[int]:
@@ -49,8 +67,8 @@ def chunk_by_chunk(
     sink: int = 0,
     window: int | None = None,
 ) -> Tensor:
-    """The oracle: Self-Forcing's Algorithm 1 word by word, with autograd through each chunk's exit step.
-    No code shared.
+    """The oracle: Self-Forcing's Algorithm 1 word by word, with autograd through each chunk's exit
+    step. No code shared.
     """
     text, past, clips = conditioning(), [], []
     for index, exit_step in enumerate(exit_steps):
@@ -81,18 +99,24 @@ def relative(ours: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("exit_steps", EXITS, ids=str)
 def test_replay_gradient_is_the_chunk_wise_gradient(exit_steps):
-    """Catches every way in which one packed pass could differ from the chunks: position, context, sigma, leak.
+    """Catches every way in which one packed pass could differ from the chunks: position, context,
+    sigma, leak.
 
-    float64; 1e-12 relative over all parameters together leaves room for sums in another order and for nothing else.
+    float64; 1e-12 relative over all parameters together leaves room for sums in another order and
+    for nothing else.
     """
     network, noise = tiny_network(), ladder_noise(LONG)
     expected = chunk_by_chunk(network, noise, exit_steps)
     ours = replay(network, roll(network, noise, exit_steps), conditioning())
     assert relative(ours, expected) < 1e-12
     ours_grad, expected_grad = gradients(network, ours), gradients(network, expected)
-    assert relative(*(torch.cat([g[n].flatten() for n in g]) for g in (ours_grad, expected_grad))) < 1e-12
+    assert (
+        relative(*(torch.cat([g[n].flatten() for n in g]) for g in (ours_grad, expected_grad)))
+        < 1e-12
+    )
     for name, gradient in expected_grad.items():
-        assert relative(ours_grad[name], gradient) < 1e-11, name  # single parameters can cancel by a factor of ten
+        # single parameters can cancel by a factor of ten
+        assert relative(ours_grad[name], gradient) < 1e-11, name
 
 
 @pytest.mark.parametrize(("sink", "window"), [(0, 4), (0, 6), (2, 4), (2, 6), (4, 8), (0, 2)])
@@ -104,7 +128,10 @@ def test_replay_gradient_is_the_chunk_wise_gradient_within_sink_and_window(sink,
     assert relative(record.x0, expected) < 1e-12
     ours = replay(network, record, conditioning())
     ours_grad, expected_grad = gradients(network, ours), gradients(network, expected)
-    assert relative(*(torch.cat([g[n].flatten() for n in g]) for g in (ours_grad, expected_grad))) < 1e-12
+    assert (
+        relative(*(torch.cat([g[n].flatten() for n in g]) for g in (ours_grad, expected_grad)))
+        < 1e-12
+    )
 
 
 def test_replay_gradient_survives_gradient_checkpointing():
@@ -136,7 +163,9 @@ def test_no_gradient_reaches_another_chunk():
     x0 = replay(network, replace(record, x_exit=entering), conditioning())
     for chunk in record.chunks:
         (gradient,) = torch.autograd.grad((chunk.of(x0) ** 2).sum(), entering, retain_graph=True)
-        others = [frame for frame in range(FRAMES) if not chunk.start <= frame < chunk.start + CHUNK]
+        others = [
+            frame for frame in range(FRAMES) if not chunk.start <= frame < chunk.start + CHUNK
+        ]
         assert not gradient[:, others].any()
         assert chunk.of(gradient).abs().max() > 0
 
@@ -152,38 +181,51 @@ def test_nothing_in_a_rollout_carries_gradient():
 
 
 def test_past_changes_the_future_and_never_the_other_way_round():
-    """Catches chunks generated independently (the minimal re-implementation's mistake), and a look into the future."""
+    """Catches chunks generated independently (the minimal re-implementation's mistake), and a look
+    into the future.
+    """
     network, noise = tiny_network(), ladder_noise()
     base = roll(network, noise).x0
     for index in range(3):
         changed = noise.clone()
         changed[:, :, index * CHUNK : (index + 1) * CHUNK] += 0.5
-        moved = (roll(network, changed).x0 - base).abs().unflatten(1, (3, CHUNK)).amax((0, 2, 3, 4, 5))
+        moved = (
+            (roll(network, changed).x0 - base).abs().unflatten(1, (3, CHUNK)).amax((0, 2, 3, 4, 5))
+        )
         assert not moved[:index].any()
         assert moved[index:].min() > 1e-3
 
 
 def test_window_forgets_and_sink_remembers():
-    """Catches a sink that is evicted, or a window that keeps more than it says: what is out of sight changes nothing.
+    """Catches a sink that is evicted, or a window that keeps more than it says: what is out of
+    sight changes nothing.
 
-    Chunks of 2 frames, window 4, sink 2: chunk 2 sees chunk 0 and itself, so chunk 1 must not matter to it,
-    bit for bit.
+    Chunks of 2 frames, window 4, sink 2: chunk 2 sees chunk 0 and itself, so chunk 1 must not
+    matter to it, bit for bit.
     """
     network, noise = tiny_network(), ladder_noise()
     changed = noise.clone()
     changed[:, :, CHUNK : 2 * CHUNK] += 0.5
-    with_sink = [roll(network, value, sink=2, window=4).x0[:, 2 * CHUNK :] for value in (noise, changed)]
-    without_sink = [roll(network, value, sink=0, window=4).x0[:, 2 * CHUNK :] for value in (noise, changed)]
+    with_sink = [
+        roll(network, value, sink=2, window=4).x0[:, 2 * CHUNK :] for value in (noise, changed)
+    ]
+    without_sink = [
+        roll(network, value, sink=0, window=4).x0[:, 2 * CHUNK :] for value in (noise, changed)
+    ]
     assert torch.equal(*with_sink)
     assert (without_sink[0] - without_sink[1]).abs().max() > 1e-3
 
 
 def test_rollout_generates_what_streaming_generates():
-    """Catches a training pipeline that drifts away from the sampler: chunk by chunk, the same clip bit for bit."""
+    """Catches a training pipeline that drifts away from the sampler: chunk by chunk, the same clip
+    bit for bit.
+    """
     network, noise, text = tiny_network(), ladder_noise(), conditioning()
     cache, clips = KVCache(sink=2, window=4), []
     for chunk in plan_chunks(FRAMES, CHUNK):
-        x0, _ = denoise_chunk(network, chunk.of(noise, dim=2), text, cache.read(chunk.frames), LADDER)
+        x0, _ = denoise_chunk(
+            network, chunk.of(noise, dim=2), text, cache.read(chunk.frames), LADDER
+        )
         commit_chunk(network, x0, text, cache)
         clips.append(x0)
     assert torch.equal(roll(network, noise, sink=2, window=4).x0, torch.cat(clips, dim=1))
@@ -198,18 +240,31 @@ def test_exit_step_is_honoured():
     assert torch.equal(record.x_exit[:, :CHUNK], noise[0][:, :CHUNK])
     assert record.sigma_exit == (LADDER[0], LADDER[3], LADDER[1])
     assert torch.equal(record.x0[:, :CHUNK], roll(network, noise, (0, 0, 0)).x0[:, :CHUNK])
-    assert not torch.equal(record.x0[:, CHUNK : 2 * CHUNK], roll(network, noise, (0, 0, 0)).x0[:, CHUNK : 2 * CHUNK])
+    assert not torch.equal(
+        record.x0[:, CHUNK : 2 * CHUNK], roll(network, noise, (0, 0, 0)).x0[:, CHUNK : 2 * CHUNK]
+    )
 
 
 def test_exit_step_beyond_the_ladder_is_an_error():
-    """Catches an index that wraps around: the fifth step of a ladder of four would quietly be its first."""
+    """Catches an index that wraps around: the fifth step of a ladder of four would quietly be its
+    first.
+    """
     chunk = plan_chunks(FRAMES, CHUNK)[0]
     with pytest.raises(IndexError):
-        denoise_chunk(tiny_network(), chunk.of(ladder_noise(), 2), conditioning(), Context(), LADDER, len(LADDER))
+        denoise_chunk(
+            tiny_network(),
+            chunk.of(ladder_noise(), 2),
+            conditioning(),
+            Context(),
+            LADDER,
+            len(LADDER),
+        )
 
 
 def test_each_step_adds_its_own_noise():
-    """Catches one noise re-used along the ladder: step 2's draw matters to exit 2, step 3's does not."""
+    """Catches one noise re-used along the ladder: step 2's draw matters to exit 2, step 3's does
+    not.
+    """
     network, noise = tiny_network(), ladder_noise()
     base = roll(network, noise, (2, 2, 2)).x0
     for step, matters in ((0, True), (1, True), (2, True), (3, False)):
@@ -221,12 +276,16 @@ def test_each_step_adds_its_own_noise():
 def test_last_chunk_is_not_committed():
     """Catches one wasted network pass in three (of three chunks) on a clip that nothing follows."""
     cache = KVCache()
-    rollout(tiny_network(), ladder_noise(), conditioning(), cache, LADDER, plan_chunks(FRAMES, CHUNK))
+    rollout(
+        tiny_network(), ladder_noise(), conditioning(), cache, LADDER, plan_chunks(FRAMES, CHUNK)
+    )
     assert cache.read().next_frame == FRAMES - CHUNK
 
 
 def test_commit_remembers_the_clean_chunk():
-    """Catches K/V of the noisy exit input in the context, and context noise (.005 in the public code)."""
+    """Catches K/V of the noisy exit input in the context, and context noise (.005 in the public
+    code).
+    """
     network, text, x0 = tiny_network(), conditioning(), latents("x0", CHUNK)
     cache = KVCache()
     commit_chunk(network, x0, text, cache)
@@ -235,10 +294,15 @@ def test_commit_remembers_the_clean_chunk():
 
 
 def golden_noise(data: dict[str, Tensor]) -> Tensor:
-    """The reference's draws as [S, B, F, C, H, W]; it stores re-noising as [chunk, step, B, frames, C, H, W]."""
+    """The reference's draws as [S, B, F, C, H, W]; it stores re-noising as [chunk, step, B, frames,
+    C, H, W].
+    """
     draws = [data["noise"]]
     if "renoise" in data:
-        draws += [torch.cat(tuple(data["renoise"][:, step]), dim=1) for step in range(data["renoise"].shape[1])]
+        draws += [
+            torch.cat(tuple(data["renoise"][:, step]), dim=1)
+            for step in range(data["renoise"].shape[1])
+        ]
     return torch.stack(draws)
 
 
@@ -265,7 +329,9 @@ def test_rollout_equals_the_reference(exit_step):
 
 
 def test_golden_rollout_would_notice_the_references_context_noise():
-    """Catches a tolerance too wide to tell clean context from the reference's sigma .005: they differ by 1.6e-3."""
+    """Catches a tolerance too wide to tell clean context from the reference's sigma .005: they
+    differ by 1.6e-3.
+    """
     data = golden("rollout_exit1")
     assert not torch.allclose(data["x0_reference"], data["x0_clean_context"], **ROLLOUT)
 
@@ -273,13 +339,18 @@ def test_golden_rollout_would_notice_the_references_context_noise():
 def test_chunks_cover_the_video_once():
     """Catches gaps and overlaps between chunks."""
     frames = torch.arange(6)[None]
-    assert torch.cat([chunk.of(frames) for chunk in plan_chunks(6, 2)], dim=1).tolist() == [list(range(6))]
+    assert torch.cat([chunk.of(frames) for chunk in plan_chunks(6, 2)], dim=1).tolist() == [
+        list(range(6))
+    ]
 
 
 @pytest.mark.parametrize(("frames", "chunk", "advice"), [(7, 3, "use 9"), (2, 3, "use 3")])
 def test_frames_that_make_no_whole_chunks_are_refused_with_the_next_size(frames, chunk, advice):
     """Catches a last chunk of another size, on which no student was trained."""
-    with pytest.raises(ValueError, match=f"{frames} latent frames are no multiple of {chunk} frames a chunk.*{advice}"):
+    with pytest.raises(
+        ValueError,
+        match=f"{frames} latent frames are no multiple of {chunk} frames a chunk.*{advice}",
+    ):
         plan_chunks(frames, chunk)
 
 

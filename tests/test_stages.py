@@ -1,4 +1,6 @@
-"""What each stage optimises: which rows are data, which noise starts a clip, who gets gradient, and accumulation."""
+"""What each stage optimises: which rows are data, which noise starts a clip, who gets gradient, and
+accumulation.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,14 @@ from selfforcing_dfd.cache import KVCache
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.rollout import commit_chunk, plan_chunks
-from selfforcing_dfd.training.stages import DataForcing, Draw, InitStage, MatchingStage, TeacherStage, drop_text
+from selfforcing_dfd.training.stages import (
+    DataForcing,
+    Draw,
+    InitStage,
+    MatchingStage,
+    TeacherStage,
+    drop_text,
+)
 
 CHUNKS = plan_chunks(FRAMES, CHUNK)
 
@@ -44,7 +53,9 @@ def matching_stage(forcing: DataForcing | None = None, **changes: Any) -> Matchi
 def rows_of(batch: Batch, start: int, count: int) -> Batch:
     part = slice(start, start + count)
     noise = batch.noise[part] if batch.noise is not None else None
-    return Batch(batch.latents[part], batch.text[part], batch.captions[part], batch.keys[part], noise)
+    return Batch(
+        batch.latents[part], batch.text[part], batch.captions[part], batch.keys[part], noise
+    )
 
 
 def gradients(network: nn.Module) -> Tensor:
@@ -57,15 +68,20 @@ def touched(network: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("granularity", ["update", "micro", "sample"])
 def test_coin_is_shared_by_what_its_granularity_says(granularity):
-    """Catches one coin too few or too many: with a coin a sample, DFD at p = .5 never sees a pure update,
-    and vice versa.
+    """Catches one coin too few or too many: with a coin a sample, DFD at p = .5 never sees a pure
+    update, and vice versa.
 
     64 updates of 4 micro-batches of 4; at p = .5 a wrong grouping survives by chance once in 2^48.
     """
     forcing = DataForcing(p=0.5, granularity=granularity)
     coins = torch.stack(
         [
-            torch.stack([forcing.rows(draw(4, 16 * update + 4 * micro, 16 * update), 0) for micro in range(4)])
+            torch.stack(
+                [
+                    forcing.rows(draw(4, 16 * update + 4 * micro, 16 * update), 0)
+                    for micro in range(4)
+                ]
+            )
             for update in range(64)
         ]
     )  # [update, micro-batch, sample]
@@ -94,26 +110,38 @@ def test_coin_shows_data_with_probability_p():
 def test_probability_ramps_in_student_updates():
     """Catches a ramp that ends early, overshoots, or divides by zero when there is none."""
     forcing = DataForcing(p=0.5, p_start=0.1, ramp_updates=4)
-    assert [forcing.probability(n) for n in (0, 1, 2, 4, 400)] == pytest.approx([0.1, 0.2, 0.3, 0.5, 0.5])
+    assert [forcing.probability(n) for n in (0, 1, 2, 4, 400)] == pytest.approx(
+        [0.1, 0.2, 0.3, 0.5, 0.5]
+    )
     assert DataForcing(p=0.5, p_start=0.1).probability(0) == 0.5
 
 
 def test_draws_depend_on_positions_only():
-    """Catches noise tied to the micro-batch, the rank or the order of calls: another batch size must draw the same."""
+    """Catches noise tied to the micro-batch, the rank or the order of calls: another batch size
+    must draw the same.
+    """
     whole = draw(4, first=8)
     part = Draw(0, update=999, micro=7, positions=(10, 9))
     like = torch.zeros((), dtype=torch.float64)
-    assert torch.equal(part.normal("score", SHAPE, like), whole.normal("score", SHAPE, like)[[2, 1]])
+    assert torch.equal(
+        part.normal("score", SHAPE, like), whole.normal("score", SHAPE, like)[[2, 1]]
+    )
     assert torch.equal(part.uniform("sigma"), whole.uniform("sigma")[[2, 1]])
-    assert not torch.equal(whole.normal("score", SHAPE, like)[0], whole.normal("score", SHAPE, like)[1])
+    assert not torch.equal(
+        whole.normal("score", SHAPE, like)[0], whole.normal("score", SHAPE, like)[1]
+    )
 
 
 def test_choices_are_shared_by_an_update_and_differ_between_updates():
     """Catches an exit step drawn by each rank or micro-batch:
     ranks would walk different ladders and wait for each other.
     """
-    choices = [draw(2, first=16 * update + 2, update=16 * update).choice("exit", 4) for update in range(40)]
-    again = [draw(4, first=16 * update + 8, update=16 * update).choice("exit", 4) for update in range(40)]
+    choices = [
+        draw(2, first=16 * update + 2, update=16 * update).choice("exit", 4) for update in range(40)
+    ]
+    again = [
+        draw(4, first=16 * update + 8, update=16 * update).choice("exit", 4) for update in range(40)
+    ]
     assert choices == again
     assert set(choices) == {0, 1, 2, 3}
 
@@ -121,7 +149,9 @@ def test_choices_are_shared_by_an_update_and_differ_between_updates():
 @pytest.mark.parametrize("turn", ["student", "fake"])
 @pytest.mark.parametrize("granularity", ["update", "sample"])
 def test_accumulating_micro_batches_equals_one_batch(turn, granularity):
-    """Catches randomness or a mean that depends on how an update is cut into micro-batches. float64, 1e-12 relative."""
+    """Catches randomness or a mean that depends on how an update is cut into micro-batches.
+    float64, 1e-12 relative.
+    """
     forcing = DataForcing(p=0.5, granularity=granularity, pairing="inversion")
     batch, results = tiny_batch(4, with_noise=True), []
     for micro in (4, 2):
@@ -136,7 +166,9 @@ def test_accumulating_micro_batches_equals_one_batch(turn, granularity):
 
 @pytest.mark.parametrize("turn", ["student", "fake"])
 def test_a_turn_touches_only_the_network_that_it_trains(turn):
-    """Catches gradient that reaches the teacher or the other network: it would be applied with the next update."""
+    """Catches gradient that reaches the teacher or the other network: it would be applied with the
+    next update.
+    """
     stage = matching_stage(DataForcing(p=1.0))
     stage.loss(turn, tiny_batch(), draw(), 0).loss.backward()
     for name, network in (*stage.trained.items(), ("teacher", stage.teacher)):
@@ -145,11 +177,15 @@ def test_a_turn_touches_only_the_network_that_it_trains(turn):
 
 
 def test_fake_score_never_sees_data():
-    """Catches a fake score that learns the real clips: it must track the student's own distribution, whatever p is."""
+    """Catches a fake score that learns the real clips: it must track the student's own
+    distribution, whatever p is.
+    """
     batch = tiny_batch(with_noise=True)
     others = replace(batch, latents=latents("other clips"), noise=latents("other clip noise"))
     dmd = matching_stage(DataForcing(p=0.0)).loss("fake", batch, draw(), 0).loss
-    dfd = matching_stage(DataForcing(p=1.0, pairing="inversion")).loss("fake", others, draw(), 0).loss
+    dfd = (
+        matching_stage(DataForcing(p=1.0, pairing="inversion")).loss("fake", others, draw(), 0).loss
+    )
     assert torch.equal(dmd, dfd)
 
 
@@ -169,7 +205,9 @@ def test_data_equal_to_the_own_samples_is_dmd_bitwise():
     batch = tiny_batch()
     generated = matching_stage().loss("student", batch, draw(), 0).generated
     assert generated is not None
-    (dmd_loss, dmd_grad), (dfd_loss, dfd_grad) = dmd_and_dfd(replace(batch, latents=generated), DataForcing(p=1.0))
+    (dmd_loss, dmd_grad), (dfd_loss, dfd_grad) = dmd_and_dfd(
+        replace(batch, latents=generated), DataForcing(p=1.0)
+    )
     assert torch.equal(dmd_loss, dfd_loss)
     assert torch.equal(dmd_grad, dfd_grad)
 
@@ -181,19 +219,29 @@ def test_data_changes_the_students_gradient():
 
 
 def test_outside_its_sigma_range_data_forcing_is_dmd():
-    """Catches rows that are dropped, or anchored all the same, where the noise level is out of range."""
-    (dmd_loss, dmd_grad), (dfd_loss, dfd_grad) = dmd_and_dfd(tiny_batch(), DataForcing(p=1.0, sigma_range=(0.985, 1.0)))
+    """Catches rows that are dropped, or anchored all the same, where the noise level is out of
+    range.
+    """
+    (dmd_loss, dmd_grad), (dfd_loss, dfd_grad) = dmd_and_dfd(
+        tiny_batch(), DataForcing(p=1.0, sigma_range=(0.985, 1.0))
+    )
     assert torch.equal(dmd_loss, dfd_loss)
     assert torch.equal(dmd_grad, dfd_grad)
 
 
 def test_sigma_range_falls_back_row_by_row():
-    """Catches a range that is applied to the whole batch, and logs that do not say which rows were anchored."""
+    """Catches a range that is applied to the whole batch, and logs that do not say which rows were
+    anchored.
+    """
     batch, everything = tiny_batch(4), matching_stage(DataForcing(p=1.0))
     all_rows = everything.loss("student", batch, draw(4), 0).values
     none = matching_stage().loss("student", batch, draw(4), 0).values
     middle = float(all_rows["sigma"].median())
-    some = matching_stage(DataForcing(p=1.0, sigma_range=(middle, 1.0))).loss("student", batch, draw(4), 0).values
+    some = (
+        matching_stage(DataForcing(p=1.0, sigma_range=(middle, 1.0)))
+        .loss("student", batch, draw(4), 0)
+        .values
+    )
     high = some["sigma"] >= middle
     assert some["dfd"].bool().equal(high)
     assert 0 < high.sum() < 4
@@ -218,12 +266,16 @@ def test_inversion_starts_from_the_stored_noise_in_data_rows_only():
     rows = forcing.rows(draw(4), 0)
     assert 0 < rows.sum() < 4
     own = starts(DataForcing(), batch)
-    assert torch.equal(starts(forcing, batch), torch.where(rows[:, None, None, None, None], batch.noise, own))
+    assert torch.equal(
+        starts(forcing, batch), torch.where(rows[:, None, None, None, None], batch.noise, own)
+    )
     assert not torch.isclose(own, batch.noise).any(dim=(1, 2, 3, 4)).all()
 
 
 def test_prefix_ties_the_first_chunk_by_noise_and_later_ones_by_their_past():
-    """Catches later chunks tied by noise, a past of the student's own in data rows, or a real one in the others."""
+    """Catches later chunks tied by noise, a past of the student's own in data rows, or a real one
+    in the others.
+    """
     batch = tiny_batch(4, with_noise=True)
     assert batch.noise is not None
     forcing = DataForcing(p=0.5, granularity="sample", pairing="prefix")
@@ -238,7 +290,9 @@ def test_prefix_ties_the_first_chunk_by_noise_and_later_ones_by_their_past():
     past = torch.where(mask, batch.latents, record.x0)[:, :CHUNK]
     cache = KVCache()
     commit_chunk(stage.trained["student"], past, Conditioning(batch.text), cache)
-    for seen, wanted in zip(record.contexts[1].chunks[0].layers, cache.read(CHUNK).chunks[0].layers, strict=True):
+    for seen, wanted in zip(
+        record.contexts[1].chunks[0].layers, cache.read(CHUNK).chunks[0].layers, strict=True
+    ):
         assert torch.equal(seen[0], wanted[0])
         assert torch.equal(seen[1], wanted[1])
 
@@ -253,10 +307,19 @@ def test_prefix_ties_the_first_chunk_by_noise_and_later_ones_by_their_past():
         (DataForcing(p=0.0, pairing="prefix"), False),
         (DataForcing(p=1.0, pairing="prefix"), True),
     ],
-    ids=["inversion without data", "caption", "assignment", "inversion", "prefix without data", "prefix"],
+    ids=[
+        "inversion without data",
+        "caption",
+        "assignment",
+        "inversion",
+        "prefix without data",
+        "prefix",
+    ],
 )
 def test_stored_noise_matters_to_the_student_only_under_inversion(forcing, uses_stored_noise):
-    """Catches stored noise that leaks into the paper's pairing, where noise and anchor are independent."""
+    """Catches stored noise that leaks into the paper's pairing, where noise and anchor are
+    independent.
+    """
     stage = matching_stage(forcing)
     batch = tiny_batch(with_noise=True)
     other = replace(batch, noise=latents("other clip noise"))
@@ -267,7 +330,9 @@ def test_stored_noise_matters_to_the_student_only_under_inversion(forcing, uses_
 def test_exit_steps_cover_the_ladder():
     """Catches a student that is only ever trained at one step of its ladder."""
     stage = matching_stage()
-    exits = {stage.roll_out(tiny_batch(), draw(first=2 * n, update=2 * n)).sigma_exit for n in range(24)}
+    exits = {
+        stage.roll_out(tiny_batch(), draw(first=2 * n, update=2 * n)).sigma_exit for n in range(24)
+    }
     assert exits == {(sigma,) * len(CHUNKS) for sigma in LADDER}
 
 
@@ -298,7 +363,9 @@ def single_stages() -> dict[str, TeacherStage | InitStage]:
 
 @pytest.mark.parametrize("name", ["teacher", "init"])
 def test_data_stages_reach_every_parameter(name):
-    """Catches a stage that trains half a network: every parameter gets a finite gradient that is not zero."""
+    """Catches a stage that trains half a network: every parameter gets a finite gradient that is
+    not zero.
+    """
     stage = single_stages()[name]
     part = stage.loss("student", tiny_batch(), draw(), 0)
     part.loss.backward()
@@ -308,10 +375,14 @@ def test_data_stages_reach_every_parameter(name):
 
 
 def test_init_stage_is_teacher_forcing():
-    """Catches context made of the student's own clips or of the noisy ones, and stored noise in a later chunk, which
-    would teach the student to follow its noise and not its context: chunk by chunk over real clips, by hand.
+    """Catches context made of the student's own clips or of the noisy ones, and stored noise in a
+    later chunk, which would teach the student to follow its noise and not its context: chunk by
+    chunk over real clips, by hand.
     """
-    stage, batch = InitStage({"student": tiny_network()}, CHUNKS, 3.0, 0.0), tiny_batch(with_noise=True)
+    stage, batch = (
+        InitStage({"student": tiny_network()}, CHUNKS, 3.0, 0.0),
+        tiny_batch(with_noise=True),
+    )
     assert batch.noise is not None
     noises = draw().normal("noise", batch.latents.shape[1:], batch.latents)
     noises[:, : CHUNKS[0].frames] = batch.noise[:, : CHUNKS[0].frames]
@@ -320,7 +391,11 @@ def test_init_stage_is_teacher_forcing():
     sigma = 3 * level / (1 + 2 * level)
     contexts = stage.clean_contexts(network, batch.latents, text)
     for index, (chunk, context) in enumerate(zip(CHUNKS, contexts, strict=True)):
-        x0, noise, s = chunk.of(batch.latents), chunk.of(noises), sigma[:, index, None, None, None, None]
+        x0, noise, s = (
+            chunk.of(batch.latents),
+            chunk.of(noises),
+            sigma[:, index, None, None, None, None],
+        )
         flow = network((1 - s) * x0 + s * noise, sigma[:, index], text, context).flow
         losses.append((flow - (noise - x0)).square().mean())
     assert [context.next_frame for context in contexts] == [0, 2, 4]
@@ -330,8 +405,13 @@ def test_init_stage_is_teacher_forcing():
 
 
 def test_init_stage_uses_the_stored_noise_where_there_is_some():
-    """Catches a regression from independent noise: the few-step student would learn the mean of all clips."""
-    stage, batch = InitStage({"student": tiny_network()}, CHUNKS, 3.0, 0.0), tiny_batch(with_noise=True)
+    """Catches a regression from independent noise: the few-step student would learn the mean of all
+    clips.
+    """
+    stage, batch = (
+        InitStage({"student": tiny_network()}, CHUNKS, 3.0, 0.0),
+        tiny_batch(with_noise=True),
+    )
     with_noise, other, without = (
         stage.loss("student", replace(batch, noise=noise), draw(), 0).loss
         for noise in (batch.noise, latents("other clip noise"), None)
@@ -340,7 +420,9 @@ def test_init_stage_uses_the_stored_noise_where_there_is_some():
 
 
 def test_teacher_stage_shifts_and_clamps_nothing_else():
-    """Catches noise levels that stop short of 0 or 1: the sampler starts at exactly 1 and inversion at 0."""
+    """Catches noise levels that stop short of 0 or 1: the sampler starts at exactly 1 and inversion
+    at 0.
+    """
     level = draw(64).uniform("sigma")
     stage = TeacherStage({"student": tiny_network()}, shift=3.0, text_dropout=0.0)
     losses = stage.loss("student", tiny_batch(64, frames=1), draw(64), 0).values["flow_loss"]
@@ -349,11 +431,14 @@ def test_teacher_stage_shifts_and_clamps_nothing_else():
     sigma = 3 * level / (1 + 2 * level)
     s = sigma[:, None, None, None, None]
     flow = network((1 - s) * batch.latents + s * noise, sigma, Conditioning(batch.text)).flow
-    torch.testing.assert_close(losses, (flow - (noise - batch.latents)).square().mean((1, 2, 3, 4)).detach())
+    torch.testing.assert_close(
+        losses, (flow - (noise - batch.latents)).square().mean((1, 2, 3, 4)).detach()
+    )
 
 
 def test_text_dropout_empties_whole_captions():
-    """Catches dropout of single words: guidance asks for an unconditional answer, with all of the text zero.
+    """Catches dropout of single words: guidance asks for an unconditional answer, with all of the
+    text zero.
 
     1000 samples at .25: five standard errors are .069.
     """

@@ -1,4 +1,6 @@
-"""What real data bring to the stages: a negative prompt, noise of every chunk, levels of the ladder; and whole clips."""
+"""What real data bring to the stages: a negative prompt, noise of every chunk, levels of the
+ladder; and whole clips.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ def losses_with(negative: Tensor | None, guidance: float) -> Tensor:
 
 
 def test_guidance_leaves_the_negative_prompt_where_there_is_one():
-    """Catches zeros in its place: Wan never saw an all-zero text, so the teacher would be guided away from nonsense.
+    """Catches zeros in its place: Wan never saw an all-zero text, so the teacher would be guided
+    away from nonsense.
 
     The teacher is asked about each row twice: with its caption, and with the negative prompt.
     """
@@ -38,14 +41,21 @@ def test_guidance_leaves_the_negative_prompt_where_there_is_one():
 
 
 def test_without_guidance_the_negative_prompt_is_not_asked():
-    """Catches a student or fake score that is shown the negative prompt: only the guided teacher is."""
+    """Catches a student or fake score that is shown the negative prompt: only the guided teacher
+    is.
+    """
     assert torch.equal(losses_with(NEGATIVE, 1.0), losses_with(None, 1.0))
-    fakes = [matching_stage(negative=each).loss("fake", tiny_batch(), draw(), 0).loss for each in (NEGATIVE, None)]
+    fakes = [
+        matching_stage(negative=each).loss("fake", tiny_batch(), draw(), 0).loss
+        for each in (NEGATIVE, None)
+    ]
     assert torch.equal(*fakes)
 
 
 def test_dropped_captions_become_the_negative_prompt_where_there_is_one():
-    """Catches a teacher trained on zeros and guided by a prompt: guidance would leave a text it has never seen."""
+    """Catches a teacher trained on zeros and guided by a prompt: guidance would leave a text it has
+    never seen.
+    """
     batch = tiny_batch(8)
     text = drop_text(batch, draw(8), 0.5, NEGATIVE).text
     kept = drop_text(batch, draw(8), 0.5).text.flatten(1).any(1)
@@ -55,7 +65,9 @@ def test_dropped_captions_become_the_negative_prompt_where_there_is_one():
 
 
 def test_whole_clips_are_answered_alike_without_their_keys_and_values():
-    """Catches teacher and fake score that keep every layer's keys and values: 12 GB in a guided pass at 1.3B."""
+    """Catches teacher and fake score that keep every layer's keys and values: 12 GB in a guided
+    pass at 1.3B.
+    """
     network, batch = tiny_network(), tiny_batch()
     inputs = batch.latents, torch.tensor([0.3, 0.8]), Conditioning(batch.text)
     plain, without = network(*inputs), over_whole_clips(network)(*inputs)
@@ -64,22 +76,37 @@ def test_whole_clips_are_answered_alike_without_their_keys_and_values():
 
 
 def test_pairs_of_every_chunk_where_the_noise_was_found_after_the_past():
-    """Catches causal pairs whose later noise is thrown away: without it the few-step student learns a mean."""
+    """Catches causal pairs whose later noise is thrown away: without it the few-step student learns
+    a mean.
+    """
     batch, losses = tiny_batch(with_noise=True), []
     assert batch.noise is not None
     later = batch.noise.clone()
     later[:, CHUNKS[0].frames :] += 1
     for num_paired in (1, len(CHUNKS)):
         stage = InitStage({"student": tiny_network()}, CHUNKS, 3.0, 0.0, num_paired=num_paired)
-        losses.append([stage.loss("student", replace(batch, noise=n), draw(), 0).loss for n in (batch.noise, later)])
+        losses.append(
+            [
+                stage.loss("student", replace(batch, noise=n), draw(), 0).loss
+                for n in (batch.noise, later)
+            ]
+        )
     assert torch.equal(*losses[0])
     assert not torch.equal(*losses[1])
 
 
 def test_levels_of_the_ladder_are_trained_and_no_others():
-    """Catches a rung that is never drawn (the last, by rounding down) and levels between the rungs. 400 draws."""
+    """Catches a rung that is never drawn (the last, by rounding down) and levels between the rungs.
+    400 draws.
+    """
     stage = InitStage({"student": tiny_network()}, CHUNKS, 3.0, 0.0, levels=LADDER)
     sigma = stage.sigmas(draw(400).uniform("sigma"))
     assert set(sigma.tolist()) == set(LADDER)
-    assert (torch.bincount((sigma[:, None] == sigma.new_tensor(LADDER)).long().argmax(1)) > 60).all()  # 100 +- 4 * 8.7
-    assert stage.sigmas(torch.tensor([0.0, 1 - 1e-12], dtype=torch.float64)).tolist() == [LADDER[0], LADDER[-1]]
+    # 100 +- 4 * 8.7
+    assert (
+        torch.bincount((sigma[:, None] == sigma.new_tensor(LADDER)).long().argmax(1)) > 60
+    ).all()
+    assert stage.sigmas(torch.tensor([0.0, 1 - 1e-12], dtype=torch.float64)).tolist() == [
+        LADDER[0],
+        LADDER[-1],
+    ]

@@ -1,6 +1,8 @@
-"""From clips to a stream on a Wan-shaped model of random weights: the recipes for 1.3B with smaller numbers, nothing replaced.
+"""From clips to a stream on a Wan-shaped model of random weights: the recipes for 1.3B with smaller
+numbers, nothing replaced.
 
-The transformer, AutoencoderKLWan, UMT5EncoderModel and tokenizer are the real classes in the real file layout.
+The transformer, AutoencoderKLWan, UMT5EncoderModel and tokenizer are the real classes in the real
+file layout.
 """
 
 from __future__ import annotations
@@ -30,9 +32,21 @@ from selfforcing_dfd.runner import run
 HEADS, HEAD_DIM, LAYERS, FFN, FREQ = 8, 32, 3, 512, 64
 VIDEO_FRAMES, LATENT_FRAMES, NUM_CLIPS = 21, 6, 4
 SMALL = (
-    *(f"model.{key}={value}" for key, value in (("num_heads", HEADS), ("head_dim", HEAD_DIM), ("num_layers", LAYERS))),
-    *(f"model.{key}={value}" for key, value in (("ffn_dim", FFN), ("freq_dim", FREQ), ("text_dim", DIM))),
-    *(f"rollout.frames={LATENT_FRAMES}", "batch.size=2", "batch.micro=2", "data.workers=0", "checkpoint.every=1"),
+    *(
+        f"model.{key}={value}"
+        for key, value in (("num_heads", HEADS), ("head_dim", HEAD_DIM), ("num_layers", LAYERS))
+    ),
+    *(
+        f"model.{key}={value}"
+        for key, value in (("ffn_dim", FFN), ("freq_dim", FREQ), ("text_dim", DIM))
+    ),
+    *(
+        f"rollout.frames={LATENT_FRAMES}",
+        "batch.size=2",
+        "batch.micro=2",
+        "data.workers=0",
+        "checkpoint.every=1",
+    ),
     *(f"data.video_size=[{HEIGHT},{WIDTH}]", "run.device=cpu"),
 )
 
@@ -46,8 +60,14 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wan(place: Path) -> Path:
     """As a user has it on disk: Wan2.1's own folder, its transformer bidirectional."""
     folder = save_wan_folder(place / "wan")
-    sizes: dict[str, Any] = {"num_attention_heads": HEADS, "attention_head_dim": HEAD_DIM, "num_layers": LAYERS}
-    teacher = WanTransformer3DModel(**sizes, ffn_dim=FFN, freq_dim=FREQ, text_dim=DIM, in_channels=16, out_channels=16)
+    sizes: dict[str, Any] = {
+        "num_attention_heads": HEADS,
+        "attention_head_dim": HEAD_DIM,
+        "num_layers": LAYERS,
+    }
+    teacher = WanTransformer3DModel(
+        **sizes, ffn_dim=FFN, freq_dim=FREQ, text_dim=DIM, in_channels=16, out_channels=16
+    )
     fill_weights(teacher, 7)
     teacher.save_pretrained(folder / "transformer")
     assert sum(parameter.numel() for parameter in teacher.parameters()) > 2e6
@@ -60,13 +80,33 @@ def shards(place: Path, wan: Path) -> Path:
     clips = place / "clips"
     clips.mkdir()
     for number in range(NUM_CLIPS):
-        colours = rng.uniform((VIDEO_FRAMES, 4, 6, 3), number, "clip").repeat_interleave(8, 1).repeat_interleave(8, 2)
+        colours = (
+            rng.uniform((VIDEO_FRAMES, 4, 6, 3), number, "clip")
+            .repeat_interleave(8, 1)
+            .repeat_interleave(8, 2)
+        )
         write_video(clips / f"clip{number}.mp4", (colours * 255).to(torch.uint8), 16)
         (clips / f"clip{number}.txt").write_text(f"colours number {number // 2}")
     size = ("--frames", str(VIDEO_FRAMES), "--height", str(HEIGHT), "--width", str(WIDTH))
     cache = ("--text-cache", str(place / "texts"))
     out = place / "shards"
-    assert main(["pack", str(clips), "--codec", "wan", "--model", str(wan), *size, *cache, "--out", str(out)]) == 0
+    assert (
+        main(
+            [
+                "pack",
+                str(clips),
+                "--codec",
+                "wan",
+                "--model",
+                str(wan),
+                *size,
+                *cache,
+                "--out",
+                str(out),
+            ]
+        )
+        == 0
+    )
     return out
 
 
@@ -75,14 +115,18 @@ def prompts(place: Path, wan: Path) -> Path:
     """`prompts` on a text file: all the data that trajectories and DMD need."""
     (place / "prompts.txt").write_text("colours number 0\ncolours that move\na red fox\nwaves\n")
     size, out = ("--frames", str(VIDEO_FRAMES), "--size", f"{HEIGHT}x{WIDTH}"), place / "prompts"
-    assert main(["prompts", str(place / "prompts.txt"), "--model", str(wan), *size, "--out", str(out)]) == 0
+    assert (
+        main(["prompts", str(place / "prompts.txt"), "--model", str(wan), *size, "--out", str(out)])
+        == 0
+    )
     return out
 
 
 def train(name: str, place: Path, shards: Path, *overrides: str) -> Path:
     """A recipe of configs/wan1.3b at small size; the run's folder."""
     config = load_config(
-        f"wan1.3b/{name}.yaml", [*SMALL, f"run.out={place / 'runs'}", f"data.shards={shards}", *overrides]
+        f"wan1.3b/{name}.yaml",
+        [*SMALL, f"run.out={place / 'runs'}", f"data.shards={shards}", *overrides],
     )
     run(config)
     return place / "runs" / config.run.name
@@ -90,17 +134,38 @@ def train(name: str, place: Path, shards: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def student(place: Path, wan: Path, shards: Path, prompts: Path) -> Path:
-    """Pairs of the teacher's ODE and causal student, DMD on prompts, DFD with its control; the folder of the DFD arm."""
+    """Pairs of the teacher's ODE and causal student, DMD on prompts, DFD with its control; the
+    folder of the DFD arm.
+    """
     pairs, teacher = place / "pairs", wan / "transformer"
     train(
-        "ode_pairs", place, prompts, f"weights.teacher={teacher}", f"pairs.out={pairs}", "pairs.steps=2", "pairs.num=4"
+        "ode_pairs",
+        place,
+        prompts,
+        f"weights.teacher={teacher}",
+        f"pairs.out={pairs}",
+        "pairs.steps=2",
+        "pairs.num=4",
     )
     init = train("init_ode", place, pairs, f"weights.student={teacher}", "run.student_updates=1")
     start = f"weights.student={init / 'student.safetensors'}"
-    teachers = (f"weights.teacher={teacher}", "score.fake_per_student=1", "run.student_updates=1", "ema.start=0")
-    dmd = train("dmd_ar", place, prompts, start, f"weights.fake={teacher}", "teacher_model=null", *teachers)
-    weights = (f"weights.student={dmd / 'student.safetensors'}", f"weights.fake={dmd / 'fake.safetensors'}")
-    return train("dfd_ar", place, shards, *weights, *teachers, "dfd.p=1.0", "dfd.p_start=1.0") / "caption"
+    teachers = (
+        f"weights.teacher={teacher}",
+        "score.fake_per_student=1",
+        "run.student_updates=1",
+        "ema.start=0",
+    )
+    dmd = train(
+        "dmd_ar", place, prompts, start, f"weights.fake={teacher}", "teacher_model=null", *teachers
+    )
+    weights = (
+        f"weights.student={dmd / 'student.safetensors'}",
+        f"weights.fake={dmd / 'fake.safetensors'}",
+    )
+    return (
+        train("dfd_ar", place, shards, *weights, *teachers, "dfd.p=1.0", "dfd.p_start=1.0")
+        / "caption"
+    )
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +176,9 @@ def exported(place: Path, wan: Path, student: Path) -> Path:
 
 
 def test_packed_clips_hold_text_and_the_negative_prompt(shards):
-    """Catches a data set that training would need the text encoder for, or whose unconditional half is all zeros."""
+    """Catches a data set that training would need the text encoder for, or whose unconditional half
+    is all zeros.
+    """
     reader = ShardReader(shards)
     assert len(reader) == NUM_CLIPS
     assert reader.index.latent_shape == (LATENT_FRAMES, 16, HEIGHT // 8, WIDTH // 8)
@@ -123,7 +190,10 @@ def test_every_stage_changed_the_student(place, wan, student):
     """Catches a stage that loads nothing, trains nothing, or writes what it started from."""
     runs = place / "runs" / "wan1.3b"
     control = runs / "dfd_ar" / "control"
-    files = [wan / "transformer", *(folder / "student.safetensors" for folder in (runs / "init_ode", runs / "dmd_ar"))]
+    files = [
+        wan / "transformer",
+        *(folder / "student.safetensors" for folder in (runs / "init_ode", runs / "dmd_ar")),
+    ]
     states = [
         load_transformer(path).state_dict()
         for path in (*files, control / "student.safetensors", student / "student.safetensors")
@@ -144,7 +214,9 @@ def test_an_export_is_read_by_diffusers(exported, student):
 
 
 def test_an_export_streams(place, exported, capsys):
-    """Catches an export that the command line cannot run; its video is the one that the pipeline makes."""
+    """Catches an export that the command line cannot run; its video is the one that the pipeline
+    makes.
+    """
     out = place / "stream.rgb"
     size = ("--height", str(HEIGHT), "--width", str(WIDTH))
     options = (
@@ -163,18 +235,36 @@ def test_an_export_streams(place, exported, capsys):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
-        assert stream.main(["--model", str(exported), "--prompt", "colours", "--out", str(out), *size, *options]) == 0
-    streamed = torch.frombuffer(bytearray(out.read_bytes()), dtype=torch.uint8).view(-1, HEIGHT, WIDTH, 3)
+        assert (
+            stream.main(
+                [
+                    "--model",
+                    str(exported),
+                    "--prompt",
+                    "colours",
+                    "--out",
+                    str(out),
+                    *size,
+                    *options,
+                ]
+            )
+            == 0
+        )
+    streamed = torch.frombuffer(bytearray(out.read_bytes()), dtype=torch.uint8).view(
+        -1, HEIGHT, WIDTH, 3
+    )
     pipeline = CausalWanPipeline.from_pretrained(exported)
     pipeline.set_progress_bar_config(disable=True)
-    made = pipeline("colours", num_frames=VIDEO_FRAMES, height=HEIGHT, width=WIDTH, seed=3, output_type="uint8").frames[
-        0
-    ]
+    made = pipeline(
+        "colours", num_frames=VIDEO_FRAMES, height=HEIGHT, width=WIDTH, seed=3, output_type="uint8"
+    ).frames[0]
     assert torch.equal(torch.as_tensor(made), streamed)
 
 
 def test_the_card_says_how_it_was_made(exported):
-    """Catches an export without its recipe, or one that tells of a folder on the machine that made it."""
+    """Catches an export without its recipe, or one that tells of a folder on the machine that made
+    it.
+    """
     card, config = (
         (exported / "README.md").read_text(),
         json.loads((exported / "transformer" / "config.json").read_text()),
@@ -186,7 +276,9 @@ def test_the_card_says_how_it_was_made(exported):
 
 
 def test_clips_are_what_was_packed(place, shards):
-    """Catches latents of other frames than the clip's first ones: the VAE's decode is nearer to its own clip than to others."""
+    """Catches latents of other frames than the clip's first ones: the VAE's decode is nearer to its
+    own clip than to others.
+    """
     from selfforcing_dfd.codecs.wan_vae import WanCodec
 
     codec, reader = WanCodec.from_pretrained(place / "wan"), ShardReader(shards)
@@ -196,21 +288,27 @@ def test_clips_are_what_was_packed(place, shards):
     ]
     for number in range(NUM_CLIPS):
         again = codec.encode(clips[number][None])[0]
-        assert (reader[number].latents - again).abs().max() < 2e-3 * again.abs().max()  # stored in float16
+        # stored in float16
+        assert (reader[number].latents - again).abs().max() < 2e-3 * again.abs().max()
 
 
 def test_what_needs_clips_refuses_prompts(place, wan, prompts):
     """Catches data forcing with clips of zeros: every video would be pulled to grey."""
     teacher = wan / "transformer"
     weights = [f"weights.{role}={teacher}" for role in ("student", "teacher", "fake")]
-    with pytest.raises(ConfigError, match="holds prompts without clips, which do for pairs and dmd"):
+    with pytest.raises(
+        ConfigError, match="holds prompts without clips, which do for pairs and dmd"
+    ):
         train("dfd_ar", place, prompts, *weights, "run.name=refused")
     assert not (place / "runs" / "refused").exists()
 
 
 def test_prompts_alone_tell_of_no_data(place, student):
     """Catches a gap to clips that do not exist, and guards that compare with them."""
-    rows = [json.loads(line) for line in (place / "runs/wan1.3b/dmd_ar/metrics.jsonl").read_text().splitlines()]
+    rows = [
+        json.loads(line)
+        for line in (place / "runs/wan1.3b/dmd_ar/metrics.jsonl").read_text().splitlines()
+    ]
     (row,) = [row for row in rows if row["kind"] == "student"]
     assert "loss" in row
     assert not any("gap" in key or "contrast" in key for key in row)

@@ -1,4 +1,6 @@
-"""Real classes at tiny size, and one exact model: what the tests are made with. Everything is a function of a seed."""
+"""Real classes at tiny size, and one exact model: what the tests are made with. Everything is a
+function of a seed.
+"""
 
 from __future__ import annotations
 
@@ -52,13 +54,19 @@ def tiny_network(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any
 
 
 def latents(
-    name: str, frames: int = FRAMES, batch: int = 2, dtype: torch.dtype = torch.float64, seed: int = 0
+    name: str,
+    frames: int = FRAMES,
+    batch: int = 2,
+    dtype: torch.dtype = torch.float64,
+    seed: int = 0,
 ) -> Tensor:
     """[B, F, C, H, W] standard normal; the name is what it is for."""
     return rng.normal((batch, frames, *SHAPE), seed, name).to(dtype)
 
 
-def ladder_noise(frames: int = FRAMES, batch: int = 2, seed: int = 0, steps: int = len(LADDER)) -> Tensor:
+def ladder_noise(
+    frames: int = FRAMES, batch: int = 2, seed: int = 0, steps: int = len(LADDER)
+) -> Tensor:
     """[S, B, F, C, H, W] float64: one draw for each ladder step."""
     return rng.normal((steps, batch, frames, *SHAPE), seed, "ladder noise").double()
 
@@ -71,7 +79,9 @@ def conditioning(batch: int = 2, dtype: torch.dtype = torch.float64, seed: int =
     return Conditioning(text)
 
 
-def tiny_batch(batch: int = 2, frames: int = FRAMES, with_noise: bool = False, seed: int = 0) -> Batch:
+def tiny_batch(
+    batch: int = 2, frames: int = FRAMES, with_noise: bool = False, seed: int = 0
+) -> Batch:
     """Clips as the reader hands them out, in float64; two clips share each caption."""
     return Batch(
         latents=latents("clips", frames, batch, seed=seed),
@@ -83,7 +93,9 @@ def tiny_batch(batch: int = 2, frames: int = FRAMES, with_noise: bool = False, s
 
 
 class ExactGaussian:
-    """The perfect denoiser of data N(mean, std^2): x0 = E[data | x_t], in closed form. No text, no parameters."""
+    """The perfect denoiser of data N(mean, std^2): x0 = E[data | x_t], in closed form. No text, no
+    parameters.
+    """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0):
         self.mean, self.std = mean, std

@@ -1,4 +1,6 @@
-"""UMT5's real classes at tiny size, made here: an encoder, and a Unigram tokenizer with UMT5's special ids."""
+"""UMT5's real classes at tiny size, made here: an encoder, and a Unigram tokenizer with UMT5's
+special ids.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,29 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.codecs.text import WanText, write_entry
 from selfforcing_dfd.tiny.text import TinyText
 
-WORDS = ["a", "disc", "square", "cross", "moves", "left", "right", "up", "down", "and", "the", "red", "blue"]
+WORDS = [
+    "a",
+    "disc",
+    "square",
+    "cross",
+    "moves",
+    "left",
+    "right",
+    "up",
+    "down",
+    "and",
+    "the",
+    "red",
+    "blue",
+]
 CHARACTERS = "abcdefghijklmnopqrstuvwxyz,.!&<>'0123456789"
 PAD, EOS, UNKNOWN = 0, 1, 2
 DIM, VOCABULARY, MAX_LENGTH = 32, 96, 24
 
 FLOAT32 = {"atol": 2e-5, "rtol": 0}
-"""Two layers whose states reach 4: sums over masked keys in another order leave 1e-6; an unmasked key moves 1e-2."""
+"""Two layers whose states reach 4: sums over masked keys in another order leave 1e-6; an unmasked
+key moves 1e-2.
+"""
 PROMPTS = ["a disc moves left", "", "the red square, the blue cross & a disc move up and down"]
 NASTY = [
     "  a\n\n disc\tmoves \u00a0 left \u3000",
@@ -33,13 +51,21 @@ NASTY = [
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words, else characters, else unknown; ends prompts with eos. Lower-cases, which T5Tokenizer does not."""
+    """Whole words, else characters, else unknown; ends prompts with eos. Lower-cases, which
+    T5Tokenizer does not.
+    """
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
-    pieces += [(f"▁{word}", -3.0) for word in WORDS] + [("▁", -4.0)] + [(letter, -8.0) for letter in CHARACTERS]
+    pieces += (
+        [(f"▁{word}", -3.0) for word in WORDS]
+        + [("▁", -4.0)]
+        + [(letter, -8.0) for letter in CHARACTERS]
+    )
     words = Tokenizer(models.Unigram(pieces, unk_id=UNKNOWN))
     words.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
     words.pre_tokenizer = pre_tokenizers.Metaspace(replacement="▁", prepend_scheme="always")
-    words.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", EOS)])
+    words.post_processor = processors.TemplateProcessing(
+        single="$A </s>", special_tokens=[("</s>", EOS)]
+    )
     words.decoder = decoders.Metaspace()
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     return PreTrainedTokenizerFast(tokenizer_object=words, model_max_length=512, **names)
@@ -47,7 +73,14 @@ def tiny_tokenizer() -> PreTrainedTokenizerFast:
 
 def tiny_encoder(seed: int = 0, **changes: Any) -> UMT5EncoderModel:
     """Two layers with a position bias each, as in UMT5; every weight is a function of the seed."""
-    sizes = {"vocab_size": VOCABULARY, "d_model": DIM, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
+    sizes = {
+        "vocab_size": VOCABULARY,
+        "d_model": DIM,
+        "d_kv": 8,
+        "d_ff": 48,
+        "num_layers": 2,
+        "num_heads": 4,
+    }
     config = UMT5Config(**{**sizes, "feed_forward_proj": "gated-gelu", **changes})
     encoder = UMT5EncoderModel(config)
     with torch.no_grad():
@@ -58,12 +91,16 @@ def tiny_encoder(seed: int = 0, **changes: Any) -> UMT5EncoderModel:
     return encoder
 
 
-def tiny_wan_text(max_length: int = MAX_LENGTH, seed: int = 0, dtype: torch.dtype = torch.float32) -> WanText:
+def tiny_wan_text(
+    max_length: int = MAX_LENGTH, seed: int = 0, dtype: torch.dtype = torch.float32
+) -> WanText:
     return WanText(tiny_tokenizer(), tiny_encoder(seed), max_length, dtype=dtype)
 
 
 def save_text_folder(folder: Path, seed: int = 0, max_shard_size: str = "50GB") -> Path:
-    """A diffusers folder's `text_encoder` and `tokenizer`; the tokenizer's config names the class that Wan's names."""
+    """A diffusers folder's `text_encoder` and `tokenizer`; the tokenizer's config names the class
+    that Wan's names.
+    """
     tiny_encoder(seed).save_pretrained(folder / "text_encoder", max_shard_size=max_shard_size)
     tokenizer = tiny_tokenizer()
     tokenizer.save_pretrained(folder / "tokenizer")

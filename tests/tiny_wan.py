@@ -1,4 +1,6 @@
-"""A diffusers folder of Wan2.1 at tiny size, with its real classes and file layout. Everything is a function of a seed."""
+"""A diffusers folder of Wan2.1 at tiny size, with its real classes and file layout. Everything is a
+function of a seed.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,8 @@ SIZES: dict[str, Any] = {
     "num_layers": 2,
 }
 HEIGHT, WIDTH = 32, 48
-RECIPE = Recipe(timesteps=(1000, 500), shift=3.0, chunk_frames=3, num_frames=6)  # two steps, to be quick
+# two steps, to be quick
+RECIPE = Recipe(timesteps=(1000, 500), shift=3.0, chunk_frames=3, num_frames=6)
 
 
 def tiny_student(seed: int = 0, recipe: Recipe = RECIPE) -> WanTransformer:
@@ -51,9 +54,9 @@ def save_wan_folder(folder: Path, seed: int = 7) -> Path:
     teacher.save_pretrained(folder / "transformer")
     tiny_vae().save_pretrained(folder / "vae")
     save_text_folder(folder)
-    UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True).save_pretrained(
-        folder / "scheduler"
-    )
+    UniPCMultistepScheduler(
+        prediction_type="flow_prediction", use_flow_sigmas=True
+    ).save_pretrained(folder / "scheduler")
     parts = {
         "scheduler": ["diffusers", "UniPCMultistepScheduler"],
         "text_encoder": ["transformers", "UMT5EncoderModel"],

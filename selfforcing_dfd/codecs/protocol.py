@@ -1,4 +1,6 @@
-"""What streaming asks of a codec: decode and encode a video piece by piece, with state that the caller owns."""
+"""What streaming asks of a codec: decode and encode a video piece by piece, with state that the
+caller owns.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Encoder(Protocol):
 
 
 class StreamingCodec(Protocol):
-    """Frozen weights, shared by all sessions; what changes is in the decoders and encoders it hands out."""
+    """Frozen weights, shared by all sessions; what changes is in the decoders and encoders it hands
+    out.
+    """
 
     @property
     def channels(self) -> int: ...

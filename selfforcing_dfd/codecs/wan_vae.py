@@ -1,7 +1,8 @@
 """Wan's video VAE, piece by piece: diffusers' `AutoencoderKLWan` with a past that the caller owns.
 
-The module itself stays as it is; a decoder or encoder holds the last features of every causal convolution. Latents are those
-that the transformer works on, normalised by the VAE config's means and deviations.
+The module itself stays as it is; a decoder or encoder holds the last features of every causal
+convolution. Latents are those that the transformer works on, normalised by the VAE config's means
+and deviations.
 """
 
 from __future__ import annotations
@@ -17,49 +18,75 @@ from torch import Tensor, nn
 from selfforcing_dfd.codecs.wan_decode import StreamingDecoder
 
 TIME, SPACE = 4, 8
-Features = Tensor | str | None  # "Rep": an upsampler that has seen one latent frame; None: nothing yet
+# "Rep": an upsampler that has seen one latent frame; None: nothing yet
+Features = Tensor | str | None
 
 
 class CodecError(ValueError):
-    """Weights that cannot be used, or latents and videos that do not fit; the message says what was wanted."""
+    """Weights that cannot be used, or latents and videos that do not fit; the message says what was
+    wanted.
+    """
 
 
 class WanCodec:
-    """`codecs.protocol.StreamingCodec` over a frozen `AutoencoderKLWan`. Computes in the VAE's dtype, returns float32.
+    """`codecs.protocol.StreamingCodec` over a frozen `AutoencoderKLWan`. Computes in the VAE's
+    dtype, returns float32.
 
-    channels_last: weights and activations in channels_last_3d, which convolutions on Hopper want (NCDHW runs at less
-    than half the rate there); numbers change in the last bits, and on a CPU it gains nothing.
+    channels_last: weights and activations in channels_last_3d, which convolutions on Hopper want
+    (NCDHW runs at less than half the rate there); numbers change in the last bits, and on a CPU it
+    gains nothing.
     """
 
     strides = (TIME, SPACE, SPACE)
 
     def __init__(self, vae: Any, channels_last: bool = False) -> None:
-        """vae: an AutoencoderKLWan (which type checkers misread). Raises CodecError for that of Wan2.2, built otherwise."""
+        """vae: an AutoencoderKLWan (which type checkers misread). Raises CodecError for that of
+        Wan2.2, built otherwise.
+        """
         if vae.config["patch_size"] is not None:
             raise CodecError(
                 f"the VAE has patch_size {vae.config['patch_size']}, as Wan2.2 5B has; want the one of Wan2.1 and Wan2.2 14B"
             )
         vae.requires_grad_(False).eval()
-        self.vae, self.memory_format = vae, torch.channels_last_3d if channels_last else torch.contiguous_format
+        self.vae, self.memory_format = (
+            vae,
+            torch.channels_last_3d if channels_last else torch.contiguous_format,
+        )
         if channels_last:
             for module in vae.modules():
                 if isinstance(module, nn.Conv3d):
-                    module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
-                elif isinstance(module, nn.Conv2d):  # upsamplers: without it what follows them is NCDHW again
-                    module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+                    module.weight.data = module.weight.data.contiguous(
+                        memory_format=torch.channels_last_3d
+                    )
+                # upsamplers: without it what follows them is NCDHW again
+                elif isinstance(module, nn.Conv2d):
+                    module.weight.data = module.weight.data.contiguous(
+                        memory_format=torch.channels_last
+                    )
         weight = next(vae.parameters())
         self.dtype, self.device = weight.dtype, weight.device
         shape = (1, -1, 1, 1, 1)
         self.mean, self.deviation = (
-            torch.tensor(vae.config[name], device=self.device).view(shape) for name in ("latents_mean", "latents_std")
+            torch.tensor(vae.config[name], device=self.device).view(shape)
+            for name in ("latents_mean", "latents_std")
         )
 
     @classmethod
     def from_pretrained(
-        cls, folder: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32, **options: bool
+        cls,
+        folder: Path | str,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        **options: bool,
     ) -> Self:
-        """From a diffusers folder of Wan, or its subfolder `vae`. Raises CodecError where there is none."""
-        found = [path for path in (Path(folder) / "vae", Path(folder)) if (path / "config.json").is_file()]
+        """From a diffusers folder of Wan, or its subfolder `vae`. Raises CodecError where there is
+        none.
+        """
+        found = [
+            path
+            for path in (Path(folder) / "vae", Path(folder))
+            if (path / "config.json").is_file()
+        ]
         if not found:
             raise CodecError(
                 f"{folder} holds no vae/config.json; want a diffusers folder of Wan2.1, or its subfolder vae"
@@ -82,7 +109,9 @@ class WanCodec:
         """1 + (T - 1) / 4. Raises CodecError for T that is not of the form 1 + 4 n."""
         if num_video_frames < 1 or (num_video_frames - 1) % TIME:
             lower = max(num_video_frames - 1, 0) // TIME * TIME + 1
-            raise CodecError(f"{num_video_frames} video frames are not 1 + 4 n; use {lower} or {lower + TIME}")
+            raise CodecError(
+                f"{num_video_frames} video frames are not 1 + 4 n; use {lower} or {lower + TIME}"
+            )
         return 1 + (num_video_frames - 1) // TIME
 
     def encode(self, videos: Tensor) -> Tensor:
@@ -90,7 +119,9 @@ class WanCodec:
         return self.start_encoding().encode(videos)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, F, 16, h, w] -> [B, 1 + 4 (F - 1), 8 h, 8 w, 3] float32, clamped to [0, 1] as in diffusers."""
+        """[B, F, 16, h, w] -> [B, 1 + 4 (F - 1), 8 h, 8 w, 3] float32, clamped to [0, 1] as in
+        diffusers.
+        """
         return self.start_decoding().decode(latents)
 
     def start_decoding(self) -> WanDecoder:
@@ -104,7 +135,10 @@ class WanDecoder:
     """`codecs.protocol.Decoder`: latent frame by latent frame, as diffusers decodes a whole video."""
 
     def __init__(self, codec: WanCodec, stream: StreamingDecoder | None = None) -> None:
-        self.codec, self.stream = codec, stream or StreamingDecoder(codec.vae.decoder, codec.memory_format)
+        self.codec, self.stream = (
+            codec,
+            stream or StreamingDecoder(codec.vae.decoder, codec.memory_format),
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -123,11 +157,17 @@ class WanDecoder:
         """
         codec = self.codec
         if latents.ndim != 5 or latents.shape[2] != codec.channels or not latents.shape[1]:
-            raise CodecError(f"latents are {tuple(latents.shape)}; want [B, F, {codec.channels}, h, w], F one or more")
+            raise CodecError(
+                f"latents are {tuple(latents.shape)}; want [B, F, {codec.channels}, h, w], F one or more"
+            )
         z = (latents.transpose(1, 2).float() * codec.deviation + codec.mean).to(codec.dtype)
         parts = []
         for frame in z.split(1, dim=2):
-            parts.append(self.stream(codec.vae.post_quant_conv(frame.contiguous(memory_format=codec.memory_format))))
+            parts.append(
+                self.stream(
+                    codec.vae.post_quant_conv(frame.contiguous(memory_format=codec.memory_format))
+                )
+            )
         video = torch.cat(parts, dim=2).float().clamp(-1, 1)
         return (video.permute(0, 2, 3, 4, 1) + 1) / 2
 
@@ -137,28 +177,39 @@ class WanEncoder:
 
     def __init__(self, codec: WanCodec) -> None:
         self.codec = codec
-        self.features: list[Features] = []  # diffusers' feature cache, one entry a causal convolution
+        # diffusers' feature cache, one entry a causal convolution
+        self.features: list[Features] = []
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
-        """The next video frames [B, T, H, W, 3] in [0, 1] as latents [B, f, 16, H / 8, W / 8] float32.
+        """The next video frames [B, T, H, W, 3] in [0, 1] as latents [B, f, 16, H / 8, W / 8]
+        float32.
 
-        First 1 + 4 n of them, then 4 n. Raises CodecError otherwise, and for sizes that are no multiples of 8.
+        First 1 + 4 n of them, then 4 n. Raises CodecError otherwise, and for sizes that are no
+        multiples of 8.
         """
         if videos.ndim != 5 or videos.shape[-1] != 3 or not videos.shape[1]:
-            raise CodecError(f"videos are {tuple(videos.shape)}; want [B, T, H, W, 3], colours last, T one or more")
+            raise CodecError(
+                f"videos are {tuple(videos.shape)}; want [B, T, H, W, 3], colours last, T one or more"
+            )
         codec, (frames, height, width) = self.codec, videos.shape[1:4]
         if self.features and frames % TIME:
-            raise CodecError(f"{frames} video frames follow the first ones; want a multiple of {TIME}")
+            raise CodecError(
+                f"{frames} video frames follow the first ones; want a multiple of {TIME}"
+            )
         if not self.features:
             codec.num_latent_frames(frames)
         if height % SPACE or width % SPACE:
-            raise CodecError(f"video frames are {height} x {width}; height and width must be multiples of {SPACE}")
+            raise CodecError(
+                f"video frames are {height} x {width}; height and width must be multiples of {SPACE}"
+            )
         x = (2 * videos.float() - 1).permute(0, 4, 1, 2, 3).to(codec.dtype)
         lone = frames % TIME
         pieces = x.split([lone, *[TIME] * (frames // TIME)] if lone else TIME, dim=2)
         encoder, parts = codec.vae.encoder, []
-        self.features = self.features or [None for module in encoder.modules() if isinstance(module, nn.Conv3d)]
+        self.features = self.features or [
+            None for module in encoder.modules() if isinstance(module, nn.Conv3d)
+        ]
         for piece in pieces:
             given = piece.contiguous(memory_format=codec.memory_format)
             out = encoder(given, feat_cache=self.features, feat_idx=[0])

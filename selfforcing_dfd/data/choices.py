@@ -25,28 +25,37 @@ if TYPE_CHECKING:
     from selfforcing_dfd.codecs.wan_vae import WanCodec
 
 PATCH = 2 * SPACE  # pixels that a token stands for, in height and in width
-MAX_CLIPS_TO_FIT = 64  # 33,000 blocks of 4 x 8 x 8 pixels at the default size: plenty for a basis of 16
+# 33,000 blocks of 4 x 8 x 8 pixels at the default size: plenty for a basis of 16
+MAX_CLIPS_TO_FIT = 64
 
 
 def load_wan_codec(model: Path | None, device: str, dtype: str) -> WanCodec:
     """PackError without a folder; CodecError if there is no VAE in it."""
     from selfforcing_dfd.codecs.wan_vae import WanCodec
 
-    return WanCodec.from_pretrained(_named(model, "--codec wan", "vae"), device, getattr(torch, dtype))
+    return WanCodec.from_pretrained(
+        _named(model, "--codec wan", "vae"), device, getattr(torch, dtype)
+    )
 
 
 def load_text(name: str, model: Path | None, device: str, cache: Path | None) -> TextEncoder:
-    """tiny: the word table. umt5: Wan's, in bfloat16, whose weights are read for the first prompt that is not in `cache`."""
+    """tiny: the word table. umt5: Wan's, in bfloat16, whose weights are read for the first prompt
+    that is not in `cache`.
+    """
     if name == "tiny":
         return TinyText()
     from selfforcing_dfd.codecs.text import WanText
 
     folder = _named(model, "--text umt5", "text_encoder and tokenizer")
-    return WanText.cached(folder, cache, device) if cache else WanText.from_pretrained(folder, device)
+    return (
+        WanText.cached(folder, cache, device) if cache else WanText.from_pretrained(folder, device)
+    )
 
 
 def default_negative_prompt(name: str) -> str | None:
-    """Wan's own for umt5, as far as codecs/text.py has it; none for the tiny world, whose empty caption is all zeros."""
+    """Wan's own for umt5, as far as codecs/text.py has it; none for the tiny world, whose empty
+    caption is all zeros.
+    """
     if name == "tiny":
         return None
     from selfforcing_dfd.codecs import text
@@ -63,9 +72,15 @@ def load_tiny_codec(path: Path) -> TinyCodec:
 
 
 def fit_tiny_codec(
-    clips: list[Clip], num_video_frames: int, size: tuple[int, int], resize: Resize, fps: Fraction | None
+    clips: list[Clip],
+    num_video_frames: int,
+    size: tuple[int, int],
+    resize: Resize,
+    fps: Fraction | None,
 ) -> TinyCodec:
-    """Fit to at most MAX_CLIPS_TO_FIT clips, evenly chosen; the unusable ones are left to the packer to report."""
+    """Fit to at most MAX_CLIPS_TO_FIT clips, evenly chosen; the unusable ones are left to the
+    packer to report.
+    """
     videos, problems = [], []
     for clip in clips[:: math.ceil(len(clips) / MAX_CLIPS_TO_FIT)]:
         try:
@@ -85,7 +100,9 @@ def open_source(
     layout: Layout,
     negative: Path | None,
 ) -> ImportSource:
-    """The data set of another project in a folder or file. PackError: there is none, or it cannot be read."""
+    """The data set of another project in a folder or file. PackError: there is none, or it cannot
+    be read.
+    """
     if not source.exists():
         raise PackError(f"{source}: no such folder or file")
     is_tars = source.suffix == ".tar" if source.is_file() else any(source.glob("*.tar"))
@@ -100,14 +117,24 @@ def open_source(
 
 def _named(model: Path | None, option: str, parts: str) -> Path:
     if model is None:
-        raise PackError(f"{option} needs --model DIR, a diffusers folder of Wan2.1 with its subfolder {parts}")
+        raise PackError(
+            f"{option} needs --model DIR, a diffusers folder of Wan2.1 with its subfolder {parts}"
+        )
     return model
 
 
 def latent_shape(num_video_frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
-    """F, C, H, W of the latents of Wan's VAE, which the tiny codec shares. PackError for a video that it cannot hold."""
+    """F, C, H, W of the latents of Wan's VAE, which the tiny codec shares. PackError for a video
+    that it cannot hold.
+    """
     height, width = size
-    if num_video_frames < 1 or (num_video_frames - 1) % TIME or height % PATCH or width % PATCH or min(size) < PATCH:
+    if (
+        num_video_frames < 1
+        or (num_video_frames - 1) % TIME
+        or height % PATCH
+        or width % PATCH
+        or min(size) < PATCH
+    ):
         raise PackError(
             f"a video of {num_video_frames} frames of {height}x{width}; want 1 + {TIME} n frames, and height and width "
             f"that are multiples of {PATCH}, such as 81 frames of 480x832"

@@ -1,6 +1,8 @@
-"""Other projects' latent data sets into shard folders of ours: an interrupted import goes on like packing.
+"""Other projects' latent data sets into shard folders of ours: an interrupted import goes on like
+packing.
 
-The sources are `lmdb_source.py` (Self-Forcing, DFD, CausVid, Causal-Forcing) and `fastgen_source.py`.
+The sources are `lmdb_source.py` (Self-Forcing, DFD, CausVid, Causal-Forcing) and
+`fastgen_source.py`.
 """
 
 from __future__ import annotations
@@ -37,7 +39,9 @@ TIME = 4  # video frames of every latent frame but the first, in all of these da
 
 @dataclass(frozen=True, slots=True)
 class Imported:
-    """latents: [F, C, H, W]. text: [L, D] where the data set holds embeddings. caption: one line, empty if there is none."""
+    """latents: [F, C, H, W]. text: [L, D] where the data set holds embeddings. caption: one line,
+    empty if there is none.
+    """
 
     latents: Tensor
     caption: str
@@ -90,21 +94,28 @@ def import_folder(
     overwrite: bool = False,
     unfinished: Unfinished = "discard",
 ) -> PackSummary:
-    """A shard folder of a data set. text: encodes its captions; without it, the stored embeddings are taken.
+    """A shard folder of a data set. text: encodes its captions; without it, the stored embeddings
+    are taken.
 
-    A sample with an embedding and no caption gets a caption made of the embedding's hash, so that samples of one prompt
-    still count as such. codec_fingerprint: names the VAE that its latents come from, which no data set says.
-    negative_prompt: is encoded by `text`; the stored embedding is taken where there is no `text`. PackError: as for
-    `pack`, and if captions are to be encoded but there is no encoder.
+    A sample with an embedding and no caption gets a caption made of the embedding's hash, so that
+    samples of one prompt still count as such. codec_fingerprint: names the VAE that its latents
+    come from, which no data set says. negative_prompt: is encoded by `text`; the stored embedding
+    is taken where there is no `text`. PackError: as for `pack`, and if captions are to be encoded
+    but there is no encoder.
     """
     stored = source.text_shape
     if text is None and stored is None:
-        raise PackError("this data set holds prompts without embeddings; name a text encoder with --text")
+        raise PackError(
+            "this data set holds prompts without embeddings; name a text encoder with --text"
+        )
     text_shape = tuple(text.encode([""]).shape[1:]) if text else stored or ()
     encoded = text.encode([negative_prompt])[0] if text and negative_prompt is not None else None
     negative = encoded if text else source.negative
     files, about_negative = negative_files(negative, negative_prompt or "", dtype)
-    fingerprints = {"codec": codec_fingerprint, "text": text.fingerprint if text else f"{source.about['kind']}-stored"}
+    fingerprints = {
+        "codec": codec_fingerprint,
+        "text": text.fingerprint if text else f"{source.about['kind']}-stored",
+    }
     settings = {"dtype": dtype, "shard_size": shard_size}
     about = {"source": source.about, "settings": settings, **about_negative}
 
@@ -137,11 +148,20 @@ def _records(
         except ClipError as error:
             reason = str(error).removeprefix(f"{name}: ")
             if strict:
-                raise PackError(f"{name}: {reason}. Repair it, or import without --strict") from error
+                raise PackError(
+                    f"{name}: {reason}. Repair it, or import without --strict"
+                ) from error
             refuse(number, Refusal(name, reason))
             continue
-        caption = sample.caption or f"embedding {hashlib.sha256(npy(tokens, dtype, name)).hexdigest()[:16]}"
-        about = {"caption": caption, "source": name, "num_video_frames": 1 + TIME * (len(sample.latents) - 1)}
+        caption = (
+            sample.caption
+            or f"embedding {hashlib.sha256(npy(tokens, dtype, name)).hexdigest()[:16]}"
+        )
+        about = {
+            "caption": caption,
+            "source": name,
+            "num_video_frames": 1 + TIME * (len(sample.latents) - 1),
+        }
         members = {
             LATENT: npy(sample.latents, dtype, name),
             TEXT: npy(trim(tokens), dtype, name),
@@ -150,7 +170,9 @@ def _records(
         yield Record(number, keys[number], caption, members)
 
 
-def _tokens(sample: Imported, text: TextEncoder | None, shape: tuple[int, ...], name: str) -> Tensor:
+def _tokens(
+    sample: Imported, text: TextEncoder | None, shape: tuple[int, ...], name: str
+) -> Tensor:
     """[L, D] of the caption, or as stored. ClipError if there is neither, or it has another shape."""
     if text:
         if not sample.caption:
@@ -160,8 +182,12 @@ def _tokens(sample: Imported, text: TextEncoder | None, shape: tuple[int, ...], 
         except ValueError as error:
             raise ClipError(f"{name}: {error}") from error
     if sample.text is None:
-        raise ClipError(f"{name}: no text embedding; name a text encoder with --text to encode the captions")
+        raise ClipError(
+            f"{name}: no text embedding; name a text encoder with --text to encode the captions"
+        )
     if sample.text.shape[1:] != shape[1:] or len(sample.text) > shape[0]:
         got = list(sample.text.shape)
-        raise ClipError(f"{name}: its text embedding is {got}, that of the first sample {list(shape)}")
+        raise ClipError(
+            f"{name}: its text embedding is {got}, that of the first sample {list(shape)}"
+        )
     return sample.text

@@ -1,7 +1,8 @@
 """From clips with captions to a folder of shards.
 
-A shard folder appears complete or not at all. A clip that cannot be used is left out by name, with the reason, in the
-summary and in the index. Threads decode ahead of the encoder; neither order nor bytes depend on how many.
+A shard folder appears complete or not at all. A clip that cannot be used is left out by name, with
+the reason, in the summary and in the index. Threads decode ahead of the encoder; neither order nor
+bytes depend on how many.
 """
 
 from __future__ import annotations
@@ -42,7 +43,9 @@ from selfforcing_dfd.data.writing import (
 )
 
 Invert = Callable[[Tensor, Tensor], Tensor]
-"""(latents [B, F, C, H, W], text [B, L, D]) -> noise [B, F, C, H, W]: the teacher's ODE, from data to noise."""
+"""(latents [B, F, C, H, W], text [B, L, D]) -> noise [B, F, C, H, W]: the teacher's ODE, from data
+to noise.
+"""
 
 
 class VideoCodec(Protocol):
@@ -73,10 +76,11 @@ class TextEncoder(Protocol):
 class PackOptions:
     """How to read the clips and how to run.
 
-    captions, recursive: see `list_clips`. resize, fps: see `read_video`. device: where the codec is. num_workers: threads
-    that decode ahead. part: i of n, counted from 1, for several machines (see `merge`). negative_prompt: is encoded into
-    `negative.safetensors`; None for none. settings: more for the index that a resumed run must agree in, such as the
-    codec's dtype. strict: the first unusable clip is a PackError. unfinished: see `published`.
+    captions, recursive: see `list_clips`. resize, fps: see `read_video`. device: where the codec
+    is. num_workers: threads that decode ahead. part: i of n, counted from 1, for several machines
+    (see `merge`). negative_prompt: is encoded into `negative.safetensors`; None for none. settings:
+    more for the index that a resumed run must agree in, such as the codec's dtype. strict: the
+    first unusable clip is a PackError. unfinished: see `published`.
     """
 
     captions: Path | None = None
@@ -94,7 +98,9 @@ class PackOptions:
 
 @dataclass(frozen=True, slots=True)
 class _Recipe:
-    """How a clip becomes a record: `read` may run in any thread, `record` in the one that owns the encoders."""
+    """How a clip becomes a record: `read` may run in any thread, `record` in the one that owns the
+    encoders.
+    """
 
     codec: VideoCodec
     text: TextEncoder
@@ -105,19 +111,27 @@ class _Recipe:
     options: PackOptions
 
     def latent_shape(self) -> tuple[int, ...]:
-        """F, C, h, w of every sample, from a black clip: a length or size that the codec cannot take fails first."""
+        """F, C, h, w of every sample, from a black clip: a length or size that the codec cannot
+        take fails first.
+        """
         num_latent_frames = self.codec.num_latent_frames(self.num_video_frames)
-        black = torch.zeros(1, self.num_video_frames, *self.video_size, 3, device=self.options.device)
+        black = torch.zeros(
+            1, self.num_video_frames, *self.video_size, 3, device=self.options.device
+        )
         _, _, *rest = self.codec.encode(black).shape
         return (num_latent_frames, *rest)
 
     def read(self, clip: Clip) -> Tensor | ClipError:
-        """uint8 [T, H, W, 3], or why not; an error is a result here, so that threads that read ahead go on."""
+        """uint8 [T, H, W, 3], or why not; an error is a result here, so that threads that read
+        ahead go on.
+        """
         if clip.problem:
             return ClipError(f"{clip.path.name}: {clip.problem}")
         options = self.options
         try:
-            return read_video(clip.path, self.num_video_frames, self.video_size, options.resize, options.fps)
+            return read_video(
+                clip.path, self.num_video_frames, self.video_size, options.resize, options.fps
+            )
         except ClipError as error:
             return error
 
@@ -143,8 +157,18 @@ class _Recipe:
     def settings(self) -> dict[str, Any]:
         height, width = self.video_size
         fps = self.options.fps and str(self.options.fps)
-        taken = {"num_video_frames": self.num_video_frames, "height": height, "width": width, "fps": fps}
-        return {**taken, "resize": self.options.resize, "dtype": self.dtype, **self.options.settings}
+        taken = {
+            "num_video_frames": self.num_video_frames,
+            "height": height,
+            "width": width,
+            "fps": fps,
+        }
+        return {
+            **taken,
+            "resize": self.options.resize,
+            "dtype": self.dtype,
+            **self.options.settings,
+        }
 
 
 def pack(
@@ -165,12 +189,14 @@ def pack(
     attach: Callable[[Path], None] | None = None,
     options: PackOptions | None = None,
 ) -> PackSummary:
-    """Pack the clips of a folder or list (see `list_clips`), of each its first `num_video_frames`, in their order.
+    """Pack the clips of a folder or list (see `list_clips`), of each its first `num_video_frames`,
+    in their order.
 
-    video_size: height, width; other clips are left out unless options.resize says otherwise. shard_size: samples per
-    shard. dtype: of the stored arrays. invert: adds noise members (see `add_noise`), `batch_size` samples at a time.
-    attach: writes further files, such as the codec's basis, into the folder before it appears. PackError: `out` exists,
-    no clip is usable, or the interrupted run to go on with was another one.
+    video_size: height, width; other clips are left out unless options.resize says otherwise.
+    shard_size: samples per shard. dtype: of the stored arrays. invert: adds noise members (see
+    `add_noise`), `batch_size` samples at a time. attach: writes further files, such as the codec's
+    basis, into the folder before it appears. PackError: `out` exists, no clip is usable, or the
+    interrupted run to go on with was another one.
     """
     options = options or PackOptions()
     if invert and options.unfinished != "discard":
@@ -200,7 +226,17 @@ def pack(
     if invert:
         fingerprints["noise"] = noise_fingerprint
     empty = options.part != (1, 1)
-    job = Job(str(source), len(clips), latent_shape, text_shape, fingerprints, about, shard_size, files, empty)
+    job = Job(
+        str(source),
+        len(clips),
+        latent_shape,
+        text_shape,
+        fingerprints,
+        about,
+        shard_size,
+        files,
+        empty,
+    )
     return write_folder(out, job, records, overwrite, options.unfinished, attach)
 
 
@@ -212,16 +248,25 @@ def add_noise(
     out: Path | str | None = None,
     noise_fingerprint: str = "",
 ) -> PackSummary:
-    """Give every sample of a shard folder its noise member; samples, their order and all other bytes stay as they are.
+    """Give every sample of a shard folder its noise member; samples, their order and all other
+    bytes stay as they are.
 
-    noise_fingerprint: names the teacher and solver, kept in the index. The folder is replaced as a whole at the end, or
-    left alone if `out` names another, which must not exist.
+    noise_fingerprint: names the teacher and solver, kept in the index. The folder is replaced as a
+    whole at the end, or left alone if `out` names another, which must not exist.
     """
     reader = ShardReader(folder)
     index = reader.index
     shard_size = sum(entry.shard == index.samples[0].shard for entry in index.samples)
     fingerprints = index.fingerprints | {"noise": noise_fingerprint}
-    job = Job(str(folder), len(reader), index.latent_shape, index.text_shape, fingerprints, index.about, shard_size)
+    job = Job(
+        str(folder),
+        len(reader),
+        index.latent_shape,
+        index.text_shape,
+        fingerprints,
+        index.about,
+        shard_size,
+    )
     records = _with_noise(_stored_records(reader), invert, batch_size, index.text_shape[0])
     with published(Path(out or folder), overwrite=out is None) as partial:
         journal = Journal(partial, job)
@@ -230,15 +275,23 @@ def add_noise(
                 shutil.copyfile(path, partial / path.name)
         write_shards(partial, records, journal)
         shards, samples = tuple(journal.shards), tuple(journal.samples)
-        write_index(partial, replace(index, shards=shards, samples=samples, fingerprints=fingerprints))
+        write_index(
+            partial, replace(index, shards=shards, samples=samples, fingerprints=fingerprints)
+        )
     refused = tuple(Refusal(**refusal) for refusal in index.refused)
     return PackSummary(Path(out or folder), len(samples), len(shards), refused)
 
 
-def _records(clips: Sequence[Clip], recipe: _Recipe, first: int, refuse: Refuse) -> Iterator[Record]:
-    """A record for each usable clip from number `first` on; with options.strict the first unusable one is a PackError."""
+def _records(
+    clips: Sequence[Clip], recipe: _Recipe, first: int, refuse: Refuse
+) -> Iterator[Record]:
+    """A record for each usable clip from number `first` on; with options.strict the first unusable
+    one is a PackError.
+    """
     numbers = range(first, len(clips))
-    frames = in_order(lambda number: recipe.read(clips[number]), numbers, recipe.options.num_workers)
+    frames = in_order(
+        lambda number: recipe.read(clips[number]), numbers, recipe.options.num_workers
+    )
     bar = tqdm(numbers, "packing", len(clips), initial=first, unit="clip", disable=None)
     num_refused = 0
     for number, read in zip(bar, frames, strict=True):
@@ -250,7 +303,9 @@ def _records(clips: Sequence[Clip], recipe: _Recipe, first: int, refuse: Refuse)
         except ClipError as error:
             refusal = Refusal(clip.name, str(error).removeprefix(f"{clip.path.name}: "))
             if recipe.options.strict:
-                raise PackError(f"{refusal.file}: {refusal.reason}. Repair it, or pack without --strict") from error
+                raise PackError(
+                    f"{refusal.file}: {refusal.reason}. Repair it, or pack without --strict"
+                ) from error
             refuse(number, refusal)
             num_refused += 1
             bar.set_postfix(refused=num_refused)
@@ -262,8 +317,12 @@ def _stored_records(reader: ShardReader) -> Iterator[Record]:
         yield Record(number, entry.key, entry.caption, reader.members(number))
 
 
-def _with_noise(records: Iterable[Record], invert: Invert, batch_size: int, text_length: int) -> Iterator[Record]:
-    """Each record with the noise of its *stored* latents, so that it does not matter when the noise is added."""
+def _with_noise(
+    records: Iterable[Record], invert: Invert, batch_size: int, text_length: int
+) -> Iterator[Record]:
+    """Each record with the noise of its *stored* latents, so that it does not matter when the noise
+    is added.
+    """
     records = iter(records)
     while group := list(islice(records, batch_size)):
         latents = torch.stack([_tensor(record, LATENT) for record in group])
@@ -275,7 +334,9 @@ def _with_noise(records: Iterable[Record], invert: Invert, batch_size: int, text
             )
         for record, one in zip(group, noise, strict=True):
             dtype = np.load(io.BytesIO(record.members[LATENT])).dtype.name
-            yield replace(record, members=record.members | {NOISE: npy(one, dtype, f"{record.key}, noise")})
+            yield replace(
+                record, members=record.members | {NOISE: npy(one, dtype, f"{record.key}, noise")}
+            )
 
 
 def _tensor(record: Record, name: str) -> Tensor:

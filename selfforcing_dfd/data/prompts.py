@@ -1,4 +1,6 @@
-"""Prompts without clips: all that Self-Forcing's own training, and the teacher's trajectories, ask of data."""
+"""Prompts without clips: all that Self-Forcing's own training, and the teacher's trajectories, ask
+of data.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,9 @@ BATCH = 16  # prompts that are encoded together
 
 
 def read_prompts(path: Path) -> list[str]:
-    """The lines of a UTF-8 text file, a prompt each, without blank ones. PackError if there are none."""
+    """The lines of a UTF-8 text file, a prompt each, without blank ones. PackError if there are
+    none.
+    """
     if not path.is_file():
         raise PackError(f"{path}: no such file; want a text file with a prompt on each line")
     try:
@@ -57,32 +61,48 @@ def pack_prompts(
     overwrite: bool = False,
     unfinished: Unfinished = "discard",
 ) -> PackSummary:
-    """A shard folder of prompts, as `pack` writes it but for the clips; latent_shape: F, C, H, W of what shall be generated.
+    """A shard folder of prompts, as `pack` writes it but for the clips; latent_shape: F, C, H, W of
+    what shall be generated.
 
-    It serves the stages `dmd` and `pairs`. UMT5's states take 8 kB a token. PackError as for `pack`.
+    It serves the stages `dmd` and `pairs`. UMT5's states take 8 kB a token. PackError as for
+    `pack`.
     """
     prompts, text_shape = read_prompts(source), tuple(text.encode([""]).shape[1:])
     digest = hashlib.sha256("\n".join(prompts).encode()).hexdigest()
     negative = text.encode([negative_prompt])[0] if negative_prompt is not None else None
     files, about = negative_files(negative, negative_prompt or "", dtype)
-    about |= {"source": {"num_prompts": len(prompts), "sha256": digest}, "settings": {"dtype": dtype}}
+    about |= {
+        "source": {"num_prompts": len(prompts), "sha256": digest},
+        "settings": {"dtype": dtype},
+    }
     fingerprints = {"codec": NO_CODEC, "text": text.fingerprint}
 
     def records(first: int, refuse: Refuse) -> Iterator[Record]:
         numbers = iter(
-            tqdm(range(first, len(prompts)), "encoding", len(prompts), initial=first, unit="prompt", disable=None)
+            tqdm(
+                range(first, len(prompts)),
+                "encoding",
+                len(prompts),
+                initial=first,
+                unit="prompt",
+                disable=None,
+            )
         )
         while group := list(islice(numbers, BATCH)):
             yield from encoded(text, prompts, group, None if strict else refuse, dtype)
 
-    job = Job(source.name, len(prompts), latent_shape, text_shape, fingerprints, about, shard_size, files)
+    job = Job(
+        source.name, len(prompts), latent_shape, text_shape, fingerprints, about, shard_size, files
+    )
     return write_folder(out, job, records, overwrite, unfinished)
 
 
 def encoded(
     text: TextEncoder, prompts: list[str], numbers: list[int], refuse: Refuse | None, dtype: str
 ) -> Iterator[Record]:
-    """Records of a few prompts; one that the encoder refuses is left out, or, without `refuse`, ends it all: PackError."""
+    """Records of a few prompts; one that the encoder refuses is left out, or, without `refuse`,
+    ends it all: PackError.
+    """
     try:
         states = list(text.encode([prompts[number] for number in numbers]))
     except ValueError as error:
@@ -96,6 +116,12 @@ def encoded(
             yield from encoded(text, prompts, [number], refuse, dtype)
         return
     for number, tokens in zip(numbers, states, strict=True):
-        key, about = f"prompt{number:07d}", {"caption": prompts[number], "source": f"line {number + 1}"}
-        members = {TEXT: npy(trim(tokens), dtype, key), "json": json.dumps(about, ensure_ascii=False).encode()}
+        key, about = (
+            f"prompt{number:07d}",
+            {"caption": prompts[number], "source": f"line {number + 1}"},
+        )
+        members = {
+            TEXT: npy(trim(tokens), dtype, key),
+            "json": json.dumps(about, ensure_ascii=False).encode(),
+        }
         yield Record(number, key, prompts[number], members)

@@ -1,4 +1,6 @@
-"""A shard folder appears complete or not at all: it is written beside its place as `<out>.partial` and renamed at the end."""
+"""A shard folder appears complete or not at all: it is written beside its place as `<out>.partial`
+and renamed at the end.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +15,30 @@ from selfforcing_dfd.data.sources import PackError
 from selfforcing_dfd.files import sync
 
 Unfinished = Literal["discard", "keep", "resume"]
-"""What becomes of the partial folder of an interrupted run: "discard" removes it, on an exception or at the next start;
-"keep" leaves it there and refuses to start while one with complete shards is there; "resume" goes on with it."""
+"""What becomes of the partial folder of an interrupted run: "discard" removes it, on an exception
+or at the next start; "keep" leaves it there and refuses to start while one with complete shards is
+there; "resume" goes on with it.
+"""
 
 JOURNAL_NAME = "progress.jsonl"
 OURS = r"shard-\d{6}\.tar|index\.json|progress\.jsonl|[\w.-]+\.safetensors"
 
 
 @contextmanager
-def published(out: Path, overwrite: bool = False, unfinished: Unfinished = "discard") -> Iterator[Path]:
+def published(
+    out: Path, overwrite: bool = False, unfinished: Unfinished = "discard"
+) -> Iterator[Path]:
     """A folder to write into, which becomes `out` at the end; until then `out` is as it was.
 
-    PackError: `out` exists and is not to be replaced, holds other things than shards, or an interrupted run is in the way.
+    PackError: `out` exists and is not to be replaced, holds other things than shards, or an
+    interrupted run is in the way.
     """
     out = out.resolve()
     partial, replaced = (out.with_name(out.name + ending) for ending in (".partial", ".replaced"))
     if out.exists() and not overwrite:
-        raise PackError(f"{out} exists; choose another folder, or replace it with overwrite (--overwrite)")
+        raise PackError(
+            f"{out} exists; choose another folder, or replace it with overwrite (--overwrite)"
+        )
     for folder in (out, partial, replaced):
         check_is_ours(folder)
     if unfinished == "keep" and not overwrite and (num_shards := num_complete(partial)):
@@ -51,12 +60,15 @@ def published(out: Path, overwrite: bool = False, unfinished: Unfinished = "disc
         out.rename(replaced)
     partial.rename(out)
     sync(out.parent)
-    (out / JOURNAL_NAME).unlink(missing_ok=True)  # only now: until the rename it is what a resumed run goes by
+    # only now: until the rename it is what a resumed run goes by
+    (out / JOURNAL_NAME).unlink(missing_ok=True)
     shutil.rmtree(replaced, ignore_errors=True)
 
 
 def num_complete(partial: Path) -> int:
-    """Complete shards that an interrupted run left: the lines of its journal but the first, each with its end."""
+    """Complete shards that an interrupted run left: the lines of its journal but the first, each
+    with its end.
+    """
     journal = partial / JOURNAL_NAME
     return max(journal.read_bytes().count(b"\n") - 1, 0) if journal.is_file() else 0
 
@@ -68,4 +80,6 @@ def check_is_ours(folder: Path) -> None:
     names = [path.name for path in folder.iterdir()] if folder.is_dir() else [folder.name]
     foreign = [name for name in names if not re.fullmatch(OURS, name)]
     if foreign:
-        raise PackError(f"{folder} holds {', '.join(sorted(foreign)[:3])}, not only shards; choose another folder")
+        raise PackError(
+            f"{folder} holds {', '.join(sorted(foreign)[:3])}, not only shards; choose another folder"
+        )

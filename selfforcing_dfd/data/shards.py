@@ -1,15 +1,18 @@
 """Latents and text embeddings in webdataset tar shards, read through an index.
 
-Tars are the storage: any webdataset tool reads them. The index is the dataset: it knows where each member lies, so
-samples are read in any order without parsing a tar, and the state of a data stream is one integer, the position in an
-endless order that is a function of (seed, epoch). Workers and ranks only decide who reads a position.
+Tars are the storage: any webdataset tool reads them. The index is the dataset: it knows where each
+member lies, so samples are read in any order without parsing a tar, and the state of a data stream
+is one integer, the position in an endless order that is a function of (seed, epoch). Workers and
+ranks only decide who reads a position.
 
     <key>.latent.npy   float16 or float32 [F, C, H, W]; none in a folder of prompts without clips
     <key>.text.npy     float16 or float32 [n, D], trimmed to the valid tokens
-    <key>.noise.npy    optional: the noise to which the teacher's probability-flow ODE maps this sample
+    <key>.noise.npy    optional: the noise to which the teacher's probability-flow ODE maps this
+      sample
     <key>.json         caption, source, num_video_frames, fingerprints of codec and text encoder
 
-Beside the shards may lie `negative.safetensors`: key `text`, the negative prompt's embedding [n, D], trimmed likewise.
+Beside the shards may lie `negative.safetensors`: key `text`, the negative prompt's embedding [n,
+D], trimmed likewise.
 """
 
 from __future__ import annotations
@@ -41,7 +44,9 @@ LATENT, TEXT, NOISE = "latent.npy", "text.npy", "noise.npy"
 
 
 class ShardError(ValueError):
-    """A shard folder that cannot be trusted; the message says what was found, what was wanted and how to repair it."""
+    """A shard folder that cannot be trusted; the message says what was found, what was wanted and
+    how to repair it.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,9 @@ class Entry:
     members: dict[str, Member]
 
     def to_fields(self) -> dict[str, Any]:
-        members = {name: [place.offset, place.size, place.crc32] for name, place in self.members.items()}
+        members = {
+            name: [place.offset, place.size, place.crc32] for name, place in self.members.items()
+        }
         return {"key": self.key, "shard": self.shard, "caption": self.caption, "members": members}
 
     @classmethod
@@ -83,10 +90,12 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Index:
-    """All about a shard folder but the arrays. fingerprints: of `codec`, `text` and, where there is noise, `noise`.
+    """All about a shard folder but the arrays. fingerprints: of `codec`, `text` and, where there is
+    noise, `noise`.
 
-    about: what was packed and how: `source` (number and SHA-256 of its list), `settings`, `negative` (prompt and SHA-256
-    of its file) where there is one, `part` where it is one of several. Empty in folders packed before there was any.
+    about: what was packed and how: `source` (number and SHA-256 of its list), `settings`,
+    `negative` (prompt and SHA-256 of its file) where there is one, `part` where it is one of
+    several. Empty in folders packed before there was any.
     """
 
     shards: tuple[Shard, ...]
@@ -98,7 +107,10 @@ class Index:
     about: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:
-        shards, samples = ([asdict(s) for s in self.shards], [entry.to_fields() for entry in self.samples])
+        shards, samples = (
+            [asdict(s) for s in self.shards],
+            [entry.to_fields() for entry in self.samples],
+        )
         rest = ("latent_shape", "text_shape", "fingerprints", "refused", "about")
         fields = {"version": FORMAT_VERSION, "shards": shards, "samples": samples}
         return json.dumps(fields | {name: getattr(self, name) for name in rest}, ensure_ascii=False)
@@ -107,7 +119,9 @@ class Index:
     def from_json(cls, text: str) -> Index:
         fields = json.loads(text)
         if fields["version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {fields['version']}, this program reads version {FORMAT_VERSION}")
+            raise ValueError(
+                f"format version {fields['version']}, this program reads version {FORMAT_VERSION}"
+            )
         samples = tuple(Entry.from_fields(sample) for sample in fields["samples"])
         return cls(
             shards=tuple(Shard(**shard) for shard in fields["shards"]),
@@ -122,7 +136,9 @@ class Index:
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """latents, noise: [F, C, H, W] float32, zeros without clips; text: [L, D] float32, zeros past the caption's end."""
+    """latents, noise: [F, C, H, W] float32, zeros without clips; text: [L, D] float32, zeros past
+    the caption's end.
+    """
 
     latents: Tensor
     text: Tensor
@@ -133,7 +149,9 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """latents, noise: [B, F, C, H, W] float32; text: [B, L, D] float32. Without clips latents are zeros, of the right shape."""
+    """latents, noise: [B, F, C, H, W] float32; text: [B, L, D] float32. Without clips latents are
+    zeros, of the right shape.
+    """
 
     latents: Tensor
     text: Tensor
@@ -154,10 +172,12 @@ def pad_text(tokens: Tensor, length: int) -> Tensor:
 
 
 class ShardReader:
-    """The samples of a shard folder, by number. Safe to share between threads: every read carries its own offset.
+    """The samples of a shard folder, by number. Safe to share between threads: every read carries
+    its own offset.
 
-    Opening checks the index, that each shard is there with its size, and the first sample; every read checks checksum,
-    dtype and shape; `verify` reads everything. index_hash: SHA-256 of the index, which holds the shards' own.
+    Opening checks the index, that each shard is there with its size, and the first sample; every
+    read checks checksum, dtype and shape; `verify` reads everything. index_hash: SHA-256 of the
+    index, which holds the shards' own.
     """
 
     def __init__(self, folder: Path | str):
@@ -177,9 +197,13 @@ class ShardReader:
         length, dim = self.index.text_shape
         tokens = self._array(entry, TEXT)
         if tokens.shape[1:] != (dim,) or len(tokens) > length:
-            raise self._error(entry, TEXT, f"is {list(tokens.shape)}, the index wants [at most {length}, {dim}]")
+            raise self._error(
+                entry, TEXT, f"is {list(tokens.shape)}, the index wants [at most {length}, {dim}]"
+            )
         return Sample(
-            latents=self._clip_array(entry, LATENT) if self.has_clips else torch.zeros(self.index.latent_shape),
+            latents=self._clip_array(entry, LATENT)
+            if self.has_clips
+            else torch.zeros(self.index.latent_shape),
             text=pad_text(tokens, length),
             caption=entry.caption,
             key=entry.key,
@@ -201,7 +225,9 @@ class ShardReader:
 
     @property
     def negative(self) -> Tensor | None:
-        """[L, D] float32: the negative prompt's embedding, zeros past its end; None if the folder was packed without."""
+        """[L, D] float32: the negative prompt's embedding, zeros past its end; None if the folder
+        was packed without.
+        """
         packed = self.index.about.get("negative")
         if not packed:
             return None
@@ -215,7 +241,9 @@ class ShardReader:
         except SafetensorError as error:
             raise ShardError(f"{path}: cannot be read ({error}). {self._remedy}") from error
         if tokens.shape[1:] != (dim,) or len(tokens) > length:
-            raise ShardError(f"{path}: is {list(tokens.shape)}, the index wants [at most {length}, {dim}]")
+            raise ShardError(
+                f"{path}: is {list(tokens.shape)}, the index wants [at most {length}, {dim}]"
+            )
         return pad_text(tokens, length)
 
     @property
@@ -234,10 +262,18 @@ class ShardReader:
         return {name: self._read(entry, name) for name in entry.members}
 
     def verify(self) -> None:
-        """Recompute every checksum and read every sample; the ShardError names all shards that differ."""
-        changed = [shard.name for shard in self.index.shards if sha256_of(self.folder / shard.name) != shard.sha256]
+        """Recompute every checksum and read every sample; the ShardError names all shards that
+        differ.
+        """
+        changed = [
+            shard.name
+            for shard in self.index.shards
+            if sha256_of(self.folder / shard.name) != shard.sha256
+        ]
         if changed:
-            raise ShardError(f"{self.folder}: {', '.join(changed)}: not as packed (SHA-256 differs). {self._remedy}")
+            raise ShardError(
+                f"{self.folder}: {', '.join(changed)}: not as packed (SHA-256 differs). {self._remedy}"
+            )
         for number in range(len(self)):
             self[number]
         self.negative  # noqa: B018  reading it checks it
@@ -248,18 +284,24 @@ class ShardReader:
         return f"Copy the folder again from where it is whole, or pack the clips again: {again}"
 
     def _error(self, entry: Entry, name: str, problem: str) -> ShardError:
-        return ShardError(f"{self.folder / entry.shard}: {entry.key}.{name} {problem}. {self._remedy}")
+        return ShardError(
+            f"{self.folder / entry.shard}: {entry.key}.{name} {problem}. {self._remedy}"
+        )
 
     def _open_index(self) -> tuple[Index, str]:
         path = self.folder / INDEX_NAME
         if not path.is_file():
-            raise ShardError(f"{self.folder}: no {INDEX_NAME}, so this is no finished shard folder. {self._remedy}")
+            raise ShardError(
+                f"{self.folder}: no {INDEX_NAME}, so this is no finished shard folder. {self._remedy}"
+            )
         data = path.read_bytes()
         try:
             return Index.from_json(data.decode()), hashlib.sha256(data).hexdigest()
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = f"{type(error).__name__}: {error}"
-            raise ShardError(f"{path}: not an index this program can read ({problem}). {self._remedy}") from error
+            raise ShardError(
+                f"{path}: not an index this program can read ({problem}). {self._remedy}"
+            ) from error
 
     def _check_shards(self) -> None:
         problems = []
@@ -268,7 +310,9 @@ class ShardReader:
             if not path.is_file():
                 problems.append(f"{shard.name} is missing, the index wants {shard.bytes} bytes")
             elif path.stat().st_size != shard.bytes:
-                problems.append(f"{shard.name} has {path.stat().st_size} bytes, the index wants {shard.bytes}")
+                problems.append(
+                    f"{shard.name} has {path.stat().st_size} bytes, the index wants {shard.bytes}"
+                )
         if problems:
             raise ShardError(f"{self.folder}: {'; '.join(problems)}. {self._remedy}")
 
@@ -281,11 +325,17 @@ class ShardReader:
         for entry in self.index.samples:
             arrays = {name for name in entry.members if name.endswith(".npy")}
             if arrays != wanted:
-                raise self._error(entry, "*", f"has members {sorted(arrays)}, the first sample has {sorted(wanted)}")
+                raise self._error(
+                    entry,
+                    "*",
+                    f"has members {sorted(arrays)}, the first sample has {sorted(wanted)}",
+                )
             for name, member in entry.members.items():
                 end = member.offset + member.size
                 if member.offset < 0 or end > sizes.get(entry.shard, 0):
-                    raise self._error(entry, name, f"would end at byte {end}, past the end of its shard")
+                    raise self._error(
+                        entry, name, f"would end at byte {end}, past the end of its shard"
+                    )
 
     def _read(self, entry: Entry, name: str) -> bytes:
         member = entry.members[name]
@@ -309,27 +359,37 @@ class ShardReader:
     def _clip_array(self, entry: Entry, name: str) -> Tensor:
         array, wanted = self._array(entry, name), self.index.latent_shape
         if tuple(array.shape) != wanted:
-            raise self._error(entry, name, f"is {list(array.shape)}, the index wants {list(wanted)}")
+            raise self._error(
+                entry, name, f"is {list(array.shape)}, the index wants {list(wanted)}"
+            )
         return array
 
 
 class SampleOrder:
     """An endless order: position n of the stream is sample `arrangement(seed, n // N)[n % N]`.
 
-    With group_size g > 1, runs of g positions that start at a multiple of g share one caption as far as counts allow.
-    What is left of each caption comes last, also by caption; where g does not divide N, some of it comes first, so that
-    the runs still start at multiples of g. Every sample comes exactly once per epoch either way.
+    With group_size g > 1, runs of g positions that start at a multiple of g share one caption as
+    far as counts allow. What is left of each caption comes last, also by caption; where g does not
+    divide N, some of it comes first, so that the runs still start at multiples of g. Every sample
+    comes exactly once per epoch either way.
     """
 
-    def __init__(self, num_samples: int, seed: int, group: Sequence[int] | None = None, group_size: int = 1):
+    def __init__(
+        self, num_samples: int, seed: int, group: Sequence[int] | None = None, group_size: int = 1
+    ):
         if num_samples < 1 or group_size < 1:
-            raise ValueError(f"num_samples is {num_samples} and group_size {group_size}; want both to be at least 1")
+            raise ValueError(
+                f"num_samples is {num_samples} and group_size {group_size}; want both to be at least 1"
+            )
         if group_size > 1 and (group is None or len(group) != num_samples):
             got = "no ids" if group is None else f"{len(group)} ids"
-            raise ValueError(f"group_size {group_size} needs {num_samples} caption ids, one per sample; got {got}")
+            raise ValueError(
+                f"group_size {group_size} needs {num_samples} caption ids, one per sample; got {got}"
+            )
         self.num_samples, self.seed, self.group_size = num_samples, seed, group_size
         self._group = group or [0] * num_samples
-        self._arrangement = lru_cache(maxsize=2)(self.arrangement)  # two, as a batch may straddle epochs
+        # two, as a batch may straddle epochs
+        self._arrangement = lru_cache(maxsize=2)(self.arrangement)
 
     def sample_at(self, position: int) -> int:
         """The sample number at a position of the stream, 0 <= position without end."""
@@ -346,7 +406,9 @@ class SampleOrder:
         for sample in shuffled:
             by_caption[self._group[sample]].append(sample)
         g = self.group_size
-        runs = [members[i : i + g] for members in by_caption.values() for i in range(0, len(members), g)]
+        runs = [
+            members[i : i + g] for members in by_caption.values() for i in range(0, len(members), g)
+        ]
         full = [run for run in runs if len(run) == g]
         left = [sample for run in runs if len(run) < g for sample in run]
         full = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
@@ -361,7 +423,8 @@ def load_batch(
 ) -> Batch:
     """The samples at positions start + offset + stride i, i < size.
 
-    Rank r of R reads stride R and offset r, or stride 1 and offset r * size where a group must stay on one rank.
+    Rank r of R reads stride R and offset r, or stride 1 and offset r * size where a group must stay
+    on one rank.
     """
     samples = [reader[order.sample_at(start + offset + stride * i)] for i in range(size)]
     noise = [sample.noise for sample in samples if sample.noise is not None]
@@ -384,7 +447,9 @@ def batches(
     stride: int = 1,
     offset: int = 0,
 ) -> Iterator[Batch]:
-    """`load_batch` for each of `starts` (may be endless), in order. Workers only read ahead and change nothing."""
+    """`load_batch` for each of `starts` (may be endless), in order. Workers only read ahead and
+    change nothing.
+    """
 
     def load(start: int) -> Batch:
         return load_batch(reader, order, start, size, stride, offset)

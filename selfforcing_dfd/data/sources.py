@@ -1,4 +1,6 @@
-"""What is to be packed: clips with captions, from a folder or a list file, in a fixed order and with a hash of the list."""
+"""What is to be packed: clips with captions, from a folder or a list file, in a fixed order and
+with a hash of the list.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ class PackError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """name: within the source, as the index gives it. caption: one line. problem: why it cannot be used, or empty."""
+    """name: within the source, as the index gives it. caption: one line. problem: why it cannot be
+    used, or empty.
+    """
 
     path: Path
     name: str
@@ -32,28 +36,39 @@ class Clip:
 
 
 def find_clips(folder: Path | str, recursive: bool = False) -> list[Path]:
-    """The `.mp4` files of a folder, and below it if `recursive`, in order of name; PackError if there are none."""
+    """The `.mp4` files of a folder, and below it if `recursive`, in order of name; PackError if
+    there are none.
+    """
     folder = Path(folder)
     if not folder.is_dir():
-        raise PackError(f"{folder}: no such folder; want one with .mp4 clips and a caption file beside each")
+        raise PackError(
+            f"{folder}: no such folder; want one with .mp4 clips and a caption file beside each"
+        )
     found = folder.rglob("*") if recursive else folder.iterdir()
     clips = sorted(path for path in found if path.suffix.lower() == ".mp4")
     if not clips:
         deeper = "" if recursive else ", or --recursive if they lie in folders below"
-        raise PackError(f"{folder}: no .mp4 files in it; want clips with a caption file beside each{deeper}")
+        raise PackError(
+            f"{folder}: no .mp4 files in it; want clips with a caption file beside each{deeper}"
+        )
     return clips
 
 
 def list_clips(
-    source: Path | str, caption_suffix: str = ".txt", captions: Path | None = None, recursive: bool = False
+    source: Path | str,
+    caption_suffix: str = ".txt",
+    captions: Path | None = None,
+    recursive: bool = False,
 ) -> list[Clip]:
     """All clips of a source with their captions; those without one have a `problem`.
 
-    source: a folder (see `find_clips`), or a list: a .csv or .jsonl file with columns or keys `video` and, if wanted,
-    `caption`, or a .txt file with one video per line; paths in it are relative to the list's folder, and any file that
-    PyAV reads will do. Captions come from the list, else from `captions`, else from NAME + caption_suffix beside each.
-    captions: a .csv or .jsonl file as above, matched by the clips' names within the source, or a .txt file with one
-    caption per line in the order of the clips. PackError: a list that cannot be read, is empty or fits no clip.
+    source: a folder (see `find_clips`), or a list: a .csv or .jsonl file with columns or keys
+    `video` and, if wanted, `caption`, or a .txt file with one video per line; paths in it are
+    relative to the list's folder, and any file that PyAV reads will do. Captions come from the
+    list, else from `captions`, else from NAME + caption_suffix beside each. captions: a .csv or
+    .jsonl file as above, matched by the clips' names within the source, or a .txt file with one
+    caption per line in the order of the clips. PackError: a list that cannot be read, is empty or
+    fits no clip.
     """
     source = Path(source)
     rows = _rows(source, recursive)
@@ -68,9 +83,11 @@ def list_clips(
 
 
 def keys_of(names: Iterable[str]) -> list[str]:
-    """The names without ending, fit for webdataset: ASCII, no dots or slashes, short enough for a tar, and unique.
+    """The names without ending, fit for webdataset: ASCII, no dots or slashes, short enough for a
+    tar, and unique.
 
-    A key depends on the whole list and not on which clips are usable, so that parts and resumed runs agree on it.
+    A key depends on the whole list and not on which clips are usable, so that parts and resumed
+    runs agree on it.
     """
     keys: list[str] = []
     seen: set[str] = set()
@@ -87,7 +104,9 @@ def keys_of(names: Iterable[str]) -> list[str]:
 
 
 def list_hash(clips: Sequence[Clip]) -> str:
-    """SHA-256 of names, captions, problems and file sizes: what a list must not change in while it is packed."""
+    """SHA-256 of names, captions, problems and file sizes: what a list must not change in while it
+    is packed.
+    """
     digest = hashlib.sha256()
     for clip in clips:
         size = clip.path.stat().st_size if clip.path.is_file() else -1
@@ -96,7 +115,9 @@ def list_hash(clips: Sequence[Clip]) -> str:
 
 
 def share_of(clips: Sequence[Clip], part: tuple[int, int]) -> Sequence[Clip]:
-    """Part i of n, counted from 1: consecutive clips, so that the parts in order are the whole list in order."""
+    """Part i of n, counted from 1: consecutive clips, so that the parts in order are the whole list
+    in order.
+    """
     number, count = part
     if not 1 <= number <= count:
         raise PackError(f"part {number}/{count} does not exist; want 1/{count} to {count}/{count}")
@@ -114,20 +135,31 @@ def _rows(source: Path, recursive: bool) -> list[tuple[str, str | None]]:
     if source.suffix.lower() == ".txt" and source.is_file():
         return [(line.strip(), None) for line in _lines(source) if line.strip()]
     if source.is_file():
-        raise PackError(f"{source}: want a folder of .mp4 clips, or a list of videos as .csv, .jsonl or .txt")
+        raise PackError(
+            f"{source}: want a folder of .mp4 clips, or a list of videos as .csv, .jsonl or .txt"
+        )
     return [(path.relative_to(source).as_posix(), None) for path in find_clips(source, recursive)]
 
 
-def _with_captions(rows: list[tuple[str, str | None]], captions: Path) -> list[tuple[str, str | None]]:
+def _with_captions(
+    rows: list[tuple[str, str | None]], captions: Path
+) -> list[tuple[str, str | None]]:
     names = [name for name, _ in rows]
     if captions.suffix.lower() in TABLES:
-        table = {row["video"]: row.get("caption") or "" for row in read_table(captions, "video", "caption")}
+        table = {
+            row["video"]: row.get("caption") or ""
+            for row in read_table(captions, "video", "caption")
+        }
         if not set(names) & set(table):
-            raise PackError(f"{captions}: names none of the clips; it begins with {next(iter(table))}, they {names[0]}")
+            raise PackError(
+                f"{captions}: names none of the clips; it begins with {next(iter(table))}, they {names[0]}"
+            )
         return [(name, table.get(name, "")) for name in names]
     lines = _lines(captions)
     if len(lines) != len(rows):
-        raise PackError(f"{captions}: {len(lines)} lines for {len(rows)} clips; want one caption per clip, in order")
+        raise PackError(
+            f"{captions}: {len(lines)} lines for {len(rows)} clips; want one caption per clip, in order"
+        )
     return list(zip(names, lines, strict=True))
 
 
@@ -154,7 +186,9 @@ def one_line(text: str) -> str:
 
 
 def read_table(path: Path, *wanted: str) -> list[dict[str, str]]:
-    """Rows of a .csv file with a header, or of a .jsonl file of objects. PackError: no rows, or a column missing."""
+    """Rows of a .csv file with a header, or of a .jsonl file of objects. PackError: no rows, or a
+    column missing.
+    """
     rows: list[dict[str, str]]
     if path.suffix.lower() == ".csv":
         reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
@@ -163,9 +197,15 @@ def read_table(path: Path, *wanted: str) -> list[dict[str, str]]:
         except csv.Error as error:
             raise PackError(f"{path}: row {reader.line_num} is no CSV ({error})") from error
     else:
-        rows = [_object(path, number, line) for number, line in enumerate(_lines(path), 1) if line.strip()]
+        rows = [
+            _object(path, number, line)
+            for number, line in enumerate(_lines(path), 1)
+            if line.strip()
+        ]
     if not rows:
-        raise PackError(f"{path}: no rows; want a column or key {' and '.join(wanted)} and a row for each clip")
+        raise PackError(
+            f"{path}: no rows; want a column or key {' and '.join(wanted)} and a row for each clip"
+        )
     for number, row in enumerate(rows, 1):
         if missing := [name for name in wanted if row.get(name) is None]:
             found = ", ".join(str(name) for name in row)
@@ -186,7 +226,9 @@ def _object(path: Path, number: int, line: str) -> dict[str, str]:
 
 
 def _lines(path: Path) -> list[str]:
-    """Without their ends; only line feeds end a line, as captions may hold Unicode's other separators."""
+    """Without their ends; only line feeds end a line, as captions may hold Unicode's other
+    separators.
+    """
     lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
     return lines if lines[-1] else lines[:-1]
 

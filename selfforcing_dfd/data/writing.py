@@ -1,4 +1,6 @@
-"""Records into shards, shard by shard, with a journal from which an interrupted run goes on to the same bytes."""
+"""Records into shards, shard by shard, with a journal from which an interrupted run goes on to the
+same bytes.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,9 @@ class PackSummary:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample on its way into a shard, its members as bytes. number: its clip's place in the source."""
+    """One sample on its way into a shard, its members as bytes. number: its clip's place in the
+    source.
+    """
 
     number: int
     key: str
@@ -64,9 +68,11 @@ class Record:
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """All that decides the bytes of a shard folder, but for the clips themselves. num_items: clips in the source.
+    """All that decides the bytes of a shard folder, but for the clips themselves. num_items: clips
+    in the source.
 
-    files: further ones beside the shards, by name, the same for every run. May hold no samples if `may_be_empty`.
+    files: further ones beside the shards, by name, the same for every run. May hold no samples if
+    `may_be_empty`.
     """
 
     name: str
@@ -87,7 +93,9 @@ class Job:
 
 Refuse = Callable[[int, Refusal], None]
 Records = Callable[[int, Refuse], Iterator[Record]]
-"""(first, refuse) -> the records of items first, first + 1, ... in order, with `refuse(number, refusal)` for the others."""
+"""(first, refuse) -> the records of items first, first + 1, ... in order, with `refuse(number,
+refusal)` for the others.
+"""
 
 
 def write_folder(
@@ -98,10 +106,11 @@ def write_folder(
     unfinished: Unfinished = "discard",
     attach: Callable[[Path], None] | None = None,
 ) -> PackSummary:
-    """Write shards and index of a job, all or none; see `published`. attach: writes more files into the folder.
+    """Write shards and index of a job, all or none; see `published`. attach: writes more files into
+    the folder.
 
-    PackError: `out` exists, nothing can be used, or the interrupted run to go on with was another job. With "resume", a
-    finished folder of the same job is left as it is.
+    PackError: `out` exists, nothing can be used, or the interrupted run to go on with was another
+    job. With "resume", a finished folder of the same job is left as it is.
     """
     out = Path(out)
     if unfinished == "resume" and (finished := finished_folder(out, job)):
@@ -116,24 +125,32 @@ def write_folder(
         write_shards(partial, records(journal.next, refused.__setitem__), journal, refused)
         journal.refused += [refused[number] for number in sorted(refused) if number >= journal.next]
         if not journal.samples and not job.may_be_empty:
-            reasons = "".join(f"\n  {refusal.file}: {refusal.reason}" for refusal in journal.refused[:NUM_NAMED])
+            reasons = "".join(
+                f"\n  {refusal.file}: {refusal.reason}" for refusal in journal.refused[:NUM_NAMED]
+            )
             counted = f"none of its {job.num_items} clips can be used"
             raise PackError(f"{job.name}: {counted}; the first of them:{reasons}")
         left_out = tuple(asdict(refusal) for refusal in journal.refused)
         shards, samples = tuple(journal.shards), tuple(journal.samples)
-        index = Index(shards, samples, job.latent_shape, job.text_shape, job.fingerprints, left_out, job.about)
+        index = Index(
+            shards, samples, job.latent_shape, job.text_shape, job.fingerprints, left_out, job.about
+        )
         write_index(partial, index)
     return PackSummary(out, len(samples), len(shards), tuple(journal.refused))
 
 
 class Journal:
-    """What of a partial folder is complete: a line that describes the job, then a line for each shard.
+    """What of a partial folder is complete: a line that describes the job, then a line for each
+    shard.
 
-    A shard is entered when it is on disk. `next` is the first item that no complete shard has dealt with.
+    A shard is entered when it is on disk. `next` is the first item that no complete shard has dealt
+    with.
     """
 
     def __init__(self, folder: Path, job: Job) -> None:
-        """Of a run that begins here, or goes on where the journal ends. PackError if that was another job."""
+        """Of a run that begins here, or goes on where the journal ends. PackError if that was
+        another job.
+        """
         self.path, self.shard_size, self.next = folder / JOURNAL_NAME, job.shard_size, 0
         self.shards: list[Shard] = []
         self.samples: list[Entry] = []
@@ -142,7 +159,9 @@ class Journal:
         header, *entries = lines or [job.header()]
         if changes := differences(header, job.header()):
             begun = f"{folder} was begun otherwise: {'; '.join(changes[:NUM_NAMED])}"
-            raise PackError(f"{begun}. Go on with what it was begun with, or start anew with --overwrite, not --resume")
+            raise PackError(
+                f"{begun}. Go on with what it was begun with, or start anew with --overwrite, not --resume"
+            )
         for entry in entries:
             self._enter(entry)
         if not lines:
@@ -151,7 +170,9 @@ class Journal:
             if path != self.path and path.name not in {shard.name for shard in self.shards}:
                 path.unlink()
 
-    def add(self, shard: Shard, samples: list[Entry], refused: list[Refusal], following: int) -> None:
+    def add(
+        self, shard: Shard, samples: list[Entry], refused: list[Refusal], following: int
+    ) -> None:
         """Enter a shard whose file is on disk. following: the number after its last sample's."""
         entry = {
             "shard": asdict(shard),
@@ -168,7 +189,9 @@ class Journal:
         shard = Shard(**entry["shard"])
         path = self.path.with_name(shard.name)
         if not path.is_file() or path.stat().st_size != shard.bytes:
-            raise PackError(f"{path} is not as it was left ({shard.bytes} bytes); start anew with --overwrite")
+            raise PackError(
+                f"{path} is not as it was left ({shard.bytes} bytes); start anew with --overwrite"
+            )
         self.shards.append(shard)
         self.samples += [Entry.from_fields(fields) for fields in entry["samples"]]
         self.refused += [Refusal(**fields) for fields in entry["refused"]]
@@ -184,9 +207,14 @@ class Journal:
 
 
 def write_shards(
-    folder: Path, records: Iterable[Record], journal: Journal, refused: Mapping[int, Refusal] | None = None
+    folder: Path,
+    records: Iterable[Record],
+    journal: Journal,
+    refused: Mapping[int, Refusal] | None = None,
 ) -> None:
-    """Write `shard-%06d.tar`, each entered into the journal when it is on disk; the same records give the same bytes."""
+    """Write `shard-%06d.tar`, each entered into the journal when it is on disk; the same records
+    give the same bytes.
+    """
     records = iter(records)
     while (first := next(records, None)) is not None:
         path = folder / f"shard-{len(journal.shards):06d}.tar"
@@ -197,9 +225,16 @@ def write_shards(
                 tar.write({"__key__": record.key, **record.members})
                 captions[record.key], following = record.caption, record.number + 1
         sync(path)
-        left_out = [(refused or {})[n] for n in sorted(refused or {}) if journal.next <= n < following]
-        samples = [Entry(key, path.name, captions[key], members) for key, members in tar_members(path).items()]
-        journal.add(Shard(path.name, path.stat().st_size, sha256_of(path)), samples, left_out, following)
+        left_out = [
+            (refused or {})[n] for n in sorted(refused or {}) if journal.next <= n < following
+        ]
+        samples = [
+            Entry(key, path.name, captions[key], members)
+            for key, members in tar_members(path).items()
+        ]
+        journal.add(
+            Shard(path.name, path.stat().st_size, sha256_of(path)), samples, left_out, following
+        )
 
 
 def tar_members(path: Path) -> dict[str, dict[str, Member]]:
@@ -209,7 +244,9 @@ def tar_members(path: Path) -> dict[str, dict[str, Member]]:
         for info in tar:
             file.seek(info.offset_data)
             key, _, name = info.name.partition(".")
-            places.setdefault(key, {})[name] = Member(info.offset_data, info.size, zlib.crc32(file.read(info.size)))
+            places.setdefault(key, {})[name] = Member(
+                info.offset_data, info.size, zlib.crc32(file.read(info.size))
+            )
     return places
 
 
@@ -223,12 +260,18 @@ def finished_folder(out: Path, job: Job) -> PackSummary | None:
     if not path.is_file():
         return None
     index = Index.from_json(path.read_text(encoding="utf-8"))
-    made = {name: getattr(index, name) for name in ("latent_shape", "text_shape", "fingerprints", "about")}
+    made = {
+        name: getattr(index, name)
+        for name in ("latent_shape", "text_shape", "fingerprints", "about")
+    }
     if differences(json.loads(json.dumps(made)), {name: job.header()[name] for name in made}):
         return None
     (out / JOURNAL_NAME).unlink(missing_ok=True)
     return PackSummary(
-        out, len(index.samples), len(index.shards), tuple(Refusal(**refusal) for refusal in index.refused)
+        out,
+        len(index.samples),
+        len(index.shards),
+        tuple(Refusal(**refusal) for refusal in index.refused),
     )
 
 
@@ -263,8 +306,11 @@ def trim(tokens: Tensor) -> Tensor:
     return tokens[: int(valid.max()) + 1] if len(valid) else tokens[:0]
 
 
-def negative_files(tokens: Tensor | None, prompt: str, dtype: str) -> tuple[dict[str, bytes], dict[str, Any]]:
-    """What `ShardReader.negative` reads, by file name, and what the index says of it; nothing without a negative prompt.
+def negative_files(
+    tokens: Tensor | None, prompt: str, dtype: str
+) -> tuple[dict[str, bytes], dict[str, Any]]:
+    """What `ShardReader.negative` reads, by file name, and what the index says of it; nothing
+    without a negative prompt.
 
     tokens: [L, D]; stored trimmed, in the dtype of the shards.
     """

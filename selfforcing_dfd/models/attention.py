@@ -1,7 +1,8 @@
-"""The one attention function, in the kernels that a machine has: FlashAttention 3, 4 or 2 where it fits, else torch's SDPA.
+"""The one attention function, in the kernels that a machine has: FlashAttention 3, 4 or 2 where it
+fits, else torch's SDPA.
 
-Chosen by compute capability and by what can be imported, never by a device's name: H200, H800 and GH200 are Hopper too.
-SDPA is what every other kernel is tested against.
+Chosen by compute capability and by what can be imported, never by a device's name: H200, H800 and
+GH200 are Hopper too. SDPA is what every other kernel is tested against.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 log = logging.getLogger(__name__)
 
 CUDA_ORDER = [
-    SDPBackend.CUDNN_ATTENTION,  # on Hopper about twice the rate of the flash kernel that comes with torch
+    # on Hopper about twice the rate of the flash kernel that comes with torch
+    SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,
     SDPBackend.EFFICIENT_ATTENTION,
     SDPBackend.MATH,
@@ -33,7 +35,9 @@ class AttentionError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A FlashAttention package: where its function is, the devices it is written for, and how to get it."""
+    """A FlashAttention package: where its function is, the devices it is written for, and how to
+    get it.
+    """
 
     module: str
     capabilities: tuple[int, int]  # first and last major compute capability
@@ -44,14 +48,20 @@ class Kernel:
 KERNELS = {
     "fa3": Kernel("flash_attn_interface", (9, 9), 256, "build flash-attention's `hopper` folder"),
     "fa4": Kernel("flash_attn.cute", (9, 12), 128, "pip install .[flash]"),
-    "fa2": Kernel("flash_attn", (8, 10), 256, "pip install flash-attn --no-build-isolation, which needs nvcc"),
+    "fa2": Kernel(
+        "flash_attn", (8, 10), 256, "pip install flash-attn --no-build-isolation, which needs nvcc"
+    ),
 }
 """In the order in which they are preferred."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention without a mask. q: [B, Lq, heads, head_dim]; k, v: [B, Lk, heads, head_dim] -> like q."""
-    return scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+    """Full attention without a mask. q: [B, Lq, heads, head_dim]; k, v: [B, Lk, heads, head_dim] ->
+    like q.
+    """
+    return scaled_dot_product_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    ).transpose(1, 2)
 
 
 def attend_in_cuda_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -61,26 +71,39 @@ def attend_in_cuda_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def select_kernel(
-    capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, installed: set[str], name: str = "auto"
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    installed: set[str],
+    name: str = "auto",
 ) -> str:
-    """The kernel's name: `sdpa`, or one of KERNELS that is installed and fits. capability: None without a GPU.
+    """The kernel's name: `sdpa`, or one of KERNELS that is installed and fits. capability: None
+    without a GPU.
 
     Raises AttentionError for an unknown name, or one that is asked for and cannot run.
     """
     if name not in ("auto", "sdpa", *KERNELS):
         raise AttentionError(f"attention is {name!r}; use auto, sdpa, {', '.join(KERNELS)}")
-    obstacles = {kernel: obstacle(kernel, capability, dtype, head_dim, installed) for kernel in KERNELS}
+    obstacles = {
+        kernel: obstacle(kernel, capability, dtype, head_dim, installed) for kernel in KERNELS
+    }
     if name in KERNELS and obstacles[name]:
         raise AttentionError(f"attention {name} cannot run: {obstacles[name]}; or use sdpa")
     fitting = [kernel for kernel in KERNELS if not obstacles[kernel]]
     chosen = name if name != "auto" else next(iter(fitting), "sdpa")
-    left_out = "; ".join(f"{kernel}: {why}" for kernel, why in obstacles.items() if why and capability)
+    left_out = "; ".join(
+        f"{kernel}: {why}" for kernel, why in obstacles.items() if why and capability
+    )
     log.info("attention by %s%s", chosen, f" ({left_out})" if left_out else "")
     return chosen
 
 
 def obstacle(
-    kernel: str, capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, installed: set[str]
+    kernel: str,
+    capability: tuple[int, int] | None,
+    dtype: torch.dtype,
+    head_dim: int,
+    installed: set[str],
 ) -> str:
     """Why a kernel cannot run, with the cure; empty if it can."""
     needs = KERNELS[kernel]
@@ -110,7 +133,8 @@ def load_kernel(name: str, device: torch.device) -> Callable[[Tensor, Tensor, Te
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = function(q, k, v)
-        return out[0] if isinstance(out, tuple) else out  # versions differ in whether they add the log-sum-exp
+        # versions differ in whether they add the log-sum-exp
+        return out[0] if isinstance(out, tuple) else out
 
     return run
 

@@ -1,6 +1,8 @@
-"""Writing weights for others: diffusers' folders, original Wan's, Self-Forcing's .pt, and one file with everything.
+"""Writing weights for others: diffusers' folders, original Wan's, Self-Forcing's .pt, and one file
+with everything.
 
-Bits are kept unless another dtype is asked for. An export appears whole under its name, or not at all.
+Bits are kept unless another dtype is asked for. An export appears whole under its name, or not at
+all.
 """
 
 from __future__ import annotations
@@ -23,16 +25,34 @@ from tqdm import tqdm
 from selfforcing_dfd import __version__
 from selfforcing_dfd.files import sync
 from selfforcing_dfd.models.hub import ARCHITECTURE, Role
-from selfforcing_dfd.models.stored import DTYPES, INDEX, WEIGHTS, StoredTensor, WeightsError, byte_view
+from selfforcing_dfd.models.stored import (
+    DTYPES,
+    INDEX,
+    WEIGHTS,
+    StoredTensor,
+    WeightsError,
+    byte_view,
+)
 from selfforcing_dfd.models.wan_keys import to_wan
 from selfforcing_dfd.models.weight_sources import SIZES, StoredWeights, read_weights
 from selfforcing_dfd.models.weights import meta_network
 
 FORMATS = ("diffusers", "wan", "self-forcing", "single-file")
 CONFIG = "config.json"
-EXPORTED = re.compile(rf"{re.escape(CONFIG)}|{re.escape(INDEX)}|{WEIGHTS}(-\d{{5}}-of-\d{{5}})?\.safetensors")
+EXPORTED = re.compile(
+    rf"{re.escape(CONFIG)}|{re.escape(INDEX)}|{WEIGHTS}(-\d{{5}}-of-\d{{5}})?\.safetensors"
+)
 """Files of an exported folder: nothing else is ever overwritten."""
-UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS = {
+    "": 1,
+    "B": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+}
 SHARD_BYTES = 5 * 10**9
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 64  # of the first tensor in a file: what mapped files are read fastest with
@@ -69,21 +89,29 @@ def convert(
 ) -> Summary:
     """Read weights in any format and write them in one of FORMATS.
 
-    dtype: None keeps every bit. role: for sources that do not tell whether they hold a student or a teacher. Holds one
-    tensor at a time in memory; all of them for self-forcing, whose format is written in one go. Raises WeightsError.
+    dtype: None keeps every bit. role: for sources that do not tell whether they hold a student or a
+    teacher. Holds one tensor at a time in memory; all of them for self-forcing, whose format is
+    written in one go. Raises WeightsError.
     """
     if to not in FORMATS:
         raise WeightsError(f"format is {to!r}; use one of {', '.join(FORMATS)}")
     destination = Path(destination)
     _check_destination(destination, to, overwrite)
-    weights = source if isinstance(source, StoredWeights) else read_weights(source, entry, drop_gan_heads)
+    weights = (
+        source if isinstance(source, StoredWeights) else read_weights(source, entry, drop_gan_heads)
+    )
     if role != "unknown" and weights.role not in ("unknown", role):
-        raise WeightsError(f"{weights.source} says that it holds a {weights.role}; leave role {role} out")
+        raise WeightsError(
+            f"{weights.source} says that it holds a {weights.role}; leave role {role} out"
+        )
     weights = dataclasses.replace(weights, role=role if weights.role == "unknown" else weights.role)
     network = meta_network(weights, head_dim)
     sizes = {name: network.config[name] for name in SIZES}
     bar = tqdm(unit="B", unit_scale=True, desc=destination.name, disable=None if progress else True)
-    named = {_wan(name) if to in ("wan", "self-forcing") else name: t for name, t in weights.tensors.items()}
+    named = {
+        _wan(name) if to in ("wan", "self-forcing") else name: t
+        for name, t in weights.tensors.items()
+    }
     outgoing = Outgoing(weights.source, dict(sorted(named.items())), dtype, bar.update)
     bar.total = sum(map(outgoing.num_bytes, named))
     with bar, _whole(destination, overwrite) as temporary:
@@ -92,12 +120,21 @@ def convert(
     num_files = sum(1 for _ in destination.iterdir()) if destination.is_dir() else 1
     num_parameters = sum(parameter.numel() for parameter in network.parameters())
     found = (weights.source, weights.kind, weights.role, weights.entries)
-    return Summary(*found, destination, len(named), num_parameters, sum(map(outgoing.num_bytes, named)), num_files)
+    return Summary(
+        *found,
+        destination,
+        len(named),
+        num_parameters,
+        sum(map(outgoing.num_bytes, named)),
+        num_files,
+    )
 
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """Tensors on their way into files, by their names there; dtype None keeps theirs. tick: told of bytes that are read."""
+    """Tensors on their way into files, by their names there; dtype None keeps theirs. tick: told of
+    bytes that are read.
+    """
 
     source: str
     tensors: Mapping[str, StoredTensor]
@@ -114,7 +151,11 @@ class Outgoing:
         """Raises WeightsError for values that the dtype cannot hold."""
         tensor, dtype = self.tensors[name].read(), self.dtype_of(name)
         cast = tensor.to(dtype)
-        if tensor.dtype != dtype and bool(tensor.isfinite().all()) and not bool(cast.isfinite().all()):
+        if (
+            tensor.dtype != dtype
+            and bool(tensor.isfinite().all())
+            and not bool(cast.isfinite().all())
+        ):
             raise WeightsError(
                 f"{self.source}: {name} has values up to {tensor.abs().max().item():.3g}, too large for {dtype}; use "
                 "bfloat16 or float32"
@@ -127,9 +168,16 @@ class Outgoing:
 
 
 def _write(
-    place: Path, to: str, outgoing: Outgoing, sizes: Mapping[str, Any], weights: StoredWeights, max_shard_bytes: int
+    place: Path,
+    to: str,
+    outgoing: Outgoing,
+    sizes: Mapping[str, Any],
+    weights: StoredWeights,
+    max_shard_bytes: int,
 ) -> None:
-    """One format's files at a place that does not exist yet. A student is noted as one; a teacher is by its class's name."""
+    """One format's files at a place that does not exist yet. A student is noted as one; a teacher
+    is by its class's name.
+    """
     notes = weights.notes if weights.role == "student" else {}
     config = diffusers_config(sizes) | notes
     if to in ("single-file", "self-forcing") and weights.role == "unknown":
@@ -138,7 +186,8 @@ def _write(
         write_safetensors(place, outgoing, {"config": json.dumps(config)})
     elif to == "self-forcing":
         state = {f"model.{name}": outgoing.read(name) for name in outgoing.tensors}
-        with place.open("wb") as file:  # given a path, torch would note its temporary name in the file
+        # given a path, torch would note its temporary name in the file
+        with place.open("wb") as file:
             torch.save({"generator": state, "config": config}, file)
     else:
         place.mkdir()
@@ -150,11 +199,18 @@ def diffusers_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of diffusers' WanTransformer3DModel, from WanTransformer's arguments."""
     sizes = {**sizes, "patch_size": list(sizes["patch_size"])}
     rest = {**ARCHITECTURE, "pos_embed_seq_len": None, "rope_max_seq_len": 1024}
-    return {"_class_name": "WanTransformer3DModel", "_diffusers_version": diffusers.__version__, **sizes, **rest}
+    return {
+        "_class_name": "WanTransformer3DModel",
+        "_diffusers_version": diffusers.__version__,
+        **sizes,
+        **rest,
+    }
 
 
 def wan_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of an original Wan folder; settings that Wan leaves out are written where they are not Wan's own."""
+    """config.json of an original Wan folder; settings that Wan leaves out are written where they
+    are not Wan's own.
+    """
     config = {
         "_class_name": "WanModel",
         "_diffusers_version": "0.30.0",
@@ -169,15 +225,23 @@ def wan_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
         "out_dim": sizes["out_channels"],
         "text_len": 512,
     }
-    unusual = {"text_dim": (sizes["text_dim"], 4096), "patch_size": (list(sizes["patch_size"]), [1, 2, 2])}
+    unusual = {
+        "text_dim": (sizes["text_dim"], 4096),
+        "patch_size": (list(sizes["patch_size"]), [1, 2, 2]),
+    }
     return config | {key: value for key, (value, usual) in unusual.items() if value != usual}
 
 
 def write_safetensors(path: Path, outgoing: Outgoing, metadata: Mapping[str, str]) -> None:
-    """One safetensors file, with one tensor in memory at a time (the library's writer wants them all)."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "selfforcing_dfd": __version__, **metadata}}
+    """One safetensors file, with one tensor in memory at a time (the library's writer wants them
+    all).
+    """
+    header: dict[str, Any] = {
+        "__metadata__": {"format": "pt", "selfforcing_dfd": __version__, **metadata}
+    }
     end = 0
-    order = sorted(outgoing.tensors, key=lambda name: -outgoing.dtype_of(name).itemsize)  # so that each is aligned
+    # so that each is aligned
+    order = sorted(outgoing.tensors, key=lambda name: -outgoing.dtype_of(name).itemsize)
     for name in order:
         start, end = end, end + outgoing.num_bytes(name)
         kind, shape = NAMES[outgoing.dtype_of(name)], list(outgoing.tensors[name].shape)
@@ -196,7 +260,9 @@ def parse_bytes(text: str) -> int:
     found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMG]?I?B?)", text.strip().upper())
     num_bytes = int(float(found[1]) * UNITS[found[2]]) if found and found[2] in UNITS else 0
     if num_bytes < 1:
-        raise WeightsError(f"size is {text!r}; want a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB")
+        raise WeightsError(
+            f"size is {text!r}; want a number with KB, MB, GB, KiB, MiB or GiB, such as 5GB"
+        )
     return num_bytes
 
 
@@ -213,7 +279,9 @@ def _write_shards(folder: Path, outgoing: Outgoing, max_shard_bytes: int) -> Non
             num_bytes = 0
         shards[-1].append(name)
         num_bytes += outgoing.num_bytes(name)
-    files = [f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)]
+    files = [
+        f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
+    ]
     if len(shards) == 1:
         files = [f"{WEIGHTS}.safetensors"]
     for file, shard in zip(files, shards, strict=True):
@@ -235,26 +303,36 @@ def _check_destination(destination: Path, to: str, overwrite: bool) -> None:
     if not destination.exists():
         return
     if not overwrite:
-        raise WeightsError(f"{destination} exists; name another place, or replace it with overwrite=True (--overwrite)")
+        raise WeightsError(
+            f"{destination} exists; name another place, or replace it with overwrite=True (--overwrite)"
+        )
     if destination.is_dir() != (to in ("diffusers", "wan")):
         kind = "folder" if destination.is_dir() else "file"
         raise WeightsError(f"{destination} is a {kind}, which {to} is not; name another place")
     other = (
-        sorted(p.name for p in destination.iterdir() if not EXPORTED.fullmatch(p.name)) if destination.is_dir() else []
+        sorted(p.name for p in destination.iterdir() if not EXPORTED.fullmatch(p.name))
+        if destination.is_dir()
+        else []
     )
     if other:
-        raise WeightsError(f"{destination} holds more than an export: {', '.join(other[:8])}; name another place")
+        raise WeightsError(
+            f"{destination} holds more than an export: {', '.join(other[:8])}; name another place"
+        )
 
 
 @contextmanager
 def _whole(destination: Path, overwrite: bool) -> Iterator[Path]:
-    """A name beside the destination to write to, which takes the destination's at the end; removed when that fails.
+    """A name beside the destination to write to, which takes the destination's at the end; removed
+    when that fails.
 
-    A folder that is replaced steps aside for a moment and is put back if the new one cannot take its place.
+    A folder that is replaced steps aside for a moment and is put back if the new one cannot take
+    its place.
     """
     destination = destination.absolute()
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = (destination.with_name(f".tmp-{kind}{destination.name}") for kind in ("", "old-"))
+    temporary, aside = (
+        destination.with_name(f".tmp-{kind}{destination.name}") for kind in ("", "old-")
+    )
     _remove(temporary)
     try:
         yield temporary

@@ -1,8 +1,10 @@
-"""Linear layers of the blocks in 8-bit floats (e4m3), for inference: half the weights' memory, twice the peak rate on Hopper.
+"""Linear layers of the blocks in 8-bit floats (e4m3), for inference: half the weights' memory,
+twice the peak rate on Hopper.
 
-Each row of the weights and each token has a scale of its own, found when the weights are converted and in every call. Without
-compilation finding them costs about what the products gain, so use it with `compile_blocks`. It changes the picture a little;
-nothing that needs a gradient may be computed with it.
+Each row of the weights and each token has a scale of its own, found when the weights are converted
+and in every call. Without compilation finding them costs about what the products gain, so use it
+with `compile_blocks`. It changes the picture a little; nothing that needs a gradient may be
+computed with it.
 """
 
 from __future__ import annotations
@@ -23,13 +25,17 @@ class Fp8Error(ValueError):
 
 
 def to_fp8(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [rows, n] as e4m3 and float32 scales [rows, 1]; their product is x to 2^-4 of each value, or of the row's smallest."""
+    """x [rows, n] as e4m3 and float32 scales [rows, 1]; their product is x to 2^-4 of each value,
+    or of the row's smallest.
+    """
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / LARGEST).clamp(min=SMALLEST_SCALE)
     return (x.float() / scale).to(torch.float8_e4m3fn), scale
 
 
 class Fp8Linear(nn.Module):
-    """A frozen linear layer whose products are of 8-bit floats with float32 sums. Inputs and outputs keep their dtype."""
+    """A frozen linear layer whose products are of 8-bit floats with float32 sums. Inputs and
+    outputs keep their dtype.
+    """
 
     weight: Tensor
     scale: Tensor
@@ -49,22 +55,30 @@ class Fp8Linear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., in] -> [..., out]."""
         rows, scale = to_fp8(x.flatten(0, -2))
-        out = torch._scaled_mm(rows, self.weight.t(), scale, self.scale, self.bias, out_dtype=torch.bfloat16)
+        out = torch._scaled_mm(
+            rows, self.weight.t(), scale, self.scale, self.bias, out_dtype=torch.bfloat16
+        )
         return out.unflatten(0, x.shape[:-1]).type_as(x)
 
 
 def use_fp8(network: WanTransformer) -> int:
-    """Convert the blocks' linear layers in place; how many. Embedders, head and the text's keys and values stay as they are.
+    """Convert the blocks' linear layers in place; how many. Embedders, head and the text's keys and
+    values stay as they are.
 
-    Raises Fp8Error, before anything is changed, on a GPU older than compute capability 8.9 and for sizes that do not fit.
+    Raises Fp8Error, before anything is changed, on a GPU older than compute capability 8.9 and for
+    sizes that do not fit.
     """
     weight = network.patch_embedding.weight
     if weight.is_cuda and torch.cuda.get_device_capability(weight.device) < FIRST_CAPABILITY:
         found = ".".join(map(str, torch.cuda.get_device_capability(weight.device)))
-        raise Fp8Error(f"8-bit products need compute capability 8.9 or later, this is {found}; leave --fp8 out")
+        raise Fp8Error(
+            f"8-bit products need compute capability 8.9 or later, this is {found}; leave --fp8 out"
+        )
     places: list[tuple[nn.Module, str]] = []
     for block in network.wan_blocks():
-        places += [(block.attn1, name) for name in ("to_q", "to_k", "to_v")] + [(block.attn2, "to_q")]
+        places += [(block.attn1, name) for name in ("to_q", "to_k", "to_v")] + [
+            (block.attn2, "to_q")
+        ]
         places += [
             (block.attn1.to_out, "0"),
             (block.attn2.to_out, "0"),
@@ -74,7 +88,9 @@ def use_fp8(network: WanTransformer) -> int:
     layers = [module.get_submodule(name) for module, name in places]
     wrapped = sorted({type(layer).__name__ for layer in layers if not isinstance(layer, nn.Linear)})
     if wrapped:
-        raise Fp8Error(f"layers are {', '.join(wrapped)}, not plain linear ones; merge adapters into the weights first")
+        raise Fp8Error(
+            f"layers are {', '.join(wrapped)}, not plain linear ones; merge adapters into the weights first"
+        )
     converted = [Fp8Linear(layer) for layer in layers if isinstance(layer, nn.Linear)]
     for (module, name), layer in zip(places, converted, strict=True):
         setattr(module, name, layer)

@@ -1,4 +1,6 @@
-"""Three-axis rotary positions of Wan2.1 as a function of position: no table, no buffer, no length limit."""
+"""Three-axis rotary positions of Wan2.1 as a function of position: no table, no buffer, no length
+limit.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +19,29 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 
 
 def axis_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
-    """[dim / 2] in float64: pair j of an axis of d values turns by position * 10000^(-2j / d) (arXiv 2104.09864)."""
+    """[dim / 2] in float64: pair j of an axis of d values turns by position * 10000^(-2j / d)
+    (arXiv 2104.09864).
+    """
     return THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
 
 
 def rotary_angles(
-    start_frame: int, frames: int, rows: int, columns: int, head_dim: int, device: torch.device | None = None
+    start_frame: int,
+    frames: int,
+    rows: int,
+    columns: int,
+    head_dim: int,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Angles [frames * rows * columns, head_dim / 2] in float64; tokens frame-major, then row, then column.
+    """Angles [frames * rows * columns, head_dim / 2] in float64; tokens frame-major, then row, then
+    column.
 
     Made on the device from integers, so that nothing is copied and no one waits.
     """
     counts = ((start_frame, frames), (0, rows), (0, columns))
-    axes = [torch.arange(start, start + n, dtype=torch.float64, device=device) for start, n in counts]
+    axes = [
+        torch.arange(start, start + n, dtype=torch.float64, device=device) for start, n in counts
+    ]
     grids = torch.meshgrid(*axes, indexing="ij")
     parts = [
         position.flatten()[:, None] * axis_frequencies(dim, device)
@@ -39,21 +51,38 @@ def rotary_angles(
 
 
 def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., 2 n] of angles [..., n], for both values of each pair, with the sign that `rotate` needs."""
+    """cos and sin [..., 2 n] of angles [..., n], for both values of each pair, with the sign that
+    `rotate` needs.
+    """
     cos, sin = angles.cos(), angles.sin()
-    return cos.repeat_interleave(2, dim=-1).to(dtype), torch.stack([-sin, sin], dim=-1).flatten(-2).to(dtype)
+    return cos.repeat_interleave(2, dim=-1).to(dtype), torch.stack([-sin, sin], dim=-1).flatten(
+        -2
+    ).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn interleaved pairs (x[2j], x[2j + 1]) of x [B, tokens, heads, d]; cos, sin: `rotary_tables` [tokens, 1, d]."""
+    """Turn interleaved pairs (x[2j], x[2j + 1]) of x [B, tokens, heads, d]; cos, sin:
+    `rotary_tables` [tokens, 1, d].
+    """
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x * cos, swapped, sin).type_as(x)
 
 
-@lru_cache(maxsize=2)  # the steps of one chunk share it, and so do the passes of one training update
+# the steps of one chunk share it, and so do the passes of one training update
+@lru_cache(maxsize=2)
 def positions_rotary(
-    start_frame: int, frames: int, rows: int, columns: int, head_dim: int, device: torch.device, dtype: torch.dtype
+    start_frame: int,
+    frames: int,
+    rows: int,
+    columns: int,
+    head_dim: int,
+    device: torch.device,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`rotary_tables` [tokens, 1, head_dim] of `rotary_angles`; the newest two are kept. Not to be written to."""
+    """`rotary_tables` [tokens, 1, head_dim] of `rotary_angles`; the newest two are kept. Not to be
+    written to.
+    """
     with torch.inference_mode(False):
-        return rotary_tables(rotary_angles(start_frame, frames, rows, columns, head_dim, device)[:, None], dtype)
+        return rotary_tables(
+            rotary_angles(start_frame, frames, rows, columns, head_dim, device)[:, None], dtype
+        )

@@ -1,4 +1,5 @@
-"""Files of tensors, read one tensor at a time: safetensors files and folders of them, and what torch.save wrote.
+"""Files of tensors, read one tensor at a time: safetensors files and folders of them, and what
+torch.save wrote.
 
 What a file is follows from its first bytes, not from its name. Nothing is unpickled but tensors.
 """
@@ -39,12 +40,16 @@ ZIP, PICKLE, GIT_LFS = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
 
 
 class WeightsError(ValueError):
-    """Weights that cannot be read or written, or belong to another model; the message says what to do."""
+    """Weights that cannot be read or written, or belong to another model; the message says what to
+    do.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that has not been read. `read` gives a copy of its own: contiguous, on the CPU, as it is stored."""
+    """A tensor that has not been read. `read` gives a copy of its own: contiguous, on the CPU, as
+    it is stored.
+    """
 
     key: str  # its name where it is stored
     shape: tuple[int, ...]
@@ -67,12 +72,15 @@ def is_torch_file(path: Path) -> bool:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """(tensors by key, metadata). Only the header is read; tensors come by plain reads, so none is in memory twice.
+    """(tensors by key, metadata). Only the header is read; tensors come by plain reads, so none is
+    in memory twice.
 
     Raises WeightsError for a truncated file, a Git LFS pointer, and what is no safetensors file.
     """
     if _beginning(path).startswith(GIT_LFS):
-        raise WeightsError(f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder")
+        raise WeightsError(
+            f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` in its folder"
+        )
     try:
         with safe_open(path, framework="pt"):  # checks the header against the file's size
             pass
@@ -89,16 +97,21 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     for key, entry in header.items():
         shape, start = tuple(entry["shape"]), 8 + num_bytes + entry["data_offsets"][0]
         if entry["dtype"] not in DTYPES:
-            raise WeightsError(f"{path}: {key} has dtype {entry['dtype']}; wanted one of {', '.join(DTYPES)}")
+            raise WeightsError(
+                f"{path}: {key} has dtype {entry['dtype']}; wanted one of {', '.join(DTYPES)}"
+            )
         dtype = DTYPES[entry["dtype"]]
-        tensors[key] = StoredTensor(key, shape, dtype, partial(_read_span, path, start, shape, dtype))
+        tensors[key] = StoredTensor(
+            key, shape, dtype, partial(_read_span, path, start, shape, dtype)
+        )
     return tensors, metadata
 
 
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of `diffusion_pytorch_model*.safetensors` in a folder, sharded or not.
 
-    Raises WeightsError for shards that are missing, or that disagree with the index, and for files beside the index's.
+    Raises WeightsError for shards that are missing, or that disagree with the index, and for files
+    beside the index's.
     """
     found = sorted(path.name for path in folder.glob(f"{WEIGHTS}*.safetensors"))
     index = folder / INDEX
@@ -113,9 +126,13 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     for name in wanted:
         for key, tensor in read_safetensors(folder / name)[0].items():
             if key in tensors:
-                raise WeightsError(f"{folder}: {key} is in two files, one of them {name}; delete or fetch again")
+                raise WeightsError(
+                    f"{folder}: {key} is in two files, one of them {name}; delete or fetch again"
+                )
             if placed.get(key, name) != name:
-                raise WeightsError(f"{index} puts {key} into {placed[key]}, but it is in {name}; fetch both again")
+                raise WeightsError(
+                    f"{index} puts {key} into {placed[key]}, but it is in {name}; fetch both again"
+                )
             tensors[key] = tensor
     if placed and placed.keys() != tensors.keys():
         differing = sorted(placed.keys() ^ tensors.keys())
@@ -126,12 +143,16 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
 
 
 def read_torch_file(path: Path) -> Any:
-    """What torch.save wrote, tensors mapped from the file and not read yet (the kind before torch 1.6 is read whole).
+    """What torch.save wrote, tensors mapped from the file and not read yet (the kind before torch
+    1.6 is read whole).
 
-    Raises WeightsError for a file that holds anything else than tensors and plain values: unpickling could run it.
+    Raises WeightsError for a file that holds anything else than tensors and plain values:
+    unpickling could run it.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=_beginning(path).startswith(ZIP))
+        return torch.load(
+            path, map_location="cpu", weights_only=True, mmap=_beginning(path).startswith(ZIP)
+        )
     except pickle.UnpicklingError as error:
         raise WeightsError(_refusal(path, str(error))) from error
     except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError) as error:
@@ -162,7 +183,9 @@ def _read_index(index: Path) -> dict[str, str]:
         raise WeightsError(f"{index} is no index of shards ({error!r}); fetch it again") from error
     outside = sorted(name for name in names.values() if Path(name).name != name)
     if outside:
-        raise WeightsError(f"{index} names {outside[0]}, which is not in its folder; do not trust this source")
+        raise WeightsError(
+            f"{index} names {outside[0]}, which is not in its folder; do not trust this source"
+        )
     return names
 
 
@@ -171,12 +194,20 @@ def _whole_set(folder: Path, found: list[str]) -> list[str]:
     shards = [name for name in found if re.fullmatch(rf"{WEIGHTS}-\d+-of-\d+\.safetensors", name)]
     if not shards:
         if len(found) != 1:
-            names = ", ".join(found) or ", ".join(sorted(p.name for p in folder.iterdir())[:8]) or "nothing"
-            raise WeightsError(f"{folder} holds {names}; wanted: one {WEIGHTS}.safetensors, or shards with {INDEX}")
+            names = (
+                ", ".join(found)
+                or ", ".join(sorted(p.name for p in folder.iterdir())[:8])
+                or "nothing"
+            )
+            raise WeightsError(
+                f"{folder} holds {names}; wanted: one {WEIGHTS}.safetensors, or shards with {INDEX}"
+            )
         return found
     total = int(shards[0].rpartition("-of-")[2].removesuffix(".safetensors"))
     digits = len(shards[0].removeprefix(f"{WEIGHTS}-").partition("-of-")[0])
-    return [f"{WEIGHTS}-{i:0{digits}d}-of-{total:0{digits}d}.safetensors" for i in range(1, total + 1)]
+    return [
+        f"{WEIGHTS}-{i:0{digits}d}-of-{total:0{digits}d}.safetensors" for i in range(1, total + 1)
+    ]
 
 
 def _check_files(folder: Path, wanted: list[str], found: list[str]) -> None:
@@ -211,7 +242,9 @@ def _read_span(path: Path, start: int, shape: tuple[int, ...], dtype: torch.dtyp
         while len(rest):
             num_read = file.readinto(rest)
             if not num_read:
-                raise WeightsError(f"{path} became shorter while it was read; fetch or export it again")
+                raise WeightsError(
+                    f"{path} became shorter while it was read; fetch or export it again"
+                )
             rest = rest[num_read:]
     return tensor
 
@@ -222,12 +255,15 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 
 def models_in(content: Any, path: Path) -> dict[str, Mapping[str, Any]]:
-    """The state dicts in what torch.save wrote, by entry; a bare state dict has the entry "". Raises WeightsError."""
+    """The state dicts in what torch.save wrote, by entry; a bare state dict has the entry "".
+    Raises WeightsError.
+    """
     if isinstance(content, Mapping):
         entries = {
             str(name): entry
             for name, entry in content.items()
-            if isinstance(entry, Mapping) and any(isinstance(value, Tensor) for value in entry.values())
+            if isinstance(entry, Mapping)
+            and any(isinstance(value, Tensor) for value in entry.values())
         }
         if entries:
             return entries
@@ -238,4 +274,6 @@ def models_in(content: Any, path: Path) -> dict[str, Mapping[str, Any]]:
         if isinstance(content, Mapping)
         else type(content).__name__
     )
-    raise WeightsError(f"{path} holds {held}; wanted: a state dict, or a dict of state dicts such as 'generator'")
+    raise WeightsError(
+        f"{path} holds {held}; wanted: a state dict, or a dict of state dicts such as 'generator'"
+    )

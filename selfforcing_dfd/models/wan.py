@@ -1,8 +1,9 @@
 """Wan2.1's transformer, one class for student, teacher and fake score.
 
-Parameter names are those of diffusers' `WanTransformer3DModel`, so its checkpoints load unchanged. What differs is the
-interface: sigma per latent frame, explicit context in, keys and values out. Without context it is bidirectional over the
-frames it gets; with context it is causal by chunk. There are no attention masks.
+Parameter names are those of diffusers' `WanTransformer3DModel`, so its checkpoints load unchanged.
+What differs is the interface: sigma per latent frame, explicit context in, keys and values out.
+Without context it is bidirectional over the frames it gets; with context it is causal by chunk.
+There are no attention masks.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class ParameterFreeNorm(nn.Module):
 
 
 class Modulation(NamedTuple):
-    """What a noise level does to one block, each [B or 1, F or 1, D]; scales are factors, one included."""
+    """What a noise level does to one block, each [B or 1, F or 1, D]; scales are factors, one
+    included.
+    """
 
     shift1: Tensor
     scale1: Tensor
@@ -52,14 +55,18 @@ class Modulation(NamedTuple):
 
 
 class NoiseLevel(NamedTuple):
-    """What a noise level does to the whole network: per block its modulation, and the head's (shift, scale)."""
+    """What a noise level does to the whole network: per block its modulation, and the head's
+    (shift, scale).
+    """
 
     blocks: tuple[Tensor | Modulation, ...]
     head: tuple[Tensor, Tensor]
 
 
 class WanAttention(nn.Module):
-    """Projections with RMS-normed queries and keys (over all heads jointly); the caller decides who attends to whom."""
+    """Projections with RMS-normed queries and keys (over all heads jointly); the caller decides who
+    attends to whom.
+    """
 
     def __init__(self, dim: int, heads: int, eps: float):
         super().__init__()
@@ -95,14 +102,18 @@ class FeedForward(nn.Module):
 
     def __init__(self, dim: int, inner_dim: int):
         super().__init__()
-        self.net = nn.Sequential(GeluProjection(dim, inner_dim), nn.Identity(), nn.Linear(inner_dim, dim))
+        self.net = nn.Sequential(
+            GeluProjection(dim, inner_dim), nn.Identity(), nn.Linear(inner_dim, dim)
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
 
 
 class WanBlock(nn.Module):
-    """Self-attention, text cross-attention, feed-forward; the first and last modulated by sigma per latent frame."""
+    """Self-attention, text cross-attention, feed-forward; the first and last modulated by sigma per
+    latent frame.
+    """
 
     def __init__(self, dim: int, ffn_dim: int, heads: int, eps: float):
         super().__init__()
@@ -122,7 +133,9 @@ class WanBlock(nn.Module):
         context: Past,
         layer: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, F * tokens, D]; text: [B, L, D], or its keys and values; modulation: [B, F, 6, D] -> (x, keys, values)."""
+        """x: [B, F * tokens, D]; text: [B, L, D], or its keys and values; modulation: [B, F, 6, D]
+        -> (x, keys, values).
+        """
         text_k, text_v = self.attn2.keys_values(text) if isinstance(text, Tensor) else text
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation)
         q, k, v = self.before_attention(x, shift1, scale1, *rotary)
@@ -133,7 +146,9 @@ class WanBlock(nn.Module):
         """This block's of a noise level's embedding [B, F, 6, D], if it has not been worked out."""
         if isinstance(embedding, Modulation):
             return embedding
-        shift1, scale1, gate1, shift2, scale2, gate2 = (self.scale_shift_table[:, None] + embedding).unbind(2)
+        shift1, scale1, gate1, shift2, scale2, gate2 = (
+            self.scale_shift_table[:, None] + embedding
+        ).unbind(2)
         return Modulation(shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
 
     def before_attention(
@@ -162,25 +177,34 @@ class WanBlock(nn.Module):
 
 
 def sigma_per_frame(sigma: Tensor | float, x_t: Tensor) -> Tensor:
-    """Sigma [B] or [B, F] as [B, F], which is what the network is told; a number as [1, 1] in float64, good for all."""
+    """Sigma [B] or [B, F] as [B, F], which is what the network is told; a number as [1, 1] in
+    float64, good for all.
+    """
     if isinstance(sigma, Tensor):
         return expand_sigma(sigma, x_t)[..., 0, 0, 0].expand(x_t.shape[:2])
     return torch.full((1, 1), sigma, dtype=torch.float64, device=x_t.device)
 
 
 def add_gated(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
-    """x + y * values in float32 at least; x, y: [B, F * tokens, D]; values: [B, F, D], one for each latent frame's tokens.
+    """x + y * values in float32 at least; x, y: [B, F * tokens, D]; values: [B, F, D], one for each
+    latent frame's tokens.
 
     Where values are the same for all latent frames, [1, 1, D] will do.
     """
     frames = (values.shape[1], -1)
-    sums = torch.addcmul(full_precision(x).unflatten(1, frames), y.unflatten(1, frames), values[:, :, None])
+    sums = torch.addcmul(
+        full_precision(x).unflatten(1, frames), y.unflatten(1, frames), values[:, :, None]
+    )
     return sums.flatten(1, 2).type_as(x)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
-    """x [B, F * tokens, D] times scale plus shift; scale, shift: [B, F, D], or [1, 1, D] where they are the same."""
-    return torch.addcmul(shift[:, :, None], x.unflatten(1, (scale.shape[1], -1)), scale[:, :, None]).flatten(1, 2)
+    """x [B, F * tokens, D] times scale plus shift; scale, shift: [B, F, D], or [1, 1, D] where they
+    are the same.
+    """
+    return torch.addcmul(
+        shift[:, :, None], x.unflatten(1, (scale.shape[1], -1)), scale[:, :, None]
+    ).flatten(1, 2)
 
 
 class TwoLayers(nn.Module):
@@ -203,18 +227,24 @@ class ConditionEmbedder(nn.Module):
 
     def time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """sigma [B, F] -> (embedding [B, F, D], modulation [B, F, 6, D])."""
-        features = sinusoid(1000 * sigma.double(), self.freq_dim).to(self.time_embedder.linear_1.weight.dtype)
+        features = sinusoid(1000 * sigma.double(), self.freq_dim).to(
+            self.time_embedder.linear_1.weight.dtype
+        )
         embedding = self.time_embedder.linear_2(silu(self.time_embedder.linear_1(features)))
         return embedding, self.time_proj(silu(embedding)).unflatten(-1, (6, -1))
 
     def text(self, text: Tensor) -> Tensor:
         """[B, L, D_text] -> [B, L, D]; padding is attended to, as in Wan."""
-        return self.text_embedder.linear_2(gelu(self.text_embedder.linear_1(text), approximate="tanh"))
+        return self.text_embedder.linear_2(
+            gelu(self.text_embedder.linear_1(text), approximate="tanh")
+        )
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:
     """[...] -> [..., dim]: cosines, then sines, of timestep * 10000^(-k / (dim / 2)); float64."""
-    frequency = 10000 ** -(torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2))
+    frequency = 10000 ** -(
+        torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2)
+    )
     angle = timestep[..., None] * frequency
     return torch.cat([angle.cos(), angle.sin()], dim=-1)
 
@@ -242,10 +272,15 @@ class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
     ):
         super().__init__()
         dim = num_attention_heads * attention_head_dim
-        self.head_dim, self.patch = attention_head_dim, (patch_size[0], patch_size[1], patch_size[2])
+        self.head_dim, self.patch = (
+            attention_head_dim,
+            (patch_size[0], patch_size[1], patch_size[2]),
+        )
         self.patch_embedding = nn.Conv3d(in_channels, dim, self.patch, stride=self.patch)
         self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
-        self.blocks = nn.ModuleList(WanBlock(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers))
+        self.blocks = nn.ModuleList(
+            WanBlock(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers)
+        )
         self.norm_out = ParameterFreeNorm(dim, eps)
         self.proj_out = nn.Linear(dim, out_channels * self.patch[0] * self.patch[1] * self.patch[2])
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
@@ -253,22 +288,27 @@ class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
         self.attention_backend = "sdpa"
 
     def set_attention(self, name: str = "auto") -> str:
-        """Choose the attention kernel for where the weights now are: auto, sdpa, fa2, fa3 or fa4; which it is.
+        """Choose the attention kernel for where the weights now are: auto, sdpa, fa2, fa3 or fa4;
+        which it is.
 
-        Until this is called it is torch's SDPA. Raises AttentionError for a kernel that cannot run here.
+        Until this is called it is torch's SDPA. Raises AttentionError for a kernel that cannot run
+        here.
         """
         weight = self.patch_embedding.weight
         capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None
-        self.attention_backend = select_kernel(capability, weight.dtype, self.head_dim, installed_kernels(), name)
+        self.attention_backend = select_kernel(
+            capability, weight.dtype, self.head_dim, installed_kernels(), name
+        )
         for block in self.wan_blocks():
             block.attend = load_kernel(self.attention_backend, weight.device)
         return self.attention_backend
 
     def compile_blocks(self, **options: Any) -> None:
-        """torch.compile what lies between attentions, in every block; attention itself stays as it is.
+        """torch.compile what lies between attentions, in every block; attention itself stays as it
+        is.
 
-        So a ring's slots are no part of what is compiled: one program a shape serves every chunk. The first calls of each
-        shape compile, for seconds to minutes.
+        So a ring's slots are no part of what is compiled: one program a shape serves every chunk.
+        The first calls of each shape compile, for seconds to minutes.
         """
         for block in self.wan_blocks():
             for name in ("before_attention", "after_attention"):
@@ -281,7 +321,8 @@ class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
         conditioning: Conditioning,
         context: Past | None = None,
     ) -> NetworkOutput:
-        """Flow at x_t [B, F, C, H, W] for noise level sigma ([B], [B, F] or one number), seen from the given past.
+        """Flow at x_t [B, F, C, H, W] for noise level sigma ([B], [B, F] or one number), seen from
+        the given past.
 
         Raises ValueError when H or W is no multiple of the patch.
         """
@@ -290,14 +331,20 @@ class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
         level = self.level_of(sigma, x_t, conditioning)
         text = conditioning.text_kv or (self.embed_text(conditioning),) * len(self.blocks)
         precision = full_precision(tokens).dtype
-        rotary = positions_rotary(context.next_frame, *grid, self.head_dim, tokens.device, precision)
+        rotary = positions_rotary(
+            context.next_frame, *grid, self.head_dim, tokens.device, precision
+        )
         layers = []
         for layer, block in enumerate(self.blocks):
-            tokens, k, v = self.run_block(block, tokens, text[layer], level.blocks[layer], rotary, context, layer)
+            tokens, k, v = self.run_block(
+                block, tokens, text[layer], level.blocks[layer], rotary, context, layer
+            )
             layers += [] if context.stores else [(k, v)]
         shift, scale = level.head
         tokens = modulate(self.norm_out(tokens), scale, shift).type_as(tokens)
-        return NetworkOutput(self.unpatchify(self.proj_out(tokens), grid), ChunkKV(x_t.shape[1], tuple(layers)))
+        return NetworkOutput(
+            self.unpatchify(self.proj_out(tokens), grid), ChunkKV(x_t.shape[1], tuple(layers))
+        )
 
     def wan_blocks(self) -> tuple[WanBlock, ...]:
         return tuple(block for block in self.blocks if isinstance(block, WanBlock))
@@ -306,7 +353,9 @@ class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
         """[B, L, D], which every block makes its own keys and values of."""
         return self.condition_embedder.text(conditioning.text.type_as(self.patch_embedding.weight))
 
-    def level_of(self, sigma: Tensor | float, x_t: Tensor, conditioning: Conditioning) -> NoiseLevel:
+    def level_of(
+        self, sigma: Tensor | float, x_t: Tensor, conditioning: Conditioning
+    ) -> NoiseLevel:
         """What sigma does to every block; of a number that `prepare` was told, what it found."""
         if not isinstance(sigma, Tensor) and sigma in conditioning.levels:
             return conditioning.levels[sigma]
@@ -315,12 +364,18 @@ class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
         return NoiseLevel((modulation,) * len(self.blocks), (shift, 1 + scale))
 
     def prepare(self, conditioning: Conditioning, sigmas: tuple[float, ...] = ()) -> Conditioning:
-        """The same conditioning with what every call would work out anew: the text's keys and values, and noise levels."""
+        """The same conditioning with what every call would work out anew: the text's keys and
+        values, and noise levels.
+        """
         text, levels = self.embed_text(conditioning), {}
         for sigma in sigmas:
             (embedding, *_), head = self.level_of(sigma, text, Conditioning(conditioning.text))
-            levels[sigma] = NoiseLevel(tuple(block.modulation(embedding) for block in self.wan_blocks()), head)
-        return Conditioning(conditioning.text, tuple(b.attn2.keys_values(text) for b in self.wan_blocks()), levels)
+            levels[sigma] = NoiseLevel(
+                tuple(block.modulation(embedding) for block in self.wan_blocks()), head
+            )
+        return Conditioning(
+            conditioning.text, tuple(b.attn2.keys_values(text) for b in self.wan_blocks()), levels
+        )
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """One block, re-computed in the backward pass when gradient checkpointing is on."""
@@ -338,17 +393,22 @@ class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
             )
         embedded = self.patch_embedding(x_t.transpose(1, 2).type_as(self.patch_embedding.weight))
         grid = (embedded.shape[2], embedded.shape[3], embedded.shape[4])
-        return embedded.flatten(2).transpose(1, 2).contiguous(), grid  # one layout for all blocks: one program
+        # one layout for all blocks: one program
+        return embedded.flatten(2).transpose(1, 2).contiguous(), grid
 
     def unpatchify(self, tokens: Tensor, grid: tuple[int, int, int]) -> Tensor:
-        """Inverse of `patchify` for the network's output; the channel is the fastest index of a token's values."""
+        """Inverse of `patchify` for the network's output; the channel is the fastest index of a
+        token's values.
+        """
         (frames, rows, columns), (pf, ph, pw) = grid, self.patch
         x = tokens.unflatten(2, (pf, ph, pw, -1)).unflatten(1, grid)
         x = x.permute(0, 1, 4, 7, 2, 5, 3, 6)  # B, F, pf, C, rows, ph, columns, pw
         return x.reshape(tokens.shape[0], frames * pf, -1, rows * ph, columns * pw)
 
     def init_weights(self, generator: torch.Generator) -> None:
-        """Wan's own initialisation for training from nothing: Xavier projections, small embedders, a zero head."""
+        """Wan's own initialisation for training from nothing: Xavier projections, small embedders,
+        a zero head.
+        """
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)

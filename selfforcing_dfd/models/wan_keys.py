@@ -1,4 +1,5 @@
-"""Names of Wan's tensors: the original ones, diffusers' (which this package uses), and what wrappers make of them.
+"""Names of Wan's tensors: the original ones, diffusers' (which this package uses), and what
+wrappers make of them.
 
 Original Wan's norm3 is the affine norm before cross-attention; diffusers calls it norm2.
 """
@@ -37,11 +38,19 @@ BLOCK_MODULES = {
 """Modules with a weight and a bias: original Wan name -> diffusers name."""
 
 TO_DIFFUSERS_OUTER = {
-    **{f"{wan}.{kind}": f"{name}.{kind}" for wan, name in OUTER_MODULES.items() for kind in ("weight", "bias")},
+    **{
+        f"{wan}.{kind}": f"{name}.{kind}"
+        for wan, name in OUTER_MODULES.items()
+        for kind in ("weight", "bias")
+    },
     "head.modulation": "scale_shift_table",
 }
 TO_DIFFUSERS_BLOCK = {
-    **{f"{wan}.{kind}": f"{name}.{kind}" for wan, name in BLOCK_MODULES.items() for kind in ("weight", "bias")},
+    **{
+        f"{wan}.{kind}": f"{name}.{kind}"
+        for wan, name in BLOCK_MODULES.items()
+        for kind in ("weight", "bias")
+    },
     **{
         f"{wan}.norm_{part}.weight": f"{name}.norm_{part}.weight"
         for wan, name in (("self_attn", "attn1"), ("cross_attn", "attn2"))
@@ -68,7 +77,9 @@ class Extra(NamedTuple):
 EXTRAS = (
     Extra(
         "image-to-video",
-        re.compile(r"(^|\.)(img_emb|k_img|v_img|norm_k_img|image_embedder|add_[kv]_proj|norm_added_k)\."),
+        re.compile(
+            r"(^|\.)(img_emb|k_img|v_img|norm_k_img|image_embedder|add_[kv]_proj|norm_added_k)\."
+        ),
         "this is an image-to-video checkpoint, which is not supported; use a text-to-video one (Wan2.1 T2V)",
     ),
     Extra(
@@ -94,7 +105,9 @@ EXTRAS = (
     ),
     Extra(
         "quantised",
-        re.compile(r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|absmax|quant_map|quant_state)(\.|$)"),
+        re.compile(
+            r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|absmax|quant_map|quant_state)(\.|$)"
+        ),
         "these are quantised weights, which are not supported; use those in bfloat16, float16 or float32",
     ),
 )
@@ -127,7 +140,9 @@ def _renamed(key: str, outer: Mapping[str, str], block: Mapping[str, str]) -> st
 
 
 def layouts_in(keys: Iterable[str]) -> dict[Layout, list[str]]:
-    """The unwrapped keys that are original Wan's or diffusers' and not the other's; both lists may be empty."""
+    """The unwrapped keys that are original Wan's or diffusers' and not the other's; both lists may
+    be empty.
+    """
     found: dict[Layout, list[str]] = {"diffusers": [], "wan": []}
     for key in keys:
         is_wan, is_diffusers = to_diffusers(key) is not None, to_wan(key) is not None
@@ -162,9 +177,11 @@ ANCHORS = {
 
 
 def sizes_of(shapes: Mapping[str, Shape]) -> tuple[int, dict[str, int | tuple[int, int, int]]]:
-    """Width D, and all of WanTransformer's arguments but heads and eps, from shapes by diffusers name.
+    """Width D, and all of WanTransformer's arguments but heads and eps, from shapes by diffusers
+    name.
 
-    Raises KeyError for a tensor that they follow from and that is missing or has another number of dimensions.
+    Raises KeyError for a tensor that they follow from and that is missing or has another number of
+    dimensions.
     """
     for name, num_dimensions in ANCHORS.items():
         if len(shapes.get(name, ())) != num_dimensions:

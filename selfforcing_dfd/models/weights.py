@@ -1,13 +1,17 @@
-"""Wan's weights in every format that is in use, read strictly: nothing is guessed and no tensor is left out in silence.
+"""Wan's weights in every format that is in use, read strictly: nothing is guessed and no tensor is
+left out in silence.
 
-    load_transformer("Wan2.1-T2V-1.3B-Diffusers")              diffusers: a transformer's folder, or a pipeline's
+    load_transformer("Wan2.1-T2V-1.3B-Diffusers")              diffusers: a transformer's folder, or
+      a pipeline's
     load_transformer("Wan2.1-T2V-1.3B")                        original Wan
-    load_transformer("self_forcing_dmd.pt", entry="generator")  Self-Forcing, CausVid, Causal-Forcing, DFD
-    load_transformer("student.safetensors")                    one file, of ours or with names of either kind
+    load_transformer("self_forcing_dmd.pt", entry="generator")  Self-Forcing, CausVid,
+      Causal-Forcing, DFD
+    load_transformer("student.safetensors")                    one file, of ours or with names of
+      either kind
     load_transformer("checkpoints/student_update=000600")      a training checkpoint of ours
 
-Tensors are read one at a time into the memory that they stay in, so loading holds one copy. (A .pt file is mapped: its
-pages may show as memory too, but the system can drop them.)
+Tensors are read one at a time into the memory that they stay in, so loading holds one copy. (A .pt
+file is mapped: its pages may show as memory too, but the system can drop them.)
 """
 
 from __future__ import annotations
@@ -30,7 +34,9 @@ from selfforcing_dfd.models.weight_sources import read_weights as read_weights
 logger = logging.getLogger(__name__)
 
 HEAD_DIM, WAN_WIDTHS = 128, (1536, 3072, 5120)
-"""Every released Wan has heads of 128 values; widths of 1.3B, 5B and 14B. No tensor tells the number of heads."""
+"""Every released Wan has heads of 128 values; widths of 1.3B, 5B and 14B. No tensor tells the
+number of heads.
+"""
 NUM_SHOWN = 8
 
 
@@ -44,10 +50,12 @@ def load_transformer(
 ) -> WanTransformer:
     """A network of the size that the tensors have, with exactly these tensors.
 
-    dtype: None keeps each tensor's own. entry: see `read_weights`. head_dim: only for sources that do not tell the number
-    of heads and are no released size. Raises WeightsError.
+    dtype: None keeps each tensor's own. entry: see `read_weights`. head_dim: only for sources that
+    do not tell the number of heads and are no released size. Raises WeightsError.
     """
-    weights = source if isinstance(source, StoredWeights) else read_weights(source, entry, drop_gan_heads)
+    weights = (
+        source if isinstance(source, StoredWeights) else read_weights(source, entry, drop_gan_heads)
+    )
     network = meta_network(weights, head_dim)
     tensors = {name: tensor.read().to(device, dtype) for name, tensor in weights.tensors.items()}
     network.load_state_dict(tensors, strict=True, assign=True)
@@ -56,13 +64,18 @@ def load_transformer(
 
 
 def load_into(
-    network: WanTransformer, source: Path | str | StoredWeights, entry: str = "", drop_gan_heads: bool = False
+    network: WanTransformer,
+    source: Path | str | StoredWeights,
+    entry: str = "",
+    drop_gan_heads: bool = False,
 ) -> None:
     """Copy weights into a network, one tensor at a time, in its own dtypes and on its devices.
 
     Raises WeightsError, before anything is changed, unless every tensor fits and none is left over.
     """
-    weights = source if isinstance(source, StoredWeights) else read_weights(source, entry, drop_gan_heads)
+    weights = (
+        source if isinstance(source, StoredWeights) else read_weights(source, entry, drop_gan_heads)
+    )
     own = network.state_dict()
     _check_tensors(weights, {name: tuple(tensor.shape) for name, tensor in own.items()})
     _check_config(weights, {name: network.config[name] for name in SIZES})
@@ -76,7 +89,9 @@ def load_into(
 
 
 def stored_network(network: WanTransformer, role: Role = "unknown") -> StoredWeights:
-    """A network in memory as if it were stored, for the exporter; its config's own note of the role comes first."""
+    """A network in memory as if it were stored, for the exporter; its config's own note of the role
+    comes first.
+    """
     tensors = {name: stored(name, tensor) for name, tensor in network.state_dict().items()}
     config = {name: network.config[name] for name in SIZES}
     noted = role_of({CAUSAL: network.config.get(CAUSAL)})
@@ -86,16 +101,21 @@ def stored_network(network: WanTransformer, role: Role = "unknown") -> StoredWei
 
 
 def meta_network(weights: StoredWeights, head_dim: int = 0) -> WanTransformer:
-    """The network that weights are for, without memory. Raises WeightsError unless they are all of it and nothing else."""
+    """The network that weights are for, without memory. Raises WeightsError unless they are all of
+    it and nothing else.
+    """
     sizes = network_sizes(weights, head_dim)
     with torch.device("meta"):
         network = WanTransformer(**sizes)
-    _check_tensors(weights, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()})
+    _check_tensors(
+        weights, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    )
     return network
 
 
 def network_sizes(weights: StoredWeights, head_dim: int = 0) -> dict[str, Any]:
-    """WanTransformer's arguments: from the tensors' shapes, number of heads and eps from the config.
+    """WanTransformer's arguments: from the tensors' shapes, number of heads and eps from the
+    config.
 
     Raises WeightsError where the two disagree, or where nothing tells the number of heads.
     """
@@ -103,8 +123,12 @@ def network_sizes(weights: StoredWeights, head_dim: int = 0) -> dict[str, Any]:
         width, sizes = sizes_of(weights.shapes)
     except KeyError as error:
         name = error.args[0]
-        wrong = f"has shape {weights.tensors[name].shape}" if name in weights.tensors else "is missing"
-        raise WeightsError(f"{weights.source}: {_shown(weights, name)} {wrong}{_advice(weights)}") from error
+        wrong = (
+            f"has shape {weights.tensors[name].shape}" if name in weights.tensors else "is missing"
+        )
+        raise WeightsError(
+            f"{weights.source}: {_shown(weights, name)} {wrong}{_advice(weights)}"
+        ) from error
     if sizes["in_channels"] != sizes["out_channels"]:
         raise WeightsError(
             f"{weights.source} takes {sizes['in_channels']} channels and gives {sizes['out_channels']}: a checkpoint for "
@@ -113,7 +137,9 @@ def network_sizes(weights: StoredWeights, head_dim: int = 0) -> dict[str, Any]:
     per_head = weights.config.get("attention_head_dim") or head_dim
     if not per_head and width in WAN_WIDTHS:
         logger.info(
-            "%s does not tell its number of heads; taken as Wan's own, %d values each", weights.source, HEAD_DIM
+            "%s does not tell its number of heads; taken as Wan's own, %d values each",
+            weights.source,
+            HEAD_DIM,
         )
         per_head = HEAD_DIM
     if not per_head or width % per_head or (head_dim and head_dim != per_head):
@@ -131,7 +157,11 @@ def network_sizes(weights: StoredWeights, head_dim: int = 0) -> dict[str, Any]:
 def _check_config(weights: StoredWeights, sizes: Mapping[str, Any]) -> None:
     """Raise WeightsError where what the source tells is not what `sizes` are."""
     wanted = {**sizes, "patch_size": tuple(sizes["patch_size"])}
-    other = [f"{key} {value} instead of {wanted[key]}" for key, value in weights.config.items() if value != wanted[key]]
+    other = [
+        f"{key} {value} instead of {wanted[key]}"
+        for key, value in weights.config.items()
+        if value != wanted[key]
+    ]
     if other:
         raise WeightsError(
             f"{weights.source}: its config says {'; '.join(other)}; correct it, or use the config it belongs to"
@@ -139,10 +169,20 @@ def _check_config(weights: StoredWeights, sizes: Mapping[str, Any]) -> None:
 
 
 def _check_tensors(weights: StoredWeights, wanted: Mapping[str, Shape]) -> None:
-    """Raise WeightsError with what is missing, unknown or of another shape, in the source's own names."""
+    """Raise WeightsError with what is missing, unknown or of another shape, in the source's own
+    names.
+    """
     found = weights.shapes
-    missing = [f"{_shown(weights, name)} {list(wanted[name])} is missing" for name in wanted if name not in found]
-    unknown = [f"{tensor.key} is not known" for name, tensor in weights.tensors.items() if name not in wanted]
+    missing = [
+        f"{_shown(weights, name)} {list(wanted[name])} is missing"
+        for name in wanted
+        if name not in found
+    ]
+    unknown = [
+        f"{tensor.key} is not known"
+        for name, tensor in weights.tensors.items()
+        if name not in wanted
+    ]
     differing = [
         f"{weights.tensors[name].key} is {list(found[name])}, wanted {list(shape)}"
         for name, shape in wanted.items()
@@ -155,7 +195,9 @@ def _check_tensors(weights: StoredWeights, wanted: Mapping[str, Shape]) -> None:
     more = len(missing) + len(unknown) + len(differing) - len(lines)
     counts = f"{len(missing)} missing, {len(unknown)} unknown and {len(differing)} of another shape"
     shown = "".join(f"\n  {line}" for line in [*lines, *([f"and {more} more"] if more else [])])
-    raise WeightsError(f"{weights.source} does not fit: of {len(wanted)} tensors {counts}{_advice(weights)}{shown}")
+    raise WeightsError(
+        f"{weights.source} does not fit: of {len(wanted)} tensors {counts}{_advice(weights)}{shown}"
+    )
 
 
 def _advice(weights: StoredWeights) -> str:

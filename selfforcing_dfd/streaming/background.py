@@ -1,4 +1,6 @@
-"""Writing beside generating: encoding a chunk takes as long as a GPU needs for a part of the next one."""
+"""Writing beside generating: encoding a chunk takes as long as a GPU needs for a part of the next
+one.
+"""
 
 from __future__ import annotations
 
@@ -7,14 +9,17 @@ import threading
 
 from selfforcing_dfd.streaming.writers import Frames, Writer
 
-MAX_WAITING = 2  # chunks; more would only be memory: a writer that is slower than the stream stays so
+# chunks; more would only be memory: a writer that is slower than the stream stays so
+MAX_WAITING = 2
 
 
 class BackgroundWriter(Writer):
-    """Hands chunks to another writer in a thread of its own, in order. The stream waits where that falls behind.
+    """Hands chunks to another writer in a thread of its own, in order. The stream waits where that
+    falls behind.
 
-    An error of the other writer comes out of the next `write`, or of `close`, once; nothing is written after it. Closing waits
-    for what is left. Frames must not be changed once they are written.
+    An error of the other writer comes out of the next `write`, or of `close`, once; nothing is
+    written after it. Closing waits for what is left. Frames must not be changed once they are
+    written.
     """
 
     def __init__(self, writer: Writer, max_waiting: int = MAX_WAITING) -> None:
@@ -41,7 +46,8 @@ class BackgroundWriter(Writer):
     def _run(self) -> None:
         while (frames := self._waiting.get()) is not None:
             if self._broken:
-                continue  # what was already waiting is dropped, so that nobody waits for room for ever
+                # what was already waiting is dropped, so that nobody waits for room for ever
+                continue
             try:
                 self._writer.write(frames)
             except BaseException as error:

@@ -1,4 +1,6 @@
-"""A benchmark's result for people: one table of it, or two beside each other, and the machine it was measured on."""
+"""A benchmark's result for people: one table of it, or two beside each other, and the machine it
+was measured on.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ Number = float | None
 
 
 def environment(model: StreamModel, settings: StreamSettings, **choices: Any) -> dict[str, Any]:
-    """Machine, versions, and what the figures depend on. `choices`: what only the caller knows, such as the weights."""
+    """Machine, versions, and what the figures depend on. `choices`: what only the caller knows,
+    such as the weights.
+    """
     device, (height, width) = model.device, model.video_size
     on_gpu = device.type == "cuda"
     return {
@@ -58,16 +62,24 @@ def cpu_name() -> str:
 
 def gpu_facts(device: torch.device) -> str | None:
     """Driver, clock of the SMs and power limit, as nvidia-smi gives them; None without it."""
-    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.sm,power.limit", "--format=csv,noheader"]
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.sm,power.limit",
+        "--format=csv,noheader",
+    ]
     answer = output_of([*query, f"--id={device.index or 0}"])
     return answer or None
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, with a + where files differ from it; None outside of a repository."""
+    """The commit of the code that runs, with a + where files differ from it; None outside of a
+    repository.
+    """
     here = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
     commit = output_of([*here, "rev-parse", "--short", "HEAD"])
-    return f"{commit}{'+' if output_of([*here, 'status', '--porcelain']) else ''}" if commit else None
+    return (
+        f"{commit}{'+' if output_of([*here, 'status', '--porcelain']) else ''}" if commit else None
+    )
 
 
 def output_of(command: list[str]) -> str:
@@ -80,7 +92,9 @@ def output_of(command: list[str]) -> str:
 
 
 def rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
-    """Name, value and unit of what a table shows and a comparison compares. None is what was not measured."""
+    """Name, value and unit of what a table shows and a comparison compares. None is what was not
+    measured.
+    """
     for kind in ("cold", "warm"):
         yield f"time to first frame, {kind}", result[f"ttff_{kind}_ms"], "ms"
         split = result[f"ttff_split_{kind}_ms"]
@@ -99,7 +113,9 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
     yield "smallest start-up buffer", result["min_buffer_ms"], "ms"
     photon = result["prompt_to_photon_ms"] or {}
     yield from ((f"prompt to photon {key}", photon.get(key), "ms") for key in ("p50", "p95", "max"))
-    yield from ((f"peak memory, {k}", v / MEGABYTE, "MB") for k, v in result["peak_memory_bytes"].items())
+    yield from (
+        (f"peak memory, {k}", v / MEGABYTE, "MB") for k, v in result["peak_memory_bytes"].items()
+    )
     yield "memory growth per 1,000 chunks", result["mem_growth_mb_per_1k_chunks"], "MB"
     for name in ("syncs_per_chunk", "kernels_per_chunk", "cpu_launch_ms"):
         value = result[name]
@@ -121,7 +137,9 @@ def table(result: dict[str, Any]) -> str:
     """All that was measured, a line each, under what it was measured on."""
     lines = [*environment_lines(result), ""]
     lines += [
-        f"{name:<{WIDTH}} {shown(value):>12} {unit}".rstrip() for name, value, unit in rows(result) if value is not None
+        f"{name:<{WIDTH}} {shown(value):>12} {unit}".rstrip()
+        for name, value, unit in rows(result)
+        if value is not None
     ]
     ramp = "  ".join(f"{latency:.1f}" for latency in result["ramp_latency_ms"])
     lines += [f"chunk latency from chunk 0 on (ms): {ramp}"]
@@ -165,7 +183,9 @@ def shown(value: float) -> str:
 
 
 def comparison(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> str:
-    """Both results and the ratio of the second to the first; above them, what differs where they were measured."""
+    """Both results and the ratio of the second to the first; above them, what differs where they
+    were measured.
+    """
     others = {name: value for name, value, _ in rows(second)}
     lines = [f"first:  {names[0]}", f"second: {names[1]}", *differences(first, second), ""]
     lines += [f"{'':<{WIDTH}} {'first':>12} {'second':>12} {'ratio':>8}"]
@@ -174,7 +194,9 @@ def comparison(first: dict[str, Any], second: dict[str, Any], names: tuple[str, 
         if value is None or other is None:
             continue
         ratio = f"{other / value:.3f}" if value else "-"
-        lines.append(f"{name:<{WIDTH}} {shown(value):>12} {shown(other):>12} {ratio:>8} {unit}".rstrip())
+        lines.append(
+            f"{name:<{WIDTH}} {shown(value):>12} {shown(other):>12} {ratio:>8} {unit}".rstrip()
+        )
     return "\n".join(lines)
 
 
@@ -193,11 +215,15 @@ def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What `--out` wrote, or a saved terminal output whose last line is the result. Raises ValueError for anything else."""
+    """What `--out` wrote, or a saved terminal output whose last line is the result. Raises
+    ValueError for anything else.
+    """
     lines = path.read_text().strip().splitlines()
     try:
         result = json.loads(lines[-1])
         deque(rows(result), maxlen=0)
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} holds no benchmark result; want a file written with --out by this version") from error
+        raise ValueError(
+            f"{path} holds no benchmark result; want a file written with --out by this version"
+        ) from error
     return result

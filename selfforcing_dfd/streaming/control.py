@@ -1,4 +1,6 @@
-"""Live control of a running stream: lines of text, from stdin or a local socket, become commands for the next chunk."""
+"""Live control of a running stream: lines of text, from stdin or a local socket, become commands
+for the next chunk.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ FOREGROUND_POLL_S = 0.5
 
 
 class ControlError(ValueError):
-    """A line that is no command, or an address that cannot be listened on; the message says what to do."""
+    """A line that is no command, or an address that cannot be listened on; the message says what to
+    do.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +53,9 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Begin anew, with the seed that holds then; with the prompt too, where no schedule says which comes first."""
+    """Begin anew, with the seed that holds then; with the prompt too, where no schedule says which
+    comes first.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +78,12 @@ class Quit:
 
 
 Command = NewPrompt | Pause | Resume | Reset | Seed | Mode | Quit
-PLAIN: dict[str, Command] = {"/pause": Pause(), "/resume": Resume(), "/reset": Reset(), "/quit": Quit()}
+PLAIN: dict[str, Command] = {
+    "/pause": Pause(),
+    "/resume": Resume(),
+    "/reset": Reset(),
+    "/quit": Quit(),
+}
 
 
 def parse_command(line: str) -> Command:
@@ -84,22 +95,32 @@ def parse_command(line: str) -> Command:
     if word in PLAIN and not arguments:
         return PLAIN[word]
     if word == "/seed":
-        if len(arguments) != 1 or not re.fullmatch("[0-9]{1,19}", arguments[0]) or int(arguments[0]) > MAX_SEED:
-            raise ControlError(f"got {line[:60]!r}; write /seed N with a whole number from 0 to {MAX_SEED}")
+        if (
+            len(arguments) != 1
+            or not re.fullmatch("[0-9]{1,19}", arguments[0])
+            or int(arguments[0]) > MAX_SEED
+        ):
+            raise ControlError(
+                f"got {line[:60]!r}; write /seed N with a whole number from 0 to {MAX_SEED}"
+            )
         return Seed(int(arguments[0]))
     if word == "/mode":
         for mode in get_args(PromptMode):
             if arguments == [mode]:
                 return Mode(mode)
-        raise ControlError(f"got {line[:60]!r}; write /mode and one of {', '.join(get_args(PromptMode))}")
+        raise ControlError(
+            f"got {line[:60]!r}; write /mode and one of {', '.join(get_args(PromptMode))}"
+        )
     raise ControlError(f"got {line[:60]!r}; {HELP}")
 
 
 class Control:
-    """Commands on their way from any number of threads to the stream, which takes them between two chunks.
+    """Commands on their way from any number of threads to the stream, which takes them between two
+    chunks.
 
-    Commands keep their order. Only the newest prompt is kept, and it stands where it came. /quit drops all others. Of the
-    rest MAX_PENDING wait at most; further ones are refused, with an error to their sender. Memory is bounded.
+    Commands keep their order. Only the newest prompt is kept, and it stands where it came. /quit
+    drops all others. Of the rest MAX_PENDING wait at most; further ones are refused, with an error
+    to their sender. Memory is bounded.
     """
 
     def __init__(self) -> None:
@@ -107,7 +128,9 @@ class Control:
         self._lock = threading.Lock()
 
     def submit(self, line: str) -> str:
-        """Take one line; the reply is one line that begins with `ok` or `error`. A blank line does nothing."""
+        """Take one line; the reply is one line that begins with `ok` or `error`. A blank line does
+        nothing.
+        """
         line = line.strip()
         if not line:
             return "ok"
@@ -132,20 +155,28 @@ class Control:
             if isinstance(command, Quit):
                 self._pending.clear()
             elif isinstance(command, NewPrompt):
-                self._pending = deque(other for other in self._pending if not isinstance(other, NewPrompt))
+                self._pending = deque(
+                    other for other in self._pending if not isinstance(other, NewPrompt)
+                )
             elif sum(not isinstance(other, NewPrompt) for other in self._pending) >= MAX_PENDING:
-                raise ControlError(f"{MAX_PENDING} commands wait already; send it again after the next chunk")
+                raise ControlError(
+                    f"{MAX_PENDING} commands wait already; send it again after the next chunk"
+                )
             self._pending.append(command)
 
 
 class LineSplitter:
-    """Bytes into lines, in bounded memory: of a line over MAX_LINE_BYTES nothing is kept but that it was there."""
+    """Bytes into lines, in bounded memory: of a line over MAX_LINE_BYTES nothing is kept but that
+    it was there.
+    """
 
     def __init__(self) -> None:
         self._rest, self._is_skipping = b"", False
 
     def feed(self, data: bytes) -> Iterator[bytes | None]:
-        """The lines that end within `data`, without their ends; None stands for one that was too long."""
+        """The lines that end within `data`, without their ends; None stands for one that was too
+        long.
+        """
         *lines, rest = (self._rest + data).split(b"\n")
         self._rest = b""
         for line in lines:
@@ -170,11 +201,12 @@ class HasFileno(Protocol):
 
 
 class LineReader:
-    """Reads lines of a stream, such as stdin, in a daemon thread and submits them; replies go to a callback there.
+    """Reads lines of a stream, such as stdin, in a daemon thread and submits them; replies go to a
+    callback there.
 
-    Reads the file descriptor itself: a thread that waits inside `sys.stdin` would crash Python at its end. In a shell's
-    background a terminal is left alone, for reading it there would stop the process. The end of the stream ends the
-    thread and nothing else.
+    Reads the file descriptor itself: a thread that waits inside `sys.stdin` would crash Python at
+    its end. In a shell's background a terminal is left alone, for reading it there would stop the
+    process. The end of the stream ends the thread and nothing else.
     """
 
     def __init__(self, stream: HasFileno, control: Control, reply: Callable[[str], object]) -> None:
@@ -214,13 +246,14 @@ def in_background(descriptor: int) -> bool:
 
 
 class SocketControl:
-    """Listens on a Unix socket or a port of 127.0.0.1, in a daemon thread; each line is submitted and answered by a line.
+    """Listens on a Unix socket or a port of 127.0.0.1, in a daemon thread; each line is submitted
+    and answered by a line.
 
-    address: a path, or a port as number or digits (0: any free one; `address` then has it). The socket file is open to its
-    owner only. A port is open to every user and program of this machine, so a client that speaks HTTP, as a web page could
-    make a browser do, is sent away. MAX_CLIENTS at a time; one that does not read its replies waits by itself.
-    A line over MAX_LINE_BYTES is answered by an error and ends its connection.
-    Raises ControlError where one cannot listen.
+    address: a path, or a port as number or digits (0: any free one; `address` then has it). The
+    socket file is open to its owner only. A port is open to every user and program of this machine,
+    so a client that speaks HTTP, as a web page could make a browser do, is sent away. MAX_CLIENTS
+    at a time; one that does not read its replies waits by itself. A line over MAX_LINE_BYTES is
+    answered by an error and ends its connection. Raises ControlError where one cannot listen.
     """
 
     def __init__(self, address: str | int | Path, control: Control) -> None:
@@ -229,7 +262,9 @@ class SocketControl:
         try:
             self._socket = listen_unix(self._path) if self._path else listen_port(int(str(address)))
         except (OSError, OverflowError) as error:
-            raise ControlError(f"cannot listen on {address} ({error}); choose another path or port") from error
+            raise ControlError(
+                f"cannot listen on {address} ({error}); choose another path or port"
+            ) from error
         self.address: str | int = str(self._path) if self._path else self._socket.getsockname()[1]
         self._loop, self._is_closing = asyncio.new_event_loop(), asyncio.Event()
         self._thread = threading.Thread(target=self._run, name="control socket", daemon=True)
@@ -272,17 +307,22 @@ class SocketControl:
         try:
             with closing(writer):
                 if self._num_clients > MAX_CLIENTS:
-                    writer.write(f"error {MAX_CLIENTS} clients are connected; try again later\n".encode())
+                    writer.write(
+                        f"error {MAX_CLIENTS} clients are connected; try again later\n".encode()
+                    )
                 else:
                     await self._converse(reader, writer)
                 await writer.drain()
-        except (ConnectionError, asyncio.CancelledError):  # gone, or dropped by `close`, which Python 3.11 would report
+        # gone, or dropped by `close`, which Python 3.11 would report
+        except (ConnectionError, asyncio.CancelledError):
             return
         finally:
             self._num_clients -= 1
 
     async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer lines until the client leaves, or sends one that is too long: behind it a web page could hide others."""
+        """Answer lines until the client leaves, or sends one that is too long: behind it a web page
+        could hide others.
+        """
         splitter = LineSplitter()
         while True:
             data = await reader.read(MAX_LINE_BYTES)
@@ -304,7 +344,9 @@ def listen_port(port: int) -> socket.socket:
 
 
 def listen_unix(path: Path) -> socket.socket:
-    """A socket file for its owner only. One that nobody listens on any more is replaced; any other file stays."""
+    """A socket file for its owner only. One that nobody listens on any more is replaced; any other
+    file stays.
+    """
     if path.exists():
         if not stat.S_ISSOCK(path.stat().st_mode):
             raise FileExistsError("a file is there that is no socket")

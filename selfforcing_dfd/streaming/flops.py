@@ -1,7 +1,8 @@
-"""Floating-point operations of a chunk, worked out from sizes, and the share of a GPU's peak that they make (MFU).
+"""Floating-point operations of a chunk, worked out from sizes, and the share of a GPU's peak that
+they make (MFU).
 
-Matrix products, convolutions and attention only, two operations for each multiply-add; norms and rotations are not counted,
-nor are they what a peak is stated for.
+Matrix products, convolutions and attention only, two operations for each multiply-add; norms and
+rotations are not counted, nor are they what a peak is stated for.
 """
 
 from __future__ import annotations
@@ -40,19 +41,26 @@ BF16_PEAKS = (
     (r"RTX 4090", 165.2),
     (r"RTX 3090", 71.0),
 )
-"""TFLOP/s of dense bf16 matrix products with float32 sums, without sparsity, from NVIDIA's data sheets and white papers,
-by a part of the device's name; the first that fits. `H100` alone is the SXM board.
+"""TFLOP/s of dense bf16 matrix products with float32 sums, without sparsity, from NVIDIA's data
+sheets and white papers, by a part of the device's name; the first that fits. `H100` alone is the
+SXM board.
 """
 
 
 def peak_tflops(device_name: str) -> float | None:
-    """Dense bf16 peak of a GPU by its name as CUDA gives it; None for a device that the table does not know."""
-    fitting = (peak for pattern, peak in BF16_PEAKS if re.search(rf"\b(?:{pattern})\b", device_name))
+    """Dense bf16 peak of a GPU by its name as CUDA gives it; None for a device that the table does
+    not know.
+    """
+    fitting = (
+        peak for pattern, peak in BF16_PEAKS if re.search(rf"\b(?:{pattern})\b", device_name)
+    )
     return next(fitting, None)
 
 
 def device_peak(model: StreamModel) -> float | None:
-    """The peak that a model's GPU is known for, where the model computes in 16 bits; else None: no peak, no MFU."""
+    """The peak that a model's GPU is known for, where the model computes in 16 bits; else None: no
+    peak, no MFU.
+    """
     if model.device.type != "cuda" or model.dtype.itemsize != 2:
         return None
     return peak_tflops(torch.cuda.get_device_name(model.device))
@@ -60,7 +68,9 @@ def device_peak(model: StreamModel) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class ChunkFlops:
-    """Operations of one chunk. denoise: all steps of the ladder; commit: the pass that stores keys and values."""
+    """Operations of one chunk. denoise: all steps of the ladder; commit: the pass that stores keys
+    and values.
+    """
 
     denoise: int
     commit: int
@@ -75,7 +85,12 @@ class ChunkFlops:
         return self.dit + self.decode
 
     def as_dict(self) -> dict[str, int]:
-        return {"denoise": self.denoise, "commit": self.commit, "decode": self.decode, "total": self.total}
+        return {
+            "denoise": self.denoise,
+            "commit": self.commit,
+            "decode": self.decode,
+            "total": self.total,
+        }
 
 
 def chunk_flops(model: StreamModel, settings: StreamSettings, text_tokens: int) -> ChunkFlops:
@@ -87,9 +102,15 @@ def chunk_flops(model: StreamModel, settings: StreamSettings, text_tokens: int) 
 
 
 def forward_flops(
-    student: WanTransformer, frames: int, visible_frames: int, latent_size: tuple[int, int], text_tokens: int
+    student: WanTransformer,
+    frames: int,
+    visible_frames: int,
+    latent_size: tuple[int, int],
+    text_tokens: int,
 ) -> int:
-    """One call on `frames` latent frames that see `visible_frames`, themselves included; text and noise level prepared."""
+    """One call on `frames` latent frames that see `visible_frames`, themselves included; text and
+    noise level prepared.
+    """
     config, patch = student.config, student.patch
     dim = config["num_attention_heads"] * config["attention_head_dim"]
     tokens_per_frame = (latent_size[0] // patch[1]) * (latent_size[1] // patch[2])
@@ -124,14 +145,17 @@ def decode_flops(codec: StreamingCodec, latent_size: tuple[int, int], first: boo
         return 2 * math.prod(latent_size) * CHANNELS * (1 if first else TIME) * SPACE**2 * 3
     if isinstance(codec, WanCodec):
         return wan_decode_flops(codec.vae, latent_size, first)
-    raise ValueError(f"the FLOPs of a {type(codec).__name__} are not known; want a TinyCodec or a WanCodec")
+    raise ValueError(
+        f"the FLOPs of a {type(codec).__name__} are not known; want a TinyCodec or a WanCodec"
+    )
 
 
 def wan_decode_flops(vae: nn.Module, latent_size: tuple[int, int], first: bool = False) -> int:
-    """Every convolution of the Wan VAE's decoder at its resolution, from the shapes of its weights, and its attention.
+    """Every convolution of the Wan VAE's decoder at its resolution, from the shapes of its weights,
+    and its attention.
 
-    A causal convolution works on its halo of earlier frames too, but its result, which counts, is as long as its input.
-    The first latent frame skips the convolutions that double time.
+    A causal convolution works on its halo of earlier frames too, but its result, which counts, is
+    as long as its input. The first latent frame skips the convolutions that double time.
     """
     decoder, post_quant = vae.get_submodule("decoder"), vae.get_submodule("post_quant_conv")
     (rows, columns), frames = latent_size, 1
@@ -146,7 +170,11 @@ def wan_decode_flops(vae: nn.Module, latent_size: tuple[int, int], first: bool =
             if upsampler is None:
                 continue
             doubles = hasattr(upsampler, "time_conv") and not first
-            total += convolutions(upsampler.get_submodule("time_conv"), frames * rows * columns) if doubles else 0
+            total += (
+                convolutions(upsampler.get_submodule("time_conv"), frames * rows * columns)
+                if doubles
+                else 0
+            )
             frames, rows, columns = frames * (2 if doubles else 1), 2 * rows, 2 * columns
             total += convolutions(upsampler.get_submodule("resample"), frames * rows * columns)
     heads = (layer for name, layer in decoder.named_modules() if name.endswith("to_qkv"))

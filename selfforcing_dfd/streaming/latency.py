@@ -1,4 +1,6 @@
-"""Where the time of a chunk goes, without making the device wait: host clock on a CPU, events on a GPU."""
+"""Where the time of a chunk goes, without making the device wait: host clock on a CPU, events on a
+GPU.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +18,10 @@ Mark = float | torch.cuda.Event
 class Timings:
     """Milliseconds of one chunk.
 
-    total_ms: from the start of work on the chunk to its last video frame on the host. first_frame_ms: to its first one.
-    stages_ms: time on the device by stage, in order. `commit` is the commit pass of the chunk before, which belongs to no
-    one's latency on a GPU, where it runs while the host waits for frames.
+    total_ms: from the start of work on the chunk to its last video frame on the host.
+    first_frame_ms: to its first one. stages_ms: time on the device by stage, in order. `commit` is
+    the commit pass of the chunk before, which belongs to no one's latency on a GPU, where it runs
+    while the host waits for frames.
     """
 
     total_ms: float
@@ -28,7 +31,9 @@ class Timings:
 
 @dataclass(slots=True)
 class StageClock:
-    """Times stages that are entered one after the other. Marks on a GPU are read when they have passed."""
+    """Times stages that are entered one after the other. Marks on a GPU are read when they have
+    passed.
+    """
 
     device: torch.device
     _open: list[tuple[str, Mark, Mark]] = field(default_factory=list)
@@ -48,7 +53,9 @@ class StageClock:
         self._open.append((name, start, self.now()))
 
     def take(self) -> dict[str, float]:
-        """Milliseconds by stage of what has finished since the last call; the rest is left for the next."""
+        """Milliseconds by stage of what has finished since the last call; the rest is left for the
+        next.
+        """
         finished = [entry for entry in self._open if has_passed(entry[2])]
         self._open = [entry for entry in self._open if entry not in finished]
         totals: dict[str, float] = {}

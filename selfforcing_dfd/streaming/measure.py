@@ -1,8 +1,9 @@
 """Runs a stream and times it. What is measured, in which order, and what each figure means.
 
-A frame is ready when it is uint8 in host memory. Times between frames are the host's clock; times on the device are events on
-its own queue, so nothing waits for the sake of being measured. Statistics are of the steady state: chunks that see a full
-window and sink, after a first run has gone through every shape. That ramp is reported beside them.
+A frame is ready when it is uint8 in host memory. Times between frames are the host's clock; times
+on the device are events on its own queue, so nothing waits for the sake of being measured.
+Statistics are of the steady state: chunks that see a full window and sink, after a first run has
+gone through every shape. That ramp is reported beside them.
 """
 
 from __future__ import annotations
@@ -29,17 +30,25 @@ from selfforcing_dfd.streaming.flops import ChunkFlops, chunk_flops, utilisation
 from selfforcing_dfd.streaming.latency import StageClock
 from selfforcing_dfd.streaming.naive import compare_with_naive
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
-from selfforcing_dfd.streaming.statistics import Recording, first_frames, stage_breakdown, steady_state, summary
+from selfforcing_dfd.streaming.statistics import (
+    Recording,
+    first_frames,
+    stage_breakdown,
+    steady_state,
+    summary,
+)
 
 NOT_APPLICABLE = "not applicable"
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured. num_chunks: of the steady state; 200 and more for a p99 that means something.
+    """How much is measured. num_chunks: of the steady state; 200 and more for a p99 that means
+    something.
 
-    num_warmup: chunks of the first run, at least one more than the ramp; num_restarts: new streams for the warm time to the
-    first frame; num_checked: chunks that are watched for device syncs and kernels, apart from the timing.
+    num_warmup: chunks of the first run, at least one more than the ramp; num_restarts: new streams
+    for the warm time to the first frame; num_checked: chunks that are watched for device syncs and
+    kernels, apart from the timing.
     """
 
     num_chunks: int = 300
@@ -139,7 +148,9 @@ class NoCodec:
 
 @contextmanager
 def timed_calls(student: nn.Module, clock: StageClock, ladder: Ladder) -> Iterator[None]:
-    """Each call of the student is a stage while this lasts: `dit_step_1` and so on, `commit_pass`, or `merged_step`."""
+    """Each call of the student is a stage while this lasts: `dit_step_1` and so on, `commit_pass`,
+    or `merged_step`.
+    """
     running: list[AbstractContextManager[None]] = []
 
     def begin(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -173,7 +184,8 @@ class Bench:
     settings: StreamSettings
     prompts: tuple[str, str]
     plan: Plan
-    clocks: tuple[StageClock, StageClock] = field(init=False)  # of the student's device, of the codec's
+    # of the student's device, of the codec's
+    clocks: tuple[StageClock, StageClock] = field(init=False)
 
     def __post_init__(self) -> None:
         decode_device = self.model.decode_device or self.model.device
@@ -209,7 +221,11 @@ class Bench:
             "vae": stages.get("vae_first", 0.0),
         }
         split["copy_and_rest"] = total - sum(split.values())
-        return {"ttff_ms": total, "ttfc_ms": before_ms + chunk.timings.total_ms, "ttff_split_ms": split}
+        return {
+            "ttff_ms": total,
+            "ttfc_ms": before_ms + chunk.timings.total_ms,
+            "ttff_split_ms": split,
+        }
 
     def run(self, session: StreamSession, num_chunks: int) -> Recording:
         """The next chunks of a session, all counted as steady but those of its ramp."""
@@ -218,17 +234,26 @@ class Bench:
             chunk = session.next_chunk()
             ready = time.perf_counter()
             memory = memory_now(self.model.device)
-            recording.add(ready, chunk.timings.total_ms, chunk.timings.first_frame_ms, chunk.frames.shape[0], memory)
+            recording.add(
+                ready,
+                chunk.timings.total_ms,
+                chunk.timings.first_frame_ms,
+                chunk.frames.shape[0],
+                memory,
+            )
             recording.add_stages(chunk.timings.stages_ms | self._take())
         return recording
 
     def prompt_to_photon_ms(self, session: StreamSession) -> list[float]:
-        """From the wish for another prompt, at a random moment of a chunk, to the first frame made under it.
+        """From the wish for another prompt, at a random moment of a chunk, to the first frame made
+        under it.
 
-        Prompts change at chunk boundaries: the wish waits for the rest of its chunk, then comes what `set_prompt` and the next
-        chunk take to their first frame.
+        Prompts change at chunk boundaries: the wish waits for the rest of its chunk, then comes
+        what `set_prompt` and the next chunk take to their first frame.
         """
-        phases = rng.uniform((self.plan.num_prompt_trials,), self.settings.seed, "moment of a wish").tolist()
+        phases = rng.uniform(
+            (self.plan.num_prompt_trials,), self.settings.seed, "moment of a wish"
+        ).tolist()
         waits = []
         for trial, phase in enumerate(phases):
             begun = time.perf_counter()
@@ -244,11 +269,14 @@ class Bench:
         return one | other
 
 
-def measure(model: StreamModel, settings: StreamSettings, prompts: tuple[str, str], plan: Plan) -> dict[str, Any]:
-    """Everything in section 5.1 of the specification, as plain numbers for JSON; None is what was not measured.
+def measure(
+    model: StreamModel, settings: StreamSettings, prompts: tuple[str, str], plan: Plan
+) -> dict[str, Any]:
+    """Everything in section 5.1 of the specification, as plain numbers for JSON; None is what was
+    not measured.
 
-    Takes the memory's peak from here on: weights, but not what loading them needed. Call it once in a fresh process for a cold
-    start that is one.
+    Takes the memory's peak from here on: weights, but not what loading them needed. Call it once in
+    a fresh process for a cold start that is one.
     """
     device, used_before = model.device, device_used(model.device)
     if device.type == "cuda":
@@ -268,7 +296,9 @@ def measure(model: StreamModel, settings: StreamSettings, prompts: tuple[str, st
         "num_steady_chunks": plan.num_chunks,
         **first_frames(cold, warm),
         **steady_state(recording, plan.playback_fps, plan.buffer_chunks),
-        "prompt_to_photon_ms": {"trials": len(waits), "mode": settings.on_prompt, **summary(waits)} if waits else None,
+        "prompt_to_photon_ms": {"trials": len(waits), "mode": settings.on_prompt, **summary(waits)}
+        if waits
+        else None,
         "peak_memory_bytes": peak_memory(device, used_before),
         **checks,
         **work_done(recording, flops, plan),
@@ -279,7 +309,9 @@ def measure(model: StreamModel, settings: StreamSettings, prompts: tuple[str, st
 
 
 def work_done(recording: Recording, flops: ChunkFlops, plan: Plan) -> dict[str, Any]:
-    """Operations of a steady chunk and the rates they are done at: against the wall clock, and by stage."""
+    """Operations of a steady chunk and the rates they are done at: against the wall clock, and by
+    stage.
+    """
     num_chunks, stages = len(recording.intervals_ms), recording.stages_ms
     dit_ms = (stages.get("denoise", 0.0) + stages.get("commit", 0.0)) / num_chunks
     vae_ms = (stages.get("vae", 0.0) + stages.get("vae_first", 0.0)) / num_chunks
@@ -289,7 +321,9 @@ def work_done(recording: Recording, flops: ChunkFlops, plan: Plan) -> dict[str, 
         "flops_per_chunk": flops.as_dict(),
         "peak_tflops": plan.peak_tflops,
         "utilisation": {
-            "chunk": utilisation(flops.total, 1000 * recording.wall_s / num_chunks, plan.peak_tflops),
+            "chunk": utilisation(
+                flops.total, 1000 * recording.wall_s / num_chunks, plan.peak_tflops
+            ),
             "dit": utilisation(flops.dit, dit_ms, plan.peak_tflops),
             "vae": utilisation(flops.decode, vae_ms, plan.peak_tflops),
         },
@@ -297,13 +331,22 @@ def work_done(recording: Recording, flops: ChunkFlops, plan: Plan) -> dict[str, 
 
 
 def separate_runs(
-    model: StreamModel, settings: StreamSettings, prompts: tuple[str, str], plan: Plan, recording: Recording
+    model: StreamModel,
+    settings: StreamSettings,
+    prompts: tuple[str, str],
+    plan: Plan,
+    recording: Recording,
 ) -> dict[str, Any]:
-    """What is measured only where it is asked for: a stream that decodes nothing, and the naive cache in turn with ours.
+    """What is measured only where it is asked for: a stream that decodes nothing, and the naive
+    cache in turn with ours.
 
     decode_exposed_ms: by how much the time between chunks shrinks where nothing is decoded.
     """
-    results: dict[str, Any] = {"dit_only_pass_fps": None, "decode_exposed_ms": None, "baseline_naive": None}
+    results: dict[str, Any] = {
+        "dit_only_pass_fps": None,
+        "decode_exposed_ms": None,
+        "baseline_naive": None,
+    }
     if plan.dit_only:
         bare = Bench(replace(model, codec=NoCodec(model.codec)), settings, prompts, plan)
         alone = bare.run(bare.start()[0], plan.num_chunks)
@@ -315,9 +358,13 @@ def separate_runs(
 
 
 def watched_chunks(session: StreamSession, num_chunks: int) -> dict[str, Any]:
-    """Per chunk: waits for the device, kernels, and the host's time in launching them; apart from the timed chunks."""
+    """Per chunk: waits for the device, kernels, and the host's time in launching them; apart from
+    the timed chunks.
+    """
     if session.model.device.type != "cuda":
-        return dict.fromkeys(("syncs_per_chunk", "kernels_per_chunk", "cpu_launch_ms"), NOT_APPLICABLE)
+        return dict.fromkeys(
+            ("syncs_per_chunk", "kernels_per_chunk", "cpu_launch_ms"), NOT_APPLICABLE
+        )
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("warn")
     try:
@@ -335,26 +382,38 @@ def watched_chunks(session: StreamSession, num_chunks: int) -> dict[str, Any]:
     launches = [event for event in events if "LaunchKernel" in event.key]
     return {
         "syncs_per_chunk": num_syncs / num_chunks,
-        "kernels_per_chunk": sum(event.count for event in events if event.device_type == DeviceType.CUDA),
+        "kernels_per_chunk": sum(
+            event.count for event in events if event.device_type == DeviceType.CUDA
+        ),
         "cpu_launch_ms": sum(event.self_cpu_time_total for event in launches) / 1000,
     }
 
 
 def memory_now(device: torch.device) -> int:
-    """Bytes in use: allocated on a GPU, resident on a CPU (on systems without /proc its peak). Nobody waits."""
+    """Bytes in use: allocated on a GPU, resident on a CPU (on systems without /proc its peak).
+    Nobody waits.
+    """
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     pages = Path("/proc/self/statm")
-    return int(pages.read_text().split()[1]) * resource.getpagesize() if pages.exists() else resident_peak()
+    return (
+        int(pages.read_text().split()[1]) * resource.getpagesize()
+        if pages.exists()
+        else resident_peak()
+    )
 
 
 def resident_peak() -> int:
     """Most bytes that this process has had in memory, loading included; the unit is the system's."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
+        1 if sys.platform == "darwin" else 1024
+    )
 
 
 def peak_memory(device: torch.device, used_before: int) -> dict[str, int]:
-    """Bytes. device_used_growth is all that the device has given to anybody since the measurement began."""
+    """Bytes. device_used_growth is all that the device has given to anybody since the measurement
+    began.
+    """
     if device.type != "cuda":
         return {"resident": resident_peak()}
     return {

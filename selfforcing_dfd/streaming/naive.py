@@ -1,8 +1,10 @@
-"""What a stream costs with a plain cache: the benchmark's baseline. The same network, noise and video as `StreamSession`.
+"""What a stream costs with a plain cache: the benchmark's baseline. The same network, noise and
+video as `StreamSession`.
 
-The cache does what public streaming code does (survey of nine projects): past and present are concatenated in every layer of
-every call, keys are kept as they were before rotation and the whole window is rotated each time through a complex128 table,
-the text's keys and values are worked out in each call, and forgetting is slicing and cloning. Nothing is compiled.
+The cache does what public streaming code does (survey of nine projects): past and present are
+concatenated in every layer of every call, keys are kept as they were before rotation and the whole
+window is rotated each time through a complex128 table, the text's keys and values are worked out in
+each call, and forgetting is slicing and cloning. Nothing is compiled.
 """
 
 from __future__ import annotations
@@ -26,7 +28,12 @@ from selfforcing_dfd.network import Conditioning, NetworkOutput, Past
 from selfforcing_dfd.rollout import commit_chunk, denoise_chunk
 from selfforcing_dfd.streaming.latency import Timings
 from selfforcing_dfd.streaming.output import FrameCopy
-from selfforcing_dfd.streaming.session import StreamChunk, StreamModel, StreamSession, StreamSettings
+from selfforcing_dfd.streaming.session import (
+    StreamChunk,
+    StreamModel,
+    StreamSession,
+    StreamSettings,
+)
 from selfforcing_dfd.streaming.statistics import percentile
 
 TABLE_ROWS = 1024  # positions, as in the public code; the window never reaches that far
@@ -36,7 +43,9 @@ COSTS = ("concatenate", "rotate", "text", "forget")
 PRODUCTS = re.compile(
     r"aten::(addmm|mm|bmm|baddbmm|\w*conv\w*|_scaled_dot_product\w*|_\w*_attention_forward)|flash_attn\w*::\w+"
 )
-"""Operators that do the matrix products, convolutions and attention; their own time, without what they call."""
+"""Operators that do the matrix products, convolutions and attention; their own time, without what
+they call.
+"""
 
 
 def rotary_table(head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
@@ -46,8 +55,12 @@ def rotary_table(head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
     return tuple(torch.polar(torch.ones_like(angle), angle) for angle in angles)
 
 
-def rotate_by_table(x: Tensor, table: tuple[Tensor, ...], grid: tuple[int, int], start_frame: int) -> Tensor:
-    """x [B, frames * rows * columns, heads, head_dim] at latent frames from `start_frame` on; grid: rows, columns."""
+def rotate_by_table(
+    x: Tensor, table: tuple[Tensor, ...], grid: tuple[int, int], start_frame: int
+) -> Tensor:
+    """x [B, frames * rows * columns, heads, head_dim] at latent frames from `start_frame` on; grid:
+    rows, columns.
+    """
     rows, columns = grid
     frames, (time, row, column) = x.shape[1] // (rows * columns), table
     size = (frames, rows, columns, -1)
@@ -65,7 +78,8 @@ def rotate_by_table(x: Tensor, table: tuple[Tensor, ...], grid: tuple[int, int],
 class NaivePast:
     """Sink and history as keys before rotation, with their values, and the table to rotate them by."""
 
-    layers: tuple[tuple[Tensor, Tensor], ...]  # [B, frames * tokens, heads, head_dim], the oldest first
+    # [B, frames * tokens, heads, head_dim], the oldest first
+    layers: tuple[tuple[Tensor, Tensor], ...]
     table: tuple[Tensor, ...]
     grid: tuple[int, int]
     next_frame = 0  # nothing is rotated before it comes here
@@ -78,13 +92,17 @@ class NaivePast:
             keys, values = (torch.cat(part, dim=1) for part in parts)
         with record_function("rotate"):
             before = (keys.shape[1] - q.shape[1]) // (self.grid[0] * self.grid[1])
-            q, keys = (rotate_by_table(x, self.table, self.grid, at) for x, at in ((q, before), (keys, 0)))
+            q, keys = (
+                rotate_by_table(x, self.table, self.grid, at) for x, at in ((q, before), (keys, 0))
+            )
         return attention(q, keys, values)
 
 
 @dataclass(slots=True)
 class NaiveCache:
-    """Keys and values as lists that grow by concatenation and are cut and cloned when they are too long."""
+    """Keys and values as lists that grow by concatenation and are cut and cloned when they are too
+    long.
+    """
 
     table: tuple[Tensor, ...]
     grid: tuple[int, int]
@@ -96,11 +114,16 @@ class NaiveCache:
         return NaivePast(self._layers, self.table, self.grid)
 
     def append(self, kv: ChunkKV) -> None:
-        """Remember keys before rotation, and of the window what a next chunk of the same size will see."""
+        """Remember keys before rotation, and of the window what a next chunk of the same size will
+        see.
+        """
         old = self._layers or tuple((k[:, :0], v[:, :0]) for k, v in kv.layers)
         with record_function("forget"):
             self._layers = tuple(
-                (self._cut(torch.cat([old_k, k], dim=1), kv.frames), self._cut(torch.cat([old_v, v], dim=1), kv.frames))
+                (
+                    self._cut(torch.cat([old_k, k], dim=1), kv.frames),
+                    self._cut(torch.cat([old_v, v], dim=1), kv.frames),
+                )
                 for (old_k, old_v), (k, v) in zip(old, kv.layers, strict=True)
             )
 
@@ -119,7 +142,11 @@ class NaiveNetwork:
     network: WanTransformer
 
     def __call__(
-        self, x_t: Tensor, sigma: Tensor | float, conditioning: Conditioning, context: Past | None = None
+        self,
+        x_t: Tensor,
+        sigma: Tensor | float,
+        conditioning: Conditioning,
+        context: Past | None = None,
     ) -> NetworkOutput:
         assert context is not None
         network = self.network
@@ -133,7 +160,8 @@ class NaiveNetwork:
             q, k, v = unrotated(block, tokens, shift1, scale1)
             attended = context.attend(block.attend, layer, q, k, v)
             values = (gate1, shift2, scale2, gate2, *text[layer])
-            tokens = WanBlock.after_attention(block, tokens, attended, *values)  # of the class: not what was compiled
+            # of the class: not what was compiled
+            tokens = WanBlock.after_attention(block, tokens, attended, *values)
             layers.append((k, v))
         shift, scale = level.head
         tokens = modulate(network.norm_out(tokens), scale, shift).type_as(tokens)
@@ -141,16 +169,20 @@ class NaiveNetwork:
         return NetworkOutput(flow, ChunkKV(x_t.shape[1], tuple(layers)))
 
 
-def unrotated(block: WanBlock, x: Tensor, shift: Tensor, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def unrotated(
+    block: WanBlock, x: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Queries, keys and values of self-attention, each [B, tokens, heads, head_dim]."""
     normed = modulate(block.norm1(x), scale, shift).type_as(x)
     return block.attn1.queries(normed), *block.attn1.keys_values(normed)
 
 
 class NaiveSession:
-    """`StreamSession` on the naive cache: one prompt, no context, the same order of work in each chunk.
+    """`StreamSession` on the naive cache: one prompt, no context, the same order of work in each
+    chunk.
 
-    Raises ValueError for an absolute sink, which this cache, that counts positions anew each time, cannot place.
+    Raises ValueError for an absolute sink, which this cache, that counts positions anew each time,
+    cannot place.
     """
 
     def __init__(self, model: StreamModel, prompt: str, settings: StreamSettings) -> None:
@@ -161,7 +193,10 @@ class NaiveSession:
             )
         student, (rows, columns) = model.student, model.latent_size
         self.model, self.settings, self.chunk_index = model, settings, 0
-        self._network, grid = NaiveNetwork(student), (rows // student.patch[1], columns // student.patch[2])
+        self._network, grid = (
+            NaiveNetwork(student),
+            (rows // student.patch[1], columns // student.patch[2]),
+        )
         table = rotary_table(student.head_dim, model.device)
         self._cache = NaiveCache(table, grid, settings.sink_frames, settings.window_frames)
         self._conditioning = Conditioning(model.text.encode([prompt]).to(model.device, model.dtype))
@@ -174,7 +209,9 @@ class NaiveSession:
         if self.chunk_index:
             commit_chunk(self._network, self.latents, self._conditioning, self._cache)
         past = self._cache.read(self.model.chunk_frames)
-        x0, _ = denoise_chunk(self._network, self._noise(), self._conditioning, past, self.model.ladder)
+        x0, _ = denoise_chunk(
+            self._network, self._noise(), self._conditioning, past, self.model.ladder
+        )
         copy, latents = FrameCopy(), x0.to(self.model.decode_device or x0.device)
         for frame in range(latents.shape[1]):
             copy.add(self._decoder.decode(latents[:, frame : frame + 1])[0])
@@ -194,13 +231,18 @@ class NaiveSession:
         return torch.stack(draws).to(model.device)
 
 
-def compare_with_naive(model: StreamModel, prompt: str, settings: StreamSettings, num_chunks: int) -> dict[str, Any]:
-    """Both caches in one run, chunk by chunk in turn, once window and sink are full: medians, their ratio, and its limits.
+def compare_with_naive(
+    model: StreamModel, prompt: str, settings: StreamSettings, num_chunks: int
+) -> dict[str, Any]:
+    """Both caches in one run, chunk by chunk in turn, once window and sink are full: medians, their
+    ratio, and its limits.
 
-    matrix_products_ms: what a profiler finds of them in a chunk of ours; both need it. least_possible_ratio is that over the
-    naive median: no cache could fall below. naive_costs_ms: time in the naive cache's own work, as its share of the profiled
-    time, which a profiler makes longer where operators are small, of the median; ratio_without_naive_costs is what would be
-    left without any of it. A ring does not reach that either: it must still turn and store the chunk at hand.
+    matrix_products_ms: what a profiler finds of them in a chunk of ours; both need it.
+    least_possible_ratio is that over the naive median: no cache could fall below. naive_costs_ms:
+    time in the naive cache's own work, as its share of the profiled time, which a profiler makes
+    longer where operators are small, of the median; ratio_without_naive_costs is what would be left
+    without any of it. A ring does not reach that either: it must still turn and store the chunk at
+    hand.
     """
     ours, naive = StreamSession(model, prompt, settings), NaiveSession(model, prompt, settings)
     for _ in range(ours.visible_frames // model.chunk_frames + 1):
@@ -209,7 +251,8 @@ def compare_with_naive(model: StreamModel, prompt: str, settings: StreamSettings
     samples: tuple[list[float], list[float]] = ([], [])
     for i in range(num_chunks):
         turns = [(samples[0], ours.next_chunk), (samples[1], naive.next_chunk)]
-        for sink, work in turns if i % 2 else reversed(turns):  # what one leaves warm or hot falls on either alike
+        # what one leaves warm or hot falls on either alike
+        for sink, work in turns if i % 2 else reversed(turns):
             sink.append(wall_ms(work, model.device))
     ours_ms, naive_ms = (percentile(times, 50) for times in samples)
     num_profiled = max(1, min(3, num_chunks // 10))
@@ -240,9 +283,14 @@ def wall_ms(work: Callable[[], object], device: torch.device) -> float:
 
 
 def profiled_ms(
-    work: Callable[[], object], device: torch.device, num_calls: int, wanted: Callable[[str], object]
+    work: Callable[[], object],
+    device: torch.device,
+    num_calls: int,
+    wanted: Callable[[str], object],
 ) -> tuple[dict[str, float], float]:
-    """Milliseconds a call by operator, or by range with all that runs in it, of the names that are wanted; and of all."""
+    """Milliseconds a call by operator, or by range with all that runs in it, of the names that are
+    wanted; and of all.
+    """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]
     with profile(activities=activities) as result:

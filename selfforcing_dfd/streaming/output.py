@@ -16,10 +16,11 @@ def to_uint8(video: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class FrameCopy:
-    """The frames of one chunk on their way to the host; a GPU copies each piece while the next is being decoded.
+    """The frames of one chunk on their way to the host; a GPU copies each piece while the next is
+    being decoded.
 
-    Pinned memory comes from torch's pool, which takes it back when the caller drops the frames: no buffer that a later
-    chunk would overwrite, and no allocation once the pool has seen two chunks.
+    Pinned memory comes from torch's pool, which takes it back when the caller drops the frames: no
+    buffer that a later chunk would overwrite, and no allocation once the pool has seen two chunks.
     """
 
     _parts: list[Tensor] = field(default_factory=list)

@@ -1,9 +1,10 @@
 """The past of a stream in one allocation: [sink slots | ring of slots], a slot for each chunk.
 
-Unmasked attention does not ask in which order keys lie, so forgetting the oldest chunk is nothing but writing the newest
-one over it. Nothing is copied, concatenated or moved once the ring is full, and no number is read back from the device:
-what is where is a few Python integers. (Design: keys stay rotated at the position they were written for, and only
-slots whose position changes, the sink's as a rule, are turned again, once a chunk, always from the keys as committed.)
+Unmasked attention does not ask in which order keys lie, so forgetting the oldest chunk is nothing
+but writing the newest one over it. Nothing is copied, concatenated or moved once the ring is full,
+and no number is read back from the device: what is where is a few Python integers. (Design: keys
+stay rotated at the position they were written for, and only slots whose position changes, the
+sink's as a rule, are turned again, once a chunk, always from the keys as committed.)
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from selfforcing_dfd.cache import Attention, ChunkKV
 from selfforcing_dfd.models.rope import axis_dims, axis_frequencies, rotary_tables, rotate
 
 Positions = Literal["absolute", "sink_relative", "window_relative"]
-"""absolute: every latent frame keeps its index, so the sink recedes for ever (what Self-Forcing does). sink_relative: the
-sink is moved along, to stand just before the window. window_relative: sink and window count from 0 at each chunk; the
-same distances as sink_relative, with everything turned anew each time: the slow reference.
+"""absolute: every latent frame keeps its index, so the sink recedes for ever (what Self-Forcing
+does). sink_relative: the sink is moved along, to stand just before the window. window_relative:
+sink and window count from 0 at each chunk; the same distances as sink_relative, with everything
+turned anew each time: the slow reference.
 """
 
 
@@ -36,7 +38,13 @@ class KVShape:
 
     def tensor(self, frames: int, head_dim: int | None = None) -> tuple[int, ...]:
         """[layers, batch, frames * tokens, heads, head_dim]."""
-        return (self.num_layers, self.batch, frames * self.tokens, self.heads, head_dim or self.head_dim)
+        return (
+            self.num_layers,
+            self.batch,
+            frames * self.tokens,
+            self.heads,
+            head_dim or self.head_dim,
+        )
 
 
 @dataclass(slots=True)
@@ -52,7 +60,9 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class RingContext:
-    """What one chunk sees of the ring, its own slot included. Attention writes the chunk's keys and values there."""
+    """What one chunk sees of the ring, its own slot included. Attention writes the chunk's keys and
+    values there.
+    """
 
     keys: Tensor  # [layers, B, K * tokens, heads, head_dim]
     values: Tensor
@@ -83,9 +93,10 @@ class RingState:
 class RingCache:
     """`cache.KVCache` for an endless stream: the same answers from memory that is allocated once.
 
-    sink_frames: the first latent frames, kept for ever. window_frames: history and the current chunk, the sink not counted;
-    K, what a chunk sees, is their sum. Both must be multiples of chunk_frames (latent frames); only the first chunk of a
-    stream may be shorter. Raises ValueError for other sizes.
+    sink_frames: the first latent frames, kept for ever. window_frames: history and the current
+    chunk, the sink not counted; K, what a chunk sees, is their sum. Both must be multiples of
+    chunk_frames (latent frames); only the first chunk of a stream may be shorter. Raises ValueError
+    for other sizes.
     """
 
     shape: KVShape
@@ -97,7 +108,8 @@ class RingCache:
     device: torch.device | str = "cpu"
     keys: Tensor = field(init=False)
     values: Tensor = field(init=False)
-    home_keys: Tensor = field(init=False)  # time part of the keys as they were committed, of slots that may be turned
+    # time part of the keys as they were committed, of slots that may be turned
+    home_keys: Tensor = field(init=False)
     next_frame: int = field(init=False, default=0)
     _kept: list[Slot] = field(init=False, default_factory=list)
     _recent: list[Slot] = field(init=False, default_factory=list)
@@ -106,7 +118,11 @@ class RingCache:
 
     def __post_init__(self) -> None:
         self._check()
-        movable = {"absolute": 0, "sink_relative": self.sink_frames, "window_relative": self.num_frames}[self.positions]
+        movable = {
+            "absolute": 0,
+            "sink_relative": self.sink_frames,
+            "window_relative": self.num_frames,
+        }[self.positions]
         whole, part = self.shape.tensor(self.num_frames), self.shape.tensor(movable, self.time_dim)
         self.keys, self.values, self.home_keys = (
             torch.zeros(size, dtype=self.dtype, device=self.device) for size in (whole, whole, part)
@@ -114,8 +130,13 @@ class RingCache:
 
     def _check(self) -> None:
         if self.positions not in get_args(Positions):
-            raise ValueError(f"positions is {self.positions!r}; use one of {', '.join(get_args(Positions))}")
-        for name, frames in (("sink_frames", self.sink_frames), ("window_frames", self.window_frames)):
+            raise ValueError(
+                f"positions is {self.positions!r}; use one of {', '.join(get_args(Positions))}"
+            )
+        for name, frames in (
+            ("sink_frames", self.sink_frames),
+            ("window_frames", self.window_frames),
+        ):
             if frames < 0 or frames % self.chunk_frames:
                 below = max(frames, 0) // self.chunk_frames * self.chunk_frames
                 raise ValueError(
@@ -123,7 +144,9 @@ class RingCache:
                     f"use {below} or {below + self.chunk_frames}"
                 )
         if not self.window_frames:
-            raise ValueError(f"window_frames is 0; it counts the current chunk, so at least {self.chunk_frames}")
+            raise ValueError(
+                f"window_frames is 0; it counts the current chunk, so at least {self.chunk_frames}"
+            )
 
     @property
     def num_frames(self) -> int:
@@ -145,7 +168,8 @@ class RingCache:
         return tuple(slot.start for slot in self._past())
 
     def read(self, next_frames: int = 0) -> RingContext:
-        """What a chunk of `next_frames` latent frames sees: its slot chosen, the sink brought to its position.
+        """What a chunk of `next_frames` latent frames sees: its slot chosen, the sink brought to
+        its position.
 
         The same until `append`. Raises ValueError for a chunk that does not fit a slot.
         """
@@ -157,16 +181,22 @@ class RingCache:
         *positions, own_position = self._positions(past)
         for slot, position in zip(past, positions, strict=True):
             self._turn(slot, position)
-        self._current = own = Slot(self._free_index(), self.next_frame, frames, own_position, own_position)
+        self._current = own = Slot(
+            self._free_index(), self.next_frame, frames, own_position, own_position
+        )
         spans = [self._tokens(slot) for slot in (*past, own)]
         visible = slice(min(span.start for span in spans), max(span.stop for span in spans))
         return RingContext(self.keys, self.values, self._tokens(own), visible, own_position)
 
     def append(self, kv: ChunkKV) -> None:
-        """Keep what the last forward pass wrote. Raises ValueError where nothing was read for such a chunk."""
+        """Keep what the last forward pass wrote. Raises ValueError where nothing was read for such
+        a chunk.
+        """
         slot = self._current
         if slot is None or slot.frames != kv.frames:
-            raise ValueError(f"append of {kv.frames} latent frames; read({kv.frames}) and a forward pass come first")
+            raise ValueError(
+                f"append of {kv.frames} latent frames; read({kv.frames}) and a forward pass come first"
+            )
         if self._sink_has_room:
             self._kept.append(slot)
         else:
@@ -196,15 +226,25 @@ class RingCache:
     def snapshot(self) -> RingState:
         """A copy of everything, for `restore`."""
         buffers = (self.keys.clone(), self.values.clone(), self.home_keys.clone())
-        kept, recent = (tuple(replace(slot) for slot in slots) for slots in (self._kept, self._recent))
+        kept, recent = (
+            tuple(replace(slot) for slot in slots) for slots in (self._kept, self._recent)
+        )
         return RingState(buffers, kept, recent, self._num_written, self.next_frame)
 
     def restore(self, state: RingState) -> None:
         """Back to a snapshot of a ring of the same sizes, in the memory that is there."""
-        for buffer, saved in zip((self.keys, self.values, self.home_keys), state.buffers, strict=True):
+        for buffer, saved in zip(
+            (self.keys, self.values, self.home_keys), state.buffers, strict=True
+        ):
             buffer.copy_(saved)
-        self._kept, self._recent = ([replace(slot) for slot in slots] for slots in (state.kept, state.recent))
-        self._num_written, self.next_frame, self._current = state.num_written, state.next_frame, None
+        self._kept, self._recent = (
+            [replace(slot) for slot in slots] for slots in (state.kept, state.recent)
+        )
+        self._num_written, self.next_frame, self._current = (
+            state.num_written,
+            state.next_frame,
+            None,
+        )
 
     @property
     def _num_slots(self) -> int:
@@ -216,7 +256,10 @@ class RingCache:
 
     def _past(self) -> list[Slot]:
         """What the next chunk sees: all but the slot that it will take."""
-        return [*self._kept, *self._recent[len(self._recent) - min(len(self._recent), self._num_slots - 1) :]]
+        return [
+            *self._kept,
+            *self._recent[len(self._recent) - min(len(self._recent), self._num_slots - 1) :],
+        ]
 
     def _free_index(self) -> int:
         if self._sink_has_room:
@@ -224,7 +267,9 @@ class RingCache:
         return len(self._kept) + self._num_written % self._num_slots
 
     def _tokens(self, slot: Slot) -> slice:
-        """A slot's part of the buffers; a chunk that is shorter stands at its end, next to the following slot."""
+        """A slot's part of the buffers; a chunk that is shorter stands at its end, next to the
+        following slot.
+        """
         stop = (slot.index + 1) * self.chunk_frames
         return slice((stop - slot.frames) * self.shape.tokens, stop * self.shape.tokens)
 
@@ -240,7 +285,9 @@ class RingCache:
         return [*(start + moved for start in starts[:num_kept]), *starts[num_kept:]]
 
     def _turn(self, slot: Slot, position: int) -> None:
-        """Rotate a slot's keys to another position, from the keys as they were committed: no rounding adds up."""
+        """Rotate a slot's keys to another position, from the keys as they were committed: no
+        rounding adds up.
+        """
         if slot.position == position:
             return
         slot.position = position

@@ -27,7 +27,10 @@ from selfforcing_dfd.streaming.web.messages import short
 from selfforcing_dfd.streaming.web.viewer import Ended, Shared, Viewer
 
 WEB = Path(__file__).parent / "web"
-PAGES = {"/": "page.html", **{f"/{name}": name for name in ("page.css", "page.js", "player.js", "graph.js")}}
+PAGES = {
+    "/": "page.html",
+    **{f"/{name}": name for name in ("page.css", "page.js", "player.js", "graph.js")},
+}
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 MAX_SOCKET_BYTES = 256 * 1024  # beyond it the protocol itself ends the connection, unread
 TRY_LATER = 1013
@@ -43,14 +46,13 @@ HEADERS = {
 def refusal(headers: Headers) -> str:
     """Why a request is not answered; empty where it is.
 
-    The Host must be a name of this machine, or another site's name could be made to point here (DNS rebinding). An Origin,
-    which a browser sends with every WebSocket, must be this server's own: a page of another site must not drive a stream.
+    The Host must be a name of this machine, or another site's name could be made to point here (DNS
+    rebinding). An Origin, which a browser sends with every WebSocket, must be this server's own: a
+    page of another site must not drive a stream.
     """
     hosts, origin = headers.getlist("host"), headers.get("origin")
     if len(hosts) != 1 or host_name(hosts[0]) not in LOCAL_HOSTS:
-        return (
-            f"got Host {short(', '.join(hosts))}; open this page as http://localhost or http://127.0.0.1 and its port"
-        )
+        return f"got Host {short(', '.join(hosts))}; open this page as http://localhost or http://127.0.0.1 and its port"
     if origin is not None and origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}"):
         return f"got Origin {short(origin)}; want this server's own page, http://{hosts[0]}"
     return ""
@@ -73,7 +75,8 @@ class LocalOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         reason = refusal(Headers(scope=scope)) if scope["type"] in ("http", "websocket") else ""
         if reason and scope["type"] == "websocket":
-            await WebSocket(scope, receive, send).close(reason=reason)  # before it is accepted: the browser gets a 403
+            # before it is accepted: the browser gets a 403
+            await WebSocket(scope, receive, send).close(reason=reason)
         else:
             await (PlainTextResponse(reason, 403) if reason else self.app)(scope, receive, send)
 
@@ -91,8 +94,14 @@ class StreamServer:
         await websocket.accept()
         viewer = Viewer(self.shared, websocket)
         if len(self.viewers) >= self.max_sessions:
-            others = f"{len(self.viewers)} other stream{'s are' if len(self.viewers) > 1 else ' is'}"
-            await viewer.end(Ended(TRY_LATER, f"{others} running, and no more are allowed; close one and try again"))
+            others = (
+                f"{len(self.viewers)} other stream{'s are' if len(self.viewers) > 1 else ' is'}"
+            )
+            await viewer.end(
+                Ended(
+                    TRY_LATER, f"{others} running, and no more are allowed; close one and try again"
+                )
+            )
             return
         self.viewers.add(viewer)
         try:
@@ -133,14 +142,17 @@ def create_app(
 ) -> Starlette:
     """The page, its WebSocket `/stream` and `/healthz`.
 
-    A connection beyond max_sessions is told so and closed with code 1013. One that is idle for idle_s, or that acknowledges
-    nothing for as long while it is not paused, is told and closed. A viewer's stream is at most max_queue_chunks chunks ahead
-    of what was shown. examples: prompts that the page offers; the first one is played at once. name: of the model.
-    Raises ValueError for settings that do not fit the model.
+    A connection beyond max_sessions is told so and closed with code 1013. One that is idle for
+    idle_s, or that acknowledges nothing for as long while it is not paused, is told and closed. A
+    viewer's stream is at most max_queue_chunks chunks ahead of what was shown. examples: prompts
+    that the page offers; the first one is played at once. name: of the model. Raises ValueError for
+    settings that do not fit the model.
     """
     if max_sessions < 1:
         raise ValueError(f"max_sessions is {max_sessions}; want at least 1")
-    shared = Shared(model, settings, fps, idle_s, max_queue_chunks, examples, name or describe(model))
+    shared = Shared(
+        model, settings, fps, idle_s, max_queue_chunks, examples, name or describe(model)
+    )
     server = StreamServer(shared, max_sessions)
     routes = [*(Route(path, server.page) for path in PAGES), Route("/healthz", server.health)]
     return Starlette(
@@ -154,18 +166,19 @@ def describe(model: StreamModel) -> str:
     """A model in one line."""
     (height, width), num_steps = model.video_size, len(model.ladder)
     parameters = sum(parameter.numel() for parameter in model.student.parameters())
-    return (
-        f"{parameters / 1e6:.1f} M parameters on {model.device}, {num_steps} steps a chunk, {width} x {height} pixels"
-    )
+    return f"{parameters / 1e6:.1f} M parameters on {model.device}, {num_steps} steps a chunk, {width} x {height} pixels"
 
 
 def serve(app: Starlette, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Answer requests until Ctrl-C. From another machine: `ssh -L 8000:localhost:8000`; other names are refused.
+    """Answer requests until Ctrl-C. From another machine: `ssh -L 8000:localhost:8000`; other names
+    are refused.
 
     Raises OSError where one cannot listen.
     """
     try:
-        listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        listener = socket.create_server(
+            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
+        )
     except (OSError, OverflowError) as error:
         raise OSError(f"cannot listen: {error}; choose another port") from error
     with listener, suppress(KeyboardInterrupt):  # uvicorn raises it once more after a clean end
@@ -173,7 +186,9 @@ def serve(app: Starlette, host: str = "127.0.0.1", port: int = 8000) -> None:
 
 
 def server_config(app: Starlette) -> uvicorn.Config:
-    """Without compression: JPEG gains nothing by it, and a small message could unpack into a large one."""
+    """Without compression: JPEG gains nothing by it, and a small message could unpack into a large
+    one.
+    """
     return uvicorn.Config(
         app,
         log_level="warning",

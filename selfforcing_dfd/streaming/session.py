@@ -1,4 +1,6 @@
-"""Endless video, chunk by chunk. Everything that changes belongs to the session; weights are shared and never change."""
+"""Endless video, chunk by chunk. Everything that changes belongs to the session; weights are shared
+and never change.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,9 @@ from selfforcing_dfd.streaming.output import FrameCopy
 from selfforcing_dfd.streaming.ring import KVShape, Positions, RingCache, RingState
 
 PromptMode = Literal["recache", "flush", "keep"]
-"""What a new prompt does to the past. recache: the visible chunks are committed anew under it (LongLive, arXiv 2509.22622).
-flush: all but the sink and the newest chunk is forgotten (arXiv 2511.20649). keep: nothing; the new prompt comes slowly.
+"""What a new prompt does to the past. recache: the visible chunks are committed anew under it
+(LongLive, arXiv 2509.22622). flush: all but the sink and the newest chunk is forgotten (arXiv
+2511.20649). keep: nothing; the new prompt comes slowly.
 """
 
 
@@ -41,7 +44,8 @@ class TextEncoder(Protocol):
 class StreamModel:
     """What sessions share: weights and sizes.
 
-    latent_size: rows and columns of the latents. decode_device: where the codec lives; None is where the student lives.
+    latent_size: rows and columns of the latents. decode_device: where the codec lives; None is
+    where the student lives.
     """
 
     student: WanTransformer
@@ -63,20 +67,30 @@ class StreamModel:
     @property
     def video_size(self) -> tuple[int, int]:
         """Height and width of a video frame."""
-        return self.latent_size[0] * self.codec.strides[1], self.latent_size[1] * self.codec.strides[2]
+        return self.latent_size[0] * self.codec.strides[1], self.latent_size[
+            1
+        ] * self.codec.strides[2]
 
     def kv_shape(self) -> KVShape:
         config, patch = self.student.config, self.student.patch
         tokens = (self.latent_size[0] // patch[1]) * (self.latent_size[1] // patch[2])
-        return KVShape(config["num_layers"], 1, tokens, config["num_attention_heads"], config["attention_head_dim"])
+        return KVShape(
+            config["num_layers"],
+            1,
+            tokens,
+            config["num_attention_heads"],
+            config["attention_head_dim"],
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class StreamSettings:
-    """How one session runs. Sizes in latent frames; window_frames counts history and the current chunk, not the sink.
+    """How one session runs. Sizes in latent frames; window_frames counts history and the current
+    chunk, not the sink.
 
-    merge_commit: the commit pass of a chunk goes through the network together with the first step of the next one; the same
-    video for fewer, larger calls. Needs positions that never change: absolute, or no sink.
+    merge_commit: the commit pass of a chunk goes through the network together with the first step
+    of the next one; the same video for fewer, larger calls. Needs positions that never change:
+    absolute, or no sink.
     """
 
     seed: int = 0
@@ -88,18 +102,23 @@ class StreamSettings:
 
     def __post_init__(self) -> None:
         if self.merge_commit and (
-            self.positions == "window_relative" or (self.sink_frames and self.positions != "absolute")
+            self.positions == "window_relative"
+            or (self.sink_frames and self.positions != "absolute")
         ):
             raise ValueError(
                 f"merge_commit does not go with positions {self.positions!r} and {self.sink_frames} sink_frames: between a "
                 "commit and the next step the sink would have to move; use absolute, or no sink, or no merging"
             )
         if self.on_prompt not in get_args(PromptMode):
-            raise ValueError(f"on_prompt is {self.on_prompt!r}; use one of {', '.join(get_args(PromptMode))}")
+            raise ValueError(
+                f"on_prompt is {self.on_prompt!r}; use one of {', '.join(get_args(PromptMode))}"
+            )
 
 
 class StreamChunk(NamedTuple):
-    """frames: uint8 [T, H, W, 3] on the host; 9 video frames in a stream's first chunk of three latent frames, then 12."""
+    """frames: uint8 [T, H, W, 3] on the host; 9 video frames in a stream's first chunk of three
+    latent frames, then 12.
+    """
 
     chunk_index: int
     frames: Tensor
@@ -124,21 +143,29 @@ class Snapshot:
 class StreamSession:
     """An endless generator of chunks. The first N chunks do not depend on how many follow.
 
-    context: video [T, H, W, 3] in [0, 1] to continue, T = 1 + 4 n; one video frame is image-to-video. Its frames, as the
-    codec shows them, are `context_frames`; the chunks that follow begin after them. Raises ValueError for sizes that do
-    not fit the model.
+    context: video [T, H, W, 3] in [0, 1] to continue, T = 1 + 4 n; one video frame is
+    image-to-video. Its frames, as the codec shows them, are `context_frames`; the chunks that
+    follow begin after them. Raises ValueError for sizes that do not fit the model.
     """
 
     def __init__(
-        self, model: StreamModel, prompt: str, settings: StreamSettings | None = None, context: Tensor | None = None
+        self,
+        model: StreamModel,
+        prompt: str,
+        settings: StreamSettings | None = None,
+        context: Tensor | None = None,
     ) -> None:
         self.model, self.settings = model, settings or StreamSettings()
         options = (self.settings.sink_frames, self.settings.window_frames, self.settings.positions)
-        self._ring = RingCache(model.kv_shape(), model.chunk_frames, *options, dtype=model.dtype, device=model.device)
+        self._ring = RingCache(
+            model.kv_shape(), model.chunk_frames, *options, dtype=model.dtype, device=model.device
+        )
         self._clock = StageClock(model.device)
         self.reset(prompt, context=context)
 
-    def reset(self, prompt: str | None = None, seed: int | None = None, context: Tensor | None = None) -> None:
+    def reset(
+        self, prompt: str | None = None, seed: int | None = None, context: Tensor | None = None
+    ) -> None:
         """A new stream in the memory of the old one; what is not given stays, but for the context."""
         if seed is not None:
             self.settings = replace(self.settings, seed=seed)
@@ -175,7 +202,9 @@ class StreamSession:
         return self._ring.num_bytes
 
     def set_prompt(self, prompt: str, mode: PromptMode | None = None) -> None:
-        """Another prompt from the next chunk on. Encoded then, so that an error in it leaves the stream as it is."""
+        """Another prompt from the next chunk on. Encoded then, so that an error in it leaves the
+        stream as it is.
+        """
         settings = self.settings if mode is None else replace(self.settings, on_prompt=mode)
         self.model.text.encode([prompt])
         self._change = (prompt, settings.on_prompt)
@@ -226,7 +255,11 @@ class StreamSession:
         self._ring.restore(snapshot.ring)
         self._decoder = snapshot.decoder.clone()
         self._history, self._pending = list(snapshot.history), snapshot.pending
-        self._conditioning, self.prompt, self._change = snapshot.conditioning, snapshot.prompt, snapshot.change
+        self._conditioning, self.prompt, self._change = (
+            snapshot.conditioning,
+            snapshot.prompt,
+            snapshot.change,
+        )
         self.settings, self.chunk_index = snapshot.settings, snapshot.chunk_index
         self._clock.take()
 
@@ -241,15 +274,21 @@ class StreamSession:
         shape = (1, self.model.chunk_frames, self.model.codec.channels, *self.model.latent_size)
         steps = range(len(self.model.ladder))
         seed, chunk = self.settings.seed, self.chunk_index
-        draws = torch.stack([rng.normal(shape, seed, "stream noise", chunk, step) for step in steps])
+        draws = torch.stack(
+            [rng.normal(shape, seed, "stream noise", chunk, step) for step in steps]
+        )
         return draws.to(self.model.device, non_blocking=True)
 
     def _denoise(self, noise: Tensor) -> Tensor:
         past = self._ring.read(self.model.chunk_frames)
-        return denoise_chunk(self.model.student, noise, self._conditioning, past, self.model.ladder)[0]
+        return denoise_chunk(
+            self.model.student, noise, self._conditioning, past, self.model.ladder
+        )[0]
 
     def _commit_and_denoise(self, noise: Tensor) -> Tensor:
-        """The pending chunk's commit pass and the next one's first step in one call, then the other steps."""
+        """The pending chunk's commit pass and the next one's first step in one call, then the other
+        steps.
+        """
         assert self._pending is not None
         (finished, conditioning), self._pending = self._pending, None
         first, ladder, frames = self._ring.next_frame, self.model.ladder, self.model.chunk_frames
@@ -261,15 +300,21 @@ class StreamSession:
         sigma = noise.new_zeros(1, sum(lengths))
         sigma[:, lengths[0] :] = ladder[0]
         both = torch.cat([finished, noise[0]], dim=1)
-        flow = self.model.student(both, sigma, conditioning, PackedContext(cast(Any, (clean, noisy)), lengths)).flow
+        flow = self.model.student(
+            both, sigma, conditioning, PackedContext(cast(Any, (clean, noisy)), lengths)
+        ).flow
         x0 = x0_from_flow(noise[0], flow[:, lengths[0] :], ladder[0])
         if len(ladder) == 1:
             return x0
         x_t = add_noise(x0, noise[1], ladder[1])
-        return denoise_chunk(self.model.student, torch.cat([x_t[None], noise[2:]]), conditioning, noisy, ladder[1:])[0]
+        return denoise_chunk(
+            self.model.student, torch.cat([x_t[None], noise[2:]]), conditioning, noisy, ladder[1:]
+        )[0]
 
     def _decode(self, x0: Tensor) -> FrameCopy:
-        """Latent frame by latent frame, so that the first video frames leave before the last are decoded."""
+        """Latent frame by latent frame, so that the first video frames leave before the last are
+        decoded.
+        """
         copy = FrameCopy()
         with self._clock.stage("decode"):
             latents = x0.to(self.model.decode_device or x0.device, non_blocking=True)
@@ -321,8 +366,16 @@ class StreamSession:
     @torch.inference_mode()
     def _begin_with(self, context: Tensor) -> FrameCopy:
         """Encode, commit and decode the context; its frames as the codec shows them."""
-        size, stride, device = self.model.video_size, self.model.codec.strides[0], self.model.decode_device
-        if context.ndim != 4 or tuple(context.shape[1:]) != (*size, 3) or context.shape[0] % stride != 1:
+        size, stride, device = (
+            self.model.video_size,
+            self.model.codec.strides[0],
+            self.model.decode_device,
+        )
+        if (
+            context.ndim != 4
+            or tuple(context.shape[1:]) != (*size, 3)
+            or context.shape[0] % stride != 1
+        ):
             raise ValueError(
                 f"context is {tuple(context.shape)} [T, H, W, 3]; want T = 1 + {stride} n video frames of "
                 f"{size[0]} x {size[1]}: resize the pictures and cut the clip"
@@ -330,7 +383,9 @@ class StreamSession:
         device = device or self.model.device
         latents = self.model.codec.start_encoding().encode(context[None].to(device)).float()
         full, rest = divmod(latents.shape[1], self.model.chunk_frames)
-        lengths = [rest, *[self.model.chunk_frames] * full] if rest else [self.model.chunk_frames] * full
+        lengths = (
+            [rest, *[self.model.chunk_frames] * full] if rest else [self.model.chunk_frames] * full
+        )
         for x0 in latents.to(self.model.device).split(lengths, dim=1):
             self._commit(x0, self._conditioning)
         return self._decode(latents)

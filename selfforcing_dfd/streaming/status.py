@@ -23,14 +23,19 @@ GIB = 2**30
 class StatusLine:
     """Chunk, video so far, FPS over the last chunks, latency, memory and prompt.
 
-    On a terminal the line overwrites itself; elsewhere one is written every `every_s` seconds. Make it just before the
-    first chunk: the summary counts from then. Safe to use from several threads. Keeps a bounded number of figures.
+    On a terminal the line overwrites itself; elsewhere one is written every `every_s` seconds. Make
+    it just before the first chunk: the summary counts from then. Safe to use from several threads.
+    Keeps a bounded number of figures.
 
     fps: of the video as it is shown. clock: seconds, monotonic.
     """
 
     def __init__(
-        self, stream: TextIO, fps: float, every_s: float = 10.0, clock: Callable[[], float] = time.perf_counter
+        self,
+        stream: TextIO,
+        fps: float,
+        every_s: float = 10.0,
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._stream, self._fps, self._every_s, self._clock = stream, fps, every_s, clock
         self._is_live = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
@@ -43,14 +48,24 @@ class StatusLine:
         self._line, self._next_line = "", self._begun
 
     def update(
-        self, chunk_index: int, num_frames: int, latency_ms: float, prompt: str, cuda_bytes: int | None = None
+        self,
+        chunk_index: int,
+        num_frames: int,
+        latency_ms: float,
+        prompt: str,
+        cuda_bytes: int | None = None,
     ) -> None:
-        """After each chunk: its video frames and latency, the prompt that made it, and memory on a GPU if there is one."""
+        """After each chunk: its video frames and latency, the prompt that made it, and memory on a
+        GPU if there is one.
+        """
         with self._lock:
             now = self._clock()
             self._recent.append((now, num_frames))
             self._num_chunks, self._num_frames = self._num_chunks + 1, self._num_frames + num_frames
-            self._worst_ms, self._total_ms = max(self._worst_ms, latency_ms), self._total_ms + latency_ms
+            self._worst_ms, self._total_ms = (
+                max(self._worst_ms, latency_ms),
+                self._total_ms + latency_ms,
+            )
             fields = [
                 f"chunk {chunk_index}",
                 f"{self._num_frames} video frames ({self._num_frames / self._fps:.1f} s)",
@@ -105,14 +120,17 @@ class StatusLine:
         )
 
     def _recent_fps(self) -> str:
-        """Frames over wall time between the oldest recent chunk and the newest; a dash until there are two."""
+        """Frames over wall time between the oldest recent chunk and the newest; a dash until there
+        are two.
+        """
         wall_s = self._recent[-1][0] - self._recent[0][0]
         num_frames = sum(count for _, count in self._recent) - self._recent[0][1]
         return f"{num_frames / wall_s:.1f}" if wall_s > 0 else "-"
 
     def _show(self, line: str, now: float, is_urgent: bool = False) -> None:
         if self._is_live:
-            self._line = fit(line, terminal_columns(self._stream) - 1)  # in the last column a terminal may wrap
+            # in the last column a terminal may wrap
+            self._line = fit(line, terminal_columns(self._stream) - 1)
             self._stream.write(f"\r{self._line}\x1b[K")
         elif is_urgent or now >= self._next_line:
             self._next_line = now + self._every_s
@@ -123,7 +141,9 @@ class StatusLine:
 def resident_bytes() -> int:
     """Memory of this process now; where the system does not tell, the most it has had."""
     status = Path("/proc/self/status")
-    if status.exists() and (match := re.search(r"^VmRSS:\s+(\d+) kB", status.read_text(), re.MULTILINE)):
+    if status.exists() and (
+        match := re.search(r"^VmRSS:\s+(\d+) kB", status.read_text(), re.MULTILINE)
+    ):
         return 1024 * int(match[1])
     unit = 1 if sys.platform == "darwin" else 1024
     return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -145,7 +165,10 @@ def fit(text: str, columns: int) -> str:
 
 def text_columns(text: str) -> int:
     """Columns that text takes in a terminal: East Asian wide characters two, combining ones none."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    return sum(
+        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
+        for c in text
+    )
 
 
 def terminal_columns(stream: TextIO) -> int:

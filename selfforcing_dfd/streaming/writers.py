@@ -1,4 +1,6 @@
-"""Where chunks go: an mp4 that plays while it grows, raw frames for a pipe, a picture in the terminal."""
+"""Where chunks go: an mp4 that plays while it grows, raw frames for a pipe, a picture in the
+terminal.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ RawFormat = Literal["y4m", "rgb24"]
 Frames = Tensor | np.ndarray
 
 KNOWN_OUTPUTS = "NAME.mp4, NAME.y4m, NAME.rgb (rgb24 without a header), or - for y4m on stdout"
-ENCODER = {"preset": "veryfast", "tune": "zerolatency", "crf": "18", "forced-idr": "1", "sc_threshold": "0"}
+ENCODER = {
+    "preset": "veryfast",
+    "tune": "zerolatency",
+    "crf": "18",
+    "forced-idr": "1",
+    "sc_threshold": "0",
+}
 ENDLESS_GOP = 2**30  # keyframes come where they are asked for, and nowhere else
 SMPTE170M = 6  # the matrix of BT.601 in the file's tags (ISO/IEC 23091-2)
 FRAGMENT = {
@@ -41,7 +49,9 @@ class OutputError(ValueError):
 
 
 class ReaderGone(Exception):
-    """The program at the other end of the pipe has closed it. A normal end of a stream: stop, and report no error."""
+    """The program at the other end of the pipe has closed it. A normal end of a stream: stop, and
+    report no error.
+    """
 
 
 class Writer(Protocol):
@@ -61,7 +71,8 @@ class Writer(Protocol):
 
 
 class OutputFile:
-    """A new file, made at the first write: a stream that never starts neither leaves an empty file nor empties an old one.
+    """A new file, made at the first write: a stream that never starts neither leaves an empty file
+    nor empties an old one.
 
     Raises OutputError at once if the file is there and may not be replaced, or cannot be written.
     """
@@ -76,12 +87,18 @@ class OutputFile:
         if self.path.is_dir():
             raise OutputError(f"{self.path} is a folder; give a file: {KNOWN_OUTPUTS}")
         if self.path.exists() and not overwrite:
-            raise OutputError(f"{self.path} exists; choose another name, or replace it with --overwrite")
+            raise OutputError(
+                f"{self.path} exists; choose another name, or replace it with --overwrite"
+            )
         if not os.access(self.path if self.path.exists() else self.path.parent, os.W_OK):
-            raise OutputError(f"{self.path} cannot be written (no permission); choose another place")
+            raise OutputError(
+                f"{self.path} cannot be written (no permission); choose another place"
+            )
 
     def write(self, data: bytes) -> None:
-        """Append, and hand over to the operating system, where a kill of this process cannot reach it."""
+        """Append, and hand over to the operating system, where a kill of this process cannot reach
+        it.
+        """
         if self._file is None:
             try:
                 self._file = self.path.open("wb" if self._overwrite else "xb")
@@ -98,15 +115,19 @@ class OutputFile:
             self._file.close()
 
     def _refused(self, error: OSError) -> OutputError:
-        return OutputError(f"{self.path} cannot be written ({error.strerror}); choose another place")
+        return OutputError(
+            f"{self.path} cannot be written ({error.strerror}); choose another place"
+        )
 
 
 class Mp4Writer(Writer):
-    """A fragmented mp4 (H.264, 4:2:0, BT.601): each write appends one whole fragment that begins with a keyframe.
+    """A fragmented mp4 (H.264, 4:2:0, BT.601): each write appends one whole fragment that begins
+    with a keyframe.
 
-    The file under its own name plays at any time with every chunk written so far, during the stream as after `kill -9`;
-    closing adds nothing. Nothing waits in the encoder: no B-frames, no lookahead. Raises OutputError for an existing file
-    without `overwrite`, for odd sizes and for frames that are not uint8 [T, H, W, 3] of one size.
+    The file under its own name plays at any time with every chunk written so far, during the stream
+    as after `kill -9`; closing adds nothing. Nothing waits in the encoder: no B-frames, no
+    lookahead. Raises OutputError for an existing file without `overwrite`, for odd sizes and for
+    frames that are not uint8 [T, H, W, 3] of one size.
     """
 
     def __init__(self, path: Path | str, fps: float, overwrite: bool = False) -> None:
@@ -126,10 +147,12 @@ class Mp4Writer(Writer):
 
 
 class FragmentEncoder:
-    """From pictures to the bytes of an mp4 stream; the first ones carry the header. Also what a browser's MSE takes.
+    """From pictures to the bytes of an mp4 stream; the first ones carry the header. Also what a
+    browser's MSE takes.
 
-    FFmpeg's muxer keeps a fragment back until the next one begins, which costs one chunk of latency and, at a kill, that
-    chunk. So each chunk has a muxer of its own, told where in time it stands, and one encoder lives through all of them.
+    FFmpeg's muxer keeps a fragment back until the next one begins, which costs one chunk of latency
+    and, at a kill, that chunk. So each chunk has a muxer of its own, told where in time it stands,
+    and one encoder lives through all of them.
     """
 
     def __init__(self, size: tuple[int, int], fps: Fraction) -> None:
@@ -137,8 +160,11 @@ class FragmentEncoder:
         require_even(size)
         self._num_frames, self._num_fragments = 0, 0
         self._to_yuv = yuv_converter()
-        self._parent = av.open(io.BytesIO(), "w", format="mp4")  # encodes, and writes nothing that is used
-        self._stream = self._parent.add_stream("libx264", rate=fps, options={**ENCODER, "g": str(ENDLESS_GOP)})
+        # encodes, and writes nothing that is used
+        self._parent = av.open(io.BytesIO(), "w", format="mp4")
+        self._stream = self._parent.add_stream(
+            "libx264", rate=fps, options={**ENCODER, "g": str(ENDLESS_GOP)}
+        )
         self._stream.height, self._stream.width, self._stream.pix_fmt = *size, "yuv420p"
         self._stream.time_base = 1 / fps
         context = self._stream.codec_context
@@ -154,8 +180,12 @@ class FragmentEncoder:
         with av.open(buffer, "w", format="mp4", options=options) as container:
             stream = container.add_stream_from_template(self._stream)
             stream.time_base = 1 / self._fps
-            packets = [packet for frame in self._frames(pictures) for packet in self._stream.encode(frame)]
-            assert len(packets) == len(pictures), f"the encoder kept {len(pictures) - len(packets)} video frames back"
+            packets = [
+                packet for frame in self._frames(pictures) for packet in self._stream.encode(frame)
+            ]
+            assert len(packets) == len(pictures), (
+                f"the encoder kept {len(pictures) - len(packets)} video frames back"
+            )
             for packet in packets:
                 packet.stream = stream
                 container.mux(packet)
@@ -174,13 +204,16 @@ class FragmentEncoder:
 class RawWriter(Writer):
     """Raw video frames into a binary stream, for ffmpeg or a player.
 
-    y4m: a header, then 4:2:0 frames in BT.601 limited range; even sizes only. rgb24: the bytes of the pictures, no header.
-    Raises ReaderGone when the reader has closed the pipe, OutputError for frames as in `Mp4Writer`.
+    y4m: a header, then 4:2:0 frames in BT.601 limited range; even sizes only. rgb24: the bytes of
+    the pictures, no header. Raises ReaderGone when the reader has closed the pipe, OutputError for
+    frames as in `Mp4Writer`.
     """
 
     def __init__(self, stream: BinaryIO | OutputFile, format: RawFormat, fps: float) -> None:
         if format not in get_args(RawFormat):
-            raise OutputError(f"raw format {format!r} is not known; use one of {', '.join(get_args(RawFormat))}")
+            raise OutputError(
+                f"raw format {format!r} is not known; use one of {', '.join(get_args(RawFormat))}"
+            )
         self._stream, self._format, self._fps = stream, format, frame_rate(fps)
         self._size: tuple[int, int] | None = None
         self._to_yuv = yuv_converter()
@@ -204,7 +237,8 @@ class RawWriter(Writer):
 
     def close(self) -> None:
         if self._is_gone:
-            with suppress(BrokenPipeError):  # what it still holds has nowhere to go; `write` has said so
+            # what it still holds has nowhere to go; `write` has said so
+            with suppress(BrokenPipeError):
                 self._stream.close()
         else:
             self._stream.close()
@@ -214,21 +248,29 @@ class RawWriter(Writer):
             height, width = pictures.shape[1:3]
             require_even((height, width))
             rate = f"{self._fps.numerator}:{self._fps.denominator}"
-            self._stream.write(f"YUV4MPEG2 W{width} H{height} F{rate} Ip A1:1 C420jpeg XCOLORRANGE=LIMITED\n".encode())
+            self._stream.write(
+                f"YUV4MPEG2 W{width} H{height} F{rate} Ip A1:1 C420jpeg XCOLORRANGE=LIMITED\n".encode()
+            )
         for picture in pictures:
             self._stream.write(b"FRAME\n" + self._to_yuv(picture).to_ndarray().tobytes())
 
 
 class PreviewWriter(Writer):
-    """The newest video frame of each chunk as coloured half blocks in a terminal, as large as fits, drawn in place.
+    """The newest video frame of each chunk as coloured half blocks in a terminal, as large as fits,
+    drawn in place.
 
-    Does nothing where that cannot be shown: no terminal, TERM empty or "dumb", or an encoding without block characters.
+    Does nothing where that cannot be shown: no terminal, TERM empty or "dumb", or an encoding
+    without block characters.
     """
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = sys.stderr if stream is None else stream
         encoding = (self._stream.encoding or "").lower().replace("-", "")
-        self.is_shown = self._stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb") and encoding == "utf8"
+        self.is_shown = (
+            self._stream.isatty()
+            and os.environ.get("TERM", "") not in ("", "dumb")
+            and encoding == "utf8"
+        )
         self._num_rows = 0
 
     def write(self, frames: Frames) -> None:
@@ -246,7 +288,9 @@ class PreviewWriter(Writer):
 
 
 def open_writer(out: str, fps: float, overwrite: bool = False) -> Writer:
-    """The writer that a name asks for, see KNOWN_OUTPUTS. Raises OutputError for other names and for a terminal as stdout."""
+    """The writer that a name asks for, see KNOWN_OUTPUTS. Raises OutputError for other names and
+    for a terminal as stdout.
+    """
     if out == "-":
         return RawWriter(own_stdout(), "y4m", fps)
     match Path(out).suffix.lower():
@@ -260,11 +304,17 @@ def open_writer(out: str, fps: float, overwrite: bool = False) -> Writer:
 
 
 def own_stdout() -> BinaryIO:
-    """A second handle of stdout, so that what a broken pipe leaves in it is not complained about when Python ends."""
+    """A second handle of stdout, so that what a broken pipe leaves in it is not complained about
+    when Python ends.
+    """
     if sys.stdout is None:
-        raise OutputError("stdout is closed; connect it to a pipe or a file, or name a file instead of -")
+        raise OutputError(
+            "stdout is closed; connect it to a pipe or a file, or name a file instead of -"
+        )
     if sys.stdout.isatty():
-        raise OutputError("stdout is a terminal, which shows raw frames as noise; pipe them: ... --out - | ffplay -")
+        raise OutputError(
+            "stdout is a terminal, which shows raw frames as noise; pipe them: ... --out - | ffplay -"
+        )
     return os.fdopen(os.dup(sys.stdout.fileno()), "wb")
 
 
@@ -287,7 +337,9 @@ def require_even(size: tuple[int, int]) -> None:
 def require_size(pictures: np.ndarray, size: tuple[int, int]) -> None:
     if pictures.shape[1:3] != size:
         got, first = ("x".join(map(str, s)) for s in (pictures.shape[1:3], size))
-        raise OutputError(f"video frames are {got}, the first were {first} (height x width); open another file")
+        raise OutputError(
+            f"video frames are {got}, the first were {first} (height x width); open another file"
+        )
 
 
 def frame_rate(fps: float) -> Fraction:
@@ -298,7 +350,9 @@ def frame_rate(fps: float) -> Fraction:
 
 
 def yuv_converter() -> Callable[[np.ndarray], av.VideoFrame]:
-    """A function from uint8 [H, W, 3] to 4:2:0 in BT.601 limited range; one converter serves all frames."""
+    """A function from uint8 [H, W, 3] to 4:2:0 in BT.601 limited range; one converter serves all
+    frames.
+    """
     reformatter = VideoReformatter()
 
     def convert(picture: np.ndarray) -> av.VideoFrame:
@@ -325,7 +379,9 @@ def terminal_size(stream: TextIO) -> tuple[int, int]:
 
 
 def fit_picture(picture: np.ndarray, columns: int, lines: int) -> np.ndarray:
-    """Scale uint8 [H, W, 3] to a terminal's width, or to its height where that is less: a cell is 1 wide and 2 high."""
+    """Scale uint8 [H, W, 3] to a terminal's width, or to its height where that is less: a cell is 1
+    wide and 2 high.
+    """
     height, width = picture.shape[:2]
     scale = min(columns / width, 2 * max(lines - NUM_LINES_BELOW, 1) / height)
     size = (2 * max(round(scale * height / 2), 1), max(int(scale * width), 1))
@@ -334,7 +390,9 @@ def fit_picture(picture: np.ndarray, columns: int, lines: int) -> np.ndarray:
 
 
 def half_blocks(picture: np.ndarray) -> list[str]:
-    """A line of text for two rows of pixels: the upper one in the foreground colour, the lower one in the background's."""
+    """A line of text for two rows of pixels: the upper one in the foreground colour, the lower one
+    in the background's.
+    """
 
     def cell(upper: np.ndarray, lower: np.ndarray) -> str:
         return "\x1b[38;2;{};{};{};48;2;{};{};{}m".format(*upper, *lower) + HALF_BLOCK

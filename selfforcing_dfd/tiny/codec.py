@@ -1,4 +1,6 @@
-"""Linear codec with the Wan VAE's shape: strides 4x8x8, 16 channels, the first latent frame is one video frame."""
+"""Linear codec with the Wan VAE's shape: strides 4x8x8, 16 channels, the first latent frame is one
+video frame.
+"""
 
 from __future__ import annotations
 
@@ -16,11 +18,13 @@ GREY = 0.35  # what both bases are centred on: the tiny world's background
 
 @dataclass(frozen=True, slots=True)
 class TinyCodec:
-    """Two orthonormal bases, `first` [192, 16] for a lone video frame and `rest` [768, 16] for four, and one scale.
+    """Two orthonormal bases, `first` [192, 16] for a lone video frame and `rest` [768, 16] for
+    four, and one scale.
 
-    Both are principal components of rendered clips. `first` is rotated so that its channels mean what those of `rest` mean:
-    a clip that stands still has nearly equal latents in all latent frames. One scalar makes the data's variance one, so
-    distances between latents stay proportional to distances between pixels.
+    Both are principal components of rendered clips. `first` is rotated so that its channels mean
+    what those of `rest` mean: a clip that stands still has nearly equal latents in all latent
+    frames. One scalar makes the data's variance one, so distances between latents stay proportional
+    to distances between pixels.
     """
 
     first: Tensor
@@ -35,10 +39,13 @@ class TinyCodec:
         """Bases for videos [B, T, H, W, 3] in [0, 1]."""
         lone, groups = to_blocks(videos - GREY)
         first, rest = principal_components(lone), principal_components(groups)
-        static = rest.unflatten(0, (TIME, -1)).sum(0)  # maps a frame that stands still to the latents of its group
+        # maps a frame that stands still to the latents of its group
+        static = rest.unflatten(0, (TIME, -1)).sum(0)
         u, _, v = torch.linalg.svd(first.T @ static)
         codec = cls((first @ (u @ v)).float(), rest.float(), 1.0)
-        return cls(codec.first.contiguous(), codec.rest.contiguous(), float(1 / codec.encode(videos).std()))
+        return cls(
+            codec.first.contiguous(), codec.rest.contiguous(), float(1 / codec.encode(videos).std())
+        )
 
     @classmethod
     def load(cls, path: Path | str) -> TinyCodec:
@@ -50,14 +57,18 @@ class TinyCodec:
 
     @property
     def fingerprint(self) -> str:
-        values = torch.cat([self.first.flatten().cpu(), self.rest.flatten().cpu(), torch.tensor([self.scale])])
+        values = torch.cat(
+            [self.first.flatten().cpu(), self.rest.flatten().cpu(), torch.tensor([self.scale])]
+        )
         return f"tiny-codec-{hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]}"
 
     def num_latent_frames(self, num_video_frames: int) -> int:
         """1 + (T - 1) / 4. Raises ValueError for T that is not of the form 1 + 4 n."""
         if num_video_frames < 1 or (num_video_frames - 1) % TIME:
             lower = max(num_video_frames - 1, 0) // TIME * TIME + 1
-            raise ValueError(f"{num_video_frames} video frames are not 1 + 4 n; use {lower} or {lower + TIME}")
+            raise ValueError(
+                f"{num_video_frames} video frames are not 1 + 4 n; use {lower} or {lower + TIME}"
+            )
         return 1 + (num_video_frames - 1) // TIME
 
     def to(self, device: torch.device | str) -> TinyCodec:
@@ -80,31 +91,48 @@ class TinyCodec:
         return TinyEncoder(self)
 
     def encode_part(self, videos: Tensor, begins: bool) -> Tensor:
-        """Video frames to latents; `begins`: the first video frame is the first of its video and stands alone."""
+        """Video frames to latents; `begins`: the first video frame is the first of its video and
+        stands alone.
+        """
         if videos.ndim != 5 or videos.shape[-1] != 3:
-            raise ValueError(f"videos are {tuple(videos.shape)}; want [B, T, H, W, 3], colours last")
+            raise ValueError(
+                f"videos are {tuple(videos.shape)}; want [B, T, H, W, 3], colours last"
+            )
         lone, groups = to_blocks(videos.float() - GREY, int(begins))
         parts = [frame_by_frame(lone, self.first) * TIME**0.5, frame_by_frame(groups, self.rest)]
         return (torch.cat(parts, dim=1) * self.scale).permute(0, 1, 4, 2, 3).contiguous()
 
     def decode_part(self, latents: Tensor, begins: bool) -> Tensor:
-        """Latents to video frames; `begins`: the first latent frame is the first of its video and stands for one."""
+        """Latents to video frames; `begins`: the first latent frame is the first of its video and
+        stands for one.
+        """
         if latents.ndim != 5 or latents.shape[2] != CHANNELS:
-            raise ValueError(f"latents are {tuple(latents.shape)}; want [B, F, {CHANNELS}, h, w], channels third")
+            raise ValueError(
+                f"latents are {tuple(latents.shape)}; want [B, F, {CHANNELS}, h, w], channels third"
+            )
         values = latents.permute(0, 1, 3, 4, 2) / self.scale
         lone, rest = values[:, : int(begins)], values[:, int(begins) :]
-        return from_blocks(frame_by_frame(lone, self.first.T) / TIME**0.5, frame_by_frame(rest, self.rest.T)) + GREY
+        return (
+            from_blocks(
+                frame_by_frame(lone, self.first.T) / TIME**0.5, frame_by_frame(rest, self.rest.T)
+            )
+            + GREY
+        )
 
 
 @dataclass(slots=True)
 class TinyDecoder:
-    """`codecs.protocol.Decoder`: every latent frame decodes alone, so all there is to remember is whether one came."""
+    """`codecs.protocol.Decoder`: every latent frame decodes alone, so all there is to remember is
+    whether one came.
+    """
 
     codec: TinyCodec
     begun: bool = False
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The next latent frames [B, f, 16, h, w] as video [B, T, 8 h, 8 w, 3], not clamped, on the latents' device."""
+        """The next latent frames [B, f, 16, h, w] as video [B, T, 8 h, 8 w, 3], not clamped, on the
+        latents' device.
+        """
         self.codec = self.codec.to(latents.device)
         video = self.codec.decode_part(latents.float(), not self.begun)
         self.begun = self.begun or latents.shape[1] > 0
@@ -122,12 +150,15 @@ class TinyEncoder:
     begun: bool = False
 
     def encode(self, videos: Tensor) -> Tensor:
-        """The next video frames [B, T, H, W, 3] in [0, 1] as latents. First 1 + 4 n of them, then 4 n; else ValueError.
+        """The next video frames [B, T, H, W, 3] in [0, 1] as latents. First 1 + 4 n of them, then 4
+        n; else ValueError.
 
         An encoder that refused a piece takes the right one next.
         """
         if self.begun and videos.shape[1] % TIME:
-            raise ValueError(f"{videos.shape[1]} video frames follow the first ones; want a multiple of {TIME}")
+            raise ValueError(
+                f"{videos.shape[1]} video frames follow the first ones; want a multiple of {TIME}"
+            )
         if not self.begun:
             self.codec.num_latent_frames(videos.shape[1])
         self.codec = self.codec.to(videos.device)
@@ -137,7 +168,9 @@ class TinyEncoder:
 
 
 def num_video_frames(num_latent_frames: int, first: bool) -> int:
-    """Video frames of a piece: 4 for every latent frame, but one for the first of a video. Three give 9, then 12."""
+    """Video frames of a piece: 4 for every latent frame, but one for the first of a video. Three
+    give 9, then 12.
+    """
     if num_latent_frames < 1:
         raise ValueError(f"a piece has {num_latent_frames} latent frames; want one or more")
     return TIME * num_latent_frames - (TIME - 1 if first else 0)
@@ -146,8 +179,8 @@ def num_video_frames(num_latent_frames: int, first: bool) -> int:
 def frame_by_frame(values: Tensor, basis: Tensor) -> Tensor:
     """[B, F, h, w, D] @ [D, E], one latent frame after the other.
 
-    Which kernel multiplies, and so how it rounds, depends on shape, strides and alignment: with a fresh copy of the same
-    shape for every latent frame, any split of a video gives the same bits.
+    Which kernel multiplies, and so how it rounds, depends on shape, strides and alignment: with a
+    fresh copy of the same shape for every latent frame, any split of a video gives the same bits.
     """
     out = values.new_empty(*values.shape[:-1], basis.shape[1])
     for frame in range(values.shape[1]):
@@ -157,25 +190,37 @@ def frame_by_frame(values: Tensor, basis: Tensor) -> Tensor:
 
 
 def principal_components(blocks: Tensor) -> Tensor:
-    """The [D, 16] directions of most variance of blocks [..., D], about the origin; signs fixed by each one's sum."""
+    """The [D, 16] directions of most variance of blocks [..., D], about the origin; signs fixed by
+    each one's sum.
+    """
     rows = blocks.flatten(0, -2).double()
     directions = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :CHANNELS]
     return directions * torch.where(directions.sum(0) < 0, -1.0, 1.0)
 
 
 def to_blocks(videos: Tensor, num_lone: int = 1) -> tuple[Tensor, Tensor]:
-    """[B, T, H, W, 3] -> the first num_lone video frames [B, num_lone, h, w, 192] and groups of four [B, g, h, w, 768]."""
+    """[B, T, H, W, 3] -> the first num_lone video frames [B, num_lone, h, w, 192] and groups of
+    four [B, g, h, w, 768].
+    """
     frames, height, width = videos.shape[1:4]
     if height % SPACE or width % SPACE:
-        raise ValueError(f"video frames are {height} x {width}; height and width must be multiples of {SPACE}")
+        raise ValueError(
+            f"video frames are {height} x {width}; height and width must be multiples of {SPACE}"
+        )
     grid = videos.unflatten(2, (-1, SPACE)).unflatten(4, (-1, SPACE))  # B, T, h, 8, w, 8, 3
     grid = grid.permute(0, 1, 2, 4, 3, 5, 6)  # B, T, h, w, 8, 8, 3
-    rest = grid[:, num_lone:].unflatten(1, ((frames - num_lone) // TIME, TIME)).permute(0, 1, 3, 4, 2, 5, 6, 7)
+    rest = (
+        grid[:, num_lone:]
+        .unflatten(1, ((frames - num_lone) // TIME, TIME))
+        .permute(0, 1, 3, 4, 2, 5, 6, 7)
+    )
     return grid[:, :num_lone].flatten(4), rest.flatten(4)
 
 
 def from_blocks(lone: Tensor, groups: Tensor) -> Tensor:
     """Inverse of `to_blocks`."""
-    rest = groups.unflatten(4, (TIME, SPACE, SPACE, 3)).permute(0, 1, 4, 2, 3, 5, 6, 7).flatten(1, 2)
+    rest = (
+        groups.unflatten(4, (TIME, SPACE, SPACE, 3)).permute(0, 1, 4, 2, 3, 5, 6, 7).flatten(1, 2)
+    )
     grid = torch.cat([lone.unflatten(4, (SPACE, SPACE, 3)), rest], dim=1)
     return grid.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)

@@ -16,15 +16,25 @@ from selfforcing_dfd.tiny.metrics import Score
 from selfforcing_dfd.tiny.page import Page
 from selfforcing_dfd.tiny.tables import CONTROL, DATA, Finding, Mark, Outcome, ReportError, Row
 
-MAY_DIFFER = {"base", "run.name", "run.out", "run.seed", "run.device", "data.shards", "data.tiny.seed", "data.workers"}
+MAY_DIFFER = {
+    "base",
+    "run.name",
+    "run.out",
+    "run.seed",
+    "run.device",
+    "data.shards",
+    "data.tiny.seed",
+    "data.workers",
+}
 """Settings in which reports that are combined over seeds may differ."""
 
 
 def combine(folders: Sequence[Path], out: Path) -> str:
-    """One table from the reports of several seeds: means, ranges over seeds, and in how many seeds each arm did what.
+    """One table from the reports of several seeds: means, ranges over seeds, and in how many seeds
+    each arm did what.
 
-    Writes report.json, .md and .html to `out` and returns the table. Raises ReportError for reports that do not belong
-    together.
+    Writes report.json, .md and .html to `out` and returns the table. Raises ReportError for reports
+    that do not belong together.
     """
     reports = [load_report(folder) for folder in folders]
     seeds = _check_belong_together(folders, reports)
@@ -63,27 +73,43 @@ def load_report(folder: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ReportError(f"{path} is not JSON ({error}); write the report again") from error
-    missing = [key for key in ("seed", "rows", "config", "num_clips", "environment") if key not in report]
+    missing = [
+        key for key in ("seed", "rows", "config", "num_clips", "environment") if key not in report
+    ]
     if missing:
-        raise ReportError(f"{path} has no {missing[0]}: not one seed's report; combine the runs' own reports")
+        raise ReportError(
+            f"{path} has no {missing[0]}: not one seed's report; combine the runs' own reports"
+        )
     return dict(report)
 
 
-def _check_belong_together(folders: Sequence[Path], reports: Sequence[Mapping[str, Any]]) -> list[int]:
+def _check_belong_together(
+    folders: Sequence[Path], reports: Sequence[Mapping[str, Any]]
+) -> list[int]:
     """The seeds, all different, of reports with the same rows and settings; else ReportError."""
     if len(reports) < 2:
-        raise ReportError(f"{len(reports)} reports to combine; name the folders of at least two seeds")
+        raise ReportError(
+            f"{len(reports)} reports to combine; name the folders of at least two seeds"
+        )
     seeds = [report["seed"] for report in reports]
     for seed, times in Counter(seeds).items():
         if times > 1:
-            raise ReportError(f"seed {seed} is in {times} of the reports; each seed counts once, so leave one out")
+            raise ReportError(
+                f"seed {seed} is in {times} of the reports; each seed counts once, so leave one out"
+            )
     first = reports[0]
     for folder, report in zip(folders, reports, strict=True):
         names, others = ([row["name"] for row in r["rows"]] for r in (first, report))
         if names != others:
-            raise ReportError(f"{folder} has rows {', '.join(others)}; {folders[0]} has {', '.join(names)}")
+            raise ReportError(
+                f"{folder} has rows {', '.join(others)}; {folders[0]} has {', '.join(names)}"
+            )
         own, wanted = _flat(report["config"]), _flat(first["config"])
-        differing = [key for key in {**wanted, **own} if own.get(key) != wanted.get(key) and key not in MAY_DIFFER]
+        differing = [
+            key
+            for key in {**wanted, **own}
+            if own.get(key) != wanted.get(key) and key not in MAY_DIFFER
+        ]
         if differing:
             key = differing[0]
             raise ReportError(
@@ -97,27 +123,39 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as {"section.setting": value}."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+        flat |= (
+            _flat(value, f"{prefix}{key}.")
+            if isinstance(value, Mapping)
+            else {f"{prefix}{key}": value}
+        )
     return flat
 
 
 def combined_row(several: Sequence[Row], data: Sequence[Row]) -> Row:
-    """The same row of several seeds, whose data rows are `data`: each score's mean, with the range over seeds."""
+    """The same row of several seeds, whose data rows are `data`: each score's mean, with the range
+    over seeds.
+    """
     scores: dict[str, Score] = {}
     marks: dict[str, Mark] = {}
     for key in several[0].scores:
         values = [row.scores[key].value for row in several if key in row.scores]
         values = [value for value in values if math.isfinite(value)]
-        mean, low, high = (sum(values) / len(values), min(values), max(values)) if values else (math.nan,) * 3
+        mean, low, high = (
+            (sum(values) / len(values), min(values), max(values)) if values else (math.nan,) * 3
+        )
         scores[key] = Score(mean, low, high, len(values))
         said = {row.mark(key, own) for row, own in zip(several, data, strict=True)}
         marks[key] = said.pop() if len(said) == 1 else "="
     modes = tuple(sum(counts) for counts in zip(*(row.modes for row in several), strict=True))
-    return Row(several[0].name, several[0].about, scores, modes, sum(row.seconds for row in several), marks)
+    return Row(
+        several[0].name, several[0].about, scores, modes, sum(row.seconds for row in several), marks
+    )
 
 
 def combined_findings(rows: Sequence[Row], per_seed: Sequence[Sequence[Row]]) -> list[Finding]:
-    """For every arm, in how many seeds the rule found what; without a control, what sets its range off the data's."""
+    """For every arm, in how many seeds the rule found what; without a control, what sets its range
+    off the data's.
+    """
     found = [tables.findings(one) for one in per_seed]
     control = tables.find(rows, CONTROL)
     if control is None or not all(finding.outcome for finding in found[0]):

@@ -1,4 +1,6 @@
-"""Curves and histograms as inline SVG. Colours and fonts come from the page's style sheet, so they follow its theme."""
+"""Curves and histograms as inline SVG. Colours and fonts come from the page's style sheet, so they
+follow its theme.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ _PANELS: tuple[tuple[str, str, str, str, dict[str, bool], float | None], ...] = 
 )
 
 
-def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Mapping[str, int]) -> list[Panel]:
+def panels(
+    runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Mapping[str, int]
+) -> list[Panel]:
     """The plots that the metrics of these runs can fill. runs: name -> lines of its metrics file."""
     drawn = []
     for title, unit, kind, metric, endings, reference in _PANELS:
@@ -76,7 +80,9 @@ def panels(runs: Mapping[str, Sequence[Mapping[str, Any]]], colours: Mapping[str
 
 
 def curve(lines: Sequence[Mapping[str, Any]], kind: str, metric: str) -> Points:
-    """(student update, value), averaged over the turns of one update and over neighbours beyond MAX_POINTS."""
+    """(student update, value), averaged over the turns of one update and over neighbours beyond
+    MAX_POINTS.
+    """
     values: dict[int, list[float]] = defaultdict(list)
     for line in lines:
         if line["kind"] == kind and line.get(metric) is not None:
@@ -98,7 +104,9 @@ def plot(panel: Panel) -> str:
     parts = [_grid(along, up)]
     if panel.reference is not None:
         y = up.at(panel.reference)
-        parts.append(f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="reference" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
     for series in panel.series:
         parts.append(_line(series, along, up))
     label = f"{panel.title} over student updates: {', '.join(dict.fromkeys(s.name for s in panel.series))}"
@@ -117,7 +125,9 @@ class Axis:
     ticks: tuple[float, ...]
 
     @classmethod
-    def over(cls, values: Sequence[float], start: float, end: float, logarithmic: bool = False) -> Axis:
+    def over(
+        cls, values: Sequence[float], start: float, end: float, logarithmic: bool = False
+    ) -> Axis:
         """A scale that shows all values and little more."""
         low, high = min(values), max(values)
         if logarithmic:
@@ -152,16 +162,24 @@ def _grid(along: Axis, up: Axis) -> str:
     lines = []
     for tick in up.shown():
         y = up.at(tick)
-        lines.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        lines.append(
+            f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         lines.append(f'<text x="{LEFT - 6}" y="{y + 3.5:.1f}" text-anchor="end">{tick:.3g}</text>')
     for tick in along.shown():
         if tick != round(tick):
             continue
         x = along.at(tick)
-        lines.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
-        lines.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{tick:.0f}</text>')
+        lines.append(
+            f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        )
+        lines.append(
+            f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 14}" text-anchor="middle">{tick:.0f}</text>'
+        )
     middle = (LEFT + WIDTH - RIGHT) / 2
-    lines.append(f'<text class="axis" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">student update</text>')
+    lines.append(
+        f'<text class="axis" x="{middle}" y="{HEIGHT - 4}" text-anchor="middle">student update</text>'
+    )
     return "".join(lines)
 
 
@@ -169,9 +187,13 @@ def _line(series: Series, along: Axis, up: Axis) -> str:
     style = f"line c{series.colour}" + (" dashed" if series.dashed else "")
     places = [(along.at(x), up.at(y)) for x, y in series.points]
     if len(places) == 1:
-        return f'<circle class="{style} dot" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="2.5"/>'
+        return (
+            f'<circle class="{style} dot" cx="{places[0][0]:.1f}" cy="{places[0][1]:.1f}" r="2.5"/>'
+        )
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-    return f'<polyline class="{style}" points="{path}"><title>{escape(series.name)}</title></polyline>'
+    return (
+        f'<polyline class="{style}" points="{path}"><title>{escape(series.name)}</title></polyline>'
+    )
 
 
 def histogram(counts: Sequence[int], prior: Sequence[float]) -> str:
@@ -201,13 +223,19 @@ def histogram(counts: Sequence[int], prior: Sequence[float]) -> str:
             f"{_ARROWS[DIRECTIONS[direction]]}</text>"
         )
         if share > highest:
-            parts.append(f'<text x="{middle:.1f}" y="{top - 4}" text-anchor="middle">{share:.0%}</text>')
+            parts.append(
+                f'<text x="{middle:.1f}" y="{top - 4}" text-anchor="middle">{share:.0%}</text>'
+            )
         if direction == 0:
             under = x + 2 * bar + 1.5
-            parts.append(f'<text x="{under:.1f}" y="{base + 23}" text-anchor="middle">{HUES[hue]}</text>')
+            parts.append(
+                f'<text x="{under:.1f}" y="{base + 23}" text-anchor="middle">{HUES[hue]}</text>'
+            )
     return _svg(width, height, "Shares of the 24 modes, with their prior", parts)
 
 
 def _svg(width: int, height: int, label: str, parts: Sequence[str]) -> str:
     name = escape(label, quote=True)
-    return f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    return (
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{name}">{"".join(parts)}</svg>'
+    )

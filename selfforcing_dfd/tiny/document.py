@@ -1,4 +1,6 @@
-"""A report's files: JSON for programs, Markdown and HTML for people, and the text that a terminal shows."""
+"""A report's files: JSON for programs, Markdown and HTML for people, and the text that a terminal
+shows.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ def environment(device: str, seconds: float) -> dict[str, str]:
 
 
 def save(folder: Path, page: Page, more: Mapping[str, Any]) -> None:
-    """Write report.json, with `more` (the config among it) beside what the page shows, report.md and report.html."""
+    """Write report.json, with `more` (the config among it) beside what the page shows, report.md
+    and report.html.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     num_clips = int(more["config"]["report"]["clips"])
     document = {

@@ -1,4 +1,6 @@
-"""A report as one HTML file: nothing is fetched from elsewhere, and only the sample videos lie beside it."""
+"""A report as one HTML file: nothing is fetched from elsewhere, and only the sample videos lie
+beside it.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,9 @@ class Sheet:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """All that the page shows. captions: of the contact sheets' columns; notes: how to read the table."""
+    """All that the page shows. captions: of the contact sheets' columns; notes: how to read the
+    table.
+    """
 
     title: str
     subtitle: str
@@ -56,7 +60,9 @@ class Page:
 
 
 def colours(names: Sequence[str]) -> dict[str, int]:
-    """An index into the palette for every row: references and control always the same, arms in order."""
+    """An index into the palette for every row: references and control always the same, arms in
+    order.
+    """
     arms = [name for name in names if name not in _FIXED_COLOURS]
     free = _NUM_COLOURS - len(_FIXED_COLOURS)
     fixed = {name: index for index, name in enumerate(_FIXED_COLOURS) if name in names}
@@ -68,7 +74,9 @@ def render_page(page: Page) -> str:
     palette = colours([row.name for row in page.rows])
     sections = [
         _section(
-            "Scores", _table(page.rows, palette) + "".join(f'<p class="note">{_prose(n)}</p>' for n in page.notes)
+            "Scores",
+            _table(page.rows, palette)
+            + "".join(f'<p class="note">{_prose(n)}</p>' for n in page.notes),
         ),
         _section("Clips", _clips(page, palette)) if page.sheets else "",
         _section("Modes", _modes(page.rows, palette)),
@@ -92,12 +100,17 @@ def _section(title: str, body: str) -> str:
 
 def _verdict(page: Page) -> str:
     kinds = {"helped": "good", "harmed": "bad", "mixed": "mixed"}
-    lines = [f'<p class="{kinds.get(finding.outcome, "open")}">{_emphasised(finding)}</p>' for finding in page.findings]
+    lines = [
+        f'<p class="{kinds.get(finding.outcome, "open")}">{_emphasised(finding)}</p>'
+        for finding in page.findings
+    ]
     return f'<div class="verdict">{"".join(lines)}</div>'
 
 
 def _emphasised(finding: Finding) -> str:
-    """The sentence with the name it begins with set apart, and the details after the first colon smaller."""
+    """The sentence with the name it begins with set apart, and the details after the first colon
+    smaller.
+    """
     head, colon, details = finding.text.partition(": ")
     start = f"<b>{escape(finding.name)}</b>{escape(head.removeprefix(finding.name))}"
     return f"{start}{colon.strip()} <span>{_prose(details)}</span>" if details else start
@@ -218,7 +231,10 @@ def _modes(rows: Sequence[Row], palette: Mapping[str, int]) -> str:
 
 def _training(panels: Sequence[curves.Panel]) -> str:
     names = {series.name: series.colour for panel in panels for series in panel.series}
-    legend = "".join(f'<span><i class="chip c{colour}"></i>{escape(name)}</span>' for name, colour in names.items())
+    legend = "".join(
+        f'<span><i class="chip c{colour}"></i>{escape(name)}</span>'
+        for name, colour in names.items()
+    )
     if any(series.dashed for panel in panels for series in panel.series):
         legend += "<span>solid: rows anchored by their own sample (DMD)</span><span>dashed: by data (DFD)</span>"
     cards = "".join(
@@ -231,11 +247,17 @@ def _training(panels: Sequence[curves.Panel]) -> str:
 
 def _making(page: Page) -> str:
     links = "".join(
-        f'<li><a href="{escape(address, quote=True)}">{escape(name)}</a></li>' for name, address in page.links.items()
+        f'<li><a href="{escape(address, quote=True)}">{escape(name)}</a></li>'
+        for name, address in page.links.items()
     )
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in page.environment.items())
+    facts = "".join(
+        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
+        for name, value in page.environment.items()
+    )
     commands = escape("\n".join(page.commands))
-    settings = f"<details><summary>All settings</summary><pre>{escape(page.settings)}</pre></details>"
+    settings = (
+        f"<details><summary>All settings</summary><pre>{escape(page.settings)}</pre></details>"
+    )
     return (
         (f"<ul>{links}</ul>" if links else "")
         + f"<pre><code>{commands}</code></pre><dl>{facts}</dl>"

@@ -1,8 +1,10 @@
-"""Read a tiny-world clip back from its pixels: fit every factor, draw the clip again, and see how much that explains.
+"""Read a tiny-world clip back from its pixels: fit every factor, draw the clip again, and see how
+much that explains.
 
-The background is the median pixel. Provisional colour and coverage give the shape's centre by the phase of the first
-Fourier mode, which is exact on a torus; templates drawn at that centre give shape and size; their insides give the
-colour, so that noise cannot select the pixels it biases. The track is a straight line in time.
+The background is the median pixel. Provisional colour and coverage give the shape's centre by the
+phase of the first Fourier mode, which is exact on a torus; templates drawn at that centre give
+shape and size; their insides give the colour, so that noise cannot select the pixels it biases. The
+track is a straight line in time.
 """
 
 from __future__ import annotations
@@ -16,11 +18,13 @@ from torch import Tensor
 from selfforcing_dfd.tiny.codec import TIME
 from selfforcing_dfd.tiny.world import HEADINGS, HUES, SHAPES, SIDE, SIZES, SPEED_PX, coverage, mode
 
-MIN_EXPLAINED = 0.5  # re-rendering explains at least half of what the clip shows over its background
+# re-rendering explains at least half of what the clip shows over its background
+MIN_EXPLAINED = 0.5
 CHUNK = 3  # latent frames
 
 _BATCH = 8  # clips read at once, so that the working set stays in cache
-_NUM_FARTHEST = 24  # pixels of a video frame that give its provisional colour; the smallest shape covers about 300
+# pixels of a video frame that give its provisional colour; the smallest shape covers about 300
+_NUM_FARTHEST = 24
 _FAINT = 0.2  # coverage below this is noise to the centroid
 _INSIDE = 0.9  # template coverage from which a pixel counts as the shape's own colour
 _TEMPLATE_STRIDE = 4  # every how many video frames shape and size are compared
@@ -29,7 +33,9 @@ _TINY = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the clips show, each a tensor over B clips. For an invalid clip the factors mean nothing, but are finite."""
+    """What the clips show, each a tensor over B clips. For an invalid clip the factors mean
+    nothing, but are finite.
+    """
 
     shape: Tensor  # indices into world.SHAPES, HUES, DIRECTIONS, SPEEDS, SIZES
     hue: Tensor
@@ -45,7 +51,8 @@ class Reading:
     valid: Tensor  # bool: explained >= MIN_EXPLAINED
     saturation_by_chunk: Tensor  # [B, chunks]
     contrast_by_chunk: Tensor  # [B, chunks]
-    seam_excess: Tensor  # pixels, departure from the mean step into a chunk, less that into its later latent frames
+    # pixels, departure from the mean step into a chunk, less that into its later latent frames
+    seam_excess: Tensor
     pixels: Tensor  # [B, n], a fixed sparse sample of the clip's pixels, for the spread over clips
 
     def __len__(self) -> int:
@@ -60,16 +67,25 @@ class Reading:
 def read(videos: Tensor, chunk: int = CHUNK) -> Reading:
     """Read clips [B, T, 64, 64, 3], float; values outside [0, 1] are clipped, as a screen would.
 
-    chunk: latent frames generated together, for the per-chunk readings; the first chunk has 1 + 4 (chunk - 1) video
-    frames, later ones 4 chunk.
-    Raises ValueError for other shapes and for pixels that are not finite.
+    chunk: latent frames generated together, for the per-chunk readings; the first chunk has 1 + 4
+    (chunk - 1) video frames, later ones 4 chunk. Raises ValueError for other shapes and for pixels
+    that are not finite.
     """
-    if videos.ndim != 5 or videos.shape[1] < 2 or tuple(videos.shape[2:]) != (SIDE, SIDE, 3) or not len(videos):
-        raise ValueError(f"videos are {list(videos.shape)}, want [B, T, {SIDE}, {SIDE}, 3] with B >= 1 and T >= 2")
+    if (
+        videos.ndim != 5
+        or videos.shape[1] < 2
+        or tuple(videos.shape[2:]) != (SIDE, SIDE, 3)
+        or not len(videos)
+    ):
+        raise ValueError(
+            f"videos are {list(videos.shape)}, want [B, T, {SIDE}, {SIDE}, 3] with B >= 1 and T >= 2"
+        )
     if not videos.is_floating_point():
         raise ValueError(f"videos are {videos.dtype}, want float in [0, 1]; divide uint8 by 255")
     parts = [_read_batch(part, chunk) for part in videos.split(_BATCH)]
-    return Reading(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Reading)))
+    return Reading(
+        *(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Reading))
+    )
 
 
 def chunk_starts(num_frames: int, chunk: int = CHUNK) -> list[int]:
@@ -80,7 +96,9 @@ def chunk_starts(num_frames: int, chunk: int = CHUNK) -> list[int]:
 def _read_batch(videos: Tensor, chunk: int) -> Reading:
     finite = videos.isfinite().flatten(1).all(dim=1)
     if not finite.all():
-        raise ValueError(f"{int((~finite).sum())} of {len(videos)} clips have pixels that are not finite")
+        raise ValueError(
+            f"{int((~finite).sum())} of {len(videos)} clips have pixels that are not finite"
+        )
     video = videos.float().clamp(0, 1)
     background = video[:, ::4, ::2, ::2].flatten(1, 3).median(dim=1).values  # [B, 3]
     shown = (video - background[:, None, None, None]).flatten(2, 3)  # [B, T, pixels, 3]
@@ -93,9 +111,13 @@ def _read_batch(videos: Tensor, chunk: int) -> Reading:
     starts = chunk_starts(video.shape[1], chunk)
     by_chunk = [
         _weighted(part, share)
-        for part, share in zip(by_frame.tensor_split(starts[1:], 1), weight.tensor_split(starts[1:], 1), strict=True)
+        for part, share in zip(
+            by_frame.tensor_split(starts[1:], 1), weight.tensor_split(starts[1:], 1), strict=True
+        )
     ]
-    straight = start[:, None] + step[:, None] * torch.arange(video.shape[1], device=video.device)[:, None]
+    straight = (
+        start[:, None] + step[:, None] * torch.arange(video.shape[1], device=video.device)[:, None]
+    )
     psnr, explained = _explain(shown, coverage(shape, size, straight).flatten(2), colour)
     hue, saturation = hue_and_saturation(background + colour)
     speed_px = step.norm(dim=-1)
@@ -112,7 +134,9 @@ def _read_batch(videos: Tensor, chunk: int) -> Reading:
         psnr=psnr,
         explained=explained,
         valid=explained >= MIN_EXPLAINED,
-        saturation_by_chunk=torch.stack([hue_and_saturation(background + part)[1] for part in by_chunk], dim=1),
+        saturation_by_chunk=torch.stack(
+            [hue_and_saturation(background + part)[1] for part in by_chunk], dim=1
+        ),
         contrast_by_chunk=torch.stack([part.norm(dim=-1) for part in by_chunk], dim=1),
         seam_excess=_seam_excess(centres, step, starts[1:]),
         pixels=video[:, :: max(1, video.shape[1] // 2), 2::4, 2::4].flatten(1),
@@ -120,9 +144,13 @@ def _read_batch(videos: Tensor, chunk: int) -> Reading:
 
 
 def _provisional_colour(shown: Tensor) -> Tensor:
-    """Colour over the background [B, 3]: median over video frames of the mean of each one's farthest pixels."""
+    """Colour over the background [B, 3]: median over video frames of the mean of each one's
+    farthest pixels.
+    """
     farthest = shown.square().sum(dim=-1).topk(_NUM_FARTHEST, dim=-1, sorted=False).indices
-    return shown.gather(2, farthest[..., None].expand(-1, -1, -1, 3)).mean(dim=2).median(dim=1).values
+    return (
+        shown.gather(2, farthest[..., None].expand(-1, -1, -1, 3)).mean(dim=2).median(dim=1).values
+    )
 
 
 def _along(shown: Tensor, colour: Tensor) -> Tensor:
@@ -132,9 +160,12 @@ def _along(shown: Tensor, colour: Tensor) -> Tensor:
 
 
 def centroids(along: Tensor) -> Tensor:
-    """Circular centre of what is shown, [B, T, 2] (x, y) in pixels, unwrapped in time, from `along` [B, T, pixels]."""
+    """Circular centre of what is shown, [B, T, 2] (x, y) in pixels, unwrapped in time, from `along`
+    [B, T, pixels].
+    """
     alpha = along.clamp(0, 1.2).where(along > _FAINT, 0).unflatten(-1, (SIDE, SIDE))
-    profiles = torch.stack([alpha.sum(dim=-2), alpha.sum(dim=-1)], dim=2)  # over y for x, over x for y
+    # over y for x, over x for y
+    profiles = torch.stack([alpha.sum(dim=-2), alpha.sum(dim=-1)], dim=2)
     angles = 2 * math.pi * torch.arange(SIDE, device=along.device) / SIDE
     phase = torch.atan2(profiles @ angles.sin(), profiles @ angles.cos())
     turn = (phase.diff(dim=1) + math.pi) % (2 * math.pi) - math.pi
@@ -143,7 +174,9 @@ def centroids(along: Tensor) -> Tensor:
 
 
 def fit_line(centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Least-squares line through tracks [B, T, 2]: centre at video frame 0 [B, 2], step [B, 2], rms distance [B]."""
+    """Least-squares line through tracks [B, T, 2]: centre at video frame 0 [B, 2], step [B, 2], rms
+    distance [B].
+    """
     time = torch.arange(centres.shape[1], device=centres.device, dtype=centres.dtype)
     time = time - time.mean()
     mean = centres.mean(dim=1)
@@ -153,12 +186,16 @@ def fit_line(centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _best_template(along: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Shape and size [B] whose drawing at the measured centres leaves least of `along`, at its own best strength."""
+    """Shape and size [B] whose drawing at the measured centres leaves least of `along`, at its own
+    best strength.
+    """
     along, centres = along[:, ::_TEMPLATE_STRIDE], centres[:, ::_TEMPLATE_STRIDE]
     explained = []
     for shape in range(len(SHAPES)):
         for size in range(len(SIZES)):
-            shapes, sizes = torch.tensor([shape, size], device=along.device)[:, None].expand(-1, len(along))
+            shapes, sizes = torch.tensor([shape, size], device=along.device)[:, None].expand(
+                -1, len(along)
+            )
             template = coverage(shapes, sizes, centres).flatten(2)
             match = (along * template).sum(dim=(1, 2))
             explained.append(match.clamp_min(0).square() / template.square().sum(dim=(1, 2)))
@@ -167,7 +204,9 @@ def _best_template(along: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inside_colour(shown: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the colours well inside the shape in each video frame [B, T, 3], and of their coverage [B, T]."""
+    """Sum of the colours well inside the shape in each video frame [B, T, 3], and of their coverage
+    [B, T].
+    """
     inside = (alpha >= _INSIDE).to(alpha)
     return torch.einsum("btp,btpc->btc", inside, shown), (inside * alpha).sum(dim=-1)
 
@@ -178,11 +217,15 @@ def _weighted(by_frame: Tensor, weight: Tensor) -> Tensor:
 
 
 def _explain(shown: Tensor, alpha: Tensor, colour: Tensor) -> tuple[Tensor, Tensor]:
-    """PSNR in dB and the explained part of clips, given the re-rendered coverage [B, T, pixels] and colour [B, 3].
+    """PSNR in dB and the explained part of clips, given the re-rendered coverage [B, T, pixels] and
+    colour [B, 3].
 
-    The small constant makes a blank clip, which shows nothing and of which nothing is re-rendered, explained by 0.
+    The small constant makes a blank clip, which shows nothing and of which nothing is re-rendered,
+    explained by 0.
     """
-    missed = (shown - alpha[..., None] * colour[:, None, None]).square().sum(dim=-1).mean(dim=(1, 2))
+    missed = (
+        (shown - alpha[..., None] * colour[:, None, None]).square().sum(dim=-1).mean(dim=(1, 2))
+    )
     drawn = alpha.square().mean(dim=(1, 2)) * colour.square().sum(dim=-1)
     psnr = -10 * torch.log10((missed / 3).clamp_min(1e-10))
     return psnr, 1 - (missed + _TINY) / (drawn + _TINY)
@@ -198,13 +241,18 @@ def hue_and_saturation(rgb: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _seam_excess(centres: Tensor, step: Tensor, seams: list[int]) -> Tensor:
-    """How much farther from the mean step the centre moves into a chunk than into its later latent frames, pixels [B].
+    """How much farther from the mean step the centre moves into a chunk than into its later latent
+    frames, pixels [B].
 
-    Only first video frames of latent frames are compared: a codec makes small steps between latent frames anywhere.
+    Only first video frames of latent frames are compared: a codec makes small steps between latent
+    frames anywhere.
     """
     within = [frame for frame in range(1 + TIME, centres.shape[1], TIME) if frame not in seams]
     if not seams or not within:
         return torch.zeros_like(centres[:, 0, 0])
-    departure = (centres.diff(dim=1) - step[:, None]).norm(dim=-1)  # [B, T - 1]: the step into video frame t + 1
-    into_seams, into_others = (departure[:, [frame - 1 for frame in frames]] for frames in (seams, within))
+    # [B, T - 1]: the step into video frame t + 1
+    departure = (centres.diff(dim=1) - step[:, None]).norm(dim=-1)
+    into_seams, into_others = (
+        departure[:, [frame - 1 for frame in frames]] for frames in (seams, within)
+    )
     return into_seams.mean(dim=1) - into_others.mean(dim=1)

@@ -1,4 +1,6 @@
-"""What a run achieved: its students beside data, teacher and control, in numbers with intervals, clips and curves."""
+"""What a run achieved: its students beside data, teacher and control, in numbers with intervals,
+clips and curves.
+"""
 
 from __future__ import annotations
 
@@ -29,10 +31,23 @@ from selfforcing_dfd.tiny import curves, tables
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.combine import combine
 from selfforcing_dfd.tiny.document import environment, notes_on, printed, save
-from selfforcing_dfd.tiny.generate import EvaluationSet, Videos, data_clips, student_clips, teacher_clips
+from selfforcing_dfd.tiny.generate import (
+    EvaluationSet,
+    Videos,
+    data_clips,
+    student_clips,
+    teacher_clips,
+)
 from selfforcing_dfd.tiny.metrics import summarise
 from selfforcing_dfd.tiny.page import Page, Sheet, colours
-from selfforcing_dfd.tiny.pictures import GRID_CLIPS, GRID_COLUMNS, SHEET_CLIPS, contact_sheet, to_uint8, write_grid
+from selfforcing_dfd.tiny.pictures import (
+    GRID_CLIPS,
+    GRID_COLUMNS,
+    SHEET_CLIPS,
+    contact_sheet,
+    to_uint8,
+    write_grid,
+)
 from selfforcing_dfd.tiny.readout import Reading, read
 from selfforcing_dfd.tiny.tables import DATA, REFERENCES, START, TEACHER, Row
 from selfforcing_dfd.tiny.world import MODE_PRIOR, parse_caption
@@ -51,10 +66,12 @@ class Source:
 
 
 def write_report(config: Config) -> str:
-    """Generate config.report.clips clips for every row, and write report.json, .md, .html and samples/ beside the run.
+    """Generate config.report.clips clips for every row, and write report.json, .md, .html and
+    samples/ beside the run.
 
-    Rows: data; the teacher; the student that training began from; every arm, or the run itself. Returns the table with
-    the verdict. Raises ConfigError for weights that are not there, before anything is generated.
+    Rows: data; the teacher; the student that training began from; every arm, or the run itself.
+    Returns the table with the verdict. Raises ConfigError for weights that are not there, before
+    anything is generated.
     """
     started = time.perf_counter()
     found, folder = sources(config), run_folder(config)
@@ -81,7 +98,9 @@ def write_report(config: Config) -> str:
         captions=evaluation.captions[:SHEET_CLIPS],
         panels=curves.panels(metrics, colours([row.name for row in rows])),
         commands=_commands(folder, config.run.name),
-        environment=environment(str(build_device(config.run.device)), time.perf_counter() - started),
+        environment=environment(
+            str(build_device(config.run.device)), time.perf_counter() - started
+        ),
         settings=to_yaml(config),
         links={},
     )
@@ -91,19 +110,31 @@ def write_report(config: Config) -> str:
 
 def sources(config: Config) -> list[Source]:
     """The rows of this config's report, with their networks loaded."""
-    runs = {config_of_arm.run.name.rpartition("/")[2]: config_of_arm for config_of_arm in arms(config)}
+    runs = {
+        config_of_arm.run.name.rpartition("/")[2]: config_of_arm for config_of_arm in arms(config)
+    }
     taken = [name for name in config.arms if name in REFERENCES or "/" in name]
-    require(not taken, f"an arm is called {taken and taken[0]}, which the report needs for another row; rename it")
+    require(
+        not taken,
+        f"an arm is called {taken and taken[0]}, which the report needs for another row; rename it",
+    )
     found = [Source(DATA, "rendered clips, once through the codec", data_clips)]
     if config.run.stage == "teacher":
         return [*found, teacher_source(config, str(run_folder(config) / STUDENT_FILE))]
     if config.weights.teacher:
         found.append(teacher_source(config, config.weights.teacher))
     if config.weights.student and (config.arms or config.run.stage == "dfd"):
-        found.append(student_source(START, "the student that training began from", config, config.weights.student))
+        found.append(
+            student_source(
+                START, "the student that training began from", config, config.weights.student
+            )
+        )
     if not config.arms:
         about = f"stage {config.run.stage}, {config.run.student_updates} student updates"
-        return [*found, student_source("student", about, config, str(run_folder(config) / STUDENT_FILE))]
+        return [
+            *found,
+            student_source("student", about, config, str(run_folder(config) / STUDENT_FILE)),
+        ]
     for name, arm in runs.items():
         about = f"{', '.join(config.arms[name]) or 'as configured'}; {arm.run.student_updates} student updates"
         found.append(student_source(name, about, arm, str(run_folder(arm) / STUDENT_FILE)))
@@ -117,7 +148,13 @@ def teacher_source(config: Config, weights: str) -> Source:
 
     def clips(evaluation: EvaluationSet, codec: TinyCodec) -> Videos:
         return teacher_clips(
-            network, evaluation, codec, num_steps=steps, shift=config.flow.shift, guidance=guidance, description=TEACHER
+            network,
+            evaluation,
+            codec,
+            num_steps=steps,
+            shift=config.flow.shift,
+            guidance=guidance,
+            description=TEACHER,
         )
 
     return Source(TEACHER, f"{steps} ODE steps, guidance {guidance:g}", clips)
@@ -143,20 +180,31 @@ def student_source(name: str, about: str, config: Config, weights: str) -> Sourc
 
 
 def _frozen(config: Config, weights: str) -> WanTransformer:
-    require(find_file(weights).is_file(), f"no weights at {weights}; train them first, or correct the path")
-    return load_network(config.model, weights, build_device(config.run.device)).requires_grad_(False)
+    require(
+        find_file(weights).is_file(),
+        f"no weights at {weights}; train them first, or correct the path",
+    )
+    return load_network(config.model, weights, build_device(config.run.device)).requires_grad_(
+        False
+    )
 
 
-def measure(source: Source, evaluation: EvaluationSet, codec: TinyCodec, chunk_frames: int) -> tuple[Row, Tensor]:
+def measure(
+    source: Source, evaluation: EvaluationSet, codec: TinyCodec, chunk_frames: int
+) -> tuple[Row, Tensor]:
     """A source's row, and its first clips, uint8 [16, T, 64, 64, 3]."""
     started, readings, first = time.perf_counter(), [], torch.empty(0, dtype=torch.uint8)
     for videos in source.clips(evaluation, codec):
         readings.append(read(videos, chunk_frames))
         first = torch.cat([first, to_uint8(videos)])[:GRID_CLIPS]
-    reading = Reading(*(torch.cat([getattr(part, f.name) for part in readings]) for f in fields(Reading)))
+    reading = Reading(
+        *(torch.cat([getattr(part, f.name) for part in readings]) for f in fields(Reading))
+    )
     scores = tables.stated(summarise(reading, evaluation.captions))
     modes = torch.bincount(reading.mode[reading.valid], minlength=len(MODE_PRIOR)).tolist()
-    return Row(source.name, source.about, scores, tuple(modes), time.perf_counter() - started), first
+    return Row(
+        source.name, source.about, scores, tuple(modes), time.perf_counter() - started
+    ), first
 
 
 def run_metrics(config: Config) -> dict[str, list[dict[str, Any]]]:
@@ -168,10 +216,12 @@ def run_metrics(config: Config) -> dict[str, list[dict[str, Any]]]:
 
 
 def sample_videos(run: Path, prompts: Sequence[str] = (), out: Path | None = None) -> Path:
-    """Write one mp4 with a grid of clips by a run's student, and their captions in a .txt beside it; the mp4's path.
+    """Write one mp4 with a grid of clips by a run's student, and their captions in a .txt beside
+    it; the mp4's path.
 
-    With arms, the last one's student. Each prompt has a line of clips; without prompts, captions are drawn from the
-    data law. Raises ConfigError for a folder without a run, ValueError for a prompt that names nothing of the world.
+    With arms, the last one's student. Each prompt has a line of clips; without prompts, captions
+    are drawn from the data law. Raises ConfigError for a folder without a run, ValueError for a
+    prompt that names nothing of the world.
     """
     config, weights = student_of(run)
     for prompt in prompts:
@@ -190,7 +240,9 @@ def sample_videos(run: Path, prompts: Sequence[str] = (), out: Path | None = Non
         source = teacher_source(config, str(weights))
     else:
         source = student_source("sample", "", config, str(weights))
-    videos = torch.cat([to_uint8(part) for part in source.clips(evaluation, TinyCodec.load(codec_file(config)))])
+    videos = torch.cat(
+        [to_uint8(part) for part in source.clips(evaluation, TinyCodec.load(codec_file(config)))]
+    )
     path = out or run / "sample.mp4"
     write_grid(path, videos, GRID_COLUMNS)
     lines = list(_lines_of(evaluation.captions, GRID_COLUMNS))

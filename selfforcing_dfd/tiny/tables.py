@@ -1,6 +1,7 @@
 """Rows of scores as text, and the verdict that follows from them by a stated rule.
 
-Distance to the data is two-sided everywhere: more saturated than the data is as far off as less saturated.
+Distance to the data is two-sided everywhere: more saturated than the data is as far off as less
+saturated.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ REFERENCES = (DATA, TEACHER, START)  # rows that are not judged
 
 VALIDITY_MARGIN = 0.05  # an arm may lose this much validity and still count as having helped
 FEWEST = 8  # clips from which a mean is stated; bootstrap intervals of fewer are too short
-FEWEST_FOR_MODES = len(MODE_PRIOR)  # fewer clips than modes: the prior that smooths the sample's law dominates it
+# fewer clips than modes: the prior that smooths the sample's law dominates it
+FEWEST_FOR_MODES = len(MODE_PRIOR)
 
 RULE = (
     "The verdict's rule: an arm helped if its KL(prior || sample) lies below the control's with disjoint intervals and "
@@ -38,10 +40,11 @@ class ReportError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One source of clips. modes: its valid clips in each mode of MODE_PRIOR; seconds: to generate and read them.
+    """One source of clips. modes: its valid clips in each mode of MODE_PRIOR; seconds: to generate
+    and read them.
 
-    Combined over seeds, a score is the mean with the smallest and the largest seed's value, n is the number of seeds,
-    and marks say on which side of the data the row is in every seed.
+    Combined over seeds, a score is the mean with the smallest and the largest seed's value, n is
+    the number of seeds, and marks say on which side of the data the row is in every seed.
     """
 
     name: str
@@ -73,8 +76,8 @@ class Finding:
 class Metric:
     """A line of the table.
 
-    far: the distance to the data's value from which a cell has its strongest colour; fewest: clips (valid ones, where
-    the metric is over these) from which it is stated.
+    far: the distance to the data's value from which a cell has its strongest colour; fewest: clips
+    (valid ones, where the metric is over these) from which it is stated.
     """
 
     key: str
@@ -104,10 +107,28 @@ METRICS = (
     Metric("saturation", "saturation", 2, 0.15, "HSV saturation of the shape, valid clips"),
     Metric("contrast", "contrast", 2, 0.2, "RGB distance of shape and background, all clips", 0),
     Metric("speed_px", "speed, px/frame", 2, 0.3, "pixels per video frame, valid clips"),
-    Metric("saturation_drift", "saturation drift / chunk", 3, 0.05, "mean size of the change, valid clips"),
+    Metric(
+        "saturation_drift",
+        "saturation drift / chunk",
+        3,
+        0.05,
+        "mean size of the change, valid clips",
+    ),
     Metric("contrast_drift", "contrast drift / chunk", 3, 0.05, "mean change, valid clips"),
-    Metric("jitter_px", "jitter, px", 2, 1.0, "rms distance of the shape from a straight track, valid clips"),
-    Metric("seam_excess_px", "seam excess, px", 2, 0.5, "how much less even the motion is where chunks meet"),
+    Metric(
+        "jitter_px",
+        "jitter, px",
+        2,
+        1.0,
+        "rms distance of the shape from a straight track, valid clips",
+    ),
+    Metric(
+        "seam_excess_px",
+        "seam excess, px",
+        2,
+        0.5,
+        "how much less even the motion is where chunks meet",
+    ),
     Metric("spread", "spread of pixels", 3, 0.04, "standard deviation over clips, all clips", 0),
 )
 
@@ -144,12 +165,22 @@ def number(value: float, digits: int) -> str:
 
 
 def interval(score: Score, digits: int) -> str:
-    return f"[{number(score.low, digits)} {number(score.high, digits)}]" if math.isfinite(score.value) else ""
+    return (
+        f"[{number(score.low, digits)} {number(score.high, digits)}]"
+        if math.isfinite(score.value)
+        else ""
+    )
 
 
 def against(score: Score | None, data: Score | None) -> Mark:
-    """Where a score lies from the data's: = if the intervals touch, else above or below; empty without both."""
-    if score is None or data is None or not (math.isfinite(score.value) and math.isfinite(data.value)):
+    """Where a score lies from the data's: = if the intervals touch, else above or below; empty
+    without both.
+    """
+    if (
+        score is None
+        or data is None
+        or not (math.isfinite(score.value) and math.isfinite(data.value))
+    ):
         return ""
     if score.low > data.high:
         return "↑"
@@ -162,7 +193,11 @@ def cells(rows: Sequence[Row], metric: Metric) -> list[str]:
     for row in rows:
         score = row.scores.get(metric.key)
         parts = (
-            (number(score.value, metric.digits), interval(score, metric.digits), row.mark(metric.key, data))
+            (
+                number(score.value, metric.digits),
+                interval(score, metric.digits),
+                row.mark(metric.key, data),
+            )
             if score
             else ("-",)
         )
@@ -175,7 +210,10 @@ def plain_table(rows: Sequence[Row]) -> str:
     lines = [["", *(row.name for row in rows)]]
     lines += [[metric.title, *cells(rows, metric)] for metric in metrics_of(rows)]
     widths = [max(len(line[column]) for line in lines) for column in range(len(lines[0]))]
-    texts = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
+    texts = [
+        "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        for line in lines
+    ]
     return "\n".join([texts[0], "-" * (sum(widths) + 2 * len(rows)), *texts[1:]])
 
 
@@ -186,7 +224,9 @@ def markdown_table(rows: Sequence[Row]) -> str:
 
 
 def verdict(rows: Sequence[Row]) -> str:
-    """One sentence for each arm against the control; without a control, what sets each row apart from the data."""
+    """One sentence for each arm against the control; without a control, what sets each row apart
+    from the data.
+    """
     return " ".join(finding.text for finding in findings(rows))
 
 
@@ -200,15 +240,20 @@ def findings(rows: Sequence[Row]) -> list[Finding]:
         described = judged or [row for row in rows if row is not data]
         return [Finding(row.name, "", _differences(row, data)) for row in described]
     references = [row for row in (data, find(rows, TEACHER)) if row is not None]
-    return [Finding(row.name, outcome(row, control, references), _sentence(row, control, references)) for row in judged]
+    return [
+        Finding(row.name, outcome(row, control, references), _sentence(row, control, references))
+        for row in judged
+    ]
 
 
 def outcome(arm: Row, control: Row, references: Sequence[Row]) -> Outcome:
-    """The rule, all by disjoint 95 % intervals. references: the rows of data and, where it is there, of the teacher.
+    """The rule, all by disjoint 95 % intervals. references: the rows of data and, where it is
+    there, of the teacher.
 
-    Helped: KL(prior || sample) lies below the control's, and validity is at most VALIDITY_MARGIN lower. Harmed: validity
-    falls by more than that, or contrast or speed falls below those of control and references alike (a fall from too much
-    to the data's is none). Mixed: both. A score that is not there, for want of valid clips, decides nothing.
+    Helped: KL(prior || sample) lies below the control's, and validity is at most VALIDITY_MARGIN
+    lower. Harmed: validity falls by more than that, or contrast or speed falls below those of
+    control and references alike (a fall from too much to the data's is none). Mixed: both. A score
+    that is not there, for want of valid clips, decides nothing.
     """
     covers = arm.scores["kl_prior_sample"].high < control.scores["kl_prior_sample"].low
     keeps = arm.scores["valid"].value >= control.scores["valid"].value - VALIDITY_MARGIN
@@ -223,10 +268,15 @@ def outcome(arm: Row, control: Row, references: Sequence[Row]) -> Outcome:
 def losses(arm: Row, control: Row, references: Sequence[Row]) -> list[str]:
     """What an arm lost for certain, among validity, contrast and speed.
 
-    The margin on validity keeps one clip from deciding where a bootstrap interval of a share of 100 % has no width.
+    The margin on validity keeps one clip from deciding where a bootstrap interval of a share of 100
+    % has no width.
     """
     valid, before = arm.scores["valid"], control.scores["valid"]
-    lost = ["valid"] if valid.high < before.low and valid.value < before.value - VALIDITY_MARGIN else []
+    lost = (
+        ["valid"]
+        if valid.high < before.low and valid.value < before.value - VALIDITY_MARGIN
+        else []
+    )
     for key in ("contrast", "speed_px"):
         if arm.scores[key].high < min(row.scores[key].low for row in (control, *references)):
             lost.append(key)
@@ -244,7 +294,9 @@ def _sentence(arm: Row, control: Row, references: Sequence[Row]) -> str:
     lost = " and ".join(fell[key] for key in losses(arm, control, references))
     match outcome(arm, control, references):
         case "helped":
-            return f"{arm.name} helped: it covers the modes better, {kl}, and stays coherent, {valid}."
+            return (
+                f"{arm.name} helped: it covers the modes better, {kl}, and stays coherent, {valid}."
+            )
         case "harmed":
             return f"{arm.name} harmed: {lost}; {kl}."
         case "mixed":
@@ -279,10 +331,21 @@ def _differences(row: Row, data: Row) -> str:
 def to_json(row: Row) -> dict[str, Any]:
     """A row as JSON: what is not a number is null."""
     scores = {
-        key: {"value": _or_null(s.value), "low": _or_null(s.low), "high": _or_null(s.high), "n": s.n}
+        key: {
+            "value": _or_null(s.value),
+            "low": _or_null(s.low),
+            "high": _or_null(s.high),
+            "n": s.n,
+        }
         for key, s in row.scores.items()
     }
-    saved = {"name": row.name, "about": row.about, "scores": scores, "modes": list(row.modes), "seconds": row.seconds}
+    saved = {
+        "name": row.name,
+        "about": row.about,
+        "scores": scores,
+        "modes": list(row.modes),
+        "seconds": row.seconds,
+    }
     return saved | ({"marks": dict(row.marks)} if row.marks is not None else {})
 
 
@@ -293,7 +356,14 @@ def from_json(saved: Mapping[str, Any]) -> Row:
             key: Score(_or_nan(s["value"]), _or_nan(s["low"]), _or_nan(s["high"]), int(s["n"]))
             for key, s in saved["scores"].items()
         }
-        return Row(saved["name"], saved["about"], scores, tuple(saved["modes"]), saved["seconds"], saved.get("marks"))
+        return Row(
+            saved["name"],
+            saved["about"],
+            scores,
+            tuple(saved["modes"]),
+            saved["seconds"],
+            saved.get("marks"),
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise ReportError(f"not a row of a report: {error!r}; write the report again") from error
 

@@ -1,4 +1,6 @@
-"""Word-level text encoder with UMT5's contract: one vector a token, zeros past the end, padding attended to."""
+"""Word-level text encoder with UMT5's contract: one vector a token, zeros past the end, padding
+attended to.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from selfforcing_dfd import rng
 
 
 class TinyText:
-    """Each word is a fixed random vector of norm sqrt(dim), keyed by the word itself, so any vocabulary works.
+    """Each word is a fixed random vector of norm sqrt(dim), keyed by the word itself, so any
+    vocabulary works.
 
     The empty caption is all zeros: what the teacher's unconditional half is trained on.
     """
@@ -30,7 +33,9 @@ class TinyText:
         for row, caption in zip(out, captions, strict=True):
             words = re.findall(r"[^\W\d_]+", caption.lower())
             if len(words) > self.length:
-                raise ValueError(f"caption has {len(words)} words, {self.length} fit: {caption!r}; shorten it")
+                raise ValueError(
+                    f"caption has {len(words)} words, {self.length} fit: {caption!r}; shorten it"
+                )
             for slot, word in zip(row, words, strict=False):
                 slot.copy_(self.word(word))
         return out

@@ -1,7 +1,8 @@
 """The tiny world: procedural clips of one soft-edged shape that moves on a torus.
 
-Captions name some of the factors of a clip (shape; then hue; then size, direction, speed); the others are free, with known and
-skewed priors. The rare ones are what a mode-seeking objective drops, and here they can be counted.
+Captions name some of the factors of a clip (shape; then hue; then size, direction, speed); the
+others are free, with known and skewed priors. The rare ones are what a mode-seeking objective
+drops, and here they can be counted.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ SIDE = 64  # pixels; the torus is SIDE x SIDE
 FPS = 16
 BACKGROUND = 0.35
 VALUE = 0.9  # HSV value of the shape's colour
-EDGE_PX = 0.9  # scale of the logistic edge; the slope of its middle would cross from 0 to 1 in 4 times this
+# scale of the logistic edge; the slope of its middle would cross from 0 to 1 in 4 times this
+EDGE_PX = 0.9
 
 SHAPES = ("disc", "square", "cross")
 HUES = ("red", "yellow", "green", "cyan", "blue", "magenta")
@@ -40,17 +42,21 @@ SIZE_PRIOR = torch.tensor([0.6, 0.4])
 MODE_PRIOR = torch.outer(HUE_PRIOR, DIRECTION_PRIOR).flatten()  # [24]
 
 SPEED_PX = torch.tensor([0.5, 1.0, 2.0])  # pixels per video frame
-SIZE_PX = torch.tensor([9.0, 13.0])  # half-extent of the square; the other shapes have about its area
+# half-extent of the square; the other shapes have about its area
+SIZE_PX = torch.tensor([9.0, 13.0])
 HEADINGS = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0], [0.0, -1.0]])  # (x, y); y points down
 
 _NAMES = {"shape": SHAPES, "hue": HUES, "direction": DIRECTIONS, "speed": SPEEDS, "size": SIZES}
-_FACTOR_OF_WORD = {word: (factor, index) for factor, words in _NAMES.items() for index, word in enumerate(words)}
+_FACTOR_OF_WORD = {
+    word: (factor, index) for factor, words in _NAMES.items() for index, word in enumerate(words)
+}
 _TEMPLATES: dict[str, str] = {
     "short": "a {shape} moves",
     "medium": "a {hue} {shape} moves",
     "long": "a {size} {hue} {shape} moves {direction} {speed}",
 }
-X264 = {"crf": "6", "preset": "veryfast", "x264-params": "mbtree=0"}  # its macroblock tree does not repeat bit for bit
+# its macroblock tree does not repeat bit for bit
+X264 = {"crf": "6", "preset": "veryfast", "x264-params": "mbtree=0"}
 _RENDER_BATCH = 16  # clips drawn at once, so that the working set stays in cache
 
 
@@ -75,7 +81,9 @@ class Factors:
 
 
 def draw_factors(num_clips: int, generator: torch.Generator) -> Factors:
-    """Independent draws from the data law. Saturation is Beta(6, 6): the sixth smallest of eleven uniforms."""
+    """Independent draws from the data law. Saturation is Beta(6, 6): the sixth smallest of eleven
+    uniforms.
+    """
 
     def category(prior: Tensor) -> Tensor:
         return torch.multinomial(prior, num_clips, replacement=True, generator=generator)
@@ -104,14 +112,17 @@ def colour(hue: Tensor, saturation: Tensor) -> Tensor:
 
 
 def track(factors: Factors, num_frames: int) -> Tensor:
-    """Centre (x, y) of the shape at every video frame, [B, T, 2] in pixels, not wrapped to the torus."""
+    """Centre (x, y) of the shape at every video frame, [B, T, 2] in pixels, not wrapped to the
+    torus.
+    """
     start = torch.stack([factors.x, factors.y], dim=-1)
     step = HEADINGS.to(start)[factors.direction] * SPEED_PX.to(start)[factors.speed][:, None]
     return start[:, None] + step[:, None] * torch.arange(num_frames, device=start.device)[:, None]
 
 
 def coverage(shape: Tensor, size: Tensor, centres: Tensor) -> Tensor:
-    """How much of each pixel the shape covers, [B, T, SIDE, SIDE] in [0, 1]: a logistic function of the signed distance.
+    """How much of each pixel the shape covers, [B, T, SIDE, SIDE] in [0, 1]: a logistic function of
+    the signed distance.
 
     shape, size: indices [B]; centres: [B, T, 2] pixels.
     """
@@ -140,8 +151,12 @@ def _signed_distance(shape: str, across: Tensor, down: Tensor, half: Tensor) -> 
 
 
 def paint(alpha: Tensor, colours: Tensor, background: Tensor | float = BACKGROUND) -> Tensor:
-    """Colours [B, 3] where alpha [B, T, H, W] is 1, background (float or [B, 3]) where it is 0: [B, T, H, W, 3]."""
-    ground = torch.as_tensor(background, dtype=alpha.dtype, device=alpha.device).expand(colours.shape)
+    """Colours [B, 3] where alpha [B, T, H, W] is 1, background (float or [B, 3]) where it is 0: [B,
+    T, H, W, 3].
+    """
+    ground = torch.as_tensor(background, dtype=alpha.dtype, device=alpha.device).expand(
+        colours.shape
+    )
     return ground[:, None, None, None] + alpha[..., None] * (colours - ground)[:, None, None, None]
 
 
@@ -158,18 +173,24 @@ def render(factors: Factors, num_frames: int = 33) -> Tensor:
 
 
 def captions(factors: Factors, level: Level) -> list[str]:
-    """What the clips show, in words: short names the shape, medium also the hue, long all but saturation and place."""
+    """What the clips show, in words: short names the shape, medium also the hue, long all but
+    saturation and place.
+    """
     if level not in _TEMPLATES:
         raise ValueError(f"caption level is {level!r}, want one of {', '.join(_TEMPLATES)}")
     indices = {name: getattr(factors, name).tolist() for name in _NAMES}
     return [
-        _TEMPLATES[level].format(**{name: words[indices[name][clip]] for name, words in _NAMES.items()})
+        _TEMPLATES[level].format(
+            **{name: words[indices[name][clip]] for name, words in _NAMES.items()}
+        )
         for clip in range(len(factors))
     ]
 
 
 def parse_caption(text: str) -> dict[str, int]:
-    """The factors that a caption names, as {factor: index}. Words that name no factor are passed over."""
+    """The factors that a caption names, as {factor: index}. Words that name no factor are passed
+    over.
+    """
     named: dict[str, int] = {}
     for word in re.findall("[a-z]+", text.lower()):
         factor, index = _FACTOR_OF_WORD.get(word, ("", 0))
@@ -185,7 +206,8 @@ def write_clips(
 ) -> list[Path]:
     """Write `000000.mp4` and `000000.txt` and so on; the paths of the videos.
 
-    Clip i is a function of (seed, i) alone, so a longer folder begins with the clips of a shorter one.
+    Clip i is a function of (seed, i) alone, so a longer folder begins with the clips of a shorter
+    one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -200,7 +222,9 @@ def write_clips(
 
 
 def _write_mp4(path: Path, frames: Tensor) -> None:
-    """Near-lossless H.264 of uint8 [T, H, W, 3], with full chroma so that the codec sees true colours at the edges."""
+    """Near-lossless H.264 of uint8 [T, H, W, 3], with full chroma so that the codec sees true
+    colours at the edges.
+    """
     partial = path.with_name(path.name + ".partial")
     with av.open(str(partial), "w", format="mp4") as container:
         stream_out = container.add_stream("libx264", rate=FPS, options=X264)

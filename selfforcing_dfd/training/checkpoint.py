@@ -1,8 +1,9 @@
 """Checkpoints that survive being killed: written aside, completed, then renamed into place.
 
-A checkpoint is a folder `student_update=000040` with tensors in torch.distributed.checkpoint (DCP) format, one file a
-rank, and `meta.json`: plain values, where the run came from, size and SHA-256 of every file. It appears by one atomic
-rename after everything is on disk. With a process group all ranks call together; without one none has to be made.
+A checkpoint is a folder `student_update=000040` with tensors in torch.distributed.checkpoint (DCP)
+format, one file a rank, and `meta.json`: plain values, where the run came from, size and SHA-256 of
+every file. It appears by one atomic rename after everything is on disk. With a process group all
+ranks call together; without one none has to be made.
 """
 
 from __future__ import annotations
@@ -53,8 +54,9 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 T = TypeVar("T")
 State = dict[str, Any]
-"""Nested dicts with string keys whose leaves are tensors, int, float, str, bool or None. At the top level also objects
-with `state_dict` and `load_state_dict`: modules, EMA, Clock."""
+"""Nested dicts with string keys whose leaves are tensors, int, float, str, bool or None. At the top
+level also objects with `state_dict` and `load_state_dict`: modules, EMA, Clock.
+"""
 
 
 class CheckpointError(ValueError):
@@ -64,8 +66,8 @@ class CheckpointError(ValueError):
 class CheckpointManager:
     """The newest `keep` checkpoints of one run in one folder, to which one run at a time writes.
 
-    config: the resolved config; models: `model_fingerprint` by role, for models that are not saved (the teacher). Both
-    are recorded, and `load` refuses a checkpoint made beside another model.
+    config: the resolved config; models: `model_fingerprint` by role, for models that are not saved
+    (the teacher). Both are recorded, and `load` refuses a checkpoint made beside another model.
     """
 
     def __init__(
@@ -84,15 +86,23 @@ class CheckpointManager:
         self.models = dict(models or {})
 
     def save(self, step: int, state: State) -> Path:
-        """Write `state` at student update `step` and return where it is; older ones are deleted only after that.
+        """Write `state` at student update `step` and return where it is; older ones are deleted
+        only after that.
 
-        CheckpointError on a full disk or any other failure; what was there before is untouched then.
+        CheckpointError on a full disk or any other failure; what was there before is untouched
+        then.
         """
         self.check_may_save(step)
         tensors, values = _flatten(_unfold(state))
         values = _over_ranks(values)
         if dist.is_initialized():
-            _over_ranks({key: model_fingerprint({"": t}) for key, t in tensors.items() if not isinstance(t, DTensor)})
+            _over_ranks(
+                {
+                    key: model_fingerprint({"": t})
+                    for key, t in tensors.items()
+                    if not isinstance(t, DTensor)
+                }
+            )
         path = self.folder / f"student_update={step:06d}"
         temporary = path.with_name(TEMPORARY + path.name)
         with _cleaned_up(temporary):
@@ -103,7 +113,9 @@ class CheckpointManager:
         return path
 
     def latest(self) -> Path | None:
-        """The newest complete checkpoint, None if there is none. Damaged ones are passed over with a warning."""
+        """The newest complete checkpoint, None if there is none. Damaged ones are passed over with
+        a warning.
+        """
         for path in reversed(self._all()):
             damage = _damage(path)
             if damage is None:
@@ -114,7 +126,8 @@ class CheckpointManager:
     def load(self, path: Path | str, state: State) -> None:
         """Fill the tensors and values of `state` in place, bit for bit.
 
-        CheckpointError, before anything is changed, if the checkpoint is damaged or any key, shape or dtype differs.
+        CheckpointError, before anything is changed, if the checkpoint is damaged or any key, shape
+        or dtype differs.
         """
         path = Path(path)
         meta = read_meta(path)
@@ -132,7 +145,9 @@ class CheckpointManager:
                 state[name] = unfolded[name]
 
     def check_may_save(self, step: int) -> None:
-        """CheckpointError if the folder holds a checkpoint beyond `step`: it would be taken for this run's newest."""
+        """CheckpointError if the folder holds a checkpoint beyond `step`: it would be taken for
+        this run's newest.
+        """
         later = [path for path in self._all() if _step(path) > step]
         if later:
             raise CheckpointError(
@@ -141,9 +156,13 @@ class CheckpointManager:
             )
 
     def _all(self) -> list[Path]:
-        """Oldest first; one that is just being replaced by another of the same step comes before it."""
+        """Oldest first; one that is just being replaced by another of the same step comes before
+        it.
+        """
         paths = self.folder.iterdir() if self.folder.is_dir() else iter(())
-        return sorted((p for p in paths if NAME.fullmatch(p.name)), key=lambda p: (_step(p), not p.suffix))
+        return sorted(
+            (p for p in paths if NAME.fullmatch(p.name)), key=lambda p: (_step(p), not p.suffix)
+        )
 
     def _make_room(self, temporary: Path) -> None:
         """Remove what dead saves left behind and start this one."""
@@ -155,7 +174,8 @@ class CheckpointManager:
     def _publish(self, temporary: Path, path: Path, values: State) -> None:
         """Complete the checkpoint with meta.json and give it its name, then drop the oldest.
 
-        One that has the name already steps aside to one that `latest` knows too: no moment is without a whole one.
+        One that has the name already steps aside to one that `latest` knows too: no moment is
+        without a whole one.
         """
         meta = {
             "format_version": FORMAT_VERSION,
@@ -183,18 +203,26 @@ class CheckpointManager:
                 self._discard(other)
 
     def _discard(self, path: Path) -> None:
-        """Delete a checkpoint; a kill in between leaves a leftover, never half a checkpoint under its name."""
+        """Delete a checkpoint; a kill in between leaves a leftover, never half a checkpoint under
+        its name.
+        """
         if path.exists():
             shutil.rmtree(path.rename(path.with_name(f"{TEMPORARY}{path.name}.discarded")))
 
 
 def read_meta(path: Path | str) -> dict[str, Any]:
-    """The meta.json of a complete checkpoint; CheckpointError for one that is missing, damaged or of another format."""
+    """The meta.json of a complete checkpoint; CheckpointError for one that is missing, damaged or
+    of another format.
+    """
     path = Path(path)
     damage = _damage(path)
     if damage is not None:
-        whole = sorted(other.name for other in path.parent.glob("student_update=*") if _damage(other) is None)
-        raise CheckpointError(f"{path} is no complete checkpoint: {damage}. Complete ones beside it: {whole or 'none'}")
+        whole = sorted(
+            other.name for other in path.parent.glob("student_update=*") if _damage(other) is None
+        )
+        raise CheckpointError(
+            f"{path} is no complete checkpoint: {damage}. Complete ones beside it: {whole or 'none'}"
+        )
     meta: dict[str, Any] = json.loads((path / META_FILE).read_text(encoding="utf-8"))
     if meta["format_version"] != FORMAT_VERSION:
         raise CheckpointError(
@@ -210,8 +238,15 @@ def check_config(path: Path | str, resolved: Mapping[str, Any], allowed: set[str
     allowed: dotted keys that may change on resume; the name of a section allows all of it.
     """
     before, now = (
-        {key: leaf for key, leaf in _leaves(tree).items() if not any(f"{key}.".startswith(f"{a}.") for a in allowed)}
-        for tree in (OmegaConf.to_container(OmegaConf.create(read_meta(path)["config_yaml"])), _as_yaml(resolved))
+        {
+            key: leaf
+            for key, leaf in _leaves(tree).items()
+            if not any(f"{key}.".startswith(f"{a}.") for a in allowed)
+        }
+        for tree in (
+            OmegaConf.to_container(OmegaConf.create(read_meta(path)["config_yaml"])),
+            _as_yaml(resolved),
+        )
     )
     lines = differences(before, now)
     if lines:
@@ -229,22 +264,33 @@ def config_fingerprint(resolved: Mapping[str, Any]) -> str:
 
 def _as_yaml(resolved: Mapping[str, Any]) -> Any:
     """As it reads back from YAML, so that a tuple equals the list it becomes."""
-    return OmegaConf.to_container(OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(resolved)))))
+    return OmegaConf.to_container(
+        OmegaConf.create(OmegaConf.to_yaml(OmegaConf.create(dict(resolved))))
+    )
 
 
 def _leaves(tree: Any, prefix: str = "") -> dict[str, Any]:
     """Dotted keys of nested dicts; an empty dict is a leaf."""
     found: dict[str, Any] = {}
     for name, child in tree.items():
-        part = _leaves(child, f"{prefix}{name}.") if isinstance(child, dict) and child else {f"{prefix}{name}": child}
+        part = (
+            _leaves(child, f"{prefix}{name}.")
+            if isinstance(child, dict) and child
+            else {f"{prefix}{name}": child}
+        )
         if part.keys() & found.keys():
-            raise CheckpointError(f"two entries are called {sorted(part.keys() & found.keys())[0]}; rename one")
+            raise CheckpointError(
+                f"two entries are called {sorted(part.keys() & found.keys())[0]}; rename one"
+            )
         found |= part
     return found
 
 
 def _unfold(state: State) -> State:
-    return {name: holder.state_dict() if isinstance(holder, Stateful) else holder for name, holder in state.items()}
+    return {
+        name: holder.state_dict() if isinstance(holder, Stateful) else holder
+        for name, holder in state.items()
+    }
 
 
 def _flatten(unfolded: State) -> tuple[dict[str, Tensor], State]:
@@ -276,14 +322,19 @@ def _step(path: Path) -> int:
 def _describe_files(paths: list[Path]) -> dict[str, dict[str, Any]]:
     def one(path: Path) -> dict[str, Any]:
         with path.open("rb") as file:
-            return {"size_bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+            return {
+                "size_bytes": path.stat().st_size,
+                "sha256": hashlib.file_digest(file, "sha256").hexdigest(),
+            }
 
     with ThreadPool() as pool:
         return dict(zip((path.name for path in paths), pool.map(one, paths), strict=True))
 
 
 def _damage(path: Path) -> str | None:
-    """What a checkpoint lacks, None if it is whole. By sizes only, which is cheap; `load` checks the hashes."""
+    """What a checkpoint lacks, None if it is whole. By sizes only, which is cheap; `load` checks
+    the hashes.
+    """
     try:
         files: dict[str, Any] = json.loads((path / META_FILE).read_text(encoding="utf-8"))["files"]
         for name in sorted({*files, ".metadata"}):
@@ -307,7 +358,9 @@ def _check_hashes(path: Path, files: Mapping[str, Any]) -> None:
 
 
 def _check_layout(path: Path, wanted: State, meta: State, tensors: Mapping[str, Tensor]) -> None:
-    """Compare what is stored with what is wanted: tensors, types of values, fingerprints of models beside them."""
+    """Compare what is stored with what is wanted: tensors, types of values, fingerprints of models
+    beside them.
+    """
     before, now = (
         {f"{role} (fingerprint)": mark for role, mark in side["models"].items()}
         | {key: type(value).__name__ for key, value in side["values"].items()}
@@ -332,24 +385,38 @@ def _listed(lines: list[str], num_shown: int = NUM_SHOWN) -> str:
 
 @contextmanager
 def _cleaned_up(temporary: Path) -> Iterator[None]:
-    """Whatever stops a save, the disk gets its space back; a failure to write becomes a CheckpointError."""
+    """Whatever stops a save, the disk gets its space back; a failure to write becomes a
+    CheckpointError.
+    """
     try:
         yield
     except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+        cause = (
+            next(iter(error.failures.values()))[0]
+            if isinstance(error, CheckpointException)
+            else error
+        )
         if not isinstance(cause, Exception) or isinstance(cause, CheckpointError):
             raise cause from None
         raise CheckpointError(_explain(cause, temporary.parent)) from error
 
 
 def _explain(cause: BaseException, folder: Path) -> str:
-    """DCP hides a full disk behind the error it met while handling it; from another rank only that one arrives."""
+    """DCP hides a full disk behind the error it met while handling it; from another rank only that
+    one arrives.
+    """
     chain = [cause]
     while (inner := chain[-1].__cause__ or chain[-1].__context__) is not None:
         chain.append(inner)
-    full = "unexpected pos" in str(cause) or any(isinstance(e, OSError) and e.errno in DISK_FULL for e in chain)
-    what = "the disk is full; free some space or keep fewer" if full else f"{type(chain[-1]).__name__}: {chain[-1]}"
+    full = "unexpected pos" in str(cause) or any(
+        isinstance(e, OSError) and e.errno in DISK_FULL for e in chain
+    )
+    what = (
+        "the disk is full; free some space or keep fewer"
+        if full
+        else f"{type(chain[-1]).__name__}: {chain[-1]}"
+    )
     return f"could not save in {folder}, earlier checkpoints are untouched: {what}"
 
 
@@ -371,9 +438,11 @@ def _on_first_rank(action: Callable[[], T]) -> T:
 
 
 def _over_ranks(own: State) -> State:
-    """The entries of all ranks; CheckpointError, on all of them, if one key has different contents on two ranks.
+    """The entries of all ranks; CheckpointError, on all of them, if one key has different contents
+    on two ranks.
 
-    Only DTensors are stored by shard. Of a plain tensor or value one rank's would be kept, silently.
+    Only DTensors are stored by shard. Of a plain tensor or value one rank's would be kept,
+    silently.
     """
     if not dist.is_initialized():
         return own
@@ -381,7 +450,9 @@ def _over_ranks(own: State) -> State:
     dist.all_gather_object(ranks, own)
     merged: State = {}
     for rank, entries in enumerate(ranks):
-        differing = sorted(key for key in entries.keys() & merged.keys() if entries[key] != merged[key])
+        differing = sorted(
+            key for key in entries.keys() & merged.keys() if entries[key] != merged[key]
+        )
         if differing:
             raise CheckpointError(
                 f"{differing[0]} on rank {rank} is not what other ranks have; put the rank in the key"
@@ -393,5 +464,7 @@ def _over_ranks(own: State) -> State:
 @contextmanager
 def _quiet_without_group() -> Iterator[None]:
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+        warnings.filterwarnings(
+            "ignore", message="torch.distributed is disabled, unavailable or uninitialized"
+        )
         yield

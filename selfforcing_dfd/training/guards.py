@@ -1,7 +1,8 @@
 """Two-sided guards: how the student's pixels compare with the data's while it trains.
 
-Distillation can over-saturate (DMD) and data forcing can turn grey (arXiv 2606.18478 and its published clips), so neither
-more nor less is better: each number is compared with the same number of real clips of the same captions.
+Distillation can over-saturate (DMD) and data forcing can turn grey (arXiv 2606.18478 and its
+published clips), so neither more nor less is better: each number is compared with the same number
+of real clips of the same captions.
 """
 
 from __future__ import annotations
@@ -23,8 +24,9 @@ class GuardError(RuntimeError):
 def pixel_statistics(videos: Tensor) -> dict[str, float]:
     """Weight-free numbers of videos [B, T, H, W, 3] in [0, 1].
 
-    saturation: mean of max - min over colours; contrast: standard deviation of luma in a frame; sharpness: mean absolute
-    spatial difference; motion: mean absolute difference of video frames four apart; spread: standard deviation over clips.
+    saturation: mean of max - min over colours; contrast: standard deviation of luma in a frame;
+    sharpness: mean absolute spatial difference; motion: mean absolute difference of video frames
+    four apart; spread: standard deviation over clips.
     """
     videos = videos[:, ::4].clamp(0, 1)  # one video frame of each latent frame
     luma = videos @ torch.tensor([0.299, 0.587, 0.114]).to(videos)
@@ -38,9 +40,11 @@ def pixel_statistics(videos: Tensor) -> dict[str, float]:
 
 
 def latent_statistics(latents: Tensor) -> dict[str, float]:
-    """The same of latents [B, F, C, H, W], where decoding costs too much; spread needs two clips and is left out of one.
+    """The same of latents [B, F, C, H, W], where decoding costs too much; spread needs two clips
+    and is left out of one.
 
-    saturation: standard deviation over channels at a place; contrast: over places in a latent frame and channel.
+    saturation: standard deviation over channels at a place; contrast: over places in a latent frame
+    and channel.
     """
     values = latents.float()
     numbers = {
@@ -49,15 +53,20 @@ def latent_statistics(latents: Tensor) -> dict[str, float]:
         "sharpness": float((values.diff(dim=3).abs().mean() + values.diff(dim=4).abs().mean()) / 2),
         "motion": float(values.diff(dim=1).abs().mean()),
     }
-    return numbers if len(values) == 1 else numbers | {"spread": float(values.std(dim=0, correction=0).mean())}
+    return (
+        numbers
+        if len(values) == 1
+        else numbers | {"spread": float(values.std(dim=0, correction=0).mean())}
+    )
 
 
 @dataclass(slots=True)
 class Guards:
-    """Watches a run: logs every statistic of student and data, warns when one leaves 1 / (1 + t) .. 1 + t of the data's.
+    """Watches a run: logs every statistic of student and data, warns when one leaves 1 / (1 + t) ..
+    1 + t of the data's.
 
-    decode: latents [B, F, C, H, W] -> what is measured, videos [B, T, H, W, 3] unless `measure` wants something else;
-    tolerance t; stop turns a warning into GuardError.
+    decode: latents [B, F, C, H, W] -> what is measured, videos [B, T, H, W, 3] unless `measure`
+    wants something else; tolerance t; stop turns a warning into GuardError.
     """
 
     decode: Callable[[Tensor], Tensor]
@@ -69,13 +78,19 @@ class Guards:
     def __call__(self, generated: Tensor, real: Tensor) -> dict[str, float]:
         ours, data = self.measure(self.decode(generated)), self.measure(self.decode(real))
         outside = {
-            n for n in ours if not 1 / (1 + self.tolerance) <= ours[n] / max(data[n], 1e-9) <= 1 + self.tolerance
+            n
+            for n in ours
+            if not 1 / (1 + self.tolerance) <= ours[n] / max(data[n], 1e-9) <= 1 + self.tolerance
         }
         if outside - self.warned:
-            numbers = ", ".join(f"{name} {ours[name]:.3g} (data {data[name]:.3g})" for name in sorted(outside))
+            numbers = ", ".join(
+                f"{name} {ours[name]:.3g} (data {data[name]:.3g})" for name in sorted(outside)
+            )
             message = f"the student's samples leave the data's range: {numbers}"
             if self.stop:
-                raise GuardError(f"{message}; guards.stop is on. The last checkpoint is from before")
+                raise GuardError(
+                    f"{message}; guards.stop is on. The last checkpoint is from before"
+                )
             logger.warning(message)
         self.warned = outside
         ratios = {f"{name}_ratio": ours[name] / max(data[name], 1e-9) for name in ours}

@@ -1,4 +1,6 @@
-"""The training loop: turns, accumulation, finiteness, EMA, checkpoints. It knows no method and no config."""
+"""The training loop: turns, accumulation, finiteness, EMA, checkpoints. It knows no method and no
+config.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """One trained network with its optimizers, its learning rate as a function of student updates, and its clipping."""
+    """One trained network with its optimizers, its learning rate as a function of student updates,
+    and its clipping.
+    """
 
     network: nn.Module
     optimizers: tuple[Optimizer, ...]
@@ -56,7 +60,8 @@ class Learner:
 class Trainer:
     """Runs a stage from where its clock stands to `student_updates`.
 
-    batch_size: samples of one update over all processes; micro: samples of one forward pass of one process.
+    batch_size: samples of one update over all processes; micro: samples of one forward pass of one
+    process.
     """
 
     stage: Stage
@@ -78,9 +83,17 @@ class Trainer:
     stop_requested: bool = False
 
     def run(self, description: str = "train") -> None:
-        """Train to the end. Raises Interrupted, saved, on SIGTERM or Ctrl-C; NonFiniteError before a bad step."""
+        """Train to the end. Raises Interrupted, saved, on SIGTERM or Ctrl-C; NonFiniteError before
+        a bad step.
+        """
         start = self.clock.student_updates
-        bar = tqdm(total=self.student_updates, initial=start, desc=description, unit="update", dynamic_ncols=True)
+        bar = tqdm(
+            total=self.student_updates,
+            initial=start,
+            desc=description,
+            unit="update",
+            dynamic_ncols=True,
+        )
         stream = self.stream()
         with self.stop_on_signals(), bar:
             while self.clock.student_updates < self.student_updates:
@@ -122,15 +135,24 @@ class Trainer:
         return {"loss": float(mean_loss), "grad_norm": float(grad_norm)} | self.summary(parts)
 
     def backward(self, turn: str, batch: Batch, draw: Draw) -> StageLoss:
-        """Loss and gradient of one micro-batch, weighted so that all of an update's samples count the same."""
-        part = self.stage.loss(turn, to_device(batch, self.world.device), draw, self.clock.student_updates)
+        """Loss and gradient of one micro-batch, weighted so that all of an update's samples count
+        the same.
+        """
+        part = self.stage.loss(
+            turn, to_device(batch, self.world.device), draw, self.clock.student_updates
+        )
         (part.loss * (len(draw.positions) * self.world.size / self.batch_size)).backward()
         return part
 
     def stream(self) -> Iterator[Batch]:
         """This process's micro-batches from where the clock stands, without end."""
-        stride, first = self.micro * self.world.size, self.clock.samples + self.world.rank * self.micro
-        return batches(self.reader, self.order, itertools.count(first, stride), self.micro, self.num_workers)
+        stride, first = (
+            self.micro * self.world.size,
+            self.clock.samples + self.world.rank * self.micro,
+        )
+        return batches(
+            self.reader, self.order, itertools.count(first, stride), self.micro, self.num_workers
+        )
 
     def draws(self) -> Iterator[Draw]:
         """The randomness of this process's micro-batches of the coming update."""
@@ -145,7 +167,10 @@ class Trainer:
 
     def summary(self, parts: list[StageLoss]) -> dict[str, float]:
         """What a turn is logged as: means by branch and by sigma bin, and what the guards see."""
-        values = {name: torch.cat([part.values[name] for part in parts]).float().cpu() for name in parts[0].values}
+        values = {
+            name: torch.cat([part.values[name] for part in parts]).float().cpu()
+            for name in parts[0].values
+        }
         summary = summarise(values)
         if self.watch is not None and parts[0].generated is not None and parts[0].real is not None:
             summary |= self.watch(parts[0].generated, parts[0].real)
@@ -161,23 +186,31 @@ class Trainer:
         self.checkpoints.save(self.clock.student_updates, self.state())
 
     def state(self) -> dict[str, Any]:
-        """Everything that a bit-exact continuation needs, as live objects. Randomness needs nothing: it is counted."""
+        """Everything that a bit-exact continuation needs, as live objects. Randomness needs
+        nothing: it is counted.
+        """
         state: dict[str, Any] = {"clock": self.clock, "ema": self.ema}
         for turn, learner in self.learners.items():
             state[turn] = learner.network
             for optimizer in learner.optimizers:
-                state[f"{turn}_{type(optimizer).__name__.lower()}"] = optimizer_state(learner.network, optimizer)
+                state[f"{turn}_{type(optimizer).__name__.lower()}"] = optimizer_state(
+                    learner.network, optimizer
+                )
         return state
 
     @contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask the loop to save and leave after the turn at hand; a second one ends at once."""
+        """SIGTERM and Ctrl-C ask the loop to save and leave after the turn at hand; a second one
+        ends at once.
+        """
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.stop_requested:
                 raise KeyboardInterrupt
             self.stop_requested = True
-            tqdm.write(f"{signal.Signals(number).name}: finishing this update, then saving; again to leave at once")
+            tqdm.write(
+                f"{signal.Signals(number).name}: finishing this update, then saving; again to leave at once"
+            )
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -198,7 +231,9 @@ def gradients(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def summarise(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means of per-sample values [B], split by branch where rows are marked, and by sigma bin where sigma is known."""
+    """Means of per-sample values [B], split by branch where rows are marked, and by sigma bin where
+    sigma is known.
+    """
     masks = {"": torch.ones(next(iter(values.values())).shape, dtype=torch.bool)}
     if "dfd" in values:
         masks |= {"/dfd": values["dfd"] > 0, "/dmd": values["dfd"] == 0}

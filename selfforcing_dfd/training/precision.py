@@ -1,9 +1,11 @@
-"""Compute in 16 bits with float32 weights: what sharded training (`fully_shard` with param_dtype) does, in one process.
+"""Compute in 16 bits with float32 weights: what sharded training (`fully_shard` with param_dtype)
+does, in one process.
 
-While a block runs, forward or re-run for the backward pass, its parameters are casts of themselves; outside they are the
-float32 parameters that optimizer, average and checkpoints know. Gradients arrive through the cast, so they are float32 and
-add up over micro-batches in float32. Every parameter is cast, modulation tables and norms included; what the network
-itself does in float32 (norm statistics, modulation, residual sums, rotations) stays there, and so does all that happens to
+While a block runs, forward or re-run for the backward pass, its parameters are casts of themselves;
+outside they are the float32 parameters that optimizer, average and checkpoints know. Gradients
+arrive through the cast, so they are float32 and add up over micro-batches in float32. Every
+parameter is cast, modulation tables and norms included; what the network itself does in float32
+(norm statistics, modulation, residual sums, rotations) stays there, and so does all that happens to
 latents outside of it: noise, sigma, clean predictions, losses.
 """
 
@@ -21,9 +23,11 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def compute_in(network: nn.Module, dtype: torch.dtype) -> None:
-    """From now on `network` runs in `dtype`, unit by unit: each of its `blocks`, then what lies around them.
+    """From now on `network` runs in `dtype`, unit by unit: each of its `blocks`, then what lies
+    around them.
 
-    At most one block's casts exist at a time outside the ones that the backward pass of that block needs.
+    At most one block's casts exist at a time outside the ones that the backward pass of that block
+    needs.
     """
     blocks = list(network.get_submodule("blocks").children())
     within = {parameter for block in blocks for parameter in block.parameters()}
@@ -32,7 +36,9 @@ def compute_in(network: nn.Module, dtype: torch.dtype) -> None:
         setattr(unit, "forward", _cast_around(unit.forward, unit, own, dtype))  # noqa: B010
 
 
-def _cast_around(forward: Callable[..., Any], unit: nn.Module, own: set[Tensor], dtype: torch.dtype) -> Any:
+def _cast_around(
+    forward: Callable[..., Any], unit: nn.Module, own: set[Tensor], dtype: torch.dtype
+) -> Any:
     @wraps(forward)
     def run(*inputs: Any, **named: Any) -> Any:
         with parameters_in(unit, own, dtype):
@@ -43,9 +49,14 @@ def _cast_around(forward: Callable[..., Any], unit: nn.Module, own: set[Tensor],
 
 @contextmanager
 def parameters_in(module: nn.Module, chosen: set[Tensor], dtype: torch.dtype) -> Iterator[None]:
-    """Inside the `with`, the chosen parameters are differentiable casts of themselves; afterwards they are as before."""
+    """Inside the `with`, the chosen parameters are differentiable casts of themselves; afterwards
+    they are as before.
+    """
     holders = [
-        (part._parameters, n, p) for part in module.modules() for n, p in part._parameters.items() if p in chosen
+        (part._parameters, n, p)
+        for part in module.modules()
+        for n, p in part._parameters.items()
+        if p in chosen
     ]
     casts: dict[Tensor, Tensor] = {p: p.to(dtype) for p in chosen}
     try:

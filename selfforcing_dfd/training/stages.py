@@ -1,6 +1,8 @@
-"""What each stage of the pipeline optimises: teacher, init, and distribution matching (DMD and DFD).
+"""What each stage of the pipeline optimises: teacher, init, and distribution matching (DMD and
+DFD).
 
-A stage owns its networks and turns one micro-batch and its draws into a loss; the loop does everything else.
+A stage owns its networks and turns one micro-batch and its draws into a loss; the loop does
+everything else.
 """
 
 from __future__ import annotations
@@ -24,9 +26,11 @@ from selfforcing_dfd.sampling import over_whole_clips
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """The randomness of one micro-batch. Positions count the samples of the run from its beginning, over all processes.
+    """The randomness of one micro-batch. Positions count the samples of the run from its beginning,
+    over all processes.
 
-    update: position where this update's samples begin; micro: where this micro-batch's begin; positions: one per sample.
+    update: position where this update's samples begin; micro: where this micro-batch's begin;
+    positions: one per sample.
     """
 
     seed: int
@@ -49,9 +53,11 @@ class Draw:
 
 @dataclass(frozen=True, slots=True)
 class StageLoss:
-    """loss: scalar, the mean over the micro-batch; values: per-sample numbers [B] to log, keyed by what they are.
+    """loss: scalar, the mean over the micro-batch; values: per-sample numbers [B] to log, keyed by
+    what they are.
 
-    generated, real: [B, F, C, H, W], the student's samples and the data of the same captions, for the guards.
+    generated, real: [B, F, C, H, W], the student's samples and the data of the same captions, for
+    the guards.
     """
 
     loss: Tensor
@@ -86,20 +92,26 @@ class TeacherStage:
         noise = draw.normal("noise", batch.latents.shape[1:], batch.latents)
         sigma = shift_sigma(draw.uniform("sigma"), self.shift).to(noise)
         conditioning = drop_text(batch, draw, self.text_dropout, self.negative)
-        loss = flow_matching(over_whole_clips(self.trained[turn]), batch.latents, noise, sigma, conditioning)
+        loss = flow_matching(
+            over_whole_clips(self.trained[turn]), batch.latents, noise, sigma, conditioning
+        )
         return StageLoss(loss.mean(), {"flow_loss": loss.detach()})
 
 
 @dataclass(slots=True)
 class InitStage:
-    """Causal student by teacher forcing: each chunk is denoised after the clean real chunks before it.
+    """Causal student by teacher forcing: each chunk is denoised after the clean real chunks before
+    it.
 
-    Where the shards hold the noise that the teacher's ODE maps each clip to, the first `num_paired` chunks start from it:
-    noise then determines the clip, and a few steps suffice (regression along straight lines to the ODE's endpoints, Liu et
-    al., arXiv 2209.03003; at sigma 1 that is regression along the ODE's own path). The noise of a bidirectional teacher is
-    for the first chunk only: later chunks would follow their noise and not their context. For them fresh noise is drawn.
+    Where the shards hold the noise that the teacher's ODE maps each clip to, the first `num_paired`
+    chunks start from it: noise then determines the clip, and a few steps suffice (regression along
+    straight lines to the ODE's endpoints, Liu et al., arXiv 2209.03003; at sigma 1 that is
+    regression along the ODE's own path). The noise of a bidirectional teacher is for the first
+    chunk only: later chunks would follow their noise and not their context. For them fresh noise is
+    drawn.
 
-    levels: the sigmas that are trained; none is all of them, shifted. negative: [L, D_text], no caption; None is zeros.
+    levels: the sigmas that are trained; none is all of them, shifted. negative: [L, D_text], no
+    caption; None is zeros.
     """
 
     trained: dict[str, nn.Module]
@@ -133,7 +145,9 @@ class InitStage:
             return shift_sigma(u, self.shift)
         return torch.tensor(self.levels, dtype=u.dtype)[(u * len(self.levels)).long()]
 
-    def clean_contexts(self, student: nn.Module, latents: Tensor, conditioning: Conditioning) -> tuple[Context, ...]:
+    def clean_contexts(
+        self, student: nn.Module, latents: Tensor, conditioning: Conditioning
+    ) -> tuple[Context, ...]:
         """The context of every chunk when all chunks before it are the given latents."""
         cache, contexts = KVCache(self.sink, self.window), []
         for chunk in self.chunks:
@@ -161,8 +175,13 @@ class DataForcing:
         return self.p_start + (self.p - self.p_start) * student_updates / self.ramp_updates
 
     def rows(self, draw: Draw, student_updates: int) -> Tensor:
-        """[B] bool: the rows whose coin says data. The coin's granularity decides how many rows share one."""
-        key = {"update": (draw.update,) * len(draw.positions), "micro": (draw.micro,) * len(draw.positions)}
+        """[B] bool: the rows whose coin says data. The coin's granularity decides how many rows
+        share one.
+        """
+        key = {
+            "update": (draw.update,) * len(draw.positions),
+            "micro": (draw.micro,) * len(draw.positions),
+        }
         counters = key.get(self.granularity, draw.positions)
         coin = torch.stack([rng.uniform((), draw.seed, "dfd", n) for n in counters])
         return coin < self.probability(student_updates)
@@ -177,8 +196,9 @@ class DataForcing:
 class MatchingStage:
     """Self-Forcing with distribution matching: DMD, or DFD in the rows that `forcing` picks.
 
-    The fake score learns by flow matching on the student's own samples, `fake_per_student` times for each student update.
-    negative: [L, D_text], the text of guidance's unconditional half; None is zeros.
+    The fake score learns by flow matching on the student's own samples, `fake_per_student` times
+    for each student update. negative: [L, D_text], the text of guidance's unconditional half; None
+    is zeros.
     """
 
     trained: dict[str, nn.Module]
@@ -197,15 +217,23 @@ class MatchingStage:
     negative: Tensor | None = None
 
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
-        return self.fake_loss(batch, draw) if turn == "fake" else self.student_loss(batch, draw, student_updates)
+        return (
+            self.fake_loss(batch, draw)
+            if turn == "fake"
+            else self.student_loss(batch, draw, student_updates)
+        )
 
     def roll_out(self, batch: Batch, draw: Draw, rows: Tensor | None = None) -> Rollout:
-        """The student's own clips for the batch's captions, tied to their real clips in the DFD `rows`.
+        """The student's own clips for the batch's captions, tied to their real clips in the DFD
+        `rows`.
 
-        Pairing `inversion`: they start from the noise stored with the real clip. `prefix`: so does their first chunk, and
-        each later chunk sees the real chunks before it in place of the student's own.
+        Pairing `inversion`: they start from the noise stored with the real clip. `prefix`: so does
+        their first chunk, and each later chunk sees the real chunks before it in place of the
+        student's own.
         """
-        noise = draw.normal("rollout", (len(self.ladder), *batch.latents.shape[1:]), batch.latents).transpose(0, 1)
+        noise = draw.normal(
+            "rollout", (len(self.ladder), *batch.latents.shape[1:]), batch.latents
+        ).transpose(0, 1)
         prefix = self.forcing.pairing == "prefix"
         real = torch.zeros(len(batch.latents), dtype=torch.bool) if rows is None else rows
         mask = real.to(noise.device)[:, None, None, None, None]
@@ -229,18 +257,25 @@ class MatchingStage:
     def score_draw(self, draw: Draw, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Noise like the latents and sigma [B] at which the scores are asked."""
         noise = draw.normal("score", latents.shape[1:], latents)
-        return noise, score_sigma(draw.uniform("sigma"), self.shift, self.sigma_min, self.sigma_max).to(latents)
+        return noise, score_sigma(
+            draw.uniform("sigma"), self.shift, self.sigma_min, self.sigma_max
+        ).to(latents)
 
     def fake_loss(self, batch: Batch, draw: Draw) -> StageLoss:
         x0 = self.roll_out(
             batch, draw
         ).x0  # of its record, the past of all chunks would lie in memory beside the gradient
         noise, sigma = self.score_draw(draw, x0)
-        loss = flow_matching(over_whole_clips(self.trained["fake"]), x0, noise, sigma, Conditioning(batch.text))
+        loss = flow_matching(
+            over_whole_clips(self.trained["fake"]), x0, noise, sigma, Conditioning(batch.text)
+        )
         return StageLoss(loss.mean(), {"flow_loss": loss.detach(), "sigma": sigma})
 
     def student_loss(self, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
-        conditioning, negative = Conditioning(batch.text), Conditioning(no_text(batch.text, self.negative))
+        conditioning, negative = (
+            Conditioning(batch.text),
+            Conditioning(no_text(batch.text, self.negative)),
+        )
         rows = self.forcing.rows(draw, student_updates).to(batch.latents.device)
         record = self.roll_out(batch, draw, rows)
         noise, sigma = self.score_draw(draw, record.x0)
@@ -261,10 +296,14 @@ class MatchingStage:
             min_normaliser=self.min_normaliser,
         )
         values = _matching_values(matching, pair if batch.has_clips else None, rows, sigma)
-        return StageLoss(matching.loss.mean(), values, x0.detach(), batch.latents if batch.has_clips else None)
+        return StageLoss(
+            matching.loss.mean(), values, x0.detach(), batch.latents if batch.has_clips else None
+        )
 
 
-def _matching_values(matching: Matching, pair: Pair | None, rows: Tensor, sigma: Tensor) -> dict[str, Tensor]:
+def _matching_values(
+    matching: Matching, pair: Pair | None, rows: Tensor, sigma: Tensor
+) -> dict[str, Tensor]:
     return {
         "loss": matching.loss.detach(),
         "discrepancy": matching.discrepancy,
@@ -275,12 +314,18 @@ def _matching_values(matching: Matching, pair: Pair | None, rows: Tensor, sigma:
     }
 
 
-def drop_text(batch: Batch, draw: Draw, share: float, negative: Tensor | None = None) -> Conditioning:
-    """The batch's text with a share of samples left without caption, so that guidance has its unconditional half."""
+def drop_text(
+    batch: Batch, draw: Draw, share: float, negative: Tensor | None = None
+) -> Conditioning:
+    """The batch's text with a share of samples left without caption, so that guidance has its
+    unconditional half.
+    """
     keep = (draw.uniform("text_dropout") >= share).to(batch.text)[:, None, None]
     return Conditioning(batch.text * keep + no_text(batch.text, negative) * (1 - keep))
 
 
 def no_text(text: Tensor, negative: Tensor | None = None) -> Tensor:
-    """What stands for no caption, [B, L, D_text] like `text`: zeros, or `negative` [L, D_text] in every row."""
+    """What stands for no caption, [B, L, D_text] like `text`: zeros, or `negative` [L, D_text] in
+    every row.
+    """
     return torch.zeros_like(text) if negative is None else negative.to(text).expand_as(text)

@@ -69,24 +69,34 @@ def own_folder(folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("prompt", NASTY)
 def test_prompts_are_cleaned_as_in_diffusers(prompt):
-    """Catches one unescape instead of two, mojibake left in, and white space that the tokenizer would see."""
+    """Catches one unescape instead of two, mojibake left in, and white space that the tokenizer
+    would see.
+    """
     assert clean_prompt(prompt) == prompt_clean(prompt)
 
 
 def test_cleaning_repairs_decodes_twice_and_collapses():
-    """Catches both sides of the comparison above without ftfy: diffusers leaves it out silently where it is missing."""
+    """Catches both sides of the comparison above without ftfy: diffusers leaves it out silently
+    where it is missing.
+    """
     assert clean_prompt("  caf\u00c3\u00a9\n&amp;amp;  \u201ca\u201d ") == 'caf\u00e9 & "a"'
 
 
 def test_embeddings_are_those_of_diffusers_wan_pipeline(text):
-    """Catches another padding, mask, cleaning or length than Wan's: its pipeline pads every prompt to the full length."""
+    """Catches another padding, mask, cleaning or length than Wan's: its pipeline pads every prompt
+    to the full length.
+    """
     pipeline = WanPipeline(text.tokenizer, text.encoder, vae=None, scheduler=None)
-    expected = pipeline._get_t5_prompt_embeds([*PROMPTS, *NASTY], max_sequence_length=MAX_LENGTH, device="cpu")
+    expected = pipeline._get_t5_prompt_embeds(
+        [*PROMPTS, *NASTY], max_sequence_length=MAX_LENGTH, device="cpu"
+    )
     torch.testing.assert_close(text.encode([*PROMPTS, *NASTY]), expected, **FLOAT32)
 
 
 def test_padding_is_exactly_zero_and_nothing_else_is(text):
-    """Catches states of padding tokens, which are of the size of words and which Wan's transformer attends to."""
+    """Catches states of padding tokens, which are of the size of words and which Wan's transformer
+    attends to.
+    """
     states = text.encode(PROMPTS)
     lengths = [len(text.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
     for row, length in zip(states, lengths, strict=True):
@@ -94,7 +104,9 @@ def test_padding_is_exactly_zero_and_nothing_else_is(text):
 
 
 def test_a_prompt_does_not_depend_on_its_batch(text):
-    """Catches a mask that does not reach the encoder: a short prompt would read the padding beside a long one."""
+    """Catches a mask that does not reach the encoder: a short prompt would read the padding beside
+    a long one.
+    """
     together = text.encode(PROMPTS)
     for row, prompt in zip(together, PROMPTS, strict=True):
         torch.testing.assert_close(row, text.encode([prompt])[0], **FLOAT32)
@@ -109,11 +121,15 @@ def test_the_empty_prompt_is_the_end_token_alone(text):
 
 @pytest.mark.parametrize("words", [MAX_LENGTH - 1, MAX_LENGTH, 80])
 def test_long_prompts_keep_their_end_and_say_so(text, caplog, words):
-    """Catches a cut that drops eos, which no training prompt ever lacked, and a cut that no one hears of: 24 fit."""
+    """Catches a cut that drops eos, which no training prompt ever lacked, and a cut that no one
+    hears of: 24 fit.
+    """
     ids, _ = text.tokenize(["disc " * words])
     assert ids.shape == (1, MAX_LENGTH)
     assert ids[0, -1] == EOS
-    assert (f"a prompt of {words + 1} tokens is cut to {MAX_LENGTH}" in caplog.text) == (words >= MAX_LENGTH)
+    assert (f"a prompt of {words + 1} tokens is cut to {MAX_LENGTH}" in caplog.text) == (
+        words >= MAX_LENGTH
+    )
 
 
 def test_an_encoder_in_training_mode_is_put_to_rest():
@@ -123,7 +139,8 @@ def test_an_encoder_in_training_mode_is_put_to_rest():
 
 
 def test_half_precision_comes_out_as_float32_near_the_exact_states(text):
-    """Catches states computed in another dtype than asked, or handed on in bfloat16, which no latent is.
+    """Catches states computed in another dtype than asked, or handed on in bfloat16, which no
+    latent is.
 
     Relative error 1e-2: two layers of bfloat16, each operation good to 4e-3.
     """
@@ -145,30 +162,43 @@ def test_states_that_are_not_finite_are_refused():
     """Catches NaN from an overflow of float16, kept in the cache for ever."""
     text = tiny_wan_text()
     text.encoder.encoder.final_layer_norm.weight[3] = torch.inf
-    with pytest.raises(TextError, match=r"NaN or infinity in torch.float32; use bfloat16 or float32"):
+    with pytest.raises(
+        TextError, match=r"NaN or infinity in torch.float32; use bfloat16 or float32"
+    ):
         text.encode(["a disc"])
 
 
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda words: setattr(words.backend_tokenizer, "post_processor", None), r"makes \[\] of '', not eos"),
+        (
+            lambda words: setattr(words.backend_tokenizer, "post_processor", None),
+            r"makes \[\] of '', not eos",
+        ),
         (lambda words: setattr(words, "pad_token", None), "no padding token"),
-        (lambda words: words.add_tokens([f"<new{i}>" for i in range(80)]), r"has \d+ tokens, the encoder 96"),
+        (
+            lambda words: words.add_tokens([f"<new{i}>" for i in range(80)]),
+            r"has \d+ tokens, the encoder 96",
+        ),
     ],
 )
 def test_a_tokenizer_of_another_model_is_refused(damage, message):
-    """Catches prompts without their end, and ids that index past the word vectors deep inside a CUDA kernel."""
+    """Catches prompts without their end, and ids that index past the word vectors deep inside a
+    CUDA kernel.
+    """
     tokenizer = tiny_tokenizer()
     damage(tokenizer)
     with pytest.raises(TextError, match=message):
         WanText(tokenizer, tiny_encoder())
 
 
-@pytest.mark.parametrize("names", [("shared",), ("encoder.embed_tokens",), ("shared", "encoder.embed_tokens")])
+@pytest.mark.parametrize(
+    "names", [("shared",), ("encoder.embed_tokens",), ("shared", "encoder.embed_tokens")]
+)
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_was_saved_is_what_is_loaded(folder, tmp_path, names, tied):
-    """Catches word vectors left at zero or at random: transformers 5 ties them by a rule that has changed twice.
+    """Catches word vectors left at zero or at random: transformers 5 ties them by a rule that has
+    changed twice.
 
     Checkpoints have either name or both; their configs say that nothing is tied.
     """
@@ -178,7 +208,9 @@ def test_what_was_saved_is_what_is_loaded(folder, tmp_path, names, tied):
     config = tmp_path / "text_encoder" / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "tie_word_embeddings": tied}))
     state = {
-        name: value for name, value in encoder.state_dict().items() if "embed" not in name and "shared" not in name
+        name: value
+        for name, value in encoder.state_dict().items()
+        if "embed" not in name and "shared" not in name
     }
     state |= {f"{name}.weight": encoder.shared.weight.detach().clone() for name in names}
     save_file(state, tmp_path / "text_encoder" / "model.safetensors", {"format": "pt"})
@@ -187,17 +219,23 @@ def test_what_was_saved_is_what_is_loaded(folder, tmp_path, names, tied):
 
 
 def test_a_sharded_folder_gives_the_saved_encoder(folder, text):
-    """Catches a tokenizer rebuilt from its vocabulary: AutoTokenizer drops the normalisation of tokenizer.json."""
+    """Catches a tokenizer rebuilt from its vocabulary: AutoTokenizer drops the normalisation of
+    tokenizer.json.
+    """
     loaded = WanText.from_pretrained(folder, dtype=torch.float32, max_length=MAX_LENGTH)
     assert loaded.tokenizer("A DISC")["input_ids"] == tiny_tokenizer()("a disc")["input_ids"]
     assert torch.equal(loaded.encode(["A DISC", *PROMPTS]), text.encode(["a disc", *PROMPTS]))
 
 
 def test_word_vectors_that_did_not_arrive_are_noticed(folder):
-    """Catches the fault of transformers 5.0: embed_tokens stays at zero, every prompt gives the same states."""
+    """Catches the fault of transformers 5.0: embed_tokens stays at zero, every prompt gives the
+    same states.
+    """
     encoder = tiny_encoder()
     check_embedding(encoder, folder / "text_encoder")
-    encoder.encoder.embed_tokens.weight = torch.nn.Parameter(torch.zeros_like(encoder.shared.weight))
+    encoder.encoder.embed_tokens.weight = torch.nn.Parameter(
+        torch.zeros_like(encoder.shared.weight)
+    )
     with pytest.raises(TextError, match=r"word vectors of .* did not reach the encoder"):
         check_embedding(encoder, folder / "text_encoder")
 
@@ -208,18 +246,25 @@ def test_missing_tensors_are_refused_by_name(own_folder):
     state = load_file(shard)
     name, _ = state.popitem()
     save_file(state, shard, {"format": "pt"})
-    with pytest.raises(TextError, match=rf"lacks {name} \(1 tensors\); fetch them: hf download Wan-AI/Wan2.1-T2V"):
+    with pytest.raises(
+        TextError, match=rf"lacks {name} \(1 tensors\); fetch them: hf download Wan-AI/Wan2.1-T2V"
+    ):
         WanText.from_pretrained(own_folder)
 
 
-@pytest.mark.parametrize("name", ["config.json", "model-00003-of-00011.safetensors", "../tokenizer/tokenizer.json"])
+@pytest.mark.parametrize(
+    "name", ["config.json", "model-00003-of-00011.safetensors", "../tokenizer/tokenizer.json"]
+)
 def test_missing_files_are_named_with_the_command_that_fetches_them(own_folder, name):
     """Catches a partial download that fails deep inside a library, or asks the network."""
     path = (own_folder / "text_encoder" / name).resolve()
     path.unlink()
     with pytest.raises(TextError) as error:
         WanText.from_pretrained(own_folder)
-    assert f"lacks {path.relative_to(own_folder)}; fetch them: hf download Wan-AI/Wan2.1-T2V" in str(error.value)
+    assert (
+        f"lacks {path.relative_to(own_folder)}; fetch them: hf download Wan-AI/Wan2.1-T2V"
+        in str(error.value)
+    )
     assert f"--local-dir {own_folder}" in str(error.value)
 
 
@@ -262,17 +307,28 @@ def test_fingerprint_follows_what_the_embeddings_depend_on(own_folder):
 
 
 def test_fingerprint_in_memory_knows_the_weights_and_survives_use(text):
-    """Catches a mark of the config alone, and one that changes with the first call, which sets the tokenizer's padding."""
+    """Catches a mark of the config alone, and one that changes with the first call, which sets the
+    tokenizer's padding.
+    """
     text.encode(PROMPTS)
-    assert tiny_wan_text().fingerprint == tiny_wan_text().fingerprint != tiny_wan_text(seed=5).fingerprint
+    assert (
+        tiny_wan_text().fingerprint
+        == tiny_wan_text().fingerprint
+        != tiny_wan_text(seed=5).fingerprint
+    )
     assert tiny_wan_text().fingerprint == text.fingerprint
     assert tiny_wan_text(max_length=9).fingerprint != text.fingerprint
 
 
 def test_cached_embeddings_are_the_encoders(text, tmp_path):
-    """Catches an entry under another prompt's name, lost rows, or rows left over: in any order, first and later."""
+    """Catches an entry under another prompt's name, lost rows, or rows left over: in any order,
+    first and later.
+    """
     encoder = Counting(text)
-    cached, alone = CachedText(encoder, tmp_path), torch.cat([text.encode([prompt]) for prompt in PROMPTS])
+    cached, alone = (
+        CachedText(encoder, tmp_path),
+        torch.cat([text.encode([prompt]) for prompt in PROMPTS]),
+    )
     assert torch.equal(cached.encode([*PROMPTS, PROMPTS[0]]), torch.cat([alone, alone[:1]]))
     assert encoder.asked == PROMPTS
     assert torch.equal(cached.encode(PROMPTS[::-1]), alone.flip(0))
@@ -280,7 +336,9 @@ def test_cached_embeddings_are_the_encoders(text, tmp_path):
 
 
 def test_prompts_that_clean_alike_share_an_entry_and_are_cleaned_once(text, tmp_path):
-    """Catches a prompt cleaned by the cache and by the encoder: entities would be decoded four times."""
+    """Catches a prompt cleaned by the cache and by the encoder: entities would be decoded four
+    times.
+    """
     encoder = Counting(text)
     cached = CachedText(encoder, tmp_path)
     deep = "<b> &amp;amp;amp;lt;"  # beside a tag ftfy leaves entities alone
@@ -313,7 +371,9 @@ def test_the_encoder_is_not_loaded_when_every_prompt_is_cached(folder, tmp_path)
 
 
 def test_nothing_heavy_is_imported_until_an_encoder_is_loaded():
-    """Catches `import transformers` at the top: five seconds for a stream whose prompts are all known."""
+    """Catches `import transformers` at the top: five seconds for a stream whose prompts are all
+    known.
+    """
     code = "import sys, selfforcing_dfd.codecs.text; print('transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.strip() == "False"
@@ -323,7 +383,9 @@ def test_an_encoder_other_than_announced_is_refused(text, tmp_path):
     """Catches one model's embeddings filed under another's name."""
     with pytest.raises(TextError, match="needs its fingerprint now"):
         CachedText(lambda: text, tmp_path)
-    with pytest.raises(TextError, match=r"the text encoder is umt5-\w+, the cache was opened for umt5-other"):
+    with pytest.raises(
+        TextError, match=r"the text encoder is umt5-\w+, the cache was opened for umt5-other"
+    ):
         CachedText(lambda: text, tmp_path, "umt5-other").encode(["a disc"])
 
 
@@ -351,7 +413,9 @@ def test_a_damaged_entry_is_made_anew_with_a_warning(text, tmp_path, caplog, dam
 
 
 def test_two_processes_may_write_the_same_entry(tmp_path, caplog):
-    """Catches an entry written in place: a reader would find half of it, a second writer would mix with the first."""
+    """Catches an entry written in place: a reader would find half of it, a second writer would mix
+    with the first.
+    """
     states, path = rng.normal((512, 256), 0, "states"), tmp_path / "entry.safetensors"
     write_entry(path, states, "a disc")
     fork = multiprocessing.get_context("fork")
@@ -387,14 +451,31 @@ def test_any_text_encoder_can_be_cached(tmp_path):
 
 
 def test_packs_and_streams(text, tmp_path):
-    """Catches a method, a device or a dtype that packing or a session expects and the tiny world's encoder has."""
+    """Catches a method, a device or a dtype that packing or a session expects and the tiny world's
+    encoder has.
+    """
     write_clips(tmp_path / "clips", 1, seed=0, level="short", num_frames=9)
-    basis = [torch.linalg.qr(rng.normal((size, 16), 0, "basis", size)).Q.contiguous() for size in (192, 768)]
+    basis = [
+        torch.linalg.qr(rng.normal((size, 16), 0, "basis", size)).Q.contiguous()
+        for size in (192, 768)
+    ]
     codec, cached = TinyCodec(*basis, 1.0), CachedText(text, tmp_path / "cache")
-    pack(tmp_path / "clips", tmp_path / "shards", codec, cached, num_video_frames=9, video_size=(64, 64))
+    pack(
+        tmp_path / "clips",
+        tmp_path / "shards",
+        codec,
+        cached,
+        num_video_frames=9,
+        video_size=(64, 64),
+    )
     assert ShardReader(tmp_path / "shards").index.fingerprints["text"] == text.fingerprint
-    student = tiny_network(dtype=torch.float32, in_channels=16, out_channels=16, text_dim=DIM).requires_grad_(False)
+    student = tiny_network(
+        dtype=torch.float32, in_channels=16, out_channels=16, text_dim=DIM
+    ).requires_grad_(False)
     model = StreamModel(student, codec, cached, (1.0, 0.625), 2, (4, 4))
     settings = StreamSettings(sink_frames=0, window_frames=4)
-    frames = [StreamSession(model, prompt, settings).next_chunk().frames for prompt in ("a disc", "a cross")]
+    frames = [
+        StreamSession(model, prompt, settings).next_chunk().frames
+        for prompt in ("a disc", "a cross")
+    ]
     assert not torch.equal(*frames)

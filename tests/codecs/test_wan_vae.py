@@ -1,4 +1,6 @@
-"""Wan's VAE in pieces: the bits of diffusers' own full decode and encode, for any split, with all state the caller's."""
+"""Wan's VAE in pieces: the bits of diffusers' own full decode and encode, for any split, with all
+state the caller's.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def latents(codec: WanCodec, video: Tensor) -> Tensor:
 
 def by_diffusers(vae: Any, video: Tensor) -> tuple[Tensor, Tensor]:
     """Normalised latents and decoded video of the unchanged class."""
-    mean, deviation = (torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std"))
+    mean, deviation = (
+        torch.tensor(vae.config[f"latents_{name}"]).view(1, -1, 1, 1, 1) for name in ("mean", "std")
+    )
     with torch.no_grad():
         mode = vae.encode((2 * video - 1).permute(0, 4, 1, 2, 3)).latent_dist.mode()
         normal = (mode - mean) / deviation
@@ -52,7 +56,8 @@ def larger(codec: WanCodec) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def bare() -> WanCodec:
-    """Without the two 1 x 1 x 1 convolutions outside encoder and decoder, whose last bits depend on how many frames they get.
+    """Without the two 1 x 1 x 1 convolutions outside encoder and decoder, whose last bits depend on
+    how many frames they get.
 
     diffusers gives them all latent frames at once; in a stream there is one at a time.
     """
@@ -75,14 +80,18 @@ def encoded_in_pieces(codec: WanCodec, video: Tensor, split: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_pieces_are_the_whole_to_the_bit(codec, video, latents, split):
-    """Catches features lost between pieces, groups of video frames cut across them, a later frame taken for the first."""
+    """Catches features lost between pieces, groups of video frames cut across them, a later frame
+    taken for the first.
+    """
     assert torch.equal(decoded_in_pieces(codec, latents, split), codec.decode(latents))
     assert torch.equal(encoded_in_pieces(codec, video, split), latents)
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_pieces_are_diffusers_whole_to_the_bit(bare, video, split):
-    """Catches caches that are handed in otherwise than diffusers does within one call, and misplaced normalisation."""
+    """Catches caches that are handed in otherwise than diffusers does within one call, and
+    misplaced normalisation.
+    """
     latents, decoded = by_diffusers(bare.vae, video)
     assert torch.equal(encoded_in_pieces(bare, video, split), latents)
     assert torch.equal(decoded_in_pieces(bare, latents, split), decoded)
@@ -90,21 +99,27 @@ def test_pieces_are_diffusers_whole_to_the_bit(bare, video, split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_pieces_are_the_unchanged_vaes_whole_to_the_bit(codec, larger, split):
-    """The same with all of the VAE, at a size (4 x 6 latents) where a 1 x 1 x 1 convolution rounds alike for any count."""
+    """The same with all of the VAE, at a size (4 x 6 latents) where a 1 x 1 x 1 convolution rounds
+    alike for any count.
+    """
     video, latents, decoded = larger
     assert torch.equal(encoded_in_pieces(codec, video, split), latents)
     assert torch.equal(decoded_in_pieces(codec, latents, split), decoded)
 
 
 def test_whole_is_diffusers_whole(codec, video, latents):
-    """Catches wrong means, deviations or projections. 1e-5: ten times the rounding of sums taken in another order."""
+    """Catches wrong means, deviations or projections. 1e-5: ten times the rounding of sums taken in
+    another order.
+    """
     wanted, decoded = by_diffusers(codec.vae, video)
     assert (latents - wanted).abs().max() < 1e-5
     assert (codec.decode(latents) - decoded).abs().max() < 1e-5
 
 
 def test_a_batch_is_its_videos(codec, video):
-    """Catches samples of a batch that are mixed. In a batch convolutions sum in another order: 1e-5 is ten times that."""
+    """Catches samples of a batch that are mixed. In a batch convolutions sum in another order: 1e-5
+    is ten times that.
+    """
     batch = torch.cat([video, video.flip(1)])
     latents = codec.encode(batch)
     for i in range(2):
@@ -122,7 +137,9 @@ def test_interleaved_decoders_equal_each_alone(codec, latents):
     """Catches features kept on the module, which two streams share."""
     one, other = latents, latents.flip(1)
     a, b = codec.start_decoding(), codec.start_decoding()
-    pieces = [(a.decode(one[:, i : i + 1]), b.decode(other[:, i : i + 1])) for i in range(one.shape[1])]
+    pieces = [
+        (a.decode(one[:, i : i + 1]), b.decode(other[:, i : i + 1])) for i in range(one.shape[1])
+    ]
     for x, parts in ((one, [p[0] for p in pieces]), (other, [p[1] for p in pieces])):
         assert torch.equal(torch.cat(parts, dim=1), codec.decode(x))
 
@@ -153,7 +170,8 @@ def test_module_keeps_nothing_and_memory_does_not_grow(codec, latents):
 def test_channels_last_changes_the_last_bits_only(codec, video, latents):
     """Catches a memory format that permutes what it should only lay out differently.
 
-    Float32 sums in another order: 1e-4 is a hundred times what was seen, a permutation gives about 1.
+    Float32 sums in another order: 1e-4 is a hundred times what was seen, a permutation gives about
+    1.
     """
     torch.manual_seed(0)
     vae: Any = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
@@ -163,19 +181,33 @@ def test_channels_last_changes_the_last_bits_only(codec, video, latents):
 
 
 def test_channels_last_reaches_all_weights():
-    """Catches two-dimensional convolutions left out: those of the upsamplers undo the layout for all that follows."""
+    """Catches two-dimensional convolutions left out: those of the upsamplers undo the layout for
+    all that follows.
+    """
     vae: Any = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
     WanCodec(vae, channels_last=True)
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
-    weights = [module.weight for module in vae.modules() if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d)]
+    weights = [
+        module.weight
+        for module in vae.modules()
+        if isinstance(module, torch.nn.Conv2d | torch.nn.Conv3d)
+    ]
     assert len(weights) > 50
     assert all(weight.is_contiguous(memory_format=formats[weight.ndim]) for weight in weights)
 
 
 def test_the_vae_of_another_wan_is_refused():
-    """Catches the VAE of Wan2.2 5B, whose pixels come in patches, failing deep inside with a message about shapes."""
-    with pytest.raises(CodecError, match=r"patch_size 2, as Wan2\.2 5B has; want the one of Wan2\.1"):
-        WanCodec(AutoencoderKLWan(base_dim=8, in_channels=12, out_channels=12, patch_size=2, num_res_blocks=1))
+    """Catches the VAE of Wan2.2 5B, whose pixels come in patches, failing deep inside with a
+    message about shapes.
+    """
+    with pytest.raises(
+        CodecError, match=r"patch_size 2, as Wan2\.2 5B has; want the one of Wan2\.1"
+    ):
+        WanCodec(
+            AutoencoderKLWan(
+                base_dim=8, in_channels=12, out_channels=12, patch_size=2, num_res_blocks=1
+            )
+        )
 
 
 def test_saved_folder_is_read_again(codec, latents, tmp_path: Path):
@@ -193,7 +225,9 @@ def test_what_does_not_fit_is_refused(codec, video, latents):
     """Catches clips that lose frames or rows without a word."""
     with pytest.raises(CodecError, match=r"12 video frames are not 1 \+ 4 n; use 9 or 13"):
         codec.encode(video[:, :12])
-    with pytest.raises(CodecError, match=r"video frames are 16 x 20; height and width must be multiples of 8"):
+    with pytest.raises(
+        CodecError, match=r"video frames are 16 x 20; height and width must be multiples of 8"
+    ):
         codec.encode(video[:, :, :, :20])
     for wrong in (latents[:, :, :8], latents[:, :0]):
         with pytest.raises(CodecError, match=r"want \[B, F, 16, h, w\], F one or more"):
@@ -202,5 +236,7 @@ def test_what_does_not_fit_is_refused(codec, video, latents):
         codec.encode(video.movedim(-1, 2))
     encoder = codec.start_encoding()
     encoder.encode(video[:, :5])
-    with pytest.raises(CodecError, match=r"5 video frames follow the first ones; want a multiple of 4"):
+    with pytest.raises(
+        CodecError, match=r"5 video frames follow the first ones; want a multiple of 4"
+    ):
         encoder.encode(video[:, :5])

@@ -1,4 +1,6 @@
-"""Tiny-world clips and the shards packed from them, made once; a test that changes them works on a copy."""
+"""Tiny-world clips and the shards packed from them, made once; a test that changes them works on a
+copy.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,15 @@ def codec(clips: Path) -> TinyCodec:
 def packed(clips: Path, codec: TinyCodec) -> Path:
     """12 samples in shards of 5, 5 and 2."""
     out = clips.parent / "shards"
-    pack(clips, out, codec, TinyText(), num_video_frames=NUM_VIDEO_FRAMES, video_size=SIZE, shard_size=5)
+    pack(
+        clips,
+        out,
+        codec,
+        TinyText(),
+        num_video_frames=NUM_VIDEO_FRAMES,
+        video_size=SIZE,
+        shard_size=5,
+    )
     return out
 
 
@@ -59,7 +69,9 @@ def own_clips(clips: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def frames() -> Tensor:
-    """uint8 [9, 64, 64, 3]: a smooth random field a frame, smooth enough for chroma at half resolution."""
+    """uint8 [9, 64, 64, 3]: a smooth random field a frame, smooth enough for chroma at half
+    resolution.
+    """
     coarse = rng.uniform((9, 3, 3, 3), 0, "frames").float()
     smooth = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bicubic").clamp(0, 1)
     return (smooth * 255).round().byte().permute(0, 2, 3, 1).contiguous()

@@ -38,13 +38,31 @@ def test_clips_to_shards_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture
     assert reader.index.fingerprints["codec"] == shipped.fingerprint
 
 
-def test_a_fitted_basis_lies_beside_the_shards_and_decodes_them(clips: Path, tmp_path: Path) -> None:
+def test_a_fitted_basis_lies_beside_the_shards_and_decodes_them(
+    clips: Path, tmp_path: Path
+) -> None:
     """Would catch shards that cannot be decoded, and a basis that was fitted and then not used.
 
     Tolerance: the fitted basis gives 38 dB on this clip, a random orthonormal one 19.
     """
     out = tmp_path / "shards"
-    assert main(["pack", str(clips), "--codec", "tiny", "--fit", "--frames", "9", "--out", str(out), "--float32"]) == 0
+    assert (
+        main(
+            [
+                "pack",
+                str(clips),
+                "--codec",
+                "tiny",
+                "--fit",
+                "--frames",
+                "9",
+                "--out",
+                str(out),
+                "--float32",
+            ]
+        )
+        == 0
+    )
     reader = ShardReader(out)
     codec = TinyCodec.load(out / "codec.safetensors")
     assert codec.fingerprint == reader.index.fingerprints["codec"]
@@ -53,7 +71,9 @@ def test_a_fitted_basis_lies_beside_the_shards_and_decodes_them(clips: Path, tmp
     assert -10 * torch.log10(error) > 30
 
 
-def test_verify_reports_a_changed_shard(own_shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_verify_reports_a_changed_shard(
+    own_shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Would catch a command that prints an error and returns success to the script that called it."""
     shard = own_shards / "shard-000001.tar"
     data = bytearray(shard.read_bytes())
@@ -64,17 +84,33 @@ def test_verify_reports_a_changed_shard(own_shards: Path, capsys: pytest.Capture
     assert "shard-000001.tar: not as packed" in message
 
 
-def test_refused_clips_are_printed(own_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_clips_are_printed(
+    own_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Would catch a summary that only counts."""
     (own_clips / "000001.txt").unlink()
-    main(["pack", str(own_clips), "--codec", "tiny", "--frames", "9", "--out", str(tmp_path / "shards")])
+    main(
+        [
+            "pack",
+            str(own_clips),
+            "--codec",
+            "tiny",
+            "--frames",
+            "9",
+            "--out",
+            str(tmp_path / "shards"),
+        ]
+    )
     assert "left out 000001.mp4: no caption; write one into 000001.txt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--basis", "missing.safetensors"], "missing.safetensors: no codec basis; name one with --basis FILE or"),
+        (
+            ["--basis", "missing.safetensors"],
+            "missing.safetensors: no codec basis; name one with --basis FILE or",
+        ),
         (["--frames", "8"], "8 video frames are not 1 + 4 n; use 5 or 9"),
         (
             ["--fit", "--size", "32x64", "--frames", "9"],
@@ -84,10 +120,27 @@ def test_refused_clips_are_printed(own_clips: Path, tmp_path: Path, capsys: pyte
     ],
 )
 def test_mistakes_end_in_one_message_and_a_failure(
-    own_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+    own_clips: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    message: str,
 ) -> None:
     """Would catch a traceback in place of what to do."""
-    assert main(["pack", str(own_clips), "--codec", "tiny", "--out", str(tmp_path / "shards"), *arguments]) == 1
+    assert (
+        main(
+            [
+                "pack",
+                str(own_clips),
+                "--codec",
+                "tiny",
+                "--out",
+                str(tmp_path / "shards"),
+                *arguments,
+            ]
+        )
+        == 1
+    )
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
     assert message in printed

@@ -1,4 +1,6 @@
-"""Data sets of other projects, in their own formats: LMDBs as Self-Forcing writes them, FastGen's webdataset shards."""
+"""Data sets of other projects, in their own formats: LMDBs as Self-Forcing writes them, FastGen's
+webdataset shards.
+"""
 
 from __future__ import annotations
 
@@ -35,8 +37,12 @@ def draw(*labels: int) -> Tensor:
     return rng.normal(ROW, 0, "imported", *labels).half().float()
 
 
-def write_lmdb(folder: Path, rows: dict[int, Tensor], prompts: list[str], shape: str | None = None) -> Path:
-    """An environment as the scripts of Self-Forcing and CausVid fill it: raw float16, ASCII shapes, written last."""
+def write_lmdb(
+    folder: Path, rows: dict[int, Tensor], prompts: list[str], shape: str | None = None
+) -> Path:
+    """An environment as the scripts of Self-Forcing and CausVid fill it: raw float16, ASCII shapes,
+    written last.
+    """
     environment = lmdb.open(str(folder), map_size=2**24)
     with environment.begin(write=True) as transaction:
         for number, latents in rows.items():
@@ -56,25 +62,38 @@ def import_lmdb(source: LmdbSource, out: Path, **settings: Any) -> ShardReader:
 
 @pytest.mark.parametrize("leading", [(), (1,)])
 def test_clean_latents_of_an_lmdb_come_back(tmp_path: Path, leading: tuple[int, ...]) -> None:
-    """Would catch C and F exchanged, and DFD's rows, which carry a leading one. Exact: both sides are float16."""
+    """Would catch C and F exchanged, and DFD's rows, which carry a leading one. Exact: both sides
+    are float16.
+    """
     rows = {number: draw(number).expand(*leading, *ROW) for number in range(4)}
-    reader = import_lmdb(LmdbSource(write_lmdb(tmp_path / "lmdb", rows, PROMPTS)), tmp_path / "out", shard_size=3)
+    reader = import_lmdb(
+        LmdbSource(write_lmdb(tmp_path / "lmdb", rows, PROMPTS)), tmp_path / "out", shard_size=3
+    )
     reader.verify()
     assert reader.captions == [" ".join(prompt.split()) for prompt in PROMPTS]
-    assert [entry.key for entry in reader.index.samples] == [f"row-00000{number}" for number in range(4)]
+    assert [entry.key for entry in reader.index.samples] == [
+        f"row-00000{number}" for number in range(4)
+    ]
     for number in range(4):
         assert reader[number].latents.equal(draw(number))
-        assert reader[number].text.equal(TinyText().encode([reader.captions[number]])[0].half().float())
+        assert reader[number].text.equal(
+            TinyText().encode([reader.captions[number]])[0].half().float()
+        )
 
 
 @pytest.mark.parametrize(("step", "taken"), [(None, 4), (-1, 4), (0, 0), (2, 2)])
-def test_a_trajectory_gives_the_latent_that_is_asked_for(tmp_path: Path, step: int | None, taken: int) -> None:
+def test_a_trajectory_gives_the_latent_that_is_asked_for(
+    tmp_path: Path, step: int | None, taken: int
+) -> None:
     """Trajectories run from noise to clean: the first latent as data would teach noise."""
     rows = {number: torch.stack([draw(number, point) for point in range(5)]) for number in range(2)}
     folder = write_lmdb(tmp_path / "lmdb", rows, PROMPTS)
     source = LmdbSource(folder) if step is None else LmdbSource(folder, step)
     reader = import_lmdb(source, tmp_path / "out")
-    assert [reader[number].latents.equal(draw(number, taken)) for number in range(2)] == [True, True]
+    assert [reader[number].latents.equal(draw(number, taken)) for number in range(2)] == [
+        True,
+        True,
+    ]
     assert reader.index.about["source"]["step"] == taken
 
 
@@ -93,7 +112,9 @@ def test_a_folder_of_environments_is_one_data_set(tmp_path: Path) -> None:
 def test_rows_that_cannot_be_used_are_left_out_by_name(tmp_path: Path) -> None:
     """Would catch one broken row of thousands that stops the import, or is packed."""
     rows = {0: draw(0), 1: draw(1)[:2], 2: draw(2) * float("nan"), 3: draw(3)}
-    folder = write_lmdb(tmp_path / "lmdb", rows, [*PROMPTS[:3], " "], shape="5 " + " ".join(map(str, ROW)))
+    folder = write_lmdb(
+        tmp_path / "lmdb", rows, [*PROMPTS[:3], " "], shape="5 " + " ".join(map(str, ROW))
+    )
     reader = import_lmdb(LmdbSource(folder), tmp_path / "out")
     assert len(reader) == 1
     assert [(refusal["file"], refusal["reason"]) for refusal in reader.index.refused] == [
@@ -107,36 +128,59 @@ def test_rows_that_cannot_be_used_are_left_out_by_name(tmp_path: Path) -> None:
 
 
 def test_a_shape_that_lost_its_row_can_be_named(tmp_path: Path) -> None:
-    """Self-Forcing's script takes the shape from its last file, which may have held nothing new: then only N is left."""
+    """Self-Forcing's script takes the shape from its last file, which may have held nothing new:
+    then only N is left.
+    """
     folder = write_lmdb(tmp_path / "lmdb", {0: draw(0)}, PROMPTS, shape="1")
-    with pytest.raises(PackError, match=r"latents_shape is lmdb: 1; want .* --row-shape, such as 21x16x60x104"):
+    with pytest.raises(
+        PackError, match=r"latents_shape is lmdb: 1; want .* --row-shape, such as 21x16x60x104"
+    ):
         LmdbSource(folder)
     reader = import_lmdb(LmdbSource(folder, row_shape=ROW), tmp_path / "out")
     assert reader[0].latents.equal(draw(0))
 
 
 def test_what_is_no_such_lmdb_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Would catch a TypeError from a missing key, and an ImportError that does not say what to install."""
+    """Would catch a TypeError from a missing key, and an ImportError that does not say what to
+    install.
+    """
     with pytest.raises(PackError, match=r"no LMDB here; want a folder with data\.mdb"):
         LmdbSource(tmp_path)
     lmdb.open(str(tmp_path / "empty"), map_size=2**20).close()
-    with pytest.raises(PackError, match="no key latents_shape, which is written last; it has no keys at all"):
+    with pytest.raises(
+        PackError, match="no key latents_shape, which is written last; it has no keys at all"
+    ):
         LmdbSource(tmp_path / "empty")
     folder = write_lmdb(tmp_path / "lmdb", {0: draw(0)}, PROMPTS)
     with pytest.raises(PackError, match=r"--step 1: a sample of .* has 1 latents"):
         LmdbSource(folder, step=1)
-    with pytest.raises(PackError, match=r"prompts without embeddings; name a text encoder with --text"):
+    with pytest.raises(
+        PackError, match=r"prompts without embeddings; name a text encoder with --text"
+    ):
         import_folder(LmdbSource(folder), tmp_path / "out", codec_fingerprint="wan")
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(PackError, match="pip install lmdb"):
         LmdbSource(folder)
 
 
-def test_an_interrupted_import_goes_on_to_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As for packing; would catch prompts of 30,000 rows encoded again after a crash, and another --step going on."""
+def test_an_interrupted_import_goes_on_to_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As for packing; would catch prompts of 30,000 rows encoded again after a crash, and another
+    --step going on.
+    """
     rows = {number: torch.stack([draw(number, point) for point in range(2)]) for number in range(4)}
     source = str(write_lmdb(tmp_path / "lmdb", rows, PROMPTS))
-    arguments = ["import", source, "--text", "tiny", "--shard-size", "2", "--negative-prompt", "grey"]
+    arguments = [
+        "import",
+        source,
+        "--text",
+        "tiny",
+        "--shard-size",
+        "2",
+        "--negative-prompt",
+        "grey",
+    ]
     assert main([*arguments, "--out", str(tmp_path / "once")]) == 0
     encode = TinyText.encode
 
@@ -177,8 +221,15 @@ def embedding(number: int) -> Tensor:
 def sample(number: int, **changes: Any) -> dict[str, bytes]:
     """As FastGen expects them: latents [C, F, H, W] and padded embeddings, in bfloat16."""
     latents = draw(number).bfloat16().transpose(0, 1).contiguous()
-    members = {"latent.pth": pth(latents), "txt_emb.pth": pth(embedding(number).bfloat16()), **changes}
-    return {"__key__": f"{number:05d}", **{name: value for name, value in members.items() if value is not None}}
+    members = {
+        "latent.pth": pth(latents),
+        "txt_emb.pth": pth(embedding(number).bfloat16()),
+        **changes,
+    }
+    return {
+        "__key__": f"{number:05d}",
+        **{name: value for name, value in members.items() if value is not None},
+    }
 
 
 def write_tars(folder: Path, samples: list[dict[str, bytes]], size: int = 2) -> Path:
@@ -195,12 +246,18 @@ def import_fastgen(source: FastGenSource, out: Path, text: TinyText | None = Non
 
 
 def test_fastgen_shards_come_back(tmp_path: Path) -> None:
-    """Would catch C and F exchanged, and padding stored. Exact: bfloat16 of this size fits into float16."""
-    folder = write_tars(tmp_path / "tars", [sample(number, txt=PROMPTS[number].encode()) for number in range(3)])
+    """Would catch C and F exchanged, and padding stored. Exact: bfloat16 of this size fits into
+    float16.
+    """
+    folder = write_tars(
+        tmp_path / "tars", [sample(number, txt=PROMPTS[number].encode()) for number in range(3)]
+    )
     np.save(folder / "neg_prompt_emb.npy", embedding(9).numpy())
     reader = import_fastgen(FastGenSource(folder), tmp_path / "out")
     reader.verify()
-    assert [entry.caption for entry in reader.index.samples] == [" ".join(prompt.split()) for prompt in PROMPTS[:3]]
+    assert [entry.caption for entry in reader.index.samples] == [
+        " ".join(prompt.split()) for prompt in PROMPTS[:3]
+    ]
     for number in range(3):
         assert reader[number].latents.equal(draw(number).bfloat16().half().float())
         assert reader[number].text.equal(embedding(number).half().float())
@@ -218,7 +275,9 @@ def test_npy_members_json_captions_and_a_negative_prompt_in_the_samples(tmp_path
         "neg_txt_emb.pth": pth(embedding(9)),
         "json": json.dumps({"prompt": "a disc"}).encode(),
     }
-    reader = import_fastgen(FastGenSource(write_tars(tmp_path / "tars", [sample(0, **changes)])), tmp_path / "out")
+    reader = import_fastgen(
+        FastGenSource(write_tars(tmp_path / "tars", [sample(0, **changes)])), tmp_path / "out"
+    )
     assert reader[0].latents.equal(draw(0))
     assert reader[0].text.equal(embedding(0).half().float())
     assert reader[0].caption == "a disc"
@@ -226,7 +285,9 @@ def test_npy_members_json_captions_and_a_negative_prompt_in_the_samples(tmp_path
 
 
 def test_samples_of_one_prompt_share_a_caption_without_captions(tmp_path: Path) -> None:
-    """Pairing within a caption needs to know which samples share one; would catch one caption for all."""
+    """Pairing within a caption needs to know which samples share one; would catch one caption for
+    all.
+    """
     same = pth(embedding(0).bfloat16())
     samples = [sample(0), sample(1), sample(2, **{"txt_emb.pth": same})]
     reader = import_fastgen(FastGenSource(write_tars(tmp_path / "tars", samples)), tmp_path / "out")
@@ -236,7 +297,9 @@ def test_samples_of_one_prompt_share_a_caption_without_captions(tmp_path: Path) 
 def test_captions_can_be_encoded_anew(tmp_path: Path) -> None:
     """Would catch stored embeddings of one encoder beside those of another."""
     samples = [sample(0, txt=b"a disc"), sample(1)]
-    reader = import_fastgen(FastGenSource(write_tars(tmp_path / "tars", samples)), tmp_path / "out", TinyText())
+    reader = import_fastgen(
+        FastGenSource(write_tars(tmp_path / "tars", samples)), tmp_path / "out", TinyText()
+    )
     assert reader[0].text.equal(TinyText().encode(["a disc"])[0].half().float())
     assert [refusal["reason"] for refusal in reader.index.refused] == ["no caption"]
 
@@ -262,11 +325,16 @@ def test_a_pickle_with_code_is_refused_and_never_run(tmp_path: Path, saved_by: s
     assert len(reader) == 1
     (refusal,) = reader.index.refused
     assert refusal["file"] == "00001"
-    assert "holds Python objects other than tensors, which could run code and are never loaded" in refusal["reason"]
+    assert (
+        "holds Python objects other than tensors, which could run code and are never loaded"
+        in refusal["reason"]
+    )
 
 
 def test_fastgen_samples_that_cannot_be_used_are_left_out_by_name(tmp_path: Path) -> None:
-    """Would catch a clip of another length packed beside the rest, and a dictionary taken for a tensor."""
+    """Would catch a clip of another length packed beside the rest, and a dictionary taken for a
+    tensor.
+    """
     samples = [
         sample(0),
         sample(1, **{"latent.pth": pth(draw(1).transpose(0, 1)[:, :2])}),
@@ -276,7 +344,9 @@ def test_fastgen_samples_that_cannot_be_used_are_left_out_by_name(tmp_path: Path
         sample(5, **{"txt_emb.pth": None}),
         sample(6, **{"txt_emb.pth": pth(torch.ones(13, 32))}),
     ]
-    reader = import_fastgen(FastGenSource(write_tars(tmp_path / "tars", samples, 10)), tmp_path / "out")
+    reader = import_fastgen(
+        FastGenSource(write_tars(tmp_path / "tars", samples, 10)), tmp_path / "out"
+    )
     assert len(reader) == 1
     reasons = [refusal["reason"] for refusal in reader.index.refused]
     wanted = [
@@ -292,18 +362,27 @@ def test_fastgen_samples_that_cannot_be_used_are_left_out_by_name(tmp_path: Path
 
 
 def test_latents_in_our_own_layout_are_noticed(tmp_path: Path) -> None:
-    """Would catch frames taken for channels. Wan has 16 channels: 16 frames of 3 channels are the other layout."""
+    """Would catch frames taken for channels. Wan has 16 channels: 16 frames of 3 channels are the
+    other layout.
+    """
     ours = [sample(0, **{"latent.pth": pth(draw(0))})]
     folder = write_tars(tmp_path / "tars", ours)
     with pytest.raises(
-        PackError, match=r"latents are \[3, 16, 4, 6\], which looks like \[F, C, H, W\]; .*--layout fchw"
+        PackError,
+        match=r"latents are \[3, 16, 4, 6\], which looks like \[F, C, H, W\]; .*--layout fchw",
     ):
         FastGenSource(folder)
-    assert import_fastgen(FastGenSource(folder, "fchw"), tmp_path / "out")[0].latents.equal(draw(0).half().float())
+    assert import_fastgen(FastGenSource(folder, "fchw"), tmp_path / "out")[0].latents.equal(
+        draw(0).half().float()
+    )
 
 
-def test_the_command_tells_the_kinds_apart(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Would catch a kind that has to be named although the files show it, and a source that is neither."""
+def test_the_command_tells_the_kinds_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Would catch a kind that has to be named although the files show it, and a source that is
+    neither.
+    """
     tars = write_tars(tmp_path / "tars", [sample(0)])
     assert main(["import", str(tars), "--out", str(tmp_path / "a")]) == 0
     rows = write_lmdb(tmp_path / "lmdb", {0: draw(0)}, PROMPTS)

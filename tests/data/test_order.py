@@ -1,4 +1,6 @@
-"""The order of a data stream: every sample once per epoch, whoever reads it, from wherever it is resumed."""
+"""The order of a data stream: every sample once per epoch, whoever reads it, from wherever it is
+resumed.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,18 @@ def stream(order: SampleOrder, start: int, stop: int) -> list[int]:
 
 
 def is_same(a: Batch, b: Batch) -> bool:
-    return a.keys == b.keys and a.captions == b.captions and a.latents.equal(b.latents) and a.text.equal(b.text)
+    return (
+        a.keys == b.keys
+        and a.captions == b.captions
+        and a.latents.equal(b.latents)
+        and a.text.equal(b.text)
+    )
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
-    """Would catch a shuffle that repeats every epoch, ignores the seed, or remembers what was asked before."""
+    """Would catch a shuffle that repeats every epoch, ignores the seed, or remembers what was asked
+    before.
+    """
     order, again = SampleOrder(20, seed=0), SampleOrder(20, seed=0)
     backwards = [again.sample_at(position) for position in reversed(range(60))]
     assert stream(order, 0, 60) == backwards[::-1]
@@ -39,7 +48,9 @@ def test_order_of_seed_zero_is_pinned() -> None:
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 7, 32])
 def test_every_sample_comes_once_per_epoch(group_size: int) -> None:
-    """Would catch samples lost or doubled when captions are cut into groups, in epochs that start within a group."""
+    """Would catch samples lost or doubled when captions are cut into groups, in epochs that start
+    within a group.
+    """
     order = SampleOrder(20, 5, CAPTIONS, group_size)
     for epoch in range(8):
         assert sorted(stream(order, 20 * epoch, 20 * epoch + 20)) == list(range(20))
@@ -47,16 +58,21 @@ def test_every_sample_comes_once_per_epoch(group_size: int) -> None:
 
 @pytest.mark.parametrize("group_size", [2, 3, 4])
 def test_aligned_runs_share_a_caption_as_far_as_counts_allow(group_size: int) -> None:
-    """Assignment within a caption needs several samples of it in one micro-batch. Would catch runs that slip out of
-    line in later epochs because the group size does not divide the number of samples.
+    """Assignment within a caption needs several samples of it in one micro-batch. Would catch runs
+    that slip out of line in later epochs because the group size does not divide the number of
+    samples.
     """
     order = SampleOrder(20, 5, CAPTIONS, group_size)
     possible = sum(count // group_size for count in Counter(CAPTIONS).values())
     for epoch in range(12):
         first = -(-20 * epoch // group_size) * group_size
-        runs = [stream(order, start, start + group_size) for start in range(first, 20 * epoch + 20, group_size)]
+        runs = [
+            stream(order, start, start + group_size)
+            for start in range(first, 20 * epoch + 20, group_size)
+        ]
         whole = sum(len({CAPTIONS[sample] for sample in run}) == 1 for run in runs)
-        # To reach a multiple of the group size, an epoch may have to break one group, and its end may cut off another.
+        # To reach a multiple of the group size, an epoch may have to break one group, and its end
+        # may cut off another.
         assert whole >= possible - (0 if 20 % group_size == 0 else 2)
 
 
@@ -69,9 +85,14 @@ def test_what_is_left_of_each_caption_stays_together() -> None:
 
 
 def test_groups_are_shuffled() -> None:
-    """Would catch groups in order of caption: the first updates of each epoch would see one caption only."""
+    """Would catch groups in order of caption: the first updates of each epoch would see one caption
+    only.
+    """
     order = SampleOrder(20, 5, CAPTIONS, group_size=2)
-    firsts = {tuple(CAPTIONS[sample] for sample in stream(order, 20 * epoch, 20 * epoch + 20)) for epoch in range(4)}
+    firsts = {
+        tuple(CAPTIONS[sample] for sample in stream(order, 20 * epoch, 20 * epoch + 20))
+        for epoch in range(4)
+    }
     assert len(firsts) == 4
 
 
@@ -79,7 +100,10 @@ def test_members_of_a_group_change_between_epochs() -> None:
     """Would catch groups formed once and only shuffled as wholes."""
     order = SampleOrder(20, 5, CAPTIONS, group_size=2)
     pairs = [
-        {frozenset(stream(order, start, start + 2)) for start in range(20 * epoch, 20 * epoch + 20, 2)}
+        {
+            frozenset(stream(order, start, start + 2))
+            for start in range(20 * epoch, 20 * epoch + 20, 2)
+        }
         for epoch in range(2)
     ]
     assert len(pairs[0] & pairs[1]) < 5
@@ -87,7 +111,10 @@ def test_members_of_a_group_change_between_epochs() -> None:
 
 @pytest.mark.parametrize(
     ("group", "message"),
-    [(None, "group_size 2 needs 20 caption ids, one per sample; got no ids"), ([0, 1], "got 2 ids")],
+    [
+        (None, "group_size 2 needs 20 caption ids, one per sample; got no ids"),
+        ([0, 1], "got 2 ids"),
+    ],
 )
 def test_groups_without_captions_are_refused(group: list[int] | None, message: str) -> None:
     """Would catch an IndexError hours into a run, or grouping by the wrong list."""
@@ -106,7 +133,9 @@ def test_an_empty_order_is_refused() -> None:
 def test_every_sample_once_per_epoch_for_any_number_of_ranks_and_workers(
     packed: Path, num_ranks: int, num_workers: int
 ) -> None:
-    """webdataset splits shards between ranks and workers, so that each keeps to its own part, which may overlap."""
+    """webdataset splits shards between ranks and workers, so that each keeps to its own part, which
+    may overlap.
+    """
     reader = ShardReader(packed)
     order = SampleOrder(len(reader), seed=3)
     keys: list[str] = []
@@ -118,15 +147,22 @@ def test_every_sample_once_per_epoch_for_any_number_of_ranks_and_workers(
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 3])
-def test_a_global_batch_does_not_depend_on_the_number_of_ranks(packed: Path, num_ranks: int) -> None:
+def test_a_global_batch_does_not_depend_on_the_number_of_ranks(
+    packed: Path, num_ranks: int
+) -> None:
     """Changing the number of processes must not change what an update sees."""
     reader = ShardReader(packed)
     order = SampleOrder(len(reader), seed=3)
     whole = load_batch(reader, order, start=6, size=6)
     size = 6 // num_ranks
-    strided = [load_batch(reader, order, 6, size, stride=num_ranks, offset=rank) for rank in range(num_ranks)]
+    strided = [
+        load_batch(reader, order, 6, size, stride=num_ranks, offset=rank)
+        for rank in range(num_ranks)
+    ]
     blocks = [load_batch(reader, order, 6, size, offset=rank * size) for rank in range(num_ranks)]
-    assert [key for keys in zip(*(part.keys for part in strided), strict=True) for key in keys] == list(whole.keys)
+    assert [
+        key for keys in zip(*(part.keys for part in strided), strict=True) for key in keys
+    ] == list(whole.keys)
     assert [key for part in blocks for key in part.keys] == list(whole.keys)
 
 
@@ -141,8 +177,12 @@ def test_workers_change_nothing(packed: Path) -> None:
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resuming_at_a_cursor_gives_the_same_remaining_stream(packed: Path, num_workers: int) -> None:
-    """Would catch any state beside the cursor. Batches of 5 from 12 samples straddle epochs at different places."""
+def test_resuming_at_a_cursor_gives_the_same_remaining_stream(
+    packed: Path, num_workers: int
+) -> None:
+    """Would catch any state beside the cursor. Batches of 5 from 12 samples straddle epochs at
+    different places.
+    """
     reader = ShardReader(packed)
     whole = list(batches(reader, SampleOrder(12, 3), range(0, 40, 5), 5))
     rest = list(batches(ShardReader(packed), SampleOrder(12, 3), range(20, 40, 5), 5, num_workers))
@@ -151,7 +191,9 @@ def test_resuming_at_a_cursor_gives_the_same_remaining_stream(packed: Path, num_
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_endless_stream_is_read_only_a_little_ahead(packed: Path, num_workers: int) -> None:
-    """The training loop asks for batches without end; would catch a loader that lists all starts first."""
+    """The training loop asks for batches without end; would catch a loader that lists all starts
+    first.
+    """
     reader = ShardReader(packed)
     endless = batches(reader, SampleOrder(12, 3), itertools.count(0, 5), 5, num_workers)
     keys = [next(endless).keys for _ in range(3)]
@@ -161,7 +203,9 @@ def test_an_endless_stream_is_read_only_a_little_ahead(packed: Path, num_workers
 def test_a_stream_that_is_dropped_leaves_no_threads(packed: Path) -> None:
     """A run opens one stream for each stage and control arm; would catch readers that stay behind."""
     before = threading.active_count()
-    endless = batches(ShardReader(packed), SampleOrder(12, 3), itertools.count(0, 5), 5, num_workers=2)
+    endless = batches(
+        ShardReader(packed), SampleOrder(12, 3), itertools.count(0, 5), 5, num_workers=2
+    )
     next(endless)
     assert threading.active_count() > before
     del endless
@@ -172,5 +216,7 @@ def test_caption_ids_are_equal_where_captions_are(packed: Path) -> None:
     """Would catch ids by position or by hash, which differ between processes."""
     reader = ShardReader(packed)
     for a, b in itertools.combinations(range(len(reader)), 2):
-        assert (reader.caption_ids[a] == reader.caption_ids[b]) == (reader.captions[a] == reader.captions[b])
+        assert (reader.caption_ids[a] == reader.caption_ids[b]) == (
+            reader.captions[a] == reader.captions[b]
+        )
     assert len(set(reader.caption_ids)) > 1

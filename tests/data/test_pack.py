@@ -25,19 +25,27 @@ def rotate_noise(latents: Tensor, text: Tensor) -> Tensor:
     return latents.flip(1) * 0.5 + text.mean(dim=(1, 2))[:, None, None, None, None]
 
 
-def test_packing_twice_gives_the_same_bytes(clips: Path, packed: Path, codec: TinyCodec, tmp_path: Path) -> None:
-    """Resume refuses another index. Would catch time stamps in the tars and an order by directory listing."""
+def test_packing_twice_gives_the_same_bytes(
+    clips: Path, packed: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
+    """Resume refuses another index. Would catch time stamps in the tars and an order by directory
+    listing.
+    """
     pack_tiny(clips, tmp_path / "again", codec, shard_size=5)
     for path in packed.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
 
 
-def test_summary_and_shards_count_the_same(packed: Path, clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
+def test_summary_and_shards_count_the_same(
+    packed: Path, clips: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
     """Would catch samples lost where one shard ends and the next begins."""
     summary = pack_tiny(clips, tmp_path / "shards", codec, shard_size=4)
     reader = ShardReader(summary.folder)
     assert (summary.num_samples, summary.num_shards, summary.refused) == (12, 3, ())
-    assert [entry.shard for entry in reader.index.samples] == [f"shard-{n:06d}.tar" for n in range(3) for _ in range(4)]
+    assert [entry.shard for entry in reader.index.samples] == [
+        f"shard-{n:06d}.tar" for n in range(3) for _ in range(4)
+    ]
     assert [entry.key for entry in reader.index.samples] == [f"{n:06d}" for n in range(12)]
 
 
@@ -52,7 +60,9 @@ def damage(clips: Path, frames: Tensor, kind: str) -> None:
         case "caption in another encoding":
             caption.write_bytes("größer".encode("latin-1"))
         case "long caption":
-            caption.write_text("one two three four five six seven eight nine ten eleven twelve thirteen")
+            caption.write_text(
+                "one two three four five six seven eight nine ten eleven twelve thirteen"
+            )
         case "short":
             write_video(clip, frames[:8], fps=16)
         case "unreadable":
@@ -87,17 +97,25 @@ def test_a_clip_that_cannot_be_used_is_left_out_by_name(
     assert reader.index.refused == ({"file": refusal.file, "reason": refusal.reason},)
 
 
-def test_nothing_left_is_an_error_that_says_why(own_clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
+def test_nothing_left_is_an_error_that_says_why(
+    own_clips: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
     """Would catch an empty shard folder, which training finds out about much later."""
     for path in own_clips.glob("*.txt"):
         path.unlink()
-    with pytest.raises(PackError, match=r"none of its 4 clips can be used; .*\n  000000\.mp4: no caption"):
+    with pytest.raises(
+        PackError, match=r"none of its 4 clips can be used; .*\n  000000\.mp4: no caption"
+    ):
         pack_tiny(own_clips, tmp_path / "shards", codec)
     assert [path.name for path in tmp_path.iterdir()] == ["clips"]
 
 
-@pytest.mark.parametrize(("make", "message"), [(False, "no such folder"), (True, r"no \.mp4 files in it")])
-def test_a_folder_without_clips_is_named(tmp_path: Path, codec: TinyCodec, make: bool, message: str) -> None:
+@pytest.mark.parametrize(
+    ("make", "message"), [(False, "no such folder"), (True, r"no \.mp4 files in it")]
+)
+def test_a_folder_without_clips_is_named(
+    tmp_path: Path, codec: TinyCodec, make: bool, message: str
+) -> None:
     """Would catch an error about an empty list for a mistyped path."""
     if make:
         (tmp_path / "clips").mkdir()
@@ -108,8 +126,14 @@ def test_a_folder_without_clips_is_named(tmp_path: Path, codec: TinyCodec, make:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"num_video_frames": 10, "video_size": (64, 64)}, r"10 video frames are not 1 \+ 4 n; use 9 or 13"),
-        ({"num_video_frames": 9, "video_size": (64, 60)}, r"64 x 60; height and width must be multiples of 8"),
+        (
+            {"num_video_frames": 10, "video_size": (64, 64)},
+            r"10 video frames are not 1 \+ 4 n; use 9 or 13",
+        ),
+        (
+            {"num_video_frames": 9, "video_size": (64, 60)},
+            r"64 x 60; height and width must be multiples of 8",
+        ),
     ],
 )
 def test_a_length_or_size_that_the_codec_cannot_take_fails_at_once(
@@ -122,11 +146,15 @@ def test_a_length_or_size_that_the_codec_cannot_take_fails_at_once(
 
 
 def test_captions_of_another_granularity(own_clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
-    """A folder of clips may carry several captions each; would catch the short one packed in place of the long one."""
+    """A folder of clips may carry several captions each; would catch the short one packed in place
+    of the long one.
+    """
     for path in list(own_clips.glob("*.mp4")):
         path.with_name(f"{path.stem}.long.txt").write_text(f"long  words\nabout {path.stem}\n")
     pack_tiny(own_clips, tmp_path / "shards", codec, caption_suffix=".long.txt")
-    assert ShardReader(tmp_path / "shards").captions == [f"long words about 00000{n}" for n in range(4)]
+    assert ShardReader(tmp_path / "shards").captions == [
+        f"long words about 00000{n}" for n in range(4)
+    ]
 
 
 def test_file_names_that_webdataset_would_split_get_keys_that_it_does_not(
@@ -142,31 +170,43 @@ def test_file_names_that_webdataset_would_split_get_keys_that_it_does_not(
     assert keys == ["a_1", "a_1_2", "gro_e_Katze", "k" * 64]
 
 
-def test_a_percent_sign_in_the_path_is_only_a_percent_sign(own_clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
+def test_a_percent_sign_in_the_path_is_only_a_percent_sign(
+    own_clips: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
     """ShardWriter's file name is a format string: a folder `50%d` would be taken for its number."""
     pack_tiny(own_clips, tmp_path / "50%d", codec)
     assert len(ShardReader(tmp_path / "50%d")) == 4
 
 
-def test_values_that_do_not_fit_stop_the_packer(own_clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
+def test_values_that_do_not_fit_stop_the_packer(
+    own_clips: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
     """Would catch infinities in half precision, which reach the loss as NaN much later."""
     huge = TinyCodec(codec.first, codec.rest, codec.scale * 1e6)
-    with pytest.raises(PackError, match=r"000000\.mp4: NaN, infinity or too large for float16; .*store float32"):
+    with pytest.raises(
+        PackError, match=r"000000\.mp4: NaN, infinity or too large for float16; .*store float32"
+    ):
         pack_tiny(own_clips, tmp_path / "shards", huge)
     assert pack_tiny(own_clips, tmp_path / "shards", huge, dtype="float32").num_samples == 4
 
 
-@pytest.mark.parametrize("error", [RuntimeError("out of memory"), KeyboardInterrupt(), OSError(28, "No space left")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("out of memory"), KeyboardInterrupt(), OSError(28, "No space left")]
+)
 def test_an_interrupted_pack_leaves_nothing(
     clips: Path, codec: TinyCodec, tmp_path: Path, error: BaseException
 ) -> None:
     """Would catch half a data set that opens, and gigabytes left on a full disk."""
     with pytest.raises(type(error)):
-        pack_tiny(clips, tmp_path / "shards", FailingCodec(codec, 7, stop_with(error)), shard_size=3)
+        pack_tiny(
+            clips, tmp_path / "shards", FailingCodec(codec, 7, stop_with(error)), shard_size=3
+        )
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_replacement_leaves_the_earlier_shards(clips: Path, codec: TinyCodec, own_shards: Path) -> None:
+def test_an_interrupted_replacement_leaves_the_earlier_shards(
+    clips: Path, codec: TinyCodec, own_shards: Path
+) -> None:
     """Would catch shards deleted before the new ones are complete."""
     before = ShardReader(own_shards).index_hash
     with pytest.raises(RuntimeError):
@@ -181,7 +221,9 @@ def test_an_interrupted_replacement_leaves_the_earlier_shards(clips: Path, codec
 def test_a_killed_pack_leaves_nothing_readable_and_does_not_stop_the_next(
     clips: Path, packed: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """kill -9 runs no clean-up: what is left must not open, under any name, and must not stand in the way."""
+    """kill -9 runs no clean-up: what is left must not open, under any name, and must not stand in
+    the way.
+    """
     out = tmp_path / "shards"
     pack_and_die(7, clips, out, codec, shard_size=3)
     assert [path.name for path in tmp_path.iterdir()] == ["shards.partial"]
@@ -192,8 +234,12 @@ def test_a_killed_pack_leaves_nothing_readable_and_does_not_stop_the_next(
     assert ShardReader(out).index_hash == ShardReader(packed).index_hash
 
 
-def test_a_kill_between_the_two_renames_loses_nothing(clips: Path, codec: TinyCodec, own_shards: Path) -> None:
-    """While one folder replaces another there is a moment with neither in place; the next pack must cope with it."""
+def test_a_kill_between_the_two_renames_loses_nothing(
+    clips: Path, codec: TinyCodec, own_shards: Path
+) -> None:
+    """While one folder replaces another there is a moment with neither in place; the next pack must
+    cope with it.
+    """
     replaced = own_shards.with_name("shards.replaced")
     own_shards.rename(replaced)
     ShardReader(replaced).verify()
@@ -203,29 +249,40 @@ def test_a_kill_between_the_two_renames_loses_nothing(clips: Path, codec: TinyCo
     assert [path.name for path in own_shards.parent.iterdir()] == [own_shards.name]
 
 
-def test_existing_shards_are_replaced_only_on_request(own_clips: Path, codec: TinyCodec, own_shards: Path) -> None:
+def test_existing_shards_are_replaced_only_on_request(
+    own_clips: Path, codec: TinyCodec, own_shards: Path
+) -> None:
     """Would catch a day of encoding overwritten by a repeated command."""
     before = ShardReader(own_shards).index_hash
-    with pytest.raises(PackError, match=r"shards exists; choose another folder, or replace it with .*--overwrite"):
+    with pytest.raises(
+        PackError, match=r"shards exists; choose another folder, or replace it with .*--overwrite"
+    ):
         pack_tiny(own_clips, own_shards, codec)
     assert ShardReader(own_shards).index_hash == before
     pack_tiny(own_clips, own_shards, codec, overwrite=True)
     assert len(ShardReader(own_shards)) == 4
 
 
-def test_a_folder_with_other_things_in_it_is_never_replaced(own_clips: Path, codec: TinyCodec) -> None:
+def test_a_folder_with_other_things_in_it_is_never_replaced(
+    own_clips: Path, codec: TinyCodec
+) -> None:
     """`--out . --overwrite` must not delete anybody's files."""
     before = sorted(path.name for path in own_clips.iterdir())
-    with pytest.raises(PackError, match=r"clips holds 000000\.mp4, 000000\.txt, 000001\.mp4, not only shards"):
+    with pytest.raises(
+        PackError, match=r"clips holds 000000\.mp4, 000000\.txt, 000001\.mp4, not only shards"
+    ):
         pack_tiny(own_clips, own_clips, codec, overwrite=True)
     assert sorted(path.name for path in own_clips.iterdir()) == before
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 16])
-def test_noise_comes_back_bit_for_bit(clips: Path, codec: TinyCodec, tmp_path: Path, batch_size: int) -> None:
+def test_noise_comes_back_bit_for_bit(
+    clips: Path, codec: TinyCodec, tmp_path: Path, batch_size: int
+) -> None:
     """Would catch noise that belongs to another sample, at whatever batch size it was computed.
 
-    Exact: the inversion sees the stored latents and text, and its result is rounded to the stored type once.
+    Exact: the inversion sees the stored latents and text, and its result is rounded to the stored
+    type once.
     """
     out = tmp_path / "shards"
     settings = {"invert": rotate_noise, "noise_fingerprint": "rotation", "batch_size": batch_size}
@@ -239,7 +296,9 @@ def test_noise_comes_back_bit_for_bit(clips: Path, codec: TinyCodec, tmp_path: P
     assert reader.index.fingerprints["noise"] == "rotation"
 
 
-def test_a_batch_carries_the_noise_of_its_samples(clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
+def test_a_batch_carries_the_noise_of_its_samples(
+    clips: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
     """`inversion` pairing needs noise and sample side by side, in the order of the batch."""
     pack_tiny(clips, tmp_path / "shards", codec, invert=rotate_noise)
     reader = ShardReader(tmp_path / "shards")
@@ -251,8 +310,12 @@ def test_a_batch_carries_the_noise_of_its_samples(clips: Path, codec: TinyCodec,
 def test_noise_added_later_equals_noise_added_while_packing(
     clips: Path, codec: TinyCodec, own_shards: Path, tmp_path: Path
 ) -> None:
-    """Would catch samples reordered, re-rounded or lost, and shards cut elsewhere, when noise is added to a folder."""
-    pack_tiny(clips, tmp_path / "at-once", codec, shard_size=5, invert=rotate_noise, noise_fingerprint="x")
+    """Would catch samples reordered, re-rounded or lost, and shards cut elsewhere, when noise is
+    added to a folder.
+    """
+    pack_tiny(
+        clips, tmp_path / "at-once", codec, shard_size=5, invert=rotate_noise, noise_fingerprint="x"
+    )
     add_noise(own_shards, rotate_noise, batch_size=5, noise_fingerprint="x")
     assert ShardReader(own_shards).index_hash == ShardReader(tmp_path / "at-once").index_hash
     add_noise(own_shards, rotate_noise, batch_size=3, noise_fingerprint="x")
@@ -262,14 +325,19 @@ def test_noise_added_later_equals_noise_added_while_packing(
 def test_adding_noise_into_another_folder_keeps_the_first_and_what_lies_beside_the_shards(
     clips: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """Would catch the codec's refitted basis lost on the way, without which the latents cannot be decoded."""
+    """Would catch the codec's refitted basis lost on the way, without which the latents cannot be
+    decoded.
+    """
     shards, out = tmp_path / "shards", tmp_path / "with-noise"
     pack_tiny(clips, shards, codec, attach=lambda folder: codec.save(folder / "codec.safetensors"))
     before = ShardReader(shards).index_hash
     add_noise(shards, rotate_noise, out=out)
     assert ShardReader(shards).index_hash == before
     assert ShardReader(out).has_noise
-    assert TinyCodec.load(out / "codec.safetensors").fingerprint == ShardReader(out).index.fingerprints["codec"]
+    assert (
+        TinyCodec.load(out / "codec.safetensors").fingerprint
+        == ShardReader(out).index.fingerprints["codec"]
+    )
     with pytest.raises(PackError, match="with-noise exists"):
         add_noise(shards, rotate_noise, out=out)
 
@@ -296,7 +364,10 @@ def test_interrupted_noise_leaves_the_shards_as_they_were(own_shards: Path) -> N
             lambda latents, text: latents[:, :1],
             r"invert gave noise \[12, 1, 16, 8, 8\] for latents \[12, 3, 16, 8, 8\]",
         ),
-        (lambda latents, text: latents / 0, r"000000, noise: NaN, infinity or too large for float16"),
+        (
+            lambda latents, text: latents / 0,
+            r"000000, noise: NaN, infinity or too large for float16",
+        ),
     ],
 )
 def test_noise_that_fits_no_sample_is_refused(own_shards: Path, invert: Any, message: str) -> None:
@@ -319,7 +390,9 @@ def test_the_index_is_plain_json_with_the_documented_fields(packed: Path) -> Non
     assert index["refused"] == []
 
 
-def test_zeros_inside_a_caption_are_not_cut_off(own_clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
+def test_zeros_inside_a_caption_are_not_cut_off(
+    own_clips: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
     """Only trailing zero vectors are padding; a zero vector between two words is a token."""
 
     class Holes(TinyText):
@@ -328,14 +401,24 @@ def test_zeros_inside_a_caption_are_not_cut_off(own_clips: Path, codec: TinyCode
             text[:, 1] = 0
             return text
 
-    pack(own_clips, tmp_path / "shards", codec, Holes(), num_video_frames=9, video_size=(64, 64), dtype="float32")
+    pack(
+        own_clips,
+        tmp_path / "shards",
+        codec,
+        Holes(),
+        num_video_frames=9,
+        video_size=(64, 64),
+        dtype="float32",
+    )
     reader = ShardReader(tmp_path / "shards")
     for number in range(len(reader)):
         assert torch.equal(reader[number].text, Holes().encode([reader.captions[number]])[0])
 
 
 def test_random_latents_survive_every_rounding(own_clips: Path, tmp_path: Path) -> None:
-    """The tiny codec's latents are tame. Would catch a dtype that loses what another codec's latents contain."""
+    """The tiny codec's latents are tame. Would catch a dtype that loses what another codec's
+    latents contain.
+    """
 
     class Wild:
         fingerprint = "wild"
@@ -347,4 +430,6 @@ def test_random_latents_survive_every_rounding(own_clips: Path, tmp_path: Path) 
             return rng.normal((1, 3, 16, 8, 8), 0, "wild") * 1e5
 
     pack_tiny(own_clips, tmp_path / "shards", Wild(), dtype="float32")
-    assert torch.equal(ShardReader(tmp_path / "shards")[2].latents, Wild().encode(torch.zeros(1))[0])
+    assert torch.equal(
+        ShardReader(tmp_path / "shards")[2].latents, Wild().encode(torch.zeros(1))[0]
+    )

@@ -27,7 +27,9 @@ def prompts(tmp_path: Path) -> Path:
 
 
 def test_prompts_become_samples_of_zeros(prompts, tmp_path):
-    """Catches blank lines, prompts out of order, and text that is not what `pack` would have stored."""
+    """Catches blank lines, prompts out of order, and text that is not what `pack` would have
+    stored.
+    """
     summary = pack_prompts(prompts, tmp_path / "out", TinyText(), SHAPE)
     reader = ShardReader(tmp_path / "out")
     assert not reader.has_clips
@@ -84,4 +86,6 @@ def test_output_options_reach_the_shards(prompts, tmp_path, capsys):
     assert "exists" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0  # it is finished: nothing to do
     assert main([*command, "--overwrite", "--float32"]) == 0
-    assert torch.equal(ShardReader(tmp_path / "out")[0].text, TinyText().encode(["a disc moves"])[0])
+    assert torch.equal(
+        ShardReader(tmp_path / "out")[0].text, TinyText().encode(["a disc moves"])[0]
+    )

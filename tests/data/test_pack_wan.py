@@ -1,4 +1,6 @@
-"""Packing with the real classes of Wan's VAE and text encoder at tiny size, from a diffusers folder, by the command."""
+"""Packing with the real classes of Wan's VAE and text encoder at tiny size, from a diffusers
+folder, by the command.
+"""
 
 from __future__ import annotations
 
@@ -31,7 +33,18 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def command(clips: Path, model: Path, out: Path, *more: str) -> list[str]:
-    wan = ["--codec", "wan", "--model", str(model), "--frames", "9", "--size", "32x48", "--resize", "cover"]
+    wan = [
+        "--codec",
+        "wan",
+        "--model",
+        str(model),
+        "--frames",
+        "9",
+        "--size",
+        "32x48",
+        "--resize",
+        "cover",
+    ]
     return ["pack", str(clips), *wan, "--shard-size", "2", "--out", str(out), *more]
 
 
@@ -42,12 +55,16 @@ def wan_shards(clips: Path, model: Path, tmp_path_factory: pytest.TempPathFactor
     for number in range(4):
         for ending in (".mp4", ".txt"):
             shutil.copyfile(clips / f"{number:06d}{ending}", few / f"{number:06d}{ending}")
-    assert main(command(few, model, few.parent / "wan-shards", "--negative-prompt", "red and blue")) == 0
+    assert (
+        main(command(few, model, few.parent / "wan-shards", "--negative-prompt", "red and blue"))
+        == 0
+    )
     return few.parent / "wan-shards"
 
 
 def test_latents_and_text_are_those_of_wan(own_clips: Path, model: Path, wan_shards: Path) -> None:
-    """Would catch pixels outside [0, 1], latents that are not normalised, and padding that is not zero when read.
+    """Would catch pixels outside [0, 1], latents that are not normalised, and padding that is not
+    zero when read.
 
     Exact: one clip and one prompt at a time on both sides, rounded to half once.
     """
@@ -59,7 +76,9 @@ def test_latents_and_text_are_those_of_wan(own_clips: Path, model: Path, wan_sha
     assert reader.index.fingerprints == {"codec": codec.fingerprint, "text": text.fingerprint}
     for number in range(4):
         video = read_video(own_clips / f"00000{number}.mp4", 9, (32, 48), "cover")
-        assert reader[number].latents.equal(codec.encode(video[None].float() / 255)[0].half().float())
+        assert reader[number].latents.equal(
+            codec.encode(video[None].float() / 255)[0].half().float()
+        )
         assert reader[number].text.equal(text.encode([reader.captions[number]])[0].half().float())
         stored = np.load(io.BytesIO(reader.members(number)["text.npy"]))
         assert len(stored) == len(text.tokenizer(reader.captions[number])["input_ids"])
@@ -67,7 +86,9 @@ def test_latents_and_text_are_those_of_wan(own_clips: Path, model: Path, wan_sha
     assert reader.negative.equal(text.encode(["red and blue"])[0].half().float())
 
 
-def test_the_negative_prompt_of_umt5_is_there_unasked(own_clips: Path, model: Path, tmp_path: Path) -> None:
+def test_the_negative_prompt_of_umt5_is_there_unasked(
+    own_clips: Path, model: Path, tmp_path: Path
+) -> None:
     """Training with guidance must never need the text encoder; would catch a default of none."""
     assert main(command(own_clips, model, tmp_path / "shards")) == 0
     reader = ShardReader(tmp_path / "shards")
@@ -80,8 +101,17 @@ def test_the_negative_prompt_of_umt5_is_there_unasked(own_clips: Path, model: Pa
 def test_cache_and_workers_change_no_byte(
     own_clips: Path, model: Path, wan_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second run finds every prompt in the cache and must not read the text encoder's 11 GB again."""
-    more = ("--negative-prompt", "red and blue", "--text-cache", str(tmp_path / "cache"), "--workers", "3")
+    """The second run finds every prompt in the cache and must not read the text encoder's 11 GB
+    again.
+    """
+    more = (
+        "--negative-prompt",
+        "red and blue",
+        "--text-cache",
+        str(tmp_path / "cache"),
+        "--workers",
+        "3",
+    )
     assert main(command(own_clips, model, tmp_path / "first", *more)) == 0
 
     def unwanted(*arguments: object) -> None:
@@ -97,9 +127,18 @@ def test_cache_and_workers_change_no_byte(
 def test_the_dtype_of_the_vae_is_part_of_what_was_packed(
     own_clips: Path, model: Path, wan_shards: Path, tmp_path: Path
 ) -> None:
-    """Latents computed in bfloat16 are others. Would catch --dtype that reaches the text encoder, or nothing at all."""
+    """Latents computed in bfloat16 are others. Would catch --dtype that reaches the text encoder,
+    or nothing at all.
+    """
     out = tmp_path / "shards"
-    assert main(command(own_clips, model, out, "--negative-prompt", "red and blue", "--dtype", "bfloat16")) == 0
+    assert (
+        main(
+            command(
+                own_clips, model, out, "--negative-prompt", "red and blue", "--dtype", "bfloat16"
+            )
+        )
+        == 0
+    )
     half, full = ShardReader(out), ShardReader(wan_shards)
     assert half.index.about["settings"]["codec_dtype"] == "bfloat16"
     assert not half[0].latents.equal(full[0].latents)
@@ -109,7 +148,11 @@ def test_the_dtype_of_the_vae_is_part_of_what_was_packed(
 @pytest.mark.parametrize(
     ("codec", "part", "message"),
     [
-        ("wan", None, "--codec wan needs --model DIR, a diffusers folder of Wan2.1 with its subfolder vae"),
+        (
+            "wan",
+            None,
+            "--codec wan needs --model DIR, a diffusers folder of Wan2.1 with its subfolder vae",
+        ),
         ("wan", "vae", "holds no vae/config.json; want a diffusers folder of Wan2.1"),
         ("wan", "text_encoder", "lacks text_encoder/config.json"),
         ("tiny", None, "--text umt5 needs --model DIR"),
@@ -125,7 +168,16 @@ def test_missing_parts_of_the_model_are_named(
     message: str,
 ) -> None:
     """A user without the weights must be told what to fetch before anything is encoded."""
-    arguments = ["pack", str(own_clips), "--codec", codec, "--text", "umt5", "--out", str(tmp_path / "shards")]
+    arguments = [
+        "pack",
+        str(own_clips),
+        "--codec",
+        codec,
+        "--text",
+        "umt5",
+        "--out",
+        str(tmp_path / "shards"),
+    ]
     if part:
         folder = Path(shutil.copytree(model, tmp_path / "model"))
         shutil.rmtree(folder / part)

@@ -33,7 +33,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture
 def mixed(clips: Path, tmp_path: Path) -> Path:
-    """Clips 0 to 11, of which 1, 4, 5 and 11 cannot be used: before, between and after complete shards of 3."""
+    """Clips 0 to 11, of which 1, 4, 5 and 11 cannot be used: before, between and after complete
+    shards of 3.
+    """
     folder = Path(shutil.copytree(clips, tmp_path / "mixed"))
     (folder / "000001.txt").unlink()
     (folder / "000004.mp4").write_bytes(b"no video")
@@ -53,7 +55,9 @@ def whole(mixed: Path, codec: TinyCodec, tmp_path: Path) -> dict[str, bytes]:
 def test_a_killed_run_goes_on_to_the_same_bytes(
     mixed: Path, whole: dict[str, bytes], codec: TinyCodec, tmp_path: Path, num_clips: int
 ) -> None:
-    """Would catch clips lost or doubled at the seam, refusals forgotten or named twice, and shards cut elsewhere."""
+    """Would catch clips lost or doubled at the seam, refusals forgotten or named twice, and shards
+    cut elsewhere.
+    """
     pack_and_die(num_clips, mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
     pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, options=RESUME)
     assert contents(tmp_path / "shards") == whole
@@ -73,8 +77,12 @@ def test_a_run_may_be_interrupted_again_and_again(
     assert contents(out) == whole
 
 
-def test_complete_shards_are_not_encoded_again(mixed: Path, codec: TinyCodec, tmp_path: Path) -> None:
-    """Would catch a resume that only looks like one. 8 clips can be used, 6 lie in complete shards, the black clip counts."""
+def test_complete_shards_are_not_encoded_again(
+    mixed: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
+    """Would catch a resume that only looks like one. 8 clips can be used, 6 lie in complete shards,
+    the black clip counts.
+    """
     out = tmp_path / "shards"
     pack_and_die(7, mixed, out, codec, shard_size=3, options=KEEP)
     counting = FailingCodec(codec, 100, stop_with(AssertionError()))
@@ -85,8 +93,8 @@ def test_complete_shards_are_not_encoded_again(mixed: Path, codec: TinyCodec, tm
 def test_a_journal_line_without_its_end_does_not_count(
     mixed: Path, whole: dict[str, bytes], codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """A process may die while it writes the journal; its shard is then written again. Killed once more, so that would be
-    caught a new line that goes on where the cut one ends.
+    """A process may die while it writes the journal; its shard is then written again. Killed once
+    more, so that would be caught a new line that goes on where the cut one ends.
     """
     pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
     journal = tmp_path / "shards.partial" / "progress.jsonl"
@@ -99,7 +107,9 @@ def test_a_journal_line_without_its_end_does_not_count(
 def test_a_kill_between_the_index_and_the_rename_loses_nothing(
     mixed: Path, whole: dict[str, bytes], codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """Would catch a journal that is removed before the folder has its name: all work would be done again."""
+    """Would catch a journal that is removed before the folder has its name: all work would be done
+    again.
+    """
     pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
     (tmp_path / "shards.partial" / "index.json").write_text("left over")
     counting = FailingCodec(codec, 3, stop_with(AssertionError()))
@@ -112,7 +122,13 @@ def test_resuming_what_is_finished_changes_nothing(
 ) -> None:
     """A script may give --resume always."""
     out = tmp_path / "whole"
-    summary = pack_tiny(mixed, out, FailingCodec(codec, 0, stop_with(AssertionError())), shard_size=3, options=RESUME)
+    summary = pack_tiny(
+        mixed,
+        out,
+        FailingCodec(codec, 0, stop_with(AssertionError())),
+        shard_size=3,
+        options=RESUME,
+    )
     assert (summary.num_samples, summary.num_shards, len(summary.refused)) == (8, 3, 4)
     assert contents(out) == whole
     with pytest.raises(PackError, match="whole exists; choose another folder"):
@@ -138,7 +154,11 @@ def edit_caption(clips: Path) -> None:
         ("", replace(RESUME, resize="cover"), "about.settings.resize was none, is cover"),
         ("", replace(RESUME, fps=Fraction(8)), "about.settings.fps was None, is 8"),
         ("", replace(RESUME, negative_prompt="grey"), "about.negative was None"),
-        ("", replace(RESUME, settings={"codec_dtype": "bfloat16"}), "about.settings.codec_dtype was None, is bfloat16"),
+        (
+            "",
+            replace(RESUME, settings={"codec_dtype": "bfloat16"}),
+            "about.settings.codec_dtype was None, is bfloat16",
+        ),
     ],
 )
 def test_what_does_not_match_is_not_continued(
@@ -155,13 +175,17 @@ def test_what_does_not_match_is_not_continued(
         "shard_size": lambda: settings.update(shard_size=4),
     }
     changes.get(change, lambda: None)()
-    with pytest.raises(PackError, match=rf"begun otherwise: .*{message}.*start anew with --overwrite"):
+    with pytest.raises(
+        PackError, match=rf"begun otherwise: .*{message}.*start anew with --overwrite"
+    ):
         used = other_codec(codec) if change == "codec" else codec
         pack_tiny(mixed, tmp_path / "shards", used, options=options, **settings)
     assert contents(tmp_path / "shards.partial") == before
 
 
-def test_a_shard_that_changed_since_is_not_continued(mixed: Path, codec: TinyCodec, tmp_path: Path) -> None:
+def test_a_shard_that_changed_since_is_not_continued(
+    mixed: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
     """Would catch an index that says what a file no longer holds."""
     pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
     with (tmp_path / "shards.partial" / "shard-000001.tar").open("ab") as shard:
@@ -176,7 +200,8 @@ def test_complete_shards_are_thrown_away_only_on_request(
     """Would catch hours of encoding lost to a command repeated without --resume."""
     pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
     with pytest.raises(
-        PackError, match=r"holds 2 complete shards of an interrupted run; go on with them with --resume"
+        PackError,
+        match=r"holds 2 complete shards of an interrupted run; go on with them with --resume",
     ):
         pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
     pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP, overwrite=True)
@@ -184,7 +209,11 @@ def test_complete_shards_are_thrown_away_only_on_request(
 
 
 def test_control_c_says_how_to_go_on(
-    mixed: Path, codec: TinyCodec, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    mixed: Path,
+    codec: TinyCodec,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Would catch a traceback and no word about --resume."""
     arguments = ["pack", str(mixed), "--codec", "tiny", "--frames", "9", "--shard-size", "3"]
@@ -210,13 +239,23 @@ def test_control_c_says_how_to_go_on(
 def test_workers_change_no_byte(
     mixed: Path, whole: dict[str, bytes], codec: TinyCodec, tmp_path: Path, num_workers: int
 ) -> None:
-    """Would catch samples or refusals in the order in which threads finish, and the number of workers in the index."""
-    pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, options=PackOptions(num_workers=num_workers))
+    """Would catch samples or refusals in the order in which threads finish, and the number of
+    workers in the index.
+    """
+    pack_tiny(
+        mixed,
+        tmp_path / "shards",
+        codec,
+        shard_size=3,
+        options=PackOptions(num_workers=num_workers),
+    )
     assert contents(tmp_path / "shards") == whole
 
 
 def test_workers_keep_only_a_few_clips_in_memory() -> None:
-    """A clip of Wan's size is 97 MB as pixels: would catch workers that decode the whole folder ahead of the encoder."""
+    """A clip of Wan's size is 97 MB as pixels: would catch workers that decode the whole folder
+    ahead of the encoder.
+    """
     taken: list[int] = []
     inputs = (taken.append(number) or number for number in range(100))
     results = in_order(lambda number: -number, inputs, num_workers=2)
@@ -227,8 +266,13 @@ def test_workers_keep_only_a_few_clips_in_memory() -> None:
 
 def test_strict_stops_at_the_first(mixed: Path, codec: TinyCodec, tmp_path: Path) -> None:
     """Would catch --strict that reports the second bad clip, or goes on."""
-    with pytest.raises(PackError, match=r"000001\.mp4: no caption; write one into 000001\.txt beside it\. Repair it"):
-        pack_tiny(mixed, tmp_path / "shards", codec, options=PackOptions(strict=True, num_workers=2))
+    with pytest.raises(
+        PackError,
+        match=r"000001\.mp4: no caption; write one into 000001\.txt beside it\. Repair it",
+    ):
+        pack_tiny(
+            mixed, tmp_path / "shards", codec, options=PackOptions(strict=True, num_workers=2)
+        )
     assert not (tmp_path / "shards").exists()
 
 
@@ -240,31 +284,51 @@ def pack_parts(clips: Path, out: Path, codec: TinyCodec, count: int, **settings:
     return parts
 
 
-def test_parts_merge_to_the_samples_of_one_run(mixed: Path, codec: TinyCodec, tmp_path: Path) -> None:
-    """Would catch clips between two parts, keys that depend on the part, and offsets of another shard."""
-    parts = pack_parts(mixed, tmp_path / "part", codec, 3, attach=lambda to: codec.save(to / "codec.safetensors"))
+def test_parts_merge_to_the_samples_of_one_run(
+    mixed: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
+    """Would catch clips between two parts, keys that depend on the part, and offsets of another
+    shard.
+    """
+    parts = pack_parts(
+        mixed, tmp_path / "part", codec, 3, attach=lambda to: codec.save(to / "codec.safetensors")
+    )
     merge([parts[2], parts[0], parts[1]], tmp_path / "merged")
     for folder in parts:
         shutil.rmtree(folder)
     pack_tiny(mixed, tmp_path / "one", codec, options=PackOptions(negative_prompt="grey"))
     merged, one = ShardReader(tmp_path / "merged"), ShardReader(tmp_path / "one")
     merged.verify()
-    assert [merged.members(number) for number in range(8)] == [one.members(number) for number in range(8)]
-    assert [entry.key for entry in merged.index.samples] == [entry.key for entry in one.index.samples]
+    assert [merged.members(number) for number in range(8)] == [
+        one.members(number) for number in range(8)
+    ]
+    assert [entry.key for entry in merged.index.samples] == [
+        entry.key for entry in one.index.samples
+    ]
     assert merged.index.refused == one.index.refused
     assert merged.index.about["source"] == one.index.about["source"]
     assert "part" not in merged.index.about
-    assert merged.negative is not None and merged.negative.equal(TinyText().encode(["grey"])[0].half().float())
-    assert TinyCodec.load(tmp_path / "merged" / "codec.safetensors").fingerprint == codec.fingerprint
+    assert merged.negative is not None and merged.negative.equal(
+        TinyText().encode(["grey"])[0].half().float()
+    )
+    assert (
+        TinyCodec.load(tmp_path / "merged" / "codec.safetensors").fingerprint == codec.fingerprint
+    )
 
 
-def test_a_part_without_usable_clips_is_no_obstacle(mixed: Path, codec: TinyCodec, tmp_path: Path) -> None:
-    """Part 12 of 12 is one clip that cannot be read; would catch a merge that then waits for it forever."""
+def test_a_part_without_usable_clips_is_no_obstacle(
+    mixed: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
+    """Part 12 of 12 is one clip that cannot be read; would catch a merge that then waits for it
+    forever.
+    """
     parts = pack_parts(mixed, tmp_path / "part", codec, 12)
     assert merge(parts, tmp_path / "merged").num_samples == 8
 
 
-def test_parts_that_do_not_belong_together_are_refused(mixed: Path, codec: TinyCodec, tmp_path: Path) -> None:
+def test_parts_that_do_not_belong_together_are_refused(
+    mixed: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
     """Would catch half a data set under the name of a whole one, and one of two kinds of latents."""
     parts = pack_parts(mixed, tmp_path / "part", codec, 2)
     with pytest.raises(PackError, match="the parts are 1/2; want each of 1/2 to 2/2 once"):
@@ -272,7 +336,9 @@ def test_parts_that_do_not_belong_together_are_refused(mixed: Path, codec: TinyC
     with pytest.raises(PackError, match="the parts are 1/2, 1/2; want"):
         merge([parts[0], parts[0]], tmp_path / "merged")
     others = pack_parts(mixed, tmp_path / "other", other_codec(codec), 2)
-    with pytest.raises(PackError, match=r"other-2 and .*part-1 were packed differently: fingerprints\.codec was"):
+    with pytest.raises(
+        PackError, match=r"other-2 and .*part-1 were packed differently: fingerprints\.codec was"
+    ):
         merge([parts[0], others[1]], tmp_path / "merged")
     pack_tiny(mixed, tmp_path / "one", codec)
     with pytest.raises(PackError, match="one: packed without --part"):
@@ -283,7 +349,9 @@ def test_parts_that_do_not_belong_together_are_refused(mixed: Path, codec: TinyC
     assert not list(tmp_path.glob("merged*"))
 
 
-def test_a_part_that_does_not_exist_is_refused(clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
+def test_a_part_that_does_not_exist_is_refused(
+    clips: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
     """Would catch part 0 of 2, which packs nothing or everything."""
     for part in ((0, 2), (3, 2)):
         with pytest.raises(PackError, match=rf"part {part[0]}/2 does not exist; want 1/2 to 2/2"):
@@ -294,10 +362,14 @@ def test_a_part_that_does_not_exist_is_refused(clips: Path, codec: TinyCodec, tm
 def test_the_negative_prompt_comes_back(
     clips: Path, codec: TinyCodec, tmp_path: Path, prompt: str, num_rows: int
 ) -> None:
-    """Training must need no text encoder. Would catch padding stored, or missing where it is read. Rounded to half once."""
+    """Training must need no text encoder. Would catch padding stored, or missing where it is read.
+    Rounded to half once.
+    """
     pack_tiny(clips, tmp_path / "shards", codec, options=PackOptions(negative_prompt=prompt))
     reader = ShardReader(tmp_path / "shards")
-    assert reader.negative is not None and reader.negative.equal(TinyText().encode([prompt])[0].half().float())
+    assert reader.negative is not None and reader.negative.equal(
+        TinyText().encode([prompt])[0].half().float()
+    )
     assert load_file(tmp_path / "shards" / "negative.safetensors")["text"].shape == (num_rows, 32)
     assert reader.index.about["negative"]["prompt"] == prompt
     add_noise(tmp_path / "shards", lambda latents, text: latents)
@@ -337,4 +409,6 @@ def test_folders_packed_before_there_was_a_manifest_are_read(own_shards: Path) -
 def test_noise_is_not_added_by_halves(clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
     """Batches of the ODE would begin elsewhere after a seam, and with them the last bits."""
     with pytest.raises(PackError, match="a run that adds noise cannot be resumed; pack first"):
-        pack_tiny(clips, tmp_path / "shards", codec, invert=lambda latents, text: latents, options=RESUME)
+        pack_tiny(
+            clips, tmp_path / "shards", codec, invert=lambda latents, text: latents, options=RESUME
+        )

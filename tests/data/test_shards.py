@@ -23,9 +23,7 @@ from selfforcing_dfd.tiny import world
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
-REMEDY = (
-    r"Copy the folder again .* or pack the clips again: `python -m selfforcing_dfd pack CLIPS --out .* --overwrite`"
-)
+REMEDY = r"Copy the folder again .* or pack the clips again: `python -m selfforcing_dfd pack CLIPS --out .* --overwrite`"
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -35,8 +33,12 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
     path.write_text(json.dumps(index))
 
 
-def replace_member(folder: Path, key: str, name: str, array: np.ndarray, size: int | None = None) -> None:
-    """Overwrite a member in place with a .npy file of no more than its size, and enter its checksum into the index."""
+def replace_member(
+    folder: Path, key: str, name: str, array: np.ndarray, size: int | None = None
+) -> None:
+    """Overwrite a member in place with a .npy file of no more than its size, and enter its checksum
+    into the index.
+    """
     buffer = io.BytesIO()
     np.save(buffer, array)
 
@@ -54,13 +56,25 @@ def replace_member(folder: Path, key: str, name: str, array: np.ndarray, size: i
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_latents_and_text_come_back_bit_for_bit(clips: Path, codec: TinyCodec, tmp_path: Path, dtype: str) -> None:
-    """Would catch a wrong offset, a transposed layout, and pixels scaled by something other than 255.
+def test_latents_and_text_come_back_bit_for_bit(
+    clips: Path, codec: TinyCodec, tmp_path: Path, dtype: str
+) -> None:
+    """Would catch a wrong offset, a transposed layout, and pixels scaled by something other than
+    255.
 
     Exact: what is stored is what the codec gave, rounded to the stored type and to nothing else.
     """
     out = tmp_path / "shards"
-    pack(clips, out, codec, TinyText(), num_video_frames=9, video_size=(64, 64), shard_size=5, dtype=dtype)
+    pack(
+        clips,
+        out,
+        codec,
+        TinyText(),
+        num_video_frames=9,
+        video_size=(64, 64),
+        shard_size=5,
+        dtype=dtype,
+    )
     reader = ShardReader(out)
     assert len(reader) == 12
     for number, path in enumerate(sorted(clips.glob("*.mp4"))):
@@ -88,7 +102,9 @@ def test_webdataset_reads_the_shards(packed: Path) -> None:
     reader = ShardReader(packed)
     urls = [str(packed / shard.name) for shard in reader.index.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
-    assert [sample["__key__"] for sample in samples] == [entry.key for entry in reader.index.samples]
+    assert [sample["__key__"] for sample in samples] == [
+        entry.key for entry in reader.index.samples
+    ]
     for number, sample in enumerate(samples):
         assert torch.equal(torch.from_numpy(sample["latent.npy"]).float(), reader[number].latents)
         assert sample["json"]["caption"] == reader[number].caption
@@ -121,7 +137,9 @@ def test_index_hash_tells_folders_apart(packed: Path, own_shards: Path) -> None:
 
 def test_a_folder_without_index_is_named(tmp_path: Path) -> None:
     """Would catch a bare FileNotFoundError for a folder of clips given in place of one of shards."""
-    with pytest.raises(ShardError, match=rf"^{re.escape(str(tmp_path))}: no index\.json, .*{REMEDY}"):
+    with pytest.raises(
+        ShardError, match=rf"^{re.escape(str(tmp_path))}: no index\.json, .*{REMEDY}"
+    ):
         ShardReader(tmp_path)
 
 
@@ -135,11 +153,16 @@ def test_a_folder_without_index_is_named(tmp_path: Path) -> None:
         ('{"version": 1, "samples": 3}', "TypeError"),
     ],
 )
-def test_an_index_that_cannot_be_read_is_named(own_shards: Path, content: str, problem: str) -> None:
-    """Would catch a KeyError without the file's name, and an index of a later format read as if it were of this one."""
+def test_an_index_that_cannot_be_read_is_named(
+    own_shards: Path, content: str, problem: str
+) -> None:
+    """Would catch a KeyError without the file's name, and an index of a later format read as if it
+    were of this one.
+    """
     (own_shards / "index.json").write_text(content)
     with pytest.raises(
-        ShardError, match=rf"index\.json: not an index this program can read \(.*{problem}.*\). {REMEDY}"
+        ShardError,
+        match=rf"index\.json: not an index this program can read \(.*{problem}.*\). {REMEDY}",
     ):
         ShardReader(own_shards)
 
@@ -155,12 +178,16 @@ def test_a_missing_shard_is_found_when_opening(own_shards: Path) -> None:
     """Would catch a run that dies hours later, at the first sample of that shard."""
     size = (own_shards / "shard-000001.tar").stat().st_size
     (own_shards / "shard-000001.tar").unlink()
-    with pytest.raises(ShardError, match=rf"shard-000001\.tar is missing, the index wants {size} bytes\. {REMEDY}"):
+    with pytest.raises(
+        ShardError, match=rf"shard-000001\.tar is missing, the index wants {size} bytes\. {REMEDY}"
+    ):
         ShardReader(own_shards)
 
 
 def test_truncated_shards_are_found_when_opening_and_all_named(own_shards: Path) -> None:
-    """Would catch a partial copy that is noticed hours later, and one that is repaired shard by shard."""
+    """Would catch a partial copy that is noticed hours later, and one that is repaired shard by
+    shard.
+    """
     sizes = []
     for name in ("shard-000000.tar", "shard-000002.tar"):
         data = (own_shards / name).read_bytes()
@@ -174,13 +201,28 @@ def test_truncated_shards_are_found_when_opening_and_all_named(own_shards: Path)
         ShardReader(own_shards)
 
 
-def test_an_index_of_other_clips_is_found_when_opening(own_shards: Path, codec: TinyCodec, tmp_path: Path) -> None:
-    """Shards of equal shape have equal sizes, keys and offsets: only the checksums tell which index is theirs."""
+def test_an_index_of_other_clips_is_found_when_opening(
+    own_shards: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
+    """Shards of equal shape have equal sizes, keys and offsets: only the checksums tell which index
+    is theirs.
+    """
     world.write_clips(tmp_path / "others", 12, seed=1, level="short", num_frames=9)
     out = tmp_path / "other-shards"
-    pack(tmp_path / "others", out, codec, TinyText(), num_video_frames=9, video_size=(64, 64), shard_size=5)
+    pack(
+        tmp_path / "others",
+        out,
+        codec,
+        TinyText(),
+        num_video_frames=9,
+        video_size=(64, 64),
+        shard_size=5,
+    )
     (own_shards / "index.json").write_bytes((out / "index.json").read_bytes())
-    with pytest.raises(ShardError, match=rf"000000\.\S+ is not what the index describes \(CRC-32 differs\)\. {REMEDY}"):
+    with pytest.raises(
+        ShardError,
+        match=rf"000000\.\S+ is not what the index describes \(CRC-32 differs\)\. {REMEDY}",
+    ):
         ShardReader(own_shards)
 
 
@@ -192,7 +234,8 @@ def test_an_index_that_points_past_its_shard_is_found_when_opening(own_shards: P
 
     edit_index(own_shards, move)
     with pytest.raises(
-        ShardError, match=r"shard-000001\.tar: 000007\.latent\.npy would end at byte 10000\d+, past the end"
+        ShardError,
+        match=r"shard-000001\.tar: 000007\.latent\.npy would end at byte 10000\d+, past the end",
     ):
         ShardReader(own_shards)
 
@@ -204,7 +247,9 @@ def test_a_sample_without_noise_among_others_with_noise_is_refused(own_shards: P
         index["samples"][3]["members"]["noise.npy"] = index["samples"][3]["members"]["latent.npy"]
 
     edit_index(own_shards, add)
-    with pytest.raises(ShardError, match=r"000003\.\* has members .*noise\.npy.*, the first sample has"):
+    with pytest.raises(
+        ShardError, match=r"000003\.\* has members .*noise\.npy.*, the first sample has"
+    ):
         ShardReader(own_shards)
 
 
@@ -218,14 +263,18 @@ def test_a_changed_byte_is_found_when_it_is_read(own_shards: Path) -> None:
         shard.seek(member.offset + member.size - 1)
         shard.write(bytes([last[0] ^ 1]))
     reader = ShardReader(own_shards)
-    with pytest.raises(ShardError, match=rf"shard-000002\.tar: 000011\.latent\.npy is not what .*{REMEDY}"):
+    with pytest.raises(
+        ShardError, match=rf"shard-000002\.tar: 000011\.latent\.npy is not what .*{REMEDY}"
+    ):
         reader[11]
     with pytest.raises(ShardError, match=r"shard-000002\.tar: not as packed \(SHA-256 differs\)"):
         reader.verify()
 
 
 def test_a_damaged_sample_is_reported_from_a_worker(own_shards: Path) -> None:
-    """Would catch a worker's error that loses its kind or the sample's name on the way to the training loop."""
+    """Would catch a worker's error that loses its kind or the sample's name on the way to the
+    training loop.
+    """
     replace_member(own_shards, "000011", "latent.npy", np.zeros((1, 16, 8, 8), np.float16))
     reader = ShardReader(own_shards)
     with pytest.raises(ShardError, match=r"000011\.latent\.npy is \[1, 16, 8, 8\]"):
@@ -235,10 +284,26 @@ def test_a_damaged_sample_is_reported_from_a_worker(own_shards: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "array", "problem"),
     [
-        ("latent.npy", np.zeros((2, 16, 8, 8), np.float16), r"is \[2, 16, 8, 8\], the index wants \[3, 16, 8, 8\]"),
-        ("latent.npy", np.zeros((16, 3, 8, 8), np.float16), r"is \[16, 3, 8, 8\], the index wants \[3, 16, 8, 8\]"),
-        ("latent.npy", np.zeros((3, 16, 8, 8), np.int16), r"has dtype int16, want float16 or float32"),
-        ("text.npy", np.zeros((3, 16), np.float16), r"is \[3, 16\], the index wants \[at most 12, 32\]"),
+        (
+            "latent.npy",
+            np.zeros((2, 16, 8, 8), np.float16),
+            r"is \[2, 16, 8, 8\], the index wants \[3, 16, 8, 8\]",
+        ),
+        (
+            "latent.npy",
+            np.zeros((16, 3, 8, 8), np.float16),
+            r"is \[16, 3, 8, 8\], the index wants \[3, 16, 8, 8\]",
+        ),
+        (
+            "latent.npy",
+            np.zeros((3, 16, 8, 8), np.int16),
+            r"has dtype int16, want float16 or float32",
+        ),
+        (
+            "text.npy",
+            np.zeros((3, 16), np.float16),
+            r"is \[3, 16\], the index wants \[at most 12, 32\]",
+        ),
         ("text.npy", np.zeros(4, np.float16), r"is \[4\], the index wants \[at most 12, 32\]"),
     ],
 )
@@ -248,20 +313,26 @@ def test_a_member_of_another_shape_or_type_is_named(
     """Would catch latents that broadcast or reshape into something that trains."""
     replace_member(own_shards, "000006", name, array)
     reader = ShardReader(own_shards)
-    with pytest.raises(ShardError, match=rf"shard-000001\.tar: 000006\.{re.escape(name)} {problem}\. {REMEDY}"):
+    with pytest.raises(
+        ShardError, match=rf"shard-000001\.tar: 000006\.{re.escape(name)} {problem}\. {REMEDY}"
+    ):
         reader[6]
 
 
 def test_more_tokens_than_the_padded_length_are_refused(own_shards: Path) -> None:
     """Would catch negative padding, which silently cuts the caption off."""
     edit_index(own_shards, lambda index: index.update(text_shape=[2, 32]))
-    with pytest.raises(ShardError, match=r"000000\.text\.npy is \[3, 32\], the index wants \[at most 2, 32\]"):
+    with pytest.raises(
+        ShardError, match=r"000000\.text\.npy is \[3, 32\], the index wants \[at most 2, 32\]"
+    ):
         ShardReader(own_shards)
 
 
 @pytest.mark.parametrize("size", [0, 40, 200])
 def test_a_member_that_is_no_array_is_named(own_shards: Path, size: int) -> None:
-    """Would catch numpy's own error, which does not name the sample. Sizes: nothing, half a header, half the data."""
+    """Would catch numpy's own error, which does not name the sample. Sizes: nothing, half a header,
+    half the data.
+    """
     replace_member(own_shards, "000006", "text.npy", np.zeros((3, 32), np.float16), size=size)
     with pytest.raises(ShardError, match=r"000006\.text\.npy is no \.npy array \(.+\)"):
         ShardReader(own_shards)[6]

@@ -1,4 +1,6 @@
-"""Where clips and captions come from: folders, lists, caption files; and at which size and rate frames are taken."""
+"""Where clips and captions come from: folders, lists, caption files; and at which size and rate
+frames are taken.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,20 @@ def write_list(path: Path, rows: list[tuple[str, str]]) -> Path:
     return path
 
 
-ROWS = [("000002.mp4", "größer, als\nzuvor"), ("000000.mp4", "a disc"), ("000002.mp4", "a second caption")]
+ROWS = [
+    ("000002.mp4", "größer, als\nzuvor"),
+    ("000000.mp4", "a disc"),
+    ("000002.mp4", "a second caption"),
+]
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl"])
-def test_a_list_gives_clips_captions_and_order(own_clips: Path, codec: TinyCodec, tmp_path: Path, ending: str) -> None:
-    """Would catch a list that is sorted, one caption per video only, and quoted line ends or commas that split a row."""
+def test_a_list_gives_clips_captions_and_order(
+    own_clips: Path, codec: TinyCodec, tmp_path: Path, ending: str
+) -> None:
+    """Would catch a list that is sorted, one caption per video only, and quoted line ends or commas
+    that split a row.
+    """
     pack_tiny(write_list(own_clips / f"list{ending}", ROWS), tmp_path / "shards", codec)
     reader = ShardReader(tmp_path / "shards")
     assert reader.captions == ["größer, als zuvor", "a disc", "a second caption"]
@@ -49,8 +59,12 @@ def test_a_list_gives_clips_captions_and_order(own_clips: Path, codec: TinyCodec
     assert torch.equal(reader[0].latents, reader[2].latents)
 
 
-def test_a_list_without_captions_finds_them_beside_the_clips(own_clips: Path, tmp_path: Path) -> None:
-    """Paths are relative to the list, wherever the program runs; would catch those relative to the working folder."""
+def test_a_list_without_captions_finds_them_beside_the_clips(
+    own_clips: Path, tmp_path: Path
+) -> None:
+    """Paths are relative to the list, wherever the program runs; would catch those relative to the
+    working folder.
+    """
     beside = [(own_clips / name).with_suffix(".txt").read_text().strip() for name, _ in ROWS]
     rows = [(f"clips/{name}", "") for name, _ in ROWS]
     assert [clip.caption for clip in list_clips(write_list(tmp_path / "list.txt", rows))] == beside
@@ -59,7 +73,9 @@ def test_a_list_without_captions_finds_them_beside_the_clips(own_clips: Path, tm
 
 
 def test_captions_of_a_folder_in_one_file(own_clips: Path, tmp_path: Path) -> None:
-    """Would catch rows matched by order, and a clip that the file does not name packed with its neighbour's caption."""
+    """Would catch rows matched by order, and a clip that the file does not name packed with its
+    neighbour's caption.
+    """
     captions = write_list(tmp_path / "captions.csv", ROWS[:2])
     found = [(clip.caption, clip.problem) for clip in list_clips(own_clips, captions=captions)]
     missing = ("", "no caption in the list; write one")
@@ -69,11 +85,15 @@ def test_captions_of_a_folder_in_one_file(own_clips: Path, tmp_path: Path) -> No
     assert [clip.caption for clip in by_line] == ["one", "two words", "three", "four"]
 
 
-def test_folders_below_are_searched_on_request(own_clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
+def test_folders_below_are_searched_on_request(
+    own_clips: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
     """Would catch two clips of the same name in two folders that become one sample."""
     shutil.copytree(own_clips, tmp_path / "all" / "a")
     shutil.copytree(own_clips, tmp_path / "all" / "b.c")
-    with pytest.raises(PackError, match=r"no \.mp4 files in it; .* or --recursive if they lie in folders below"):
+    with pytest.raises(
+        PackError, match=r"no \.mp4 files in it; .* or --recursive if they lie in folders below"
+    ):
         list_clips(tmp_path / "all")
     pack_tiny(tmp_path / "all", tmp_path / "shards", codec, options=PackOptions(recursive=True))
     keys = [entry.key for entry in ShardReader(tmp_path / "shards").index.samples]
@@ -81,15 +101,28 @@ def test_folders_below_are_searched_on_request(own_clips: Path, codec: TinyCodec
 
 
 def test_keys_are_unique_and_keep_the_end_of_long_names() -> None:
-    """Would catch ten thousand clips of one long folder name whose numbers are cut off, and a key met twice."""
+    """Would catch ten thousand clips of one long folder name whose numbers are cut off, and a key
+    met twice.
+    """
     names = [f"{'folder/' * 12}{number}.mp4" for number in range(3)]
-    assert [key[-9:] for key in keys_of(names)] == ["r_folder_0"[-9:], "r_folder_1"[-9:], "r_folder_2"[-9:]]
+    assert [key[-9:] for key in keys_of(names)] == [
+        "r_folder_0"[-9:],
+        "r_folder_1"[-9:],
+        "r_folder_2"[-9:],
+    ]
     assert all(len(key) == 64 for key in keys_of(names))
-    assert keys_of(["a 1.mp4", "a_1_2.mp4", "a.1.mp4", "a:1.mp4"]) == ["a_1", "a_1_2", "a_1_3", "a_1_4"]
+    assert keys_of(["a 1.mp4", "a_1_2.mp4", "a.1.mp4", "a:1.mp4"]) == [
+        "a_1",
+        "a_1_2",
+        "a_1_3",
+        "a_1_4",
+    ]
 
 
 def test_parts_of_a_list_are_all_of_it_in_order(own_clips: Path) -> None:
-    """Would catch a clip in two parts, or in none, where the number of parts does not divide that of clips."""
+    """Would catch a clip in two parts, or in none, where the number of parts does not divide that
+    of clips.
+    """
     clips = list_clips(own_clips) * 5
     for count in (1, 3, 7, 40):
         parts = [share_of(clips, (number, count)) for number in range(1, count + 1)]
@@ -121,10 +154,16 @@ def test_the_hash_of_a_list_sees_names_captions_sizes_and_order(own_clips: Path)
         ("list.jsonl", '{"video": "a.mp4"}\n{"vid', r"line 2 is no JSON"),
         ("list.jsonl", '"a.mp4"\n', r'line 1 is "a\.mp4", want an object such as'),
         ("list.jsonl", '{"video": 3}\n', "row 1 has no video"),
-        ("list.xml", "<a/>", r"want a folder of \.mp4 clips, or a list of videos as \.csv, \.jsonl or \.txt"),
+        (
+            "list.xml",
+            "<a/>",
+            r"want a folder of \.mp4 clips, or a list of videos as \.csv, \.jsonl or \.txt",
+        ),
     ],
 )
-def test_a_list_that_cannot_be_read_is_explained(tmp_path: Path, name: str, content: str, message: str) -> None:
+def test_a_list_that_cannot_be_read_is_explained(
+    tmp_path: Path, name: str, content: str, message: str
+) -> None:
     """Would catch a KeyError for a column of another name."""
     (tmp_path / name).write_text(content)
     with pytest.raises(PackError, match=message):
@@ -132,32 +171,58 @@ def test_a_list_that_cannot_be_read_is_explained(tmp_path: Path, name: str, cont
 
 
 def test_caption_files_that_fit_no_clip_are_refused(own_clips: Path, tmp_path: Path) -> None:
-    """Would catch captions shifted by one line, and a file of another folder that leaves every clip without a caption."""
+    """Would catch captions shifted by one line, and a file of another folder that leaves every clip
+    without a caption.
+    """
     (tmp_path / "captions.txt").write_text("one\ntwo\n")
     with pytest.raises(PackError, match="2 lines for 4 clips; want one caption per clip, in order"):
         list_clips(own_clips, captions=tmp_path / "captions.txt")
-    with pytest.raises(PackError, match=r"names none of the clips; it begins with a\.mp4, they 000000\.mp4"):
+    with pytest.raises(
+        PackError, match=r"names none of the clips; it begins with a\.mp4, they 000000\.mp4"
+    ):
         list_clips(own_clips, captions=write_list(tmp_path / "captions.jsonl", [("a.mp4", "x")]))
     with pytest.raises(PackError, match=r"gone\.csv: no such file"):
         list_clips(own_clips, captions=tmp_path / "gone.csv")
 
 
-def test_a_missing_video_of_a_list_is_left_out_by_name(own_clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
+def test_a_missing_video_of_a_list_is_left_out_by_name(
+    own_clips: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
     """Would catch a FileNotFoundError after hours of encoding."""
     rows = [*ROWS, ("sub/gone.mp4", "a caption")]
     summary = pack_tiny(write_list(own_clips / "list.csv", rows), tmp_path / "shards", codec)
-    assert [(refusal.file, refusal.reason) for refusal in summary.refused] == [("sub/gone.mp4", "no such file")]
+    assert [(refusal.file, refusal.reason) for refusal in summary.refused] == [
+        ("sub/gone.mp4", "no such file")
+    ]
 
 
 def test_the_command_takes_lists_and_caption_files(
     own_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Would catch `--captions FILE` taken for the ending of files beside the clips, and the default output of a list."""
+    """Would catch `--captions FILE` taken for the ending of files beside the clips, and the default
+    output of a list.
+    """
     rows = [(f"00000{number}.mp4", f"caption {'abcd'[number]}") for number in range(4)]
     captions = write_list(tmp_path / "captions.jsonl", rows)
     listed = write_list(own_clips / "list.txt", rows)
-    small = ["--codec", "tiny", "--frames", "9", "--height", "48", "--width", "32", "--resize", "cover"]
-    assert main(["pack", str(listed), *small, "--captions", str(captions), "--negative-prompt", "grey"]) == 0
+    small = [
+        "--codec",
+        "tiny",
+        "--frames",
+        "9",
+        "--height",
+        "48",
+        "--width",
+        "32",
+        "--resize",
+        "cover",
+    ]
+    assert (
+        main(
+            ["pack", str(listed), *small, "--captions", str(captions), "--negative-prompt", "grey"]
+        )
+        == 0
+    )
     reader = ShardReader(own_clips / "list-shards")
     assert reader.captions == [caption for _, caption in rows]
     assert reader.index.latent_shape == (3, 16, 6, 4)
@@ -179,7 +244,9 @@ def write_times(path: Path, times: list[int], rate: int) -> None:
         stream.width = stream.height = 32
         stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, rate)
         for number, time in enumerate(times):
-            frame = av.VideoFrame.from_ndarray(torch.full((32, 32, 3), 5 * number).byte().numpy(), format="rgb24")
+            frame = av.VideoFrame.from_ndarray(
+                torch.full((32, 32, 3), 5 * number).byte().numpy(), format="rgb24"
+            )
             frame.pts, frame.time_base = time, Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
@@ -192,7 +259,16 @@ def numbers(video: Tensor) -> list[int]:
 def test_a_rate_takes_the_nearest_frames_in_time(tmp_path: Path) -> None:
     """Would catch a rate taken for a stride: with gaps in time, equal strides make motion jump."""
     write_times(tmp_path / "even.mp4", list(range(24)), 24)
-    assert numbers(read_video(tmp_path / "even.mp4", 8, fps=Fraction(12))) == [0, 2, 4, 6, 8, 10, 12, 14]
+    assert numbers(read_video(tmp_path / "even.mp4", 8, fps=Fraction(12))) == [
+        0,
+        2,
+        4,
+        6,
+        8,
+        10,
+        12,
+        14,
+    ]
     assert numbers(read_video(tmp_path / "even.mp4", 6, fps=Fraction(16))) == [0, 1, 3, 4, 6, 7]
     assert numbers(read_video(tmp_path / "even.mp4", 24, fps=Fraction(24))) == list(range(24))
     write_times(tmp_path / "uneven.mp4", [0, 1, 2, 3, 8, 12, 13, 14, 16, 20], 32)
@@ -201,10 +277,13 @@ def test_a_rate_takes_the_nearest_frames_in_time(tmp_path: Path) -> None:
 
 
 def test_a_rate_that_the_clip_does_not_have_is_refused(tmp_path: Path) -> None:
-    """Would catch repeated frames, which teach motion that stutters, and a clip too short at the rate it is read at."""
+    """Would catch repeated frames, which teach motion that stutters, and a clip too short at the
+    rate it is read at.
+    """
     write_times(tmp_path / "clip.mp4", list(range(16)), 16)
     with pytest.raises(
-        ClipError, match=r"^clip\.mp4: has fewer than 24 frames a second at 0\.\d+ s, and frames are not"
+        ClipError,
+        match=r"^clip\.mp4: has fewer than 24 frames a second at 0\.\d+ s, and frames are not",
     ):
         read_video(tmp_path / "clip.mp4", 9, fps=Fraction(24))
     with pytest.raises(ClipError, match=r"^clip\.mp4: has 8 video frames at 8 fps, want 9"):
@@ -214,8 +293,9 @@ def test_a_rate_that_the_clip_does_not_have_is_refused(tmp_path: Path) -> None:
 def test_cover_keeps_proportions_and_the_middle(tmp_path: Path) -> None:
     """Would catch a crop of the top left corner, and faces made wide.
 
-    The clip is black but for a white square in the middle; at half the size it must be square and in the middle still.
-    Tolerance: half of white, far from what scaling and chroma leave at an edge.
+    The clip is black but for a white square in the middle; at half the size it must be square and
+    in the middle still. Tolerance: half of white, far from what scaling and chroma leave at an
+    edge.
     """
     frames = torch.zeros(1, 64, 128, 3, dtype=torch.uint8)
     frames[:, 24:40, 56:72] = 255
@@ -225,17 +305,22 @@ def test_cover_keeps_proportions_and_the_middle(tmp_path: Path) -> None:
     assert (int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])) == (12, 19, 12, 19)
     stretched = read_video(tmp_path / "clip.mp4", 1, (32, 32), "stretch")[0].float().mean(-1) > 127
     assert (int(stretched.any(1).sum()), int(stretched.any(0).sum())) == (8, 4)
-    with pytest.raises(ClipError, match=r"is 64x128 \(height x width\), want 32x32; .* or pack with --resize cover"):
+    with pytest.raises(
+        ClipError, match=r"is 64x128 \(height x width\), want 32x32; .* or pack with --resize cover"
+    ):
         read_video(tmp_path / "clip.mp4", 1, (32, 32))
 
 
 def test_a_clip_turned_by_its_metadata_is_named(tmp_path: Path, frames: Tensor) -> None:
-    """Telephones store upright films lying down, with a note; would catch a data set of which half lies on its side."""
+    """Telephones store upright films lying down, with a note; would catch a data set of which half
+    lies on its side.
+    """
     write_video(tmp_path / "lying.mp4", frames, fps=16)
     ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     turn = [ffmpeg, "-display_rotation", "90", "-i", "lying.mp4", "-c", "copy", "turned.mp4"]
     subprocess.run(turn, cwd=tmp_path, check=True, capture_output=True)
     with pytest.raises(
-        ClipError, match=r"^turned\.mp4: is turned by 90 degrees in its metadata.*ffmpeg -i turned\.mp4"
+        ClipError,
+        match=r"^turned\.mp4: is turned by 90 degrees in its metadata.*ffmpeg -i turned\.mp4",
     ):
         read_video(tmp_path / "turned.mp4", 9)

@@ -15,7 +15,8 @@ from selfforcing_dfd.data.video import ClipError, read_video, write_video
 def test_written_clips_come_back(tmp_path: Path, frames: Tensor) -> None:
     """Would catch swapped channels, a wrong frame order and dropped frames at the encoder's flush.
 
-    Tolerance: chroma at half resolution costs these fields 2.2 of 255 levels; neighbouring frames differ by 60.
+    Tolerance: chroma at half resolution costs these fields 2.2 of 255 levels; neighbouring frames
+    differ by 60.
     """
     path = tmp_path / "clip.mp4"
     write_video(path, frames, fps=16)
@@ -26,8 +27,9 @@ def test_written_clips_come_back(tmp_path: Path, frames: Tensor) -> None:
 
 
 def test_the_same_frames_give_the_same_file(tmp_path: Path, frames: Tensor) -> None:
-    """Shards can be compared by hash only if clips can. Would catch encoder threads, time stamps and x264's macroblock
-    trees, with which about one file in five differed on a machine with AVX-512.
+    """Shards can be compared by hash only if clips can. Would catch encoder threads, time stamps
+    and x264's macroblock trees, with which about one file in five differed on a machine with
+    AVX-512.
     """
     files = set()
     for _ in range(20):
@@ -37,7 +39,9 @@ def test_the_same_frames_give_the_same_file(tmp_path: Path, frames: Tensor) -> N
 
 
 def test_written_clips_play_while_loading(tmp_path: Path, frames: Tensor) -> None:
-    """The index of an mp4 must come before its data, or a browser shows nothing until the whole file is there."""
+    """The index of an mp4 must come before its data, or a browser shows nothing until the whole
+    file is there.
+    """
     path = tmp_path / "clip.mp4"
     write_video(path, frames, fps=16)
     data = path.read_bytes()
@@ -54,7 +58,9 @@ def test_frame_rate_and_pixel_format_are_as_asked(tmp_path: Path, frames: Tensor
 
 
 def test_only_the_first_frames_are_read(tmp_path: Path, frames: Tensor) -> None:
-    """Would catch a reader that samples frames over the clip, which changes the speed of everything in it."""
+    """Would catch a reader that samples frames over the clip, which changes the speed of everything
+    in it.
+    """
     write_video(tmp_path / "clip.mp4", frames, fps=16)
     whole = read_video(tmp_path / "clip.mp4", num_frames=9)
     assert torch.equal(read_video(tmp_path / "clip.mp4", num_frames=5), whole[:5])
@@ -67,10 +73,14 @@ def test_a_short_clip_is_named(tmp_path: Path, frames: Tensor) -> None:
         read_video(tmp_path / "brief.mp4", num_frames=13)
 
 
-def test_a_clip_of_another_size_is_named_with_the_command_that_repairs_it(tmp_path: Path, frames: Tensor) -> None:
+def test_a_clip_of_another_size_is_named_with_the_command_that_repairs_it(
+    tmp_path: Path, frames: Tensor
+) -> None:
     """Would catch height and width exchanged in the check or in the message."""
     write_video(tmp_path / "wide.mp4", frames[:, :48], fps=16)
-    with pytest.raises(ClipError, match=r"^wide\.mp4: is 48x64 \(height x width\), want 64x48; ffmpeg .*crop=48:64"):
+    with pytest.raises(
+        ClipError, match=r"^wide\.mp4: is 48x64 \(height x width\), want 64x48; ffmpeg .*crop=48:64"
+    ):
         read_video(tmp_path / "wide.mp4", num_frames=9, size=(64, 48))
 
 
@@ -78,7 +88,9 @@ def test_a_clip_of_another_size_is_named_with_the_command_that_repairs_it(tmp_pa
 def test_an_unreadable_clip_is_named(tmp_path: Path, content: bytes) -> None:
     """Would catch a bare decoder error, which does not say which of ten thousand files it is about."""
     (tmp_path / "broken.mp4").write_bytes(content)
-    with pytest.raises(ClipError, match=r"^broken\.mp4: cannot be read as video \(.+\); encode it again"):
+    with pytest.raises(
+        ClipError, match=r"^broken\.mp4: cannot be read as video \(.+\); encode it again"
+    ):
         read_video(tmp_path / "broken.mp4", num_frames=1)
 
 
@@ -109,9 +121,15 @@ def test_a_clip_that_changes_its_size_is_named(tmp_path: Path, frames: Tensor) -
             piece = tmp_path / f"{number}.ts"
             with av.open(str(piece), "w", format="mpegts") as container:
                 stream = container.add_stream("libx264", rate=16)
-                stream.height, stream.width, stream.pix_fmt = part.shape[1], part.shape[2], "yuv420p"
+                stream.height, stream.width, stream.pix_fmt = (
+                    part.shape[1],
+                    part.shape[2],
+                    "yuv420p",
+                )
                 for picture in part.numpy():
-                    container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+                    container.mux(
+                        stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))
+                    )
                 container.mux(stream.encode(None))
             shutil.copyfileobj(piece.open("rb"), joined)
     with pytest.raises(ClipError, match=r"^joined\.ts: the frame size changes within the clip"):
@@ -121,12 +139,17 @@ def test_a_clip_that_changes_its_size_is_named(tmp_path: Path, frames: Tensor) -
 @pytest.mark.parametrize(
     ("bad", "message"),
     [
-        (torch.zeros(3, 8, 8, 3), r"frames are torch\.float32 \(3, 8, 8, 3\), want torch\.uint8 \[T, H, W, 3\]"),
+        (
+            torch.zeros(3, 8, 8, 3),
+            r"frames are torch\.float32 \(3, 8, 8, 3\), want torch\.uint8 \[T, H, W, 3\]",
+        ),
         (torch.zeros(0, 8, 8, 3, dtype=torch.uint8), r"with T >= 1"),
         (torch.zeros(3, 7, 8, 3, dtype=torch.uint8), r"frames are 7x8, want even height and width"),
     ],
 )
-def test_frames_that_cannot_be_written_leave_no_file(tmp_path: Path, bad: Tensor, message: str) -> None:
+def test_frames_that_cannot_be_written_leave_no_file(
+    tmp_path: Path, bad: Tensor, message: str
+) -> None:
     """Would catch float frames cast to black, and the encoder's own words about odd sizes."""
     with pytest.raises(ValueError, match=message):
         write_video(tmp_path / "out.mp4", bad, fps=16)

@@ -23,7 +23,8 @@ class FailingCodec:
     """The tiny codec until it has encoded `num_clips` clips; then `fail` is called."""
 
     def __init__(self, codec: TinyCodec, num_clips: int, fail: Any):
-        self.codec, self.left, self.fail = codec, num_clips + 1, fail  # one more for the black clip at the start
+        # one more for the black clip at the start
+        self.codec, self.left, self.fail = codec, num_clips + 1, fail
 
     @property
     def fingerprint(self) -> str:

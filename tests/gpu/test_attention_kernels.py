@@ -7,7 +7,13 @@ import torch
 from test_numerics import SHAPES, check_attention
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.models.attention import KERNELS, attend, installed_kernels, load_kernel, obstacle
+from selfforcing_dfd.models.attention import (
+    KERNELS,
+    attend,
+    installed_kernels,
+    load_kernel,
+    obstacle,
+)
 
 pytestmark = pytest.mark.gpu
 HEAD_DIM = 128  # Wan's
@@ -22,7 +28,11 @@ def runnable() -> list[str]:
     capability, installed = torch.cuda.get_device_capability(), installed_kernels()
     return [
         "sdpa",
-        *(name for name in KERNELS if not obstacle(name, capability, torch.bfloat16, HEAD_DIM, installed)),
+        *(
+            name
+            for name in KERNELS
+            if not obstacle(name, capability, torch.bfloat16, HEAD_DIM, installed)
+        ),
     ]
 
 

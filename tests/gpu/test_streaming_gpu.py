@@ -1,4 +1,6 @@
-"""Streaming on a CUDA device: the same video as on a CPU, and a host that never waits for more than its frames."""
+"""Streaming on a CUDA device: the same video as on a CPU, and a host that never waits for more than
+its frames.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +18,19 @@ RAMP = 6
 
 
 def stream_model(device: str, dtype: torch.dtype = torch.float32) -> StreamModel:
-    codec = TinyCodec(rng.normal((192, 16), 0, "first"), rng.normal((768, 16), 0, "rest"), 1.0).to(torch.device(device))
-    student = tiny_network(dtype=dtype, in_channels=16, out_channels=16).requires_grad_(False).to(device)
+    codec = TinyCodec(rng.normal((192, 16), 0, "first"), rng.normal((768, 16), 0, "rest"), 1.0).to(
+        torch.device(device)
+    )
+    student = (
+        tiny_network(dtype=dtype, in_channels=16, out_channels=16).requires_grad_(False).to(device)
+    )
     return StreamModel(student, codec, TinyText(12), LADDER, 3, (4, 6))
 
 
 def test_a_chunk_waits_for_its_frames_only():
-    """Catches a hidden `.item()`, a copy from pageable memory, and a stage clock that synchronises (T9)."""
+    """Catches a hidden `.item()`, a copy from pageable memory, and a stage clock that synchronises
+    (T9).
+    """
     session = StreamSession(stream_model("cuda"), "a disc moves")
     for _ in range(RAMP):
         session.next_chunk()
@@ -36,10 +44,13 @@ def test_a_chunk_waits_for_its_frames_only():
 
 @pytest.mark.parametrize("positions", ["sink_relative", "absolute"])
 def test_the_gpu_makes_the_cpus_video(positions):
-    """Catches frames that are handed out before their copy is done. float64, so that kernels differ by rounding only."""
+    """Catches frames that are handed out before their copy is done. float64, so that kernels differ
+    by rounding only.
+    """
     settings = StreamSettings(positions=positions)
     sessions = [
-        StreamSession(stream_model(device, torch.float64), "a disc moves", settings) for device in ("cpu", "cuda")
+        StreamSession(stream_model(device, torch.float64), "a disc moves", settings)
+        for device in ("cpu", "cuda")
     ]
     for _ in range(RAMP + 3):
         one, other = (session.next_chunk().frames.int() for session in sessions)
@@ -47,7 +58,9 @@ def test_the_gpu_makes_the_cpus_video(positions):
 
 
 def test_memory_does_not_grow():
-    """Catches pinned buffers or events that pile up: allocated bytes are the same after each chunk of the steady state."""
+    """Catches pinned buffers or events that pile up: allocated bytes are the same after each chunk
+    of the steady state.
+    """
     session = StreamSession(stream_model("cuda"), "a disc moves")
     for _ in range(RAMP):
         session.next_chunk()

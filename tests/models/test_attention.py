@@ -34,7 +34,9 @@ BF16 = torch.bfloat16
     ],
 )
 def test_kernel_follows_the_compute_capability(capability, dtype, head_dim, installed, chosen):
-    """Catches a choice by a device's name, under which an H200 silently runs the slow kernel, and a kernel that crashes."""
+    """Catches a choice by a device's name, under which an H200 silently runs the slow kernel, and a
+    kernel that crashes.
+    """
     assert select_kernel(capability, dtype, head_dim, installed) == chosen
 
 
@@ -42,10 +44,28 @@ def test_kernel_follows_the_compute_capability(capability, dtype, head_dim, inst
     ("name", "capability", "dtype", "installed", "message"),
     [
         ("fa5", (9, 0), BF16, ALL, r"attention is 'fa5'; use auto, sdpa, fa3, fa4, fa2"),
-        ("fa3", (8, 0), BF16, ALL, r"written for compute capability 9.x to 9.x, this is 8.0; or use sdpa"),
+        (
+            "fa3",
+            (8, 0),
+            BF16,
+            ALL,
+            r"written for compute capability 9.x to 9.x, this is 8.0; or use sdpa",
+        ),
         ("fa2", (9, 0), BF16, set(), r"flash_attn is not installed \(pip install flash-attn"),
-        ("fa4", (9, 0), BF16, set(), r"flash_attn.cute is not installed \(pip install .\[flash\]\)"),
-        ("fa2", (9, 0), torch.float32, ALL, r"computes in float16 and bfloat16, the model is torch.float32"),
+        (
+            "fa4",
+            (9, 0),
+            BF16,
+            set(),
+            r"flash_attn.cute is not installed \(pip install .\[flash\]\)",
+        ),
+        (
+            "fa2",
+            (9, 0),
+            torch.float32,
+            ALL,
+            r"computes in float16 and bfloat16, the model is torch.float32",
+        ),
         ("fa2", None, BF16, ALL, r"needs a CUDA device"),
     ],
 )
@@ -64,7 +84,10 @@ def test_the_choice_is_logged(caplog):
 
 def test_sdpa_is_softmax_over_keys():
     """Catches transposed heads and tokens, and another scale."""
-    q, k, v = (rng.normal((2, length, 3, 8), 0, name).double() for name, length in (("q", 4), ("k", 7), ("v", 7)))
+    q, k, v = (
+        rng.normal((2, length, 3, 8), 0, name).double()
+        for name, length in (("q", 4), ("k", 7), ("v", 7))
+    )
     weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5).softmax(-1)
     assert torch.allclose(attend(q, k, v), torch.einsum("bhqk,bkhd->bqhd", weights, v), atol=1e-12)
 

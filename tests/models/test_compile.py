@@ -14,12 +14,15 @@ from selfforcing_dfd.streaming.session import StreamModel, StreamSession, Stream
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
-ROUNDING = 1e-5  # float32, fused sums in another order through two blocks, four steps, eight chunks fed back
+# float32, fused sums in another order through two blocks, four steps, eight chunks fed back
+ROUNDING = 1e-5
 
 
 def stream_model() -> StreamModel:
     codec = TinyCodec(rng.normal((192, 16), 0, "first"), rng.normal((768, 16), 0, "rest"), 1.0)
-    student = tiny_network(dtype=torch.float32, in_channels=16, out_channels=16).requires_grad_(False)
+    student = tiny_network(dtype=torch.float32, in_channels=16, out_channels=16).requires_grad_(
+        False
+    )
     return StreamModel(student, codec, TinyText(12), LADDER, 3, (4, 6))
 
 
@@ -30,7 +33,9 @@ def newest_latents(session: StreamSession) -> torch.Tensor:
 
 
 def test_no_chunk_compiles_again():
-    """Catches programs that depend on the slot, the position or the chunk: each of them would stop a stream for seconds."""
+    """Catches programs that depend on the slot, the position or the chunk: each of them would stop
+    a stream for seconds.
+    """
     torch._dynamo.reset()
     counter, model = CompileCounter(), stream_model()
     model.student.compile_blocks(backend=counter)
@@ -51,8 +56,12 @@ def test_compiled_blocks_make_the_same_video(backend):
     torch._dynamo.reset()
     plain, compiled = stream_model(), stream_model()
     compiled.student.compile_blocks(backend=backend)
-    one, other = (StreamSession(model, "a disc moves", StreamSettings(seed=1)) for model in (plain, compiled))
+    one, other = (
+        StreamSession(model, "a disc moves", StreamSettings(seed=1)) for model in (plain, compiled)
+    )
     for _ in range(8):
         one.next_chunk()
         other.next_chunk()
-        torch.testing.assert_close(newest_latents(other), newest_latents(one), rtol=0, atol=ROUNDING)
+        torch.testing.assert_close(
+            newest_latents(other), newest_latents(one), rtol=0, atol=ROUNDING
+        )

@@ -24,7 +24,9 @@ def layer(in_features: int = 64, out_features: int = 32) -> nn.Linear:
 
 
 def test_numbers_are_kept_to_half_a_step():
-    """Catches a scale that overflows to NaN, one for the whole tensor, and rows of zeros that are divided by zero."""
+    """Catches a scale that overflows to NaN, one for the whole tensor, and rows of zeros that are
+    divided by zero.
+    """
     x = rng.normal((5, 64), 0, "x") * torch.tensor([1e-4, 1.0, 300.0, 1e4, 0.0])[:, None]
     values, scale = to_fp8(x)
     error = (values.float() * scale - x).abs()
@@ -34,23 +36,32 @@ def test_numbers_are_kept_to_half_a_step():
 
 
 def test_a_layer_is_the_product_of_its_8_bit_numbers():
-    """Catches scales of the wrong side, a transposed weight and a lost bias: to the rounding of a bf16 result, 2^-8."""
+    """Catches scales of the wrong side, a transposed weight and a lost bias: to the rounding of a
+    bf16 result, 2^-8.
+    """
     linear, x = layer(), rng.normal((2, 7, 64), 0, "x") * 10
     rows, scale = to_fp8(x.flatten(0, 1))
     weight, weight_scale = to_fp8(linear.weight)
-    wanted = (rows.double() * scale) @ (weight.double() * weight_scale).t() + linear.bias.bfloat16().double()
+    wanted = (rows.double() * scale) @ (
+        weight.double() * weight_scale
+    ).t() + linear.bias.bfloat16().double()
     made = Fp8Linear(linear)(x)
     assert made.dtype == x.dtype
     torch.testing.assert_close(made.double(), wanted.unflatten(0, (2, 7)), rtol=2**-8, atol=2**-8)
 
 
 def test_a_network_changes_a_little():
-    """Catches a layer converted twice or in another's place. 4 %: twice what was measured with random weights."""
+    """Catches a layer converted twice or in another's place. 4 %: twice what was measured with
+    random weights.
+    """
     plain = tiny_network(dtype=torch.float32).requires_grad_(False)
     quick = copy.deepcopy(plain)
     assert use_fp8(quick) == 8 * 2
     text = conditioning(dtype=torch.float32)
-    a, b = (network(latents("x", dtype=torch.float32), LADDER[1], text).flow for network in (plain, quick))
+    a, b = (
+        network(latents("x", dtype=torch.float32), LADDER[1], text).flow
+        for network in (plain, quick)
+    )
     difference = float((a - b).norm() / a.norm())
     assert 1e-4 < difference < 0.04
 
@@ -63,9 +74,15 @@ def test_text_embedders_and_head_stay():
     kept = [
         name
         for name, tensor in network.state_dict().items()
-        if name in before and before[name].dtype == tensor.dtype and torch.equal(before[name], tensor)
+        if name in before
+        and before[name].dtype == tensor.dtype
+        and torch.equal(before[name], tensor)
     ]
-    assert {"proj_out.weight", "condition_embedder.time_proj.weight", "blocks.1.attn2.to_k.weight"} <= set(kept)
+    assert {
+        "proj_out.weight",
+        "condition_embedder.time_proj.weight",
+        "blocks.1.attn2.to_k.weight",
+    } <= set(kept)
 
 
 def test_what_cannot_be_converted_is_refused_whole():

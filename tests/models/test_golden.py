@@ -1,4 +1,6 @@
-"""The network against tensors of the public reference code: bidirectional, causal, teacher-forced and rolling."""
+"""The network against tensors of the public reference code: bidirectional, causal, teacher-forced
+and rolling.
+"""
 
 from __future__ import annotations
 
@@ -25,14 +27,23 @@ def student() -> WanTransformer:
 def split_frames(kv: ChunkKV, frames: int) -> list[ChunkKV]:
     """The same keys and values in pieces of `frames` latent frames."""
     pieces = kv.frames // frames
-    layers = [[(k, v) for k, v in zip(k.chunk(pieces, 1), v.chunk(pieces, 1), strict=True)] for k, v in kv.layers]
+    layers = [
+        [(k, v) for k, v in zip(k.chunk(pieces, 1), v.chunk(pieces, 1), strict=True)]
+        for k, v in kv.layers
+    ]
     return [ChunkKV(frames, tuple(layer[i] for layer in layers)) for i in range(pieces)]
 
 
 def sequential(
-    student: WanTransformer, data: dict[str, Tensor], window: int | None, sink: int, split: int = CHUNK
+    student: WanTransformer,
+    data: dict[str, Tensor],
+    window: int | None,
+    sink: int,
+    split: int = CHUNK,
 ) -> tuple[dict[str, Tensor], list[ChunkKV]]:
-    """Flows of two noisy passes and the context pass over all chunks, and what each chunk left behind."""
+    """Flows of two noisy passes and the context pass over all chunks, and what each chunk left
+    behind.
+    """
     flows: dict[str, list[Tensor]] = {"pass0": [], "pass1": [], "context": []}
     cache, left, text = KVCache(sink, window), [], Conditioning(data["text"])
     for chunk in plan_chunks(data["x_context"].shape[1], CHUNK):
@@ -47,28 +58,40 @@ def sequential(
     return {name: torch.cat(parts, dim=1) for name, parts in flows.items()}, left
 
 
-@pytest.mark.parametrize("name", ["bidirectional", "rolling", "losses", "gradients", "weights", "weights_teacher"])
+@pytest.mark.parametrize(
+    "name", ["bidirectional", "rolling", "losses", "gradients", "weights", "weights_teacher"]
+)
 def test_golden_files_are_the_ones_that_were_published(name):
-    """Catches a golden file regenerated from this package: it would agree with whatever the package does."""
+    """Catches a golden file regenerated from this package: it would agree with whatever the package
+    does.
+    """
     content = (FOLDER / f"{name}.safetensors").read_bytes()
-    assert hashlib.sha256(content).hexdigest() == manifest()["files"][f"{name}.safetensors"]["sha256"]
+    assert (
+        hashlib.sha256(content).hexdigest() == manifest()["files"][f"{name}.safetensors"]["sha256"]
+    )
 
 
 def test_original_names_cover_every_parameter_and_no_other():
     """Catches the classic swap: Wan's norm3 (affine, before cross-attention) is diffusers' norm2."""
     names = {diffusers_name(key) for key in golden("weights")}
-    assert names == {name for name, _ in WanTransformer(num_layers=2, num_attention_heads=1).named_parameters()}
+    assert names == {
+        name for name, _ in WanTransformer(num_layers=2, num_attention_heads=1).named_parameters()
+    }
 
 
 def test_bidirectional(student):
-    """Catches any error in the network itself: norms' eps, gelu form, modulation order, unpatchify, text padding."""
+    """Catches any error in the network itself: norms' eps, gelu form, modulation order, unpatchify,
+    text padding.
+    """
     data = golden("bidirectional")
     out = student(data["x"], data["t"] / 1000, Conditioning(data["text"]))
     torch.testing.assert_close(out.flow, data["flow"], **FORWARD)
 
 
 def test_causal_passes_over_clean_context(student):
-    """Catches noisy K/V left in the context, a wrong order of chunks, or positions that restart with each chunk."""
+    """Catches noisy K/V left in the context, a wrong order of chunks, or positions that restart
+    with each chunk.
+    """
     data = golden("causal_kv")
     flows, _ = sequential(student, data, window=None, sink=0)
     for name, flow in flows.items():
@@ -76,7 +99,9 @@ def test_causal_passes_over_clean_context(student):
 
 
 def test_keys_and_values_left_behind(student):
-    """Catches keys handed out before their norm or rotation: flows of the chunk itself would still be right."""
+    """Catches keys handed out before their norm or rotation: flows of the chunk itself would still
+    be right.
+    """
     data = golden("causal_kv")
     _, left = sequential(student, data, window=None, sink=0)
     for name, layer in (("layer0", 0), ("last_layer", -1)):
@@ -86,19 +111,25 @@ def test_keys_and_values_left_behind(student):
 
 
 def test_sequential_noisy_chunks_equal_the_block_causal_mask(student):
-    """Catches context that is not a chunk's own K/V: the masked training forward must equal chunk after chunk."""
+    """Catches context that is not a chunk's own K/V: the masked training forward must equal chunk
+    after chunk.
+    """
     data = golden("block_mask")
     cache, flows = KVCache(), []
     for chunk in plan_chunks(6, CHUNK):
         sigma = chunk.of(data["t"]) / 1000
-        out: NetworkOutput = student(chunk.of(data["x"]), sigma, Conditioning(data["text"]), cache.read(CHUNK))
+        out: NetworkOutput = student(
+            chunk.of(data["x"]), sigma, Conditioning(data["text"]), cache.read(CHUNK)
+        )
         cache.append(out.kv)
         flows.append(out.flow)
     torch.testing.assert_close(torch.cat(flows, dim=1), data["flow"], **FORWARD)
 
 
 def test_packed_noisy_chunks_over_clean_context_equal_teacher_forcing(student):
-    """Catches noise levels or positions mixed up between packed chunks: sigma differs by sample and chunk here."""
+    """Catches noise levels or positions mixed up between packed chunks: sigma differs by sample and
+    chunk here.
+    """
     data = golden("block_mask")
     text, chunks = Conditioning(data["text"]), plan_chunks(6, CHUNK)
     clean = student(chunks[0].of(data["tf_clean"]), 0.0, text, Context()).kv
@@ -109,7 +140,8 @@ def test_packed_noisy_chunks_over_clean_context_equal_teacher_forcing(student):
 
 @pytest.mark.parametrize(("window", "sink", "split"), [(6, 0, 3), (6, 3, 3), (9, 3, 3), (7, 1, 1)])
 def test_rolling_window_and_sink(student, window, sink, split):
-    """Catches re-rotated or re-encoded history: past K/V must stay those computed with the window that chunk had.
+    """Catches re-rotated or re-encoded history: past K/V must stay those computed with the window
+    that chunk had.
 
     The reference's sink of one frame splits a chunk; the cache counts whole ones,
     so that case remembers frame by frame.
@@ -121,7 +153,9 @@ def test_rolling_window_and_sink(student, window, sink, split):
 
 
 def test_the_window_matters_far_beyond_the_tolerance(student):
-    """Catches golden tests too weak to see the window: without it the same chunks must differ by 1e4 tolerances."""
+    """Catches golden tests too weak to see the window: without it the same chunks must differ by
+    1e4 tolerances.
+    """
     data = golden("rolling")
     first = {name: value[:, :12] if value.ndim == 5 else value for name, value in data.items()}
     flows, _ = sequential(student, first, window=None, sink=0)

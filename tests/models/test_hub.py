@@ -55,7 +55,9 @@ def student(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def wan(tmp_path: Path) -> Path:
-    """A folder as diffusers saves Wan's own, bidirectional transformer; named by its parent, as in a repository."""
+    """A folder as diffusers saves Wan's own, bidirectional transformer; named by its parent, as in
+    a repository.
+    """
     twin = WanTransformer3DModel(**TINY)
     fill_weights(twin, 0)
     twin.save_pretrained(tmp_path / "wan" / "transformer")
@@ -74,28 +76,38 @@ def test_a_student_comes_back_as_it_was(student):
 def test_a_second_save_says_the_same(student, tmp_path):
     """Catches a student that forgets on its way through a second folder what it is."""
     WanTransformer.from_pretrained(student).save_pretrained(tmp_path / "again")
-    first, second = (json.loads((folder / "config.json").read_text()) for folder in (student, tmp_path / "again"))
+    first, second = (
+        json.loads((folder / "config.json").read_text()) for folder in (student, tmp_path / "again")
+    )
     second.pop("_name_or_path")  # where it was loaded from, which diffusers adds
     assert first == second
 
 
 def test_options_are_those_of_diffusers(wan, student):
     """Catches torch_dtype, subfolder or output_loading_info swallowed on their way."""
-    teacher = WanTransformer.from_pretrained(wan, teacher=True, subfolder="transformer", torch_dtype=torch.bfloat16)
+    teacher = WanTransformer.from_pretrained(
+        wan, teacher=True, subfolder="transformer", torch_dtype=torch.bfloat16
+    )
     assert {parameter.dtype for parameter in teacher.parameters()} == {torch.bfloat16}
     _, report = WanTransformer.from_pretrained(student, output_loading_info=True)
     assert report["missing_keys"] == []
 
 
 def test_wans_own_transformer_is_no_student(wan):
-    """Catches the bidirectional teacher streamed as a student, which no shape and no key gives away."""
-    with pytest.raises(HubError, match=r"bidirectional.*student=PATH.*\"causal\": true.*teacher=True"):
+    """Catches the bidirectional teacher streamed as a student, which no shape and no key gives
+    away.
+    """
+    with pytest.raises(
+        HubError, match=r"bidirectional.*student=PATH.*\"causal\": true.*teacher=True"
+    ):
         WanTransformer.from_pretrained(wan, subfolder="transformer")
 
 
 def test_a_teacher_that_was_saved_again_is_no_student(wan, tmp_path):
     """Catches a role that our own class's name in the config covers up."""
-    WanTransformer.from_pretrained(wan / "transformer", teacher=True).save_pretrained(tmp_path / "again")
+    WanTransformer.from_pretrained(wan / "transformer", teacher=True).save_pretrained(
+        tmp_path / "again"
+    )
     with pytest.raises(HubError, match="holds Wan's bidirectional"):
         WanTransformer.from_pretrained(tmp_path / "again")
 
@@ -131,7 +143,9 @@ def test_a_note_makes_a_student(wan):
     ],
 )
 def test_other_models_are_refused(wan, changes, message):
-    """Catches random weights where tensors were missing (diffusers warns only), and image-to-video without its image."""
+    """Catches random weights where tensors were missing (diffusers warns only), and image-to-video
+    without its image.
+    """
     path = wan / "transformer" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
     with pytest.raises(HubError, match=message):
@@ -147,13 +161,17 @@ def test_diffusers_reads_our_folder(student):
 
 @pytest.mark.parametrize("recipe", [{"steps": 4}, {"timesteps": [500, 250]}, {"chunk_frames": 0}])
 def test_recipes_that_cannot_be_are_refused(recipe):
-    """Catches a misspelt setting for which a default would be taken, and a ladder that does not begin at noise."""
+    """Catches a misspelt setting for which a default would be taken, and a ladder that does not
+    begin at noise.
+    """
     with pytest.raises(ValueError, match=r"known are|must start at 1000|at least one frame"):
         recipe_of({"causal": True, "student": recipe})
 
 
 def with_adapter(seed: int = 3) -> Any:
-    """A student with an adapter of rank 4 that changes what it does; alpha is not the rank, so that it must be kept."""
+    """A student with an adapter of rank 4 that changes what it does; alpha is not the rank, so that
+    it must be kept.
+    """
     made = network()
     made.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS))
     for name, parameter in made.named_parameters():
@@ -163,7 +181,9 @@ def with_adapter(seed: int = 3) -> Any:
 
 
 def test_a_new_adapter_changes_nothing():
-    """Catches an adapter that is not zero at its beginning, and module names that LoRA does not find."""
+    """Catches an adapter that is not zero at its beginning, and module names that LoRA does not
+    find.
+    """
     made = network()
     before = flow(made)
     made.add_adapter(LoraConfig(r=4, target_modules=TARGETS))
@@ -185,7 +205,9 @@ def test_an_adapter_comes_back(tmp_path):
 
 
 def test_a_fused_adapter_does_the_same(tmp_path):
-    """Catches a fuse that forgets the scale or modules. float32: 1e-5 is ten roundings of weights of order one."""
+    """Catches a fuse that forgets the scale or modules. float32: 1e-5 is ten roundings of weights
+    of order one.
+    """
     adapted = with_adapter()
     wanted, plain = flow(adapted), flow(network())
     adapted.fuse_lora()
@@ -202,7 +224,9 @@ def original_names(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in tensors.items():
         head, block, rest = name.split(".", 2)
         ours = next(part for part in ORIGINAL if rest.startswith(part))
-        renamed[f"diffusion_model.{head}.{block}.{ORIGINAL[ours]}{rest.removeprefix(ours)}"] = tensor
+        renamed[f"diffusion_model.{head}.{block}.{ORIGINAL[ours]}{rest.removeprefix(ours)}"] = (
+            tensor
+        )
     return renamed
 
 
@@ -213,7 +237,9 @@ def test_adapters_of_others_load(tmp_path, naming):
     adapted.save_lora_adapter(tmp_path)
     tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
     for name in tensors:
-        tensors[name] = tensors[name] * (1.5 if "lora_B" in name and naming != "original with alpha" else 1)
+        tensors[name] = tensors[name] * (
+            1.5 if "lora_B" in name and naming != "original with alpha" else 1
+        )
     if naming == "diffusers":
         tensors = {f"transformer.{name}": tensor for name, tensor in tensors.items()}
     elif naming != "dict":
@@ -227,12 +253,17 @@ def test_adapters_of_others_load(tmp_path, naming):
         source = tmp_path / "theirs.safetensors"
         save_file(tensors, source)
     fresh.load_lora_adapter(source)
-    assert (flow(fresh) - flow(adapted)).abs().max() < 1e-5, "alpha / rank = 1.5 stands elsewhere: rounding only"
+    assert (flow(fresh) - flow(adapted)).abs().max() < 1e-5, (
+        "alpha / rank = 1.5 stands elsewhere: rounding only"
+    )
 
 
 @pytest.mark.parametrize(
     ("sizes", "message"),
-    [({"num_layers": 1}, r"first blocks\.1\.\S+: there is no"), ({"ffn_dim": 64}, r"\(48, 4\) for 64 values out")],
+    [
+        ({"num_layers": 1}, r"first blocks\.1\.\S+: there is no"),
+        ({"ffn_dim": 64}, r"\(48, 4\) for 64 values out"),
+    ],
 )
 def test_an_adapter_of_another_size_is_refused(tmp_path, sizes, message):
     """Catches a traceback from the middle of a half-adapted model."""
@@ -246,12 +277,20 @@ def test_an_adapter_of_another_size_is_refused(tmp_path, sizes, message):
 def test_half_an_adapter_is_refused():
     """Catches an IndexError from the inside of diffusers, or an adapter that does nothing."""
     with pytest.raises(HubError, match=r"blocks.0.attn1.to_q.lora_B.weight is missing"):
-        network().load_lora_adapter({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 32)})
+        network().load_lora_adapter(
+            {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 32)}
+        )
 
 
 def test_pickled_adapters_are_not_read(tmp_path):
     """Catches a file of another format that is guessed to be one."""
-    torch.save({"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 32)}, tmp_path / "adapter.bin")
-    for source, options in ((tmp_path, {"weight_name": "adapter.bin"}), (tmp_path / "adapter.bin", {})):
+    torch.save(
+        {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 32)},
+        tmp_path / "adapter.bin",
+    )
+    for source, options in (
+        (tmp_path, {"weight_name": "adapter.bin"}),
+        (tmp_path / "adapter.bin", {}),
+    ):
         with pytest.raises(HubError, match="no safetensors file"):
             network().load_lora_adapter(source, **options)

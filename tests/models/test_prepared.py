@@ -14,7 +14,9 @@ ROUNDING = 1e-12  # float64: one row or many through the same product
 
 @pytest.mark.parametrize("sigma", [*LADDER, 0.0])
 def test_prepared_text_and_levels_change_nothing(sigma):
-    """Catches a level that goes to another sigma or block, a scale without its one, and text of another layer."""
+    """Catches a level that goes to another sigma or block, a scale without its one, and text of
+    another layer.
+    """
     network, text = tiny_network(), conditioning()
     prepared = network.prepare(text, (*LADDER, 0.0))
     cache = KVCache()
@@ -22,7 +24,9 @@ def test_prepared_text_and_levels_change_nothing(sigma):
     x_t = latents("x_t", 2)
     plain, quick = (network(x_t, sigma, given, cache.read(2)).flow for given in (text, prepared))
     assert (plain - quick).abs().max() < ROUNDING
-    per_frame = network(x_t, torch.full((2, 2), sigma, dtype=torch.float64), prepared, cache.read(2)).flow
+    per_frame = network(
+        x_t, torch.full((2, 2), sigma, dtype=torch.float64), prepared, cache.read(2)
+    ).flow
     assert (plain - per_frame).abs().max() < ROUNDING
 
 
@@ -34,7 +38,9 @@ def test_levels_differ():
 
 
 def test_another_position_has_another_rotation():
-    """Catches kept tables that are handed out for a place, size or precision that they were not made for."""
+    """Catches kept tables that are handed out for a place, size or precision that they were not
+    made for.
+    """
     cpu = torch.device("cpu")
     for start, frames, dtype in [
         (0, 2, torch.float32),
@@ -48,7 +54,9 @@ def test_another_position_has_another_rotation():
 
 
 def test_kept_rotations_serve_training_after_inference():
-    """Catches tables made under inference mode, which autograd refuses to keep for the backward pass."""
+    """Catches tables made under inference mode, which autograd refuses to keep for the backward
+    pass.
+    """
     network, text, x_t = tiny_network(), conditioning(), latents("x_t", 2)
     positions_rotary.cache_clear()
     with torch.inference_mode():

@@ -19,7 +19,9 @@ def turned(x: torch.Tensor, start_frame: int, grid: tuple[int, int, int] = GRID)
 
 
 def test_axes_split_as_in_wan():
-    """Catches an even split of a head over the axes: at Wan's head of 128 time gets 44 values, space 42 and 42."""
+    """Catches an even split of a head over the axes: at Wan's head of 128 time gets 44 values,
+    space 42 and 42.
+    """
     assert axis_dims(128) == (44, 42, 42)
     assert axis_dims(16) == (8, 4, 4)
 
@@ -35,7 +37,10 @@ def test_rotation_equals_the_reference(head_dim, start):
     tables = golden("primitives")
     x = tables[f"rope{head_dim}/x"]
     torch.testing.assert_close(
-        turned(x.double(), start).float(), tables[f"rope{head_dim}/out_start{start}"], rtol=0, atol=2e-6
+        turned(x.double(), start).float(),
+        tables[f"rope{head_dim}/out_start{start}"],
+        rtol=0,
+        atol=2e-6,
     )
 
 
@@ -43,7 +48,8 @@ def test_sinusoid_equals_the_reference():
     """Catches sines before cosines, or angles in float32, which are off by 6e-5 at timestep 1000."""
     tables = golden("primitives")
     features = sinusoid(tables["sinusoid256/t"].double(), 256)
-    torch.testing.assert_close(features.float(), tables["sinusoid256/out"], rtol=0, atol=2e-7)  # one float32 ulp
+    # one float32 ulp
+    torch.testing.assert_close(features.float(), tables["sinusoid256/out"], rtol=0, atol=2e-7)
 
 
 def test_later_frames_are_a_slice_of_the_longer_video():
@@ -56,7 +62,9 @@ def test_later_frames_are_a_slice_of_the_longer_video():
 
 @pytest.mark.parametrize("shift", [1, 1024, 1_000_000])
 def test_scores_depend_on_differences_of_positions_only(shift):
-    """Catches a table with an end, and angles too coarse for long videos: float64 angles of 1e6 are good to 1e-10."""
+    """Catches a table with an end, and angles too coarse for long videos: float64 angles of 1e6 are
+    good to 1e-10.
+    """
     q, k = (rng.normal((1, 12, 2, 16), 0, name).double() for name in "qk")
 
     def scores(start: int) -> torch.Tensor:
@@ -66,7 +74,9 @@ def test_scores_depend_on_differences_of_positions_only(shift):
 
 
 def test_rotation_keeps_lengths():
-    """Catches a cos and sin that do not belong together: keys would grow or shrink with their position."""
+    """Catches a cos and sin that do not belong together: keys would grow or shrink with their
+    position.
+    """
     x = rng.normal((1, 12, 2, 16), 0, "x").double()
     torch.testing.assert_close(turned(x, 5).norm(dim=-1), x.norm(dim=-1), rtol=1e-14, atol=0)
 

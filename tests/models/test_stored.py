@@ -1,4 +1,6 @@
-"""Files that are damaged, incomplete, malicious or something else: refused by name, with what to do; and memory."""
+"""Files that are damaged, incomplete, malicious or something else: refused by name, with what to
+do; and memory.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ from selfforcing_dfd.models.export import convert
 from selfforcing_dfd.models.stored import StoredTensor, stored
 from selfforcing_dfd.models.training_files import read_training_checkpoint
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.models.weights import StoredWeights, WeightsError, load_transformer, read_weights
+from selfforcing_dfd.models.weights import (
+    StoredWeights,
+    WeightsError,
+    load_transformer,
+    read_weights,
+)
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.ema import EMA
 
@@ -46,7 +53,9 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_files_beside_the_indexed_ones_are_refused(tmp_path):
-    """Catches last month's shards mixed with today's, or one of two precisions taken by its place in the alphabet."""
+    """Catches last month's shards mixed with today's, or one of two precisions taken by its place
+    in the alphabet.
+    """
     folder = sharded_folder(tmp_path / "w")
     save_file(wan_state(), folder / "diffusion_pytorch_model.fp16.safetensors")
     with pytest.raises(WeightsError, match=r"fp16.safetensors besides the 3 files"):
@@ -54,7 +63,9 @@ def test_files_beside_the_indexed_ones_are_refused(tmp_path):
 
 
 def test_an_index_must_agree_with_its_shards(tmp_path):
-    """Catches shards of two models in one folder, and an index that reads a file from elsewhere on the disk."""
+    """Catches shards of two models in one folder, and an index that reads a file from elsewhere on
+    the disk.
+    """
     folder = sharded_folder(tmp_path / "w")
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -62,7 +73,10 @@ def test_an_index_must_agree_with_its_shards(tmp_path):
     key = next(key for key, name in content["weight_map"].items() if name == first)
     for change, said in (
         ({key: second}, f"puts {key} into {second}, but it is in {first}"),
-        ({"blocks.9.ffn.net.2.bias": first}, r"disagree about 1 tensors, first blocks.9.ffn.net.2.bias"),
+        (
+            {"blocks.9.ffn.net.2.bias": first},
+            r"disagree about 1 tensors, first blocks.9.ffn.net.2.bias",
+        ),
         ({key: f"../{first}"}, "not in its folder; do not trust"),
     ):
         index.write_text(json.dumps({"weight_map": content["weight_map"] | change}))
@@ -89,7 +103,9 @@ def test_a_truncated_torch_file_and_a_pointer(tmp_path):
     (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:-200])
     with pytest.raises(WeightsError, match="truncated"):
         read_weights(tmp_path / "w.pt")
-    (tmp_path / "w.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    (tmp_path / "w.safetensors").write_text(
+        "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
+    )
     with pytest.raises(WeightsError, match="git lfs pull"):
         read_weights(tmp_path / "w.safetensors")
 
@@ -115,14 +131,18 @@ def test_a_malicious_pickle_is_refused_and_not_run(form, tmp_path):
         torch.save(content, path, _use_new_zipfile_serialization=form == "torch")
     with pytest.raises(WeightsError, match="refused") as caught:
         read_weights(path)
-    assert form == "pickle" or ("posix.mkdir" in str(caught.value) and "safetensors" in str(caught.value))
+    assert form == "pickle" or (
+        "posix.mkdir" in str(caught.value) and "safetensors" in str(caught.value)
+    )
     assert not (tmp_path / "harm").exists()
 
 
 def test_what_is_no_transformer_is_refused(tmp_path):
     """Catches a VAE, a text encoder or a wrong folder loaded as far as it goes."""
     save_file({"encoder.conv1.weight": torch.ones(2)}, tmp_path / "vae.safetensors")
-    with pytest.raises(WeightsError, match=r"holds no Wan transformer: its tensors are encoder.conv1.weight"):
+    with pytest.raises(
+        WeightsError, match=r"holds no Wan transformer: its tensors are encoder.conv1.weight"
+    ):
         read_weights(tmp_path / "vae.safetensors")
     with pytest.raises(WeightsError, match=r"does not exist.* hf download"):
         read_weights(tmp_path / "nothing")
@@ -152,12 +172,18 @@ def training_checkpoint(folder: Path) -> Path:
 
 
 def test_a_training_checkpoint_holds_three_models(tmp_path):
-    """Catches a run that was stopped and whose student nobody can look at, and the fake score taken for the student."""
+    """Catches a run that was stopped and whose student nobody can look at, and the fake score taken
+    for the student.
+    """
     path = training_checkpoint(tmp_path)
     same(load_transformer(path))
     same(load_transformer(path, entry="student"), wan_state(1))
     same(load_transformer(path, entry="fake"), wan_state(2))
-    assert [read_weights(path, entry).role for entry in ("", "student", "fake")] == ["student", "student", "teacher"]
+    assert [read_weights(path, entry).role for entry in ("", "student", "fake")] == [
+        "student",
+        "student",
+        "teacher",
+    ]
 
 
 def test_a_malicious_checkpoint_index_is_refused(tmp_path):
@@ -202,24 +228,41 @@ print(1024 * (kilobytes("VmHWM") - before), network.scale_shift_table[0, 0, 0].i
 
 
 def test_loading_holds_one_copy(tmp_path):
-    """Catches a state dict beside the network, or mapped files beside their copies: a peak of twice the weights.
+    """Catches a state dict beside the network, or mapped files beside their copies: a peak of twice
+    the weights.
 
-    Counted are all resident pages of the process, those of mapped files included, above those before the load.
+    Counted are all resident pages of the process, those of mapped files included, above those
+    before the load.
     """
-    sizes: dict[str, Any] = {"num_attention_heads": 12, "attention_head_dim": 128, "num_layers": 2, "text_dim": 64}
+    sizes: dict[str, Any] = {
+        "num_attention_heads": 12,
+        "attention_head_dim": 128,
+        "num_layers": 2,
+        "text_dim": 64,
+    }
     with torch.device("meta"):
-        shapes = {name: tensor.shape for name, tensor in WanTransformer(**sizes).state_dict().items()}
+        shapes = {
+            name: tensor.shape for name, tensor in WanTransformer(**sizes).state_dict().items()
+        }
 
     def tensor(name: str) -> StoredTensor:
-        return StoredTensor(name, tuple(shapes[name]), torch.bfloat16, lambda: torch.ones(shapes[name]).bfloat16())
+        return StoredTensor(
+            name, tuple(shapes[name]), torch.bfloat16, lambda: torch.ones(shapes[name]).bfloat16()
+        )
 
-    weights = StoredWeights("made here", "made here", "diffusers", {name: tensor(name) for name in shapes})
+    weights = StoredWeights(
+        "made here", "made here", "diffusers", {name: tensor(name) for name in shapes}
+    )
     done = convert(weights, tmp_path / "wide", "diffusers", max_shard_bytes=60_000_000)
     assert done.num_files > 4 and done.num_bytes > 200e6
-    small = StoredWeights("tiny", "tiny", "wan", {n: stored(n, t) for n, t in tiny_network().state_dict().items()})
+    small = StoredWeights(
+        "tiny", "tiny", "wan", {n: stored(n, t) for n, t in tiny_network().state_dict().items()}
+    )
     convert(small, tmp_path / "small", "diffusers", head_dim=TINY["attention_head_dim"])
     command = [sys.executable, "-c", PEAK, str(tmp_path / "small"), str(tmp_path / "wide")]
-    ran = subprocess.run(command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2])
+    ran = subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=Path(__file__).parents[2]
+    )
     peak, value = map(float, ran.stdout.split())
     assert value == 1
     assert peak < 1.3 * done.num_bytes, f"peak of {peak / done.num_bytes:.2f} copies"

@@ -1,4 +1,6 @@
-"""The network: diffusers' own model as oracle, and what must hold of causal context, positions and checkpointing."""
+"""The network: diffusers' own model as oracle, and what must hold of causal context, positions and
+checkpointing.
+"""
 
 from __future__ import annotations
 
@@ -17,12 +19,16 @@ SIGMA = torch.tensor([0.83, 0.31], dtype=torch.float64)
 
 
 def diffusers_twin(seed: int = 0, dtype: torch.dtype = torch.float32) -> WanTransformer3DModel:
-    twin = WanTransformer3DModel(**TINY, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6)
+    twin = WanTransformer3DModel(
+        **TINY, cross_attn_norm=True, qk_norm="rms_norm_across_heads", eps=1e-6
+    )
     fill_weights(twin, seed)
     return twin.to(dtype).requires_grad_(False)
 
 
-def diffusers_flow(twin: WanTransformer3DModel, x: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
+def diffusers_flow(
+    twin: WanTransformer3DModel, x: Tensor, timestep: Tensor, text: Tensor
+) -> Tensor:
     return twin(x.transpose(1, 2), timestep, text, return_dict=False)[0].transpose(1, 2)
 
 
@@ -36,10 +42,11 @@ def packed_context(network: WanTransformer, clean: Tensor, text: Conditioning) -
 
 
 def test_flow_without_context_equals_diffusers():
-    """Catches any departure from the architecture whose checkpoints are to be loaded; names must fit strictly.
+    """Catches any departure from the architecture whose checkpoints are to be loaded; names must
+    fit strictly.
 
-    float32 on both sides. Theirs computes the angles 1000 sigma w in float32, wrong by up to 3e-5, ours in float64; the
-    distance measured here is 1.4e-5.
+    float32 on both sides. Theirs computes the angles 1000 sigma w in float32, wrong by up to 3e-5,
+    ours in float64; the distance measured here is 1.4e-5.
     """
     twin, ours = diffusers_twin(), tiny_network(dtype=torch.float32)
     ours.load_state_dict(twin.state_dict(), strict=True)
@@ -49,7 +56,9 @@ def test_flow_without_context_equals_diffusers():
 
 
 def test_sigma_of_each_latent_frame_equals_diffusers_timestep_of_each_token():
-    """Catches modulation of the wrong frame: with one sigma for the clip, every mix-up of frames is invisible."""
+    """Catches modulation of the wrong frame: with one sigma for the clip, every mix-up of frames is
+    invisible.
+    """
     twin, ours = diffusers_twin(), tiny_network(dtype=torch.float32)
     ours.load_state_dict(twin.state_dict(), strict=True)
     x, text = latents("x").float(), conditioning().text.float()
@@ -74,7 +83,9 @@ def test_folders_saved_here_load_in_diffusers(tmp_path):
     ours = tiny_network(dtype=torch.float32)
     ours.save_pretrained(tmp_path)
     twin = WanTransformer3DModel.from_pretrained(tmp_path)
-    assert all(torch.equal(twin.state_dict()[name], value) for name, value in ours.state_dict().items())
+    assert all(
+        torch.equal(twin.state_dict()[name], value) for name, value in ours.state_dict().items()
+    )
 
 
 def test_one_chunk_over_all_frames_is_bidirectional():
@@ -104,12 +115,17 @@ def test_distance_in_time_matters():
     """Catches positions that are ignored altogether, which the relative test alone would welcome."""
     network, x, text = tiny_network(), latents("x"), conditioning()
     kv = network(x[:, :CHUNK], 0.0, text, Context()).kv
-    near, far = (network(x[:, CHUNK:], SIGMA, text, Context((kv,), start)).flow for start in (CHUNK, CHUNK + 1))
+    near, far = (
+        network(x[:, CHUNK:], SIGMA, text, Context((kv,), start)).flow
+        for start in (CHUNK, CHUNK + 1)
+    )
     assert (near - far).abs().max() > 1e-3
 
 
 def test_samples_of_a_batch_do_not_see_each_other():
-    """Catches statistics or modulation taken over the batch. float64; kernels may round by batch size."""
+    """Catches statistics or modulation taken over the batch. float64; kernels may round by batch
+    size.
+    """
     network, x, text = tiny_network(), latents("x"), conditioning()
     clean = latents("clean")
     both = network(x, SIGMA, text, packed_context(network, clean, text)).flow
@@ -167,7 +183,8 @@ def test_gradient_checkpointing_changes_nothing(with_context):
 
 
 def test_gradient_checkpointing_does_recompute():
-    """Catches a switch that is never asked: the test above would pass, and the memory would not be saved.
+    """Catches a switch that is never asked: the test above would pass, and the memory would not be
+    saved.
 
     Counts the values that the backward pass keeps, which checkpointing is there to reduce.
     """
@@ -177,7 +194,9 @@ def test_gradient_checkpointing_does_recompute():
         if checkpointing:
             network.enable_gradient_checkpointing()
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
+        ):
             network(latents("x"), SIGMA, conditioning()).flow.sum()
         kept.append(sum(sizes))
     assert kept[1] < 0.3 * kept[0]
@@ -187,7 +206,11 @@ def test_every_parameter_matters_to_the_flow():
     """Catches a layer that is built, loaded and never used."""
     network = tiny_network()
     (network(latents("x"), SIGMA, conditioning()).flow * latents("weight")).sum().backward()
-    assert [name for name, p in network.named_parameters() if p.grad is None or not p.grad.abs().max() > 0] == []
+    assert [
+        name
+        for name, p in network.named_parameters()
+        if p.grad is None or not p.grad.abs().max() > 0
+    ] == []
 
 
 def test_kv_of_a_chunk_carries_no_gradient():
@@ -198,7 +221,9 @@ def test_kv_of_a_chunk_carries_no_gradient():
 
 
 def test_padding_of_the_text_is_attended_to():
-    """Catches a text mask, which Wan does not have: its checkpoints were trained with the padding visible."""
+    """Catches a text mask, which Wan does not have: its checkpoints were trained with the padding
+    visible.
+    """
     network, x, text = tiny_network(), latents("x"), conditioning().text
     longer = torch.nn.functional.pad(text, (0, 0, 0, 3))
     short, long = (network(x, SIGMA, Conditioning(value)).flow for value in (text, longer))
@@ -206,26 +231,33 @@ def test_padding_of_the_text_is_attended_to():
 
 
 def test_sigma_reaches_the_network_as_a_fine_thousandfold_timestep():
-    """Catches a timestep that is rounded on its way, to an integer or in float32: a change of 1e-7 in sigma must be felt.
+    """Catches a timestep that is rounded on its way, to an integer or in float32: a change of 1e-7
+    in sigma must be felt.
 
-    The fastest feature is cos(1000 sigma), which such a step moves by up to 1e-4; three steps move it three times as far.
+    The fastest feature is cos(1000 sigma), which such a step moves by up to 1e-4; three steps move
+    it three times as far.
     """
     network, x, text = tiny_network(), latents("x"), conditioning()
     base = network(x, 0.5, text).flow
-    one, three = ((network(x, 0.5 + step, text).flow - base).abs().max().item() for step in (1e-7, 3e-7))
+    one, three = (
+        (network(x, 0.5 + step, text).flow - base).abs().max().item() for step in (1e-7, 3e-7)
+    )
     assert 1e-6 < one < 1e-3
     assert three / one == pytest.approx(3, rel=1e-2)
 
 
 def test_norms_have_wans_epsilon():
-    """Catches a norm's default of 1e-5, which shows only where activations are tiny: here, before each norm, about 1e-3.
+    """Catches a norm's default of 1e-5, which shows only where activations are tiny: here, before
+    each norm, about 1e-3.
 
     With a variance near 1e-6 the two epsilons differ by a factor of two in what leaves the norm.
     """
     twin, ours = diffusers_twin(), tiny_network(dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
-            if any(part in name for part in ("patch_embedding", "to_out", "to_q", "to_k", "ffn.net.2")):
+            if any(
+                part in name for part in ("patch_embedding", "to_out", "to_q", "to_k", "ffn.net.2")
+            ):
                 parameter.mul_(1e-3)
     ours.load_state_dict(twin.state_dict(), strict=True)
     x, text, sigma = latents("x").float(), conditioning().text.float(), SIGMA.float()
@@ -234,14 +266,19 @@ def test_norms_have_wans_epsilon():
 
 
 def test_half_precision_answers_as_full_precision_does():
-    """Catches a timestep held in bfloat16, which is off by up to two whole steps of the fastest feature.
+    """Catches a timestep held in bfloat16, which is off by up to two whole steps of the fastest
+    feature.
 
-    8 mantissa bits through 2 layers leave .6 % of the flow's spread (three seeds: .6 to .9); 2 % are allowed.
+    8 mantissa bits through 2 layers leave .6 % of the flow's spread (three seeds: .6 to .9); 2 %
+    are allowed.
     """
     half = tiny_network(dtype=torch.bfloat16)
     exact = tiny_network()
     exact.load_state_dict({name: value.double() for name, value in half.state_dict().items()})
-    x, text = latents("x").bfloat16().double(), Conditioning(conditioning().text.bfloat16().double())
+    x, text = (
+        latents("x").bfloat16().double(),
+        Conditioning(conditioning().text.bfloat16().double()),
+    )
     context = Context((), 10_000)
     flow = exact(x, SIGMA, text, context).flow
     error = half(x, SIGMA, text, context).flow.double() - flow
@@ -249,7 +286,9 @@ def test_half_precision_answers_as_full_precision_does():
 
 
 def test_initial_weights_are_wans_and_a_function_of_the_generator():
-    """Catches weights left as torch draws them, from global state: two machines would start from different teachers."""
+    """Catches weights left as torch draws them, from global state: two machines would start from
+    different teachers.
+    """
     networks = []
     for global_seed in (0, 1):
         torch.manual_seed(global_seed)
@@ -267,7 +306,9 @@ def test_initial_weights_are_wans_and_a_function_of_the_generator():
 @pytest.mark.parametrize("shape", [(1, 2, 4, 5, 6), (1, 2, 4, 4, 7)], ids=["height", "width"])
 def test_latents_that_do_not_fit_the_patch_are_refused(shape):
     """Catches a convolution that quietly drops the last row of an odd frame."""
-    with pytest.raises(ValueError, match=r"must be multiples of the patch \(1, 2, 2\).*divisible by 16"):
+    with pytest.raises(
+        ValueError, match=r"must be multiples of the patch \(1, 2, 2\).*divisible by 16"
+    ):
         tiny_network()(torch.zeros(shape), 0.5, conditioning(1))
 
 
@@ -279,7 +320,9 @@ def test_chunk_kv_counts_latent_frames_not_tokens():
 
 
 def test_network_is_told_one_sigma_for_each_latent_frame():
-    """Catches a sigma given per sample but read per frame, which shapes cannot tell apart when B = F."""
+    """Catches a sigma given per sample but read per frame, which shapes cannot tell apart when B =
+    F.
+    """
     x = torch.zeros(2, 2, 1, 1, 1)
     per_sample = torch.tensor([0.25, 0.75])
     assert sigma_per_frame(per_sample, x).tolist() == [[0.25, 0.25], [0.75, 0.75]]

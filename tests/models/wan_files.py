@@ -15,7 +15,14 @@ from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.models.wan_keys import to_wan
 
 HEAD_DIM = 16
-WAN_CONFIG = {"_class_name": "WanModel", "dim": 32, "num_heads": 2, "num_layers": 2, "ffn_dim": 48, "eps": 1e-6}
+WAN_CONFIG = {
+    "_class_name": "WanModel",
+    "dim": 32,
+    "num_heads": 2,
+    "num_layers": 2,
+    "ffn_dim": 48,
+    "eps": 1e-6,
+}
 WAN_CONFIG |= {"freq_dim": 32, "in_dim": 4, "out_dim": 4, "model_type": "t2v", "text_len": 512}
 
 OUTER = """
@@ -34,7 +41,9 @@ BLOCK = """
 
 
 def wan_shapes(width: int, ffn: int, layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the original checkpoints, written from their description and not from the code."""
+    """Names and shapes of the original checkpoints, written from their description and not from the
+    code.
+    """
 
     def shape(name: str) -> tuple[int, ...]:
         special: dict[str, tuple[int, ...]] = {
@@ -61,7 +70,8 @@ def wan_shapes(width: int, ffn: int, layers: int) -> dict[str, tuple[int, ...]]:
 def wan_state(seed: int = 0, **sizes: Any) -> dict[str, Tensor]:
     """A tiny network's tensors under original names."""
     return {
-        str(to_wan(name)): t.contiguous() for name, t in tiny_network(seed, torch.float32, **sizes).state_dict().items()
+        str(to_wan(name)): t.contiguous()
+        for name, t in tiny_network(seed, torch.float32, **sizes).state_dict().items()
     }
 
 
@@ -76,7 +86,9 @@ def same(network: WanTransformer, expected: dict[str, Tensor] | None = None) -> 
 
 def wan_folder(folder: Path, state: dict[str, Tensor], **config: Any) -> Path:
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({**WAN_CONFIG, "text_dim": TINY["text_dim"], **config}))
+    (folder / "config.json").write_text(
+        json.dumps({**WAN_CONFIG, "text_dim": TINY["text_dim"], **config})
+    )
     save_file(state, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
     return folder
 

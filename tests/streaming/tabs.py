@@ -1,4 +1,6 @@
-"""Tabs of a browser, as far as the live page's server sees them, and the server itself on a free port."""
+"""Tabs of a browser, as far as the live page's server sees them, and the server itself on a free
+port.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,9 @@ class Tab:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.socket.close()
 
     def send(self, kind: str, **fields: Any) -> None:

@@ -22,7 +22,12 @@ class Gate(Writer):
     """Writes when it is let; fails at a given chunk."""
 
     def __init__(self, fails_at: int = -1) -> None:
-        self.open, self.written, self.fails_at, self.closed = threading.Event(), list[Frames](), fails_at, False
+        self.open, self.written, self.fails_at, self.closed = (
+            threading.Event(),
+            list[Frames](),
+            fails_at,
+            False,
+        )
 
     def write(self, frames: Frames) -> None:
         self.open.wait(5)
@@ -46,7 +51,9 @@ def test_the_file_is_the_same(tmp_path: Path):
 
 
 def test_a_slow_writer_holds_the_stream_back():
-    """Catches a queue without bounds: with the writer stuck, one chunk is in its hands, the rest of the room is taken."""
+    """Catches a queue without bounds: with the writer stuck, one chunk is in its hands, the rest of
+    the room is taken.
+    """
     gate = Gate()
     writer, accepted = BackgroundWriter(gate), []
 
@@ -63,11 +70,15 @@ def test_a_slow_writer_holds_the_stream_back():
     gate.open.set()
     feeder.join(5)
     writer.close()
-    assert [int(frames.sum()) for frames in gate.written] == [int(chunk(n).sum()) for n in range(MAX_WAITING + 3)]
+    assert [int(frames.sum()) for frames in gate.written] == [
+        int(chunk(n).sum()) for n in range(MAX_WAITING + 3)
+    ]
 
 
 def test_an_error_comes_back_once_and_the_file_is_closed():
-    """Catches a full disk, or a reader that has gone, that nobody hears of; and a close that hangs or raises it again."""
+    """Catches a full disk, or a reader that has gone, that nobody hears of; and a close that hangs
+    or raises it again.
+    """
     gate = Gate(fails_at=1)
     gate.open.set()
     writer = BackgroundWriter(gate)

@@ -1,4 +1,6 @@
-"""The command line as users run it, on the shipped tiny student: what it prints is what the specification asks for."""
+"""The command line as users run it, on the shipped tiny student: what it prints is what the
+specification asks for.
+"""
 
 from __future__ import annotations
 
@@ -25,8 +27,28 @@ from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
 KEYS = {
-    "environment": {"device", "threads", "torch", "cuda", "cudnn", "driver", "dtype", "attention", "visible_frames"}
-    | {"sink_frames", "window_frames", "positions", "ladder", "resolution", "compile", "weights", "git", "size"},
+    "environment": {
+        "device",
+        "threads",
+        "torch",
+        "cuda",
+        "cudnn",
+        "driver",
+        "dtype",
+        "attention",
+        "visible_frames",
+    }
+    | {
+        "sink_frames",
+        "window_frames",
+        "positions",
+        "ladder",
+        "resolution",
+        "compile",
+        "weights",
+        "git",
+        "size",
+    },
     "ttff_split_cold_ms": {"text", "noise", "dit", "vae", "copy_and_rest"},
     "ttff_split_warm_ms": {"text", "noise", "dit", "vae", "copy_and_rest"},
     "chunk_latency_ms": {"p50", "p95", "p99", "max"},
@@ -37,14 +59,42 @@ KEYS = {
     "prompt_to_photon_ms": {"trials", "mode", "p50", "max"},
     "flops_per_chunk": {"denoise", "commit", "decode", "total"},
     "utilisation": {"chunk", "dit", "vae"},
-    "stages_ms": {"noise", "dit_step_1", "dit_step_4", "commit_pass", "vae_decode", "convert_and_copy", "unattributed"},
+    "stages_ms": {
+        "noise",
+        "dit_step_1",
+        "dit_step_4",
+        "commit_pass",
+        "vae_decode",
+        "convert_and_copy",
+        "unattributed",
+    },
     "baseline_naive": {"ours_p50_ms", "naive_p50_ms", "ratio", "least_possible_ratio"},
     "peak_memory_bytes": {"resident"},
 }
 PLAIN = {
-    *("ttff_cold_ms", "ttff_warm_ms", "ttfc_cold_ms", "ttfc_warm_ms", "num_steady_chunks", "steady_fps_with_vae"),
-    *("dit_only_fps", "dit_only_pass_fps", "decode_exposed_ms", "rtf", "playback_fps", "deadline_miss_rate"),
-    *("min_buffer_ms", "mem_growth_mb_per_1k_chunks", "syncs_per_chunk", "kernels_per_chunk", "cpu_launch_ms"),
+    *(
+        "ttff_cold_ms",
+        "ttff_warm_ms",
+        "ttfc_cold_ms",
+        "ttfc_warm_ms",
+        "num_steady_chunks",
+        "steady_fps_with_vae",
+    ),
+    *(
+        "dit_only_fps",
+        "dit_only_pass_fps",
+        "decode_exposed_ms",
+        "rtf",
+        "playback_fps",
+        "deadline_miss_rate",
+    ),
+    *(
+        "min_buffer_ms",
+        "mem_growth_mb_per_1k_chunks",
+        "syncs_per_chunk",
+        "kernels_per_chunk",
+        "cpu_launch_ms",
+    ),
     *("peak_tflops", "ramp_latency_ms"),
 }
 
@@ -61,7 +111,19 @@ def run(*arguments: str) -> tuple[int, str, str]:
 def quick(tmp_path_factory) -> tuple[str, Path]:
     """What one quick run of everything printed, and the file that it wrote."""
     out = tmp_path_factory.mktemp("benchmark") / "result.json"
-    options = ("--quick", "--chunks", "3", "--warmup", "0", "--device", "cpu", "--sink", "3", "--window", "3")
+    options = (
+        "--quick",
+        "--chunks",
+        "3",
+        "--warmup",
+        "0",
+        "--device",
+        "cpu",
+        "--sink",
+        "3",
+        "--window",
+        "3",
+    )
     extras = ("--baseline", "naive", "--dit-only", "--peak-tflops", "0.5", "--out", str(out))
     status, printed, complaint = run(*options, *extras)
     assert status == 0, complaint
@@ -69,25 +131,34 @@ def quick(tmp_path_factory) -> tuple[str, Path]:
 
 
 def test_a_run_ends_with_one_line_of_json(quick):
-    """Catches a log line after the result, a result over several lines, and NaN, which JSON does not know."""
+    """Catches a log line after the result, a result over several lines, and NaN, which JSON does
+    not know.
+    """
     printed, out = quick
-    assert json.loads(printed.splitlines()[-1], parse_constant=pytest.fail) == json.loads(out.read_text())
+    assert json.loads(printed.splitlines()[-1], parse_constant=pytest.fail) == json.loads(
+        out.read_text()
+    )
 
 
 def test_everything_that_was_asked_for_is_in_the_result(quick):
     """Catches a metric of the specification that is not reported."""
     result = read_result(quick[1])
     assert set(KEYS) | PLAIN <= set(result)
-    assert {name: keys - set(result[name]) for name, keys in KEYS.items() if keys - set(result[name])} == {}
+    assert {
+        name: keys - set(result[name]) for name, keys in KEYS.items() if keys - set(result[name])
+    } == {}
 
 
 def test_the_figures_fit_together(quick):
-    """Catches units that are off by a thousand, frames counted in latent ones, and a breakdown that does not add up."""
+    """Catches units that are off by a thousand, frames counted in latent ones, and a breakdown that
+    does not add up.
+    """
     result = read_result(quick[1])
     stages = dict(result["stages_ms"])
     wall = stages.pop("wall")
     assert sum(stages.values()) == pytest.approx(wall)
-    assert result["steady_fps_with_vae"] == pytest.approx(12 * 1000 / wall)  # three latent frames are 12 video frames
+    # three latent frames are 12 video frames
+    assert result["steady_fps_with_vae"] == pytest.approx(12 * 1000 / wall)
     assert result["rtf"] == pytest.approx(16 / result["steady_fps_with_vae"])
     assert result["dit_only_fps"] > result["steady_fps_with_vae"]
     assert sum(result["ttff_split_warm_ms"].values()) == pytest.approx(result["ttff_warm_ms"])
@@ -98,15 +169,29 @@ def test_the_figures_fit_together(quick):
 
 
 def test_a_table_for_people_comes_first(quick):
-    """Catches figures without a name for what they include, and random weights that nobody mentions."""
-    for words in ("steady FPS, VAE included", "DiT-only FPS", "K = 6", "trained weights", "p99 needs 200"):
+    """Catches figures without a name for what they include, and random weights that nobody
+    mentions.
+    """
+    for words in (
+        "steady FPS, VAE included",
+        "DiT-only FPS",
+        "K = 6",
+        "trained weights",
+        "p99 needs 200",
+    ):
         assert words in quick[0]
 
 
 def test_compare_shows_both_their_ratio_and_what_differs(quick, tmp_path):
-    """Catches a comparison of two machines that looks like one of two versions, and a ratio upside down."""
+    """Catches a comparison of two machines that looks like one of two versions, and a ratio upside
+    down.
+    """
     result = read_result(quick[1])
-    other = {**result, "environment": {**result["environment"], "threads": 7}, "rtf": 2 * result["rtf"]}
+    other = {
+        **result,
+        "environment": {**result["environment"], "threads": 7},
+        "rtf": 2 * result["rtf"],
+    }
     (tmp_path / "other.json").write_text(json.dumps(other))
     _, printed, _ = run("--compare", str(quick[1]), str(tmp_path / "other.json"))
     assert "warning: threads differs: 1 and 7" in printed
@@ -118,8 +203,20 @@ def test_compare_shows_both_their_ratio_and_what_differs(quick, tmp_path):
 
 
 def test_fast_variants_say_what_they_are():
-    """Catches options that are taken and not used: 8-bit layers and a decoder elsewhere, against the naive cache."""
-    extras = ("--fp8", "--vae-device", "cpu", "--baseline", "naive", "--chunks", "3", "--threads", "1")
+    """Catches options that are taken and not used: 8-bit layers and a decoder elsewhere, against
+    the naive cache.
+    """
+    extras = (
+        "--fp8",
+        "--vae-device",
+        "cpu",
+        "--baseline",
+        "naive",
+        "--chunks",
+        "3",
+        "--threads",
+        "1",
+    )
     status, printed, complaint = run("--quick", "--device", "cpu", *extras)
     assert status == 0, complaint
     result = json.loads(printed.splitlines()[-1])
@@ -139,7 +236,10 @@ def test_fast_variants_say_what_they_are():
         (("--fps", "0"), "fps must be positive"),
         (("--attention", "fa3"), "needs a CUDA device"),
         (("--random-weights", "--checkpoint", "x"), "are of the tiny size"),
-        (("--positions", "absolute", "--quick", "--chunks", "1", "--baseline", "naive"), "use sink_relative"),
+        (
+            ("--positions", "absolute", "--quick", "--chunks", "1", "--baseline", "naive"),
+            "use sink_relative",
+        ),
     ],
 )
 def test_errors_say_what_to_do(arguments, message):
@@ -161,11 +261,15 @@ def test_a_file_without_a_result_is_refused(content, tmp_path):
 
 
 def test_help_does_not_wait_for_torch():
-    """Catches a heavy import at the top of the program: a second is what torch alone takes. The best of three counts."""
+    """Catches a heavy import at the top of the program: a second is what torch alone takes. The
+    best of three counts.
+    """
     times = []
     for _ in range(3):
         begun = time.perf_counter()
-        subprocess.run([sys.executable, benchmark.__file__, "--help"], capture_output=True, check=True)
+        subprocess.run(
+            [sys.executable, benchmark.__file__, "--help"], capture_output=True, check=True
+        )
         times.append(time.perf_counter() - begun)
     assert min(times) < 1
 
@@ -174,7 +278,9 @@ def test_help_does_not_wait_for_torch():
 def model() -> StreamModel:
     """Two layers on 4 x 6 latents."""
     codec = TinyCodec(rng.normal((192, 16), 0, "first"), rng.normal((768, 16), 0, "rest"), 1.0)
-    network = tiny_network(dtype=torch.float32, in_channels=16, out_channels=16).requires_grad_(False)
+    network = tiny_network(dtype=torch.float32, in_channels=16, out_channels=16).requires_grad_(
+        False
+    )
     return StreamModel(network, codec, TinyText(12), LADDER, 3, (4, 6))
 
 
@@ -193,7 +299,9 @@ def test_timing_does_not_change_the_video(model):
 
 
 def test_every_call_of_the_network_is_a_stage(model):
-    """Catches a step that is not counted, or a commit pass taken for one: four steps and one commit a chunk."""
+    """Catches a step that is not counted, or a commit pass taken for one: four steps and one commit
+    a chunk.
+    """
     bench = Bench(model, StreamSettings(sink_frames=0, window_frames=6), ("a", "b"), Plan())
     with timed_calls(model.student, bench.clocks[0], model.ladder):
         session, _ = bench.start()
@@ -204,11 +312,15 @@ def test_every_call_of_the_network_is_a_stage(model):
     ]
     for name in ("dit_step_1", "commit_pass", "vae_decode", "noise", "convert_and_copy"):
         assert breakdown[name] > 0
-    assert recording.stages_ms["denoise"] >= sum(recording.stages_ms[f"dit_step_{i}"] for i in range(1, 5))
+    assert recording.stages_ms["denoise"] >= sum(
+        recording.stages_ms[f"dit_step_{i}"] for i in range(1, 5)
+    )
 
 
 def test_the_ramp_is_no_part_of_the_steady_state(model):
-    """Catches cheap first chunks in the median: K = 9 is full at the third chunk; steady ones forget another."""
+    """Catches cheap first chunks in the median: K = 9 is full at the third chunk; steady ones
+    forget another.
+    """
     bench = Bench(model, StreamSettings(sink_frames=3, window_frames=6), ("a", "b"), Plan())
     session = StreamSession(model, "a", bench.settings)
     recording = bench.run(session, 2)
@@ -218,7 +330,8 @@ def test_the_ramp_is_no_part_of_the_steady_state(model):
 
 
 def test_a_wish_is_answered_by_the_next_chunk(model):
-    """Catches a wait that begins at the chunk's end: never shorter than the chunk that follows, nor longer than two.
+    """Catches a wait that begins at the chunk's end: never shorter than the chunk that follows, nor
+    longer than two.
 
     The other prompt must have come, or the first frame would not be one made under it.
     """
@@ -232,7 +345,9 @@ def test_a_wish_is_answered_by_the_next_chunk(model):
 
 def test_a_peak_is_never_made_up(model):
     """Catches an MFU on a device without a stated peak."""
-    result = measure(model, StreamSettings(), ("a", "b"), Plan(num_chunks=1, num_restarts=1, num_prompt_trials=0))
+    result = measure(
+        model, StreamSettings(), ("a", "b"), Plan(num_chunks=1, num_restarts=1, num_prompt_trials=0)
+    )
     assert {use["mfu"] for use in result["utilisation"].values()} == {None}
     assert result["prompt_to_photon_ms"] is None
     assert result["baseline_naive"] is None
@@ -249,8 +364,12 @@ def recorded(ready_s: list[float], stages: list[dict[str, float]]) -> Recording:
 
 
 def test_only_steady_chunks_count_in_sums_and_pace():
-    """Catches a ramp in the sums: four chunks, steady from the third; 24 frames in the three seconds after the second."""
-    recording = recorded([0.0, 1.0, 2.0, 4.0], [{"noise": 99.0}, {"noise": 99.0}, {"noise": 3.0}, {"noise": 5.0}])
+    """Catches a ramp in the sums: four chunks, steady from the third; 24 frames in the three
+    seconds after the second.
+    """
+    recording = recorded(
+        [0.0, 1.0, 2.0, 4.0], [{"noise": 99.0}, {"noise": 99.0}, {"noise": 3.0}, {"noise": 5.0}]
+    )
     assert recording.intervals_ms == [1000.0, 2000.0]
     result = steady_state(recording, playback_fps=16, buffer_chunks=1)
     assert result["steady_fps_with_vae"] == 8.0
@@ -261,8 +380,15 @@ def test_only_steady_chunks_count_in_sums_and_pace():
 
 
 def test_the_parts_of_a_stage_are_taken_out_of_it():
-    """Catches time that is shown twice: steps within denoising, the VAE within decoding, the pass within the commit."""
-    parts: dict[str, Any] = {"denoise": 50.0, "dit_step_1": 20.0, "dit_step_2": 25.0, "commit": 12.0}
+    """Catches time that is shown twice: steps within denoising, the VAE within decoding, the pass
+    within the commit.
+    """
+    parts: dict[str, Any] = {
+        "denoise": 50.0,
+        "dit_step_1": 20.0,
+        "dit_step_2": 25.0,
+        "commit": 12.0,
+    }
     parts |= {"commit_pass": 11.0, "decode": 30.0, "vae": 28.0}
     breakdown = stage_breakdown(recorded([0.0, 1.0, 1.1], [{}, {}, parts]))
     assert breakdown["denoise_rest"] == 5.0

@@ -74,10 +74,14 @@ def test_lines_become_commands(line, command):
     ],
 )
 def test_wrong_commands_are_answered_and_do_nothing(line, message):
-    """Catches a mistyped command that becomes the prompt, a seed no generator takes, and a reply of many lines."""
+    """Catches a mistyped command that becomes the prompt, a seed no generator takes, and a reply of
+    many lines.
+    """
     control = Control()
     reply = control.submit(line)
-    assert reply.startswith("error ") and message in reply and "\n" not in reply and len(reply) < 300
+    assert (
+        reply.startswith("error ") and message in reply and "\n" not in reply and len(reply) < 300
+    )
     assert control.poll() == []
 
 
@@ -107,7 +111,9 @@ def test_quit_drops_what_waits():
 
 
 def test_a_flood_is_refused_and_prompts_still_pass():
-    """Catches memory that grows with the sender's speed, and a flood that locks out prompts or the way to stop it."""
+    """Catches memory that grows with the sender's speed, and a flood that locks out prompts or the
+    way to stop it.
+    """
     control = Control()
     replies = [control.submit(f"/seed {i}") for i in range(MAX_PENDING + 10)]
     assert [reply.startswith("ok") for reply in replies] == [True] * MAX_PENDING + [False] * 10
@@ -120,10 +126,20 @@ def test_a_flood_is_refused_and_prompts_still_pass():
 
 @pytest.mark.parametrize("piece", [1, 2, 7, 10_000])
 def test_lines_do_not_depend_on_how_bytes_arrive(piece):
-    """Catches a line torn at a packet's border, and the tail of a long line taken for a line of its own."""
-    text = "größer\n\n/pause\n" + "x" * MAX_LINE_BYTES + "\n" + "y" * (2 * MAX_LINE_BYTES + 1) + "\nlast\n"
+    """Catches a line torn at a packet's border, and the tail of a long line taken for a line of its
+    own.
+    """
+    text = (
+        "größer\n\n/pause\n"
+        + "x" * MAX_LINE_BYTES
+        + "\n"
+        + "y" * (2 * MAX_LINE_BYTES + 1)
+        + "\nlast\n"
+    )
     data, splitter = text.encode(), LineSplitter()
-    lines = [line for i in range(0, len(data), piece) for line in splitter.feed(data[i : i + piece])]
+    lines = [
+        line for i in range(0, len(data), piece) for line in splitter.feed(data[i : i + piece])
+    ]
     assert lines == ["größer".encode(), b"", b"/pause", b"x" * MAX_LINE_BYTES, None, b"last"]
 
 
@@ -175,7 +191,9 @@ def test_lines_arrive_while_the_stream_is_open():
 
 
 def test_the_end_of_stdin_ends_nothing_else():
-    """Catches a stream that stops, or polls that fail, once `echo ... |` has said all; its last line needs no end."""
+    """Catches a stream that stops, or polls that fail, once `echo ... |` has said all; its last
+    line needs no end.
+    """
     pipe = Pipe()
     pipe.send(b"/pause\na disc")
     pipe.end()
@@ -197,7 +215,9 @@ def test_bytes_that_are_no_text_are_answered():
 
 
 def test_python_ends_while_the_reader_waits():
-    """Catches `Fatal Python error: could not acquire lock for stdin` at the end of each stream from a terminal."""
+    """Catches `Fatal Python error: could not acquire lock for stdin` at the end of each stream from
+    a terminal.
+    """
     code = (
         "import sys\n"
         "from selfforcing_dfd.streaming.control import Control, LineReader\n"
@@ -240,7 +260,9 @@ def address(request, tmp_path):
 
 
 def test_each_line_is_answered_by_a_line(address):
-    """Catches answers that come late, of several lines, or not at all, and an error that ends the connection."""
+    """Catches answers that come late, of several lines, or not at all, and an error that ends the
+    connection.
+    """
     control = Control()
     with SocketControl(address, control) as server:
         client = Client(server)
@@ -269,14 +291,17 @@ def test_an_overlong_line_is_refused(address):
     control = Control()
     with SocketControl(address, control) as server:
         client = Client(server)
-        assert client.ask(b"x" * (MAX_LINE_BYTES + 1) + b"\n/quit\n").startswith("error the line is over 4096 bytes")
+        assert client.ask(b"x" * (MAX_LINE_BYTES + 1) + b"\n/quit\n").startswith(
+            "error the line is over 4096 bytes"
+        )
         assert client.lines.read() == ""
     assert control.poll() == []
 
 
 @pytest.mark.parametrize("padding", [0, MAX_LINE_BYTES])
 def test_a_web_page_cannot_send_commands(padding):
-    """Catches fetch("http://127.0.0.1:PORT", {method: "POST", body: "/quit"}) from any page the user looks at.
+    """Catches fetch("http://127.0.0.1:PORT", {method: "POST", body: "/quit"}) from any page the
+    user looks at.
 
     A long address must not hide the line by which HTTP is known.
     """
@@ -296,9 +321,12 @@ def test_a_client_that_does_not_read_is_alone_with_it(address):
         deaf, other = Client(server), Client(server)
         deaf.socket.setblocking(False)
         num_sent = 0
-        while select.select([], [deaf.socket], [], 0.5)[1]:  # until the server reads no more from it either
+        # until the server reads no more from it either
+        while select.select([], [deaf.socket], [], 0.5)[1]:
             num_sent += deaf.socket.send(b"/help\n" * 1000)
-            assert num_sent < 2**25, "the kernel's buffers are smaller: the server reads on and keeps the replies"
+            assert num_sent < 2**25, (
+                "the kernel's buffers are smaller: the server reads on and keeps the replies"
+            )
         assert other.ask(b"/pause\n") == "ok pause\n"
         assert control.poll() == [Pause()]
 
@@ -308,7 +336,9 @@ def test_clients_are_limited_and_their_places_free_again(address):
     with SocketControl(address, Control()) as server:
         clients = [Client(server) for _ in range(MAX_CLIENTS)]
         assert [client.ask(b"/pause\n") for client in clients] == ["ok pause\n"] * MAX_CLIENTS
-        assert Client(server).lines.readline().startswith(f"error {MAX_CLIENTS} clients are connected")
+        assert (
+            Client(server).lines.readline().startswith(f"error {MAX_CLIENTS} clients are connected")
+        )
         clients[0].socket.shutdown(socket.SHUT_WR)
         assert clients[0].lines.read() == ""
         assert Client(server).ask(b"/pause\n") == "ok pause\n"
@@ -347,7 +377,9 @@ def test_a_port_is_open_to_this_machine_only():
 
 
 def test_a_socket_that_was_left_behind_is_replaced_and_a_live_one_is_not(tmp_path):
-    """Catches `kill -9` once, and --control never again; and the opposite, a second stream that takes the first one's."""
+    """Catches `kill -9` once, and --control never again; and the opposite, a second stream that
+    takes the first one's.
+    """
     left = socket.socket(socket.AF_UNIX)
     left.bind(str(tmp_path / "control"))
     left.close()

@@ -26,7 +26,13 @@ from selfforcing_dfd.streaming.flops import (
 )
 from selfforcing_dfd.tiny.codec import TinyCodec
 
-WAN_1_3B = {"num_attention_heads": 12, "attention_head_dim": 128, "ffn_dim": 8960, "num_layers": 30, "text_dim": 4096}
+WAN_1_3B = {
+    "num_attention_heads": 12,
+    "attention_head_dim": 128,
+    "ffn_dim": 8960,
+    "num_layers": 30,
+    "text_dim": 4096,
+}
 
 
 def counted(run: Any) -> int:
@@ -38,14 +44,18 @@ def counted(run: Any) -> int:
 
 @pytest.mark.parametrize("past_chunks", [0, 2])
 def test_a_forward_pass_is_counted_to_the_last_product(past_chunks):
-    """Catches a projection left out, attention over the current chunk alone, and twos lost in multiply-adds."""
+    """Catches a projection left out, attention over the current chunk alone, and twos lost in
+    multiply-adds.
+    """
     network, cache, frames = tiny_network(), KVCache(), 2
     prepared = network.prepare(conditioning(1), LADDER)
     for i in range(past_chunks):
         cache.append(network(latents(f"past {i}", frames, 1), 0.0, prepared, cache.read(frames)).kv)
     x_t, past = latents("x_t", frames, 1), cache.read(frames)
     want = counted(lambda: network(x_t, LADDER[1], prepared, past))
-    assert forward_flops(network, frames, frames * (1 + past_chunks), SHAPE[1:], TEXT_LENGTH) == want
+    assert (
+        forward_flops(network, frames, frames * (1 + past_chunks), SHAPE[1:], TEXT_LENGTH) == want
+    )
 
 
 def test_what_is_prepared_is_counted_once_for_a_prompt():
@@ -65,7 +75,8 @@ def small_vae() -> AutoencoderKLWan:
 
 
 def test_a_latent_frame_is_decoded_with_as_many_products_as_counted(small_vae):
-    """Catches a level at the resolution of its neighbour, time doubled too early or late, and the first frame's exception.
+    """Catches a level at the resolution of its neighbour, time doubled too early or late, and the
+    first frame's exception.
 
     The first latent frame alone, and what each further one adds.
     """
@@ -79,20 +90,27 @@ def test_the_tiny_codec_is_counted_too():
     """Catches four video frames for the first latent frame."""
     codec = TinyCodec(torch.randn(192, 16), torch.randn(768, 16), 1.0)
     counts = [counted(lambda n=n: codec.decode(torch.randn(1, n, 16, 3, 5))) for n in (1, 2)]
-    assert [decode_flops(codec, (3, 5), first=True), decode_flops(codec, (3, 5))] == [counts[0], counts[1] - counts[0]]
+    assert [decode_flops(codec, (3, 5), first=True), decode_flops(codec, (3, 5))] == [
+        counts[0],
+        counts[1] - counts[0],
+    ]
 
 
 def test_real_sizes_agree_with_figures_worked_out_by_hand():
-    """Catches a formula that is right at one size only: Wan2.1-1.3B at 480x832, chunks of 3, K = 12, in TFLOP.
+    """Catches a formula that is right at one size only: Wan2.1-1.3B at 480x832, chunks of 3, K =
+    12, in TFLOP.
 
-    Linear layers 30 * 4680 * 2 * (6 * 1536^2 + 2 * 1536 * 8960), self-attention 1.346 for each visible latent frame and
-    the text's 0.44; the VAE 13.55 for each latent frame. Shapes only: no memory is taken.
+    Linear layers 30 * 4680 * 2 * (6 * 1536^2 + 2 * 1536 * 8960), self-attention 1.346 for each
+    visible latent frame and the text's 0.44; the VAE 13.55 for each latent frame. Shapes only: no
+    memory is taken.
     """
     with torch.device("meta"):
         network, vae = tiny_network(dtype=torch.bfloat16, **WAN_1_3B), AutoencoderKLWan()
     forward = forward_flops(network, 3, 12, (60, 104), 512) / 1e12
-    assert forward == pytest.approx(11.70 + 12 * 1.346 + 0.44, abs=0.02)  # the figures have four digits
-    assert wan_decode_flops(vae, (60, 104)) / 1e12 == pytest.approx(13.55, abs=0.1)  # attention was not in the figure
+    # the figures have four digits
+    assert forward == pytest.approx(11.70 + 12 * 1.346 + 0.44, abs=0.02)
+    # attention was not in the figure
+    assert wan_decode_flops(vae, (60, 104)) / 1e12 == pytest.approx(13.55, abs=0.1)
 
 
 def test_a_chunk_is_its_parts():
@@ -119,7 +137,9 @@ def test_a_chunk_is_its_parts():
     ],
 )
 def test_peaks_go_by_the_whole_name(name, peak):
-    """Catches an L40S taken for an L4, an A100 for an A10, and a made-up peak for an unknown device."""
+    """Catches an L40S taken for an L4, an A100 for an A10, and a made-up peak for an unknown
+    device.
+    """
     assert peak_tflops(name) == peak
 
 

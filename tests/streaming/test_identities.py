@@ -1,4 +1,6 @@
-"""A stream is the rollout that training used, whatever the cache, the split and the company; in float64 to rounding."""
+"""A stream is the rollout that training used, whatever the cache, the split and the company; in
+float64 to rounding.
+"""
 
 from __future__ import annotations
 
@@ -22,14 +24,19 @@ from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
 LADDER = (1.0, 0.9375, 0.625)
-ROUNDING = 1e-10  # float64 through two blocks, sums in another order; a wrong key or position gives 1e-2 and more
+# float64 through two blocks, sums in another order; a wrong key or position gives 1e-2 and more
+ROUNDING = 1e-10
 LATENT_SIZE = (4, 6)
 
 
 @pytest.fixture(scope="module")
 def model() -> StreamModel:
-    """The real network, codec and text encoder, small, in float64; random weights. Chunks of two latent frames."""
-    first, rest = (torch.linalg.qr(rng.normal((size, 16), 0, "basis", size)).Q for size in (192, 768))
+    """The real network, codec and text encoder, small, in float64; random weights. Chunks of two
+    latent frames.
+    """
+    first, rest = (
+        torch.linalg.qr(rng.normal((size, 16), 0, "basis", size)).Q for size in (192, 768)
+    )
     codec = TinyCodec(first.contiguous(), rest.contiguous(), 1.0)
     student = tiny_network(in_channels=16, out_channels=16).requires_grad_(False)
     return StreamModel(student, codec, TinyText(12, 5), LADDER, 2, LATENT_SIZE)
@@ -64,7 +71,9 @@ def ring(student: WanTransformer, sink: int, window: int, positions: Positions) 
     return RingCache(model_shape, 2, sink, window, positions, dtype=torch.float64)
 
 
-def run(student: WanTransformer, cache: Any, text: Conditioning, lengths: Sequence[int]) -> list[Tensor]:
+def run(
+    student: WanTransformer, cache: Any, text: Conditioning, lengths: Sequence[int]
+) -> list[Tensor]:
     """Generate chunks of these lengths with any cache; the same noise for chunk i each time."""
     made = []
     for i, frames in enumerate(lengths):
@@ -76,23 +85,32 @@ def run(student: WanTransformer, cache: Any, text: Conditioning, lengths: Sequen
 
 
 def test_stream_is_the_rollout(model):
-    """Catches any difference between what is trained and what is shown: noise, steps, cache, positions, commit pass."""
+    """Catches any difference between what is trained and what is shown: noise, steps, cache,
+    positions, commit pass.
+    """
     made = stream(model, 4, sink_frames=0, window_frames=8, positions="absolute")
     shape = (1, 2, 16, *LATENT_SIZE)
     draws = [
-        torch.stack([rng.normal(shape, 0, "stream noise", chunk, step) for step in range(3)]) for chunk in range(4)
+        torch.stack([rng.normal(shape, 0, "stream noise", chunk, step) for step in range(3)])
+        for chunk in range(4)
     ]
     chunks = tuple(Chunk(2 * i, 2) for i in range(4))
-    wanted = rollout(model.student, torch.cat(draws, dim=2), conditioning(model), KVCache(), LADDER, chunks).x0
+    wanted = rollout(
+        model.student, torch.cat(draws, dim=2), conditioning(model), KVCache(), LADDER, chunks
+    ).x0
     assert (made - wanted).abs().max() < ROUNDING
 
 
 @pytest.mark.parametrize("first", [2, 1])
 @pytest.mark.parametrize(("sink", "window"), [(0, 6), (0, 2), (2, 4), (2, 2), (4, 4)])
 def test_ring_is_the_cache_by_concatenation(model, sink, window, first):
-    """Catches a slot that is overwritten too early or seen too long, in every phase of the ring, after a short first chunk."""
+    """Catches a slot that is overwritten too early or seen too long, in every phase of the ring,
+    after a short first chunk.
+    """
     lengths = [first] + [2] * 8
-    by_ring = run(model.student, ring(model.student, sink, window, "absolute"), conditioning(model), lengths)
+    by_ring = run(
+        model.student, ring(model.student, sink, window, "absolute"), conditioning(model), lengths
+    )
     wanted = run(model.student, KVCache(sink, sink + window), conditioning(model), lengths)
     for made, other in zip(by_ring, wanted, strict=True):
         assert (made - other).abs().max() < ROUNDING
@@ -100,9 +118,16 @@ def test_ring_is_the_cache_by_concatenation(model, sink, window, first):
 
 @pytest.mark.parametrize(("sink", "window"), [(2, 4), (4, 4), (2, 2), (0, 4)])
 def test_moving_the_sink_is_counting_from_zero(model, sink, window):
-    """Catches a sink turned by a wrong angle, or from keys that were turned before; and a mode that does nothing."""
+    """Catches a sink turned by a wrong angle, or from keys that were turned before; and a mode that
+    does nothing.
+    """
     made = {
-        positions: run(model.student, ring(model.student, sink, window, positions), conditioning(model), [2] * 8)
+        positions: run(
+            model.student,
+            ring(model.student, sink, window, positions),
+            conditioning(model),
+            [2] * 8,
+        )
         for positions in ("absolute", "sink_relative", "window_relative")
     }
     for relative, reference in zip(made["sink_relative"], made["window_relative"], strict=True):
@@ -113,16 +138,23 @@ def test_moving_the_sink_is_counting_from_zero(model, sink, window):
 
 @pytest.mark.parametrize("start", [1024, 1_000_000])
 def test_positions_have_no_end(model, start):
-    """Catches a table of positions, and angles in a type that loses them. 1e-9: float64 angles of a million turns."""
+    """Catches a table of positions, and angles in a type that loses them. 1e-9: float64 angles of a
+    million turns.
+    """
     near, far = (ring(model.student, 0, 6, "absolute") for _ in range(2))
     far.next_frame = start
-    pairs = zip(*(run(model.student, cache, conditioning(model), [2] * 5) for cache in (near, far)), strict=True)
+    pairs = zip(
+        *(run(model.student, cache, conditioning(model), [2] * 5) for cache in (near, far)),
+        strict=True,
+    )
     for made, shifted in pairs:
         assert (made - shifted).abs().max() < 1e-9
 
 
 def test_turning_often_adds_no_rounding(model):
-    """Catches a sink that is turned on from where it was: in bfloat16 the error would grow with every chunk."""
+    """Catches a sink that is turned on from where it was: in bfloat16 the error would grow with
+    every chunk.
+    """
     cache = ring(model.student, 2, 2, "sink_relative")
     run(model.student, cache, conditioning(model), [2] * 3)
     sink = slice(0, 2 * cache.shape.tokens)
@@ -134,7 +166,9 @@ def test_turning_often_adds_no_rounding(model):
 
 
 def test_noisy_steps_leave_nothing_and_touch_nothing_else(model):
-    """Catches steps that write beside their slot, and noisy keys that stay when the clean ones come."""
+    """Catches steps that write beside their slot, and noisy keys that stay when the clean ones
+    come.
+    """
     cache = ring(model.student, 2, 4, "absolute")
     made = run(model.student, cache, conditioning(model), [2] * 5)
     before, own = cache.keys.clone(), cache.read(2).own
@@ -152,11 +186,19 @@ def test_noisy_steps_leave_nothing_and_touch_nothing_else(model):
 
 
 def test_merged_commit_is_the_separate_one(model):
-    """Catches a clean chunk that sees the noisy one, or a noisy one that does not see the clean one."""
+    """Catches a clean chunk that sees the noisy one, or a noisy one that does not see the clean
+    one.
+    """
     for settings in ({"sink_frames": 2, "positions": "absolute"}, {"sink_frames": 0}):
-        apart, merged = (stream(model, 7, window_frames=4, merge_commit=merge, **settings) for merge in (False, True))
+        apart, merged = (
+            stream(model, 7, window_frames=4, merge_commit=merge, **settings)
+            for merge in (False, True)
+        )
         assert (apart - merged).abs().max() < ROUNDING
-    with pytest.raises(ValueError, match=r"merge_commit does not go with positions 'sink_relative' and 2 sink_frames"):
+    with pytest.raises(
+        ValueError,
+        match=r"merge_commit does not go with positions 'sink_relative' and 2 sink_frames",
+    ):
         StreamSettings(sink_frames=2, merge_commit=True)
 
 
@@ -164,7 +206,9 @@ def test_text_keys_worked_out_once_are_the_same(model):
     """Catches text keys of another prompt or layer, to the bit."""
     text = conditioning(model)
     x_t = rng.normal((1, 2, 16, *LATENT_SIZE), 0, "x").double()
-    plain, prepared = (model.student(x_t, 0.5, each).flow for each in (text, model.student.prepare(text)))
+    plain, prepared = (
+        model.student(x_t, 0.5, each).flow for each in (text, model.student.prepare(text))
+    )
     assert torch.equal(plain, prepared)
 
 
@@ -177,21 +221,29 @@ def prompted(model: StreamModel, mode: PromptMode, num_before: int, **settings: 
     return session
 
 
-def after_change(model: StreamModel, session: Watched, kept: list[Tensor], text: Conditioning, sink: int) -> Tensor:
-    """What the next chunk would be after these chunks alone, committed under `text`, at consecutive positions."""
+def after_change(
+    model: StreamModel, session: Watched, kept: list[Tensor], text: Conditioning, sink: int
+) -> Tensor:
+    """What the next chunk would be after these chunks alone, committed under `text`, at consecutive
+    positions.
+    """
     cache = KVCache(sink, None)
     for x0 in kept:
         commit_chunk(model.student, x0, text, cache)
     chunk = len(session.latents) - 1
     shape = (1, 2, 16, *LATENT_SIZE)
     noise = torch.stack([rng.normal(shape, 0, "stream noise", chunk, step) for step in range(3)])
-    return denoise_chunk(model.student, noise, conditioning(model, "a cross"), cache.read(2), LADDER)[0]
+    return denoise_chunk(
+        model.student, noise, conditioning(model, "a cross"), cache.read(2), LADDER
+    )[0]
 
 
 def test_recache_is_the_past_told_anew(model):
-    """Catches chunks recached out of order, under the old prompt, or seeing what they could not have seen.
+    """Catches chunks recached out of order, under the old prompt, or seeing what they could not
+    have seen.
 
-    Sink (one chunk) and two chunks of window are visible; moving the sink along makes their positions consecutive.
+    Sink (one chunk) and two chunks of window are visible; moving the sink along makes their
+    positions consecutive.
     """
     session = prompted(model, "recache", 6, sink_frames=2, window_frames=6)
     kept = [session.latents[0], session.latents[4], session.latents[5]]
@@ -211,12 +263,17 @@ def test_recache_under_the_same_prompt_changes_nothing_before_the_window_slides(
 
 
 def test_flush_leaves_sink_and_newest_chunk_as_they_were(model):
-    """Catches a flush that keeps what it should forget, forgets the sink, or moves the newest chunk without its values."""
+    """Catches a flush that keeps what it should forget, forgets the sink, or moves the newest chunk
+    without its values.
+    """
     cache = ring(model.student, 2, 6, "absolute")
     run(model.student, cache, conditioning(model), [2] * 6)
     tokens = 2 * cache.shape.tokens
     newest = cache._tokens(cache._recent[-1])
-    wanted = [torch.cat([buffer[:, :, :tokens], buffer[:, :, newest]], 2) for buffer in (cache.keys, cache.values)]
+    wanted = [
+        torch.cat([buffer[:, :, :tokens], buffer[:, :, newest]], 2)
+        for buffer in (cache.keys, cache.values)
+    ]
     cache.flush()
     assert cache.visible_starts == (0, 10)
     context = cache.read(2)
@@ -229,7 +286,9 @@ def test_flush_leaves_sink_and_newest_chunk_as_they_were(model):
 
 def test_flush_reaches_the_stream(model):
     """Catches a session that forgets to flush."""
-    flushed, kept = (prompted(model, mode, 6, sink_frames=2, window_frames=6) for mode in ("flush", "keep"))
+    flushed, kept = (
+        prompted(model, mode, 6, sink_frames=2, window_frames=6) for mode in ("flush", "keep")
+    )
     assert torch.equal(torch.cat(flushed.latents[:6]), torch.cat(kept.latents[:6]))
     assert not torch.equal(flushed.latents[6], kept.latents[6])
 
@@ -240,8 +299,12 @@ def test_keep_changes_the_text_alone(model):
     cache, text = KVCache(), conditioning(model)
     for x0 in session.latents[:3]:
         commit_chunk(model.student, x0, text, cache)
-    noise = torch.stack([rng.normal((1, 2, 16, *LATENT_SIZE), 0, "stream noise", 3, step) for step in range(3)])
-    wanted = denoise_chunk(model.student, noise, conditioning(model, "a cross"), cache.read(2), LADDER)[0]
+    noise = torch.stack(
+        [rng.normal((1, 2, 16, *LATENT_SIZE), 0, "stream noise", 3, step) for step in range(3)]
+    )
+    wanted = denoise_chunk(
+        model.student, noise, conditioning(model, "a cross"), cache.read(2), LADDER
+    )[0]
     assert (session.latents[3] - wanted).abs().max() < ROUNDING
 
 
@@ -252,15 +315,23 @@ def frames(session: StreamSession, num_chunks: int) -> Tensor:
 def test_sessions_do_not_know_of_each_other(model):
     """Catches state on the model or the module: two streams in turn are each what it is alone."""
     settings = StreamSettings(sink_frames=2, window_frames=4)
-    alone = [frames(StreamSession(model, prompt, replace(settings, seed=i)), 6) for i, prompt in enumerate(("a", "b"))]
-    one, two = (StreamSession(model, prompt, replace(settings, seed=i)) for i, prompt in enumerate(("a", "b")))
+    alone = [
+        frames(StreamSession(model, prompt, replace(settings, seed=i)), 6)
+        for i, prompt in enumerate(("a", "b"))
+    ]
+    one, two = (
+        StreamSession(model, prompt, replace(settings, seed=i))
+        for i, prompt in enumerate(("a", "b"))
+    )
     together = [(one.next_chunk().frames, two.next_chunk().frames) for _ in range(6)]
     assert torch.equal(torch.cat([pair[0] for pair in together]), alone[0])
     assert torch.equal(torch.cat([pair[1] for pair in together]), alone[1])
 
 
 def test_reset_is_a_new_session_and_restore_goes_back(model):
-    """Catches keys, features, history or counters that survive; and a snapshot that the running stream writes into."""
+    """Catches keys, features, history or counters that survive; and a snapshot that the running
+    stream writes into.
+    """
     settings = StreamSettings(seed=1, sink_frames=2, window_frames=4)
     fresh = frames(StreamSession(model, "a", settings), 6)
     session = StreamSession(model, "b", replace(settings, seed=2))
@@ -290,28 +361,45 @@ def test_restore_takes_the_decoder_back_too(model):
 
 @pytest.mark.parametrize("num_frames", [1, 5, 9, 21])
 def test_context_is_what_came_before(model, num_frames):
-    """Catches a picture or clip that is not committed, or not counted, or decoded as if the stream began after it."""
+    """Catches a picture or clip that is not committed, or not counted, or decoded as if the stream
+    began after it.
+    """
     video = rng.uniform((num_frames, 32, 48, 3), 0, "context").float()
-    session = Watched(model, "a disc", StreamSettings(sink_frames=0, window_frames=12, positions="absolute"), video)
+    session = Watched(
+        model,
+        "a disc",
+        StreamSettings(sink_frames=0, window_frames=12, positions="absolute"),
+        video,
+    )
     assert len(session.context_frames) == num_frames
     chunk = session.next_chunk()
     latents = model.codec.start_encoding().encode(video[None])
     cache, count = KVCache(), latents.shape[1]
     for x0 in latents.split([count % 2 or 2, *[2] * ((count - 1) // 2)], dim=1):
         commit_chunk(model.student, x0.double(), conditioning(model), cache)
-    noise = torch.stack([rng.normal((1, 2, 16, *LATENT_SIZE), 0, "stream noise", 0, step) for step in range(3)])
+    noise = torch.stack(
+        [rng.normal((1, 2, 16, *LATENT_SIZE), 0, "stream noise", 0, step) for step in range(3)]
+    )
     wanted = denoise_chunk(model.student, noise, conditioning(model), cache.read(2), LADDER)[0]
-    # the session's context latents are float32, as the codec gives them; 1e-5 is their rounding through the network
+    # the session's context latents are float32, as the codec gives them; 1e-5 is their rounding
+    # through the network
     assert (session.latents[-1] - wanted).abs().max() < 1e-5
     assert len(chunk.frames) == 8
     assert cache.read().next_frame + 2 == session.next_frame
 
 
 def test_what_does_not_fit_is_refused(model):
-    """Catches sizes that would cut a chunk across slots, and clips that would be cut without a word."""
-    with pytest.raises(ValueError, match=r"sink_frames is 3; slots hold whole chunks of 2 latent frames: use 2 or 4"):
+    """Catches sizes that would cut a chunk across slots, and clips that would be cut without a
+    word.
+    """
+    with pytest.raises(
+        ValueError,
+        match=r"sink_frames is 3; slots hold whole chunks of 2 latent frames: use 2 or 4",
+    ):
         StreamSession(model, "a", StreamSettings(sink_frames=3, window_frames=4))
     with pytest.raises(ValueError, match=r"window_frames is 0; it counts the current chunk"):
         StreamSession(model, "a", StreamSettings(sink_frames=2, window_frames=0))
     with pytest.raises(ValueError, match=r"want T = 1 \+ 4 n video frames of 32 x 48"):
-        StreamSession(model, "a", StreamSettings(sink_frames=2, window_frames=4), torch.zeros(4, 32, 48, 3))
+        StreamSession(
+            model, "a", StreamSettings(sink_frames=2, window_frames=4), torch.zeros(4, 32, 48, 3)
+        )

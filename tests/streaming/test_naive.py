@@ -7,7 +7,13 @@ import torch
 from tiny_models import LADDER, tiny_network
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.streaming.naive import COSTS, NaiveCache, NaiveSession, compare_with_naive, rotary_table
+from selfforcing_dfd.streaming.naive import (
+    COSTS,
+    NaiveCache,
+    NaiveSession,
+    compare_with_naive,
+    rotary_table,
+)
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
@@ -33,10 +39,17 @@ def newest_latents(session: StreamSession) -> torch.Tensor:
 
 @pytest.mark.parametrize(
     ("positions", "sink", "window"),
-    [("window_relative", 3, 9), ("window_relative", 0, 9), ("sink_relative", 3, 9), ("absolute", 0, 6)],
+    [
+        ("window_relative", 3, 9),
+        ("window_relative", 0, 9),
+        ("sink_relative", 3, 9),
+        ("absolute", 0, 6),
+    ],
 )
 def test_the_naive_cache_generates_the_same_video(model, positions, sink, window):
-    """Catches a baseline that forgets other chunks, rotates to other positions, or draws other noise."""
+    """Catches a baseline that forgets other chunks, rotates to other positions, or draws other
+    noise.
+    """
     settings = StreamSettings(seed=3, sink_frames=sink, window_frames=window, positions=positions)
     ours, naive = StreamSession(model, PROMPT, settings), NaiveSession(model, PROMPT, settings)
     for _ in range(CHUNKS):
@@ -46,9 +59,12 @@ def test_the_naive_cache_generates_the_same_video(model, positions, sink, window
 
 
 def test_the_past_matters_to_the_test_above(model):
-    """Catches an equality that holds because the random network ignores its past: a shorter window, another video."""
+    """Catches an equality that holds because the random network ignores its past: a shorter window,
+    another video.
+    """
     long, short = (
-        NaiveSession(model, PROMPT, StreamSettings(sink_frames=3, window_frames=window)) for window in (9, 6)
+        NaiveSession(model, PROMPT, StreamSettings(sink_frames=3, window_frames=window))
+        for window in (9, 6)
     )
     for _ in range(CHUNKS):
         long.next_chunk()
@@ -57,7 +73,9 @@ def test_the_past_matters_to_the_test_above(model):
 
 
 def test_the_cache_stays_as_long_as_the_window(model):
-    """Catches a baseline that grows, and so looks slower the longer it runs: sink and history, 9 of K = 12 frames."""
+    """Catches a baseline that grows, and so looks slower the longer it runs: sink and history, 9 of
+    K = 12 frames.
+    """
     naive = NaiveSession(model, PROMPT, StreamSettings())
     lengths = []
     for _ in range(CHUNKS):
@@ -73,20 +91,28 @@ def test_an_absolute_sink_is_refused(model):
 
 
 def test_both_are_timed_in_one_run(model):
-    """Catches a ratio upside down, costs that no profiler range catches, and products counted with what they call."""
+    """Catches a ratio upside down, costs that no profiler range catches, and products counted with
+    what they call.
+    """
     result = compare_with_naive(model, PROMPT, StreamSettings(), num_chunks=3)
     assert result["ratio"] == pytest.approx(result["ours_p50_ms"] / result["naive_p50_ms"])
-    assert result["least_possible_ratio"] == pytest.approx(result["matrix_products_ms"] / result["naive_p50_ms"])
+    assert result["least_possible_ratio"] == pytest.approx(
+        result["matrix_products_ms"] / result["naive_p50_ms"]
+    )
     assert set(result["naive_costs_ms"]) == set(COSTS)
     assert 0 < result["least_possible_ratio"] < 1
 
 
 def test_the_table_turns_by_the_frequencies_of_the_network():
-    """Catches a table of another base, or axes of other widths: exp(i * 3 * 10000^(-2/8)) for the second pair in time."""
+    """Catches a table of another base, or axes of other widths: exp(i * 3 * 10000^(-2/8)) for the
+    second pair in time.
+    """
     time, rows, columns = rotary_table(16, torch.device("cpu"))
     assert [part.shape[1] for part in (time, rows, columns)] == [4, 2, 2]
     angle = torch.tensor(3 * 10000 ** (-2 / 8), dtype=torch.float64)
-    torch.testing.assert_close(time[3, 1], torch.complex(angle.cos(), angle.sin()), rtol=0, atol=1e-15)
+    torch.testing.assert_close(
+        time[3, 1], torch.complex(angle.cos(), angle.sin()), rtol=0, atol=1e-15
+    )
 
 
 def test_nothing_is_remembered_at_first():

@@ -40,7 +40,10 @@ def play(schedule: str, commands: dict[int, str], num_chunks: int) -> list[Frame
 
 
 def same(one: list[Frames], other: list[Frames]) -> bool:
-    return all(np.array_equal(torch.as_tensor(a), torch.as_tensor(b)) for a, b in zip(one, other, strict=True))
+    return all(
+        np.array_equal(torch.as_tensor(a), torch.as_tensor(b))
+        for a, b in zip(one, other, strict=True)
+    )
 
 
 def test_reset_starts_the_schedule_again():

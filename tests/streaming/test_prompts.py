@@ -12,9 +12,18 @@ from selfforcing_dfd.streaming.prompts import ChunkClock, PromptError, PromptSch
 
 def test_schedule_gives_each_prompt_at_its_chunk_only():
     """Catches a prompt that is set anew at every chunk, which would clear the past each time."""
-    schedule = PromptSchedule.parse("# the story\n0: a disc moves\n\n  4:  a square: it moves  \n", fps=16)
+    schedule = PromptSchedule.parse(
+        "# the story\n0: a disc moves\n\n  4:  a square: it moves  \n", fps=16
+    )
     assert schedule.first == "a disc moves"
-    assert [schedule.at(i) for i in range(6)] == ["a disc moves", None, None, None, "a square: it moves", None]
+    assert [schedule.at(i) for i in range(6)] == [
+        "a disc moves",
+        None,
+        None,
+        None,
+        "a square: it moves",
+        None,
+    ]
 
 
 @pytest.mark.parametrize(
@@ -22,15 +31,20 @@ def test_schedule_gives_each_prompt_at_its_chunk_only():
     [("0.001", 1), ("0.75", 1), ("0.7501", 2), ("1", 2), ("1.75", 2), ("2.75", 3), ("100", 101)],
 )
 def test_seconds_are_the_first_chunk_from_then_on(seconds, chunk):
-    """Catches rounding to the chunk before, and 12 video frames in the first chunk: at 12 a second, chunks start at 0,
-    0.75, 1.75, 2.75 s."""
+    """Catches rounding to the chunk before, and 12 video frames in the first chunk: at 12 a second,
+    chunks start at 0, 0.75, 1.75, 2.75 s.
+    """
     assert PromptSchedule.parse(f"0s: a\n{seconds}s: b", fps=12).at(chunk) == "b"
 
 
 @pytest.mark.parametrize("fps", [16, 24000 / 1001])
-@pytest.mark.parametrize(("chunk_frames", "after_context"), [(3, False), (3, True), (1, False), (5, False)])
+@pytest.mark.parametrize(
+    ("chunk_frames", "after_context"), [(3, False), (3, True), (1, False), (5, False)]
+)
 def test_seconds_agree_with_counting(fps, chunk_frames, after_context):
-    """Catches a formula that is right for the first chunks only: a hundredth of a second around each of thirty starts."""
+    """Catches a formula that is right for the first chunks only: a hundredth of a second around
+    each of thirty starts.
+    """
     rate = Fraction(fps).limit_denominator(1001)
     first = 4 * chunk_frames - (0 if after_context else 3)
     starts = [0, *accumulate(repeat(4 * chunk_frames, 30), initial=first)]
@@ -38,12 +52,16 @@ def test_seconds_agree_with_counting(fps, chunk_frames, after_context):
         for shift in (-0.01, 0.01):
             moment = f"{float(start / rate) + shift:.6f}"
             wanted = next(i for i, other in enumerate(starts) if other / rate >= Fraction(moment))
-            schedule = PromptSchedule.parse(f"0: a\n{moment}s: b", fps, ChunkClock(chunk_frames, 4, after_context))
+            schedule = PromptSchedule.parse(
+                f"0: a\n{moment}s: b", fps, ChunkClock(chunk_frames, 4, after_context)
+            )
             assert schedule.at(wanted) == "b", (start, shift)
 
 
 def test_seconds_do_not_suffer_from_binary_fractions():
-    """Catches 8.3 * 30 > 249 in floats, which is a chunk too late: chunk 21 starts at video frame 249."""
+    """Catches 8.3 * 30 > 249 in floats, which is a chunk too late: chunk 21 starts at video frame
+    249.
+    """
     assert PromptSchedule.parse("0: a\n8.3s: b", fps=30).at(21) == "b"
 
 
@@ -56,7 +74,9 @@ def test_after_a_context_the_first_chunk_is_as_long_as_others():
 
 def test_other_chunk_lengths():
     """Catches three latent frames and stride 4 taken for granted: one and 2 give starts 0, 1, 3, 5."""
-    schedule = PromptSchedule.parse("0: a\n3s: b\n4s: c", fps=1, clock=ChunkClock(chunk_frames=1, stride=2))
+    schedule = PromptSchedule.parse(
+        "0: a\n3s: b\n4s: c", fps=1, clock=ChunkClock(chunk_frames=1, stride=2)
+    )
     assert schedule.prompts == ((0, "a"), (2, "b"), (3, "c"))
 
 
@@ -89,7 +109,8 @@ def test_files_are_utf8_with_any_line_ends(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "message"), [(None, "cannot be read"), (b"0: \xff", "is not UTF-8"), (b"x", "line 1")]
+    ("content", "message"),
+    [(None, "cannot be read"), (b"0: \xff", "is not UTF-8"), (b"x", "line 1")],
 )
 def test_errors_name_the_file(tmp_path, content, message):
     """Catches a stack trace for a misspelt name."""

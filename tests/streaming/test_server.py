@@ -29,7 +29,9 @@ ASSETS = Path(__file__).parents[2] / "assets" / "tiny"
 
 
 def make_model(**sizes: Any) -> StreamModel:
-    """The real network, codec and text encoder, small, with random weights. Chunks of two latent frames; five words fit."""
+    """The real network, codec and text encoder, small, with random weights. Chunks of two latent
+    frames; five words fit.
+    """
     codec = TinyCodec.load(ASSETS / "codec.safetensors")
     student = tiny_network(in_channels=16, out_channels=16).requires_grad_(False)
     return replace(StreamModel(student, codec, TinyText(12, 5), (1.0, 0.625), 2, (4, 6)), **sizes)
@@ -41,7 +43,11 @@ def model() -> StreamModel:
 
 
 def alone(
-    model: StreamModel, prompt: str, seed: int, num_chunks: int, change: tuple[int, str, PromptMode] | None = None
+    model: StreamModel,
+    prompt: str,
+    seed: int,
+    num_chunks: int,
+    change: tuple[int, str, PromptMode] | None = None,
 ) -> list[list[bytes]]:
     """The pictures of a session without any server; `change`: before which chunk, to what, and how."""
     session, chunks = StreamSession(model, prompt, replace(SETTINGS, seed=seed)), []
@@ -54,7 +60,11 @@ def alone(
 
 def test_two_tabs_are_two_streams(model):
     """Catches state that sessions share: noise, cache, prompt, or frames sent to the wrong tab."""
-    with serving(model) as port, Tab(port).start("a disc", 1) as one, Tab(port).start("a cross", 2) as other:
+    with (
+        serving(model) as port,
+        Tab(port).start("a disc", 1) as one,
+        Tab(port).start("a cross", 2) as other,
+    ):
         both = [(one.chunk(), other.chunk()) for _ in range(5)]
     assert [first.frames for first, _ in both] == alone(model, "a disc", 1, 5)
     assert [second.frames for _, second in both] == alone(model, "a cross", 2, 5)
@@ -85,7 +95,9 @@ def test_tab_that_leaves_makes_room(model):
 
 
 def test_viewer_who_acknowledges_nothing_stops_generation(model):
-    """Catches a queue that grows while nobody looks, and one acknowledgement that lets more than one chunk through."""
+    """Catches a queue that grows while nobody looks, and one acknowledgement that lets more than
+    one chunk through.
+    """
     with serving(model, max_queue_chunks=3) as port, Tab(port).start() as tab:
         assert tab.num_waiting_chunks() == 3
         tab.send("ack", chunk=0)
@@ -97,7 +109,8 @@ def test_viewer_who_acknowledges_nothing_stops_generation(model):
 
 
 @pytest.mark.parametrize(
-    ("preparation", "why"), [([], "not started"), (["start"], "not watched"), (["start", "pause"], "paused")]
+    ("preparation", "why"),
+    [([], "not started"), (["start"], "not watched"), (["start", "pause"], "paused")],
 )
 def test_idle_tab_is_ended(model, preparation, why):
     """Catches forgotten tabs that hold a slot and its memory for ever."""
@@ -110,7 +123,9 @@ def test_idle_tab_is_ended(model, preparation, why):
 
 
 def test_watched_tab_is_not_idle(model):
-    """Catches a stream that ends under the eyes of its viewer, and a viewer in a pause who is active."""
+    """Catches a stream that ends under the eyes of its viewer, and a viewer in a pause who is
+    active.
+    """
     with serving(model, idle_s=0.5) as port, Tab(port).start() as tab:
         for _ in range(4):
             tab.chunk()
@@ -124,8 +139,13 @@ def test_watched_tab_is_not_idle(model):
 
 
 def test_viewer_who_reads_nothing_is_ended():
-    """Catches a server that waits for ever, or keeps all that it could not send, behind a connection that takes nothing."""
-    large = make_model(student=tiny_network(dtype=torch.float32, in_channels=16, out_channels=16), latent_size=(32, 32))
+    """Catches a server that waits for ever, or keeps all that it could not send, behind a
+    connection that takes nothing.
+    """
+    large = make_model(
+        student=tiny_network(dtype=torch.float32, in_channels=16, out_channels=16),
+        latent_size=(32, 32),
+    )
     with serving(large, idle_s=0.5, max_queue_chunks=1000) as port, socket.socket() as narrow:
         narrow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         narrow.connect(("127.0.0.1", port))
@@ -161,7 +181,9 @@ BAD = {
 
 
 def test_bad_messages_are_refused_one_by_one(model):
-    """Catches a message that is half obeyed, an error that does not say what is wrong, and a stream that such a one ends."""
+    """Catches a message that is half obeyed, an error that does not say what is wrong, and a stream
+    that such a one ends.
+    """
     with serving(model, max_queue_chunks=1) as port, Tab(port).start() as tab:
         chunks = [tab.chunk(ack=False)]
         for name, (message, told) in BAD.items():
@@ -174,7 +196,9 @@ def test_bad_messages_are_refused_one_by_one(model):
 
 
 def test_too_many_bad_messages_end_the_connection(model):
-    """Catches a client that may go on with nonsense for ever, and one that is thrown out for a slip."""
+    """Catches a client that may go on with nonsense for ever, and one that is thrown out for a
+    slip.
+    """
     with serving(model) as port, Tab(port) as tab:
         for _ in range(20):
             tab.send("resume")
@@ -197,9 +221,13 @@ def test_page_of_another_site_may_not_connect(model, origin):
             assert own.chunk().info["index"] == 0
 
 
-@pytest.mark.parametrize("host", ["evil.example", "127.0.0.1.evil.example", "[::1", "", "localhost@evil.example"])
+@pytest.mark.parametrize(
+    "host", ["evil.example", "127.0.0.1.evil.example", "[::1", "", "localhost@evil.example"]
+)
 def test_other_names_for_this_machine_are_refused(model, host):
-    """Catches DNS rebinding: another site's name that is made to point here, with which its page would be our own."""
+    """Catches DNS rebinding: another site's name that is made to point here, with which its page
+    would be our own.
+    """
     with serving(model) as port:
         for path in ("/", "/healthz", "/page.js"):
             assert get(port, path, Host=host)[0] in (400, 403)
@@ -223,12 +251,18 @@ def test_prompt_holds_from_the_next_chunk(model):
         tab.send("ack", chunk=1)
         chunks += [tab.chunk(), tab.chunk()]
     assert [chunk.info["prompt"] for chunk in chunks] == ["a disc", "a disc", "a cross", "a cross"]
-    assert [chunk.frames for chunk in chunks] == alone(model, "a disc", 0, 4, (2, "a cross", "keep"))
-    assert [chunk.frames for chunk in chunks] != alone(model, "a disc", 0, 4, (2, "a cross", "recache"))
+    assert [chunk.frames for chunk in chunks] == alone(
+        model, "a disc", 0, 4, (2, "a cross", "keep")
+    )
+    assert [chunk.frames for chunk in chunks] != alone(
+        model, "a disc", 0, 4, (2, "a cross", "recache")
+    )
 
 
 def test_wrong_prompt_changes_nothing(model):
-    """Catches a stream that ends, or goes on without a prompt, because the text encoder refused one."""
+    """Catches a stream that ends, or goes on without a prompt, because the text encoder refused
+    one.
+    """
     with serving(model) as port, Tab(port) as tab:
         tab.send("start", prompt="one two three four five six", seed=0)
         assert "6 words, 5 fit" in tab.until("error")["message"]
@@ -256,14 +290,21 @@ def test_pause_stops_and_resume_goes_on(model):
 
 
 def test_reset_begins_anew_with_the_new_seed_and_prompt(model):
-    """Catches remains of the old stream in the new one, and acknowledgements that are taken for the other stream's."""
+    """Catches remains of the old stream in the new one, and acknowledgements that are taken for the
+    other stream's.
+    """
     with serving(model, max_queue_chunks=1) as port, Tab(port).start() as tab:
         tab.chunk()
         tab.chunk(ack=False)
         tab.send("prompt", text="a cross", mode="keep")
         tab.send("seed", seed=7)
         tab.send("reset")
-        assert tab.until("began") == {"type": "began", "prompt": "a cross", "seed": 7, "next_chunk": 2}
+        assert tab.until("began") == {
+            "type": "began",
+            "prompt": "a cross",
+            "seed": 7,
+            "next_chunk": 2,
+        }
         tab.send("ack", chunk=1)
         chunks = [tab.chunk(), tab.chunk()]
     assert [(chunk.info["chunk"], chunk.info["index"]) for chunk in chunks] == [(2, 0), (3, 1)]
@@ -302,13 +343,20 @@ class WatchedDecoder:
 def test_sessions_take_turns(model):
     """Catches a stream that keeps the device to itself while another one waits."""
     watched = Watched(TinyCodec.load(ASSETS / "codec.safetensors"))
-    with serving(make_model(codec=watched), max_queue_chunks=15) as port, Tab(port) as one, Tab(port) as other:
+    with (
+        serving(make_model(codec=watched), max_queue_chunks=15) as port,
+        Tab(port) as one,
+        Tab(port) as other,
+    ):
         one.start(), other.start()
         one.num_waiting_chunks(), other.num_waiting_chunks()
-    shared = watched.order[watched.order.index(2) : len(watched.order) - watched.order[::-1].index(1)]
+    shared = watched.order[
+        watched.order.index(2) : len(watched.order) - watched.order[::-1].index(1)
+    ]
     longest = max(len(list(run)) for _, run in groupby(shared))
     assert sorted(watched.order) == [1] * 30 + [2] * 30  # two latent frames a chunk
-    assert longest <= 3 * 2  # chunks in a row; strict turns but for the moment in which a tab's next job is on its way
+    # chunks in a row; strict turns but for the moment in which a tab's next job is on its way
+    assert longest <= 3 * 2
 
 
 class SlowText(TinyText):
@@ -334,19 +382,25 @@ def test_page_is_whole_and_needs_no_other_site(model):
         hello = tab.until("hello")
         pages = {"/": get(port, "/")[1]}
         while found := {
-            f"/{name}" for text in pages.values() for name in re.findall(r'"(?:\./)?(\w+\.(?:js|css))"', text)
+            f"/{name}"
+            for text in pages.values()
+            for name in re.findall(r'"(?:\./)?(\w+\.(?:js|css))"', text)
         } - set(pages):
             for path in found:
                 status, pages[path] = get(port, path)
                 assert status == 200, path
         assert get(port, "/viewer.py")[0] == 404
     assert set(pages) == {"/", "/page.css", "/page.js", "/player.js", "/graph.js"}
-    assert {url for text in pages.values() for url in re.findall(r"https?://[\w.]+", text)} <= {"http://www.w3.org"}
+    assert {url for text in pages.values() for url in re.findall(r"https?://[\w.]+", text)} <= {
+        "http://www.w3.org"
+    }
     assert (hello["examples"], hello["model"], hello["visible_frames"]) == (["a disc"], "a name", 6)
 
 
 def test_figures_are_those_of_the_stream(model):
-    """Catches a rate from the time of computing alone, one that is a mean of rates, and stages that exceed the whole."""
+    """Catches a rate from the time of computing alone, one that is a mean of rates, and stages that
+    exceed the whole.
+    """
     infos: list[dict[str, Any]] = []
     with serving(model, max_queue_chunks=1) as port, Tab(port) as tab:
         begun = time.monotonic()
@@ -382,5 +436,8 @@ def test_wrong_options_are_refused_at_once(model, wrong, told):
 
 def test_port_in_use_is_told(model):
     """Catches a traceback, or a server that ends without a word."""
-    with socket.create_server(("127.0.0.1", 0)) as taken, pytest.raises(OSError, match="choose another port"):
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(OSError, match="choose another port"),
+    ):
         server.serve(server.create_app(model, SETTINGS, fps=16.0), port=taken.getsockname()[1])

@@ -1,4 +1,6 @@
-"""Streams that run for long: latency stays flat, memory stays where it is, and the picture stays a picture."""
+"""Streams that run for long: latency stays flat, memory stays where it is, and the picture stays a
+picture.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,9 @@ def live_tensors() -> tuple[int, int]:
 
 
 def test_nothing_grows_from_chunk_to_chunk(model):
-    """Catches a list of latents, frames or timings that keeps every chunk; and what a change of prompt leaves behind."""
+    """Catches a list of latents, frames or timings that keeps every chunk; and what a change of
+    prompt leaves behind.
+    """
     session = StreamSession(model, "a disc moves", load_settings("tiny"))
 
     def run() -> tuple[int, int]:
@@ -58,11 +62,13 @@ def bytes_in_use() -> int:
 
 @pytest.mark.soak
 def test_five_thousand_chunks(model, capsys):
-    """Catches latency that creeps, memory that leaks, positions that end, and a picture that falls apart.
+    """Catches latency that creeps, memory that leaks, positions that end, and a picture that falls
+    apart.
 
-    Latency: the last 500 chunks against the first 500, both in turn with a second stream, which is young each time. What else
-    the machine does at either hour falls on both streams, so it is theirs that must agree to 2 %, three times what two
-    streams of the same age differ by. 1 MiB: 240 bytes left by each chunk would reach it.
+    Latency: the last 500 chunks against the first 500, both in turn with a second stream, which is
+    young each time. What else the machine does at either hour falls on both streams, so it is
+    theirs that must agree to 2 %, three times what two streams of the same age differ by. 1 MiB:
+    240 bytes left by each chunk would reach it.
     """
     session, young = (StreamSession(model, "a disc moves", load_settings("tiny")) for _ in range(2))
     latencies: list[float] = []
@@ -83,7 +89,8 @@ def test_five_thousand_chunks(model, capsys):
             reading = read(clip[None])
             valid.append((index, bool(reading.valid[0]), round(float(reading.contrast[0]), 2)))
     first, last, fresh = (
-        median(part) for part in (latencies[RAMP:][:PART], latencies[-PART:], young_latencies[-PART + RAMP :])
+        median(part)
+        for part in (latencies[RAMP:][:PART], latencies[-PART:], young_latencies[-PART + RAMP :])
     )
     growth = (memory[-1] - memory[1]) / MIB
     with capsys.disabled():

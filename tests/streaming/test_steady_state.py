@@ -1,4 +1,6 @@
-"""What a chunk costs once window and sink are full: nothing is copied, nothing is read back from the device."""
+"""What a chunk costs once window and sink are full: nothing is copied, nothing is read back from
+the device.
+"""
 
 from __future__ import annotations
 
@@ -16,21 +18,44 @@ from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
 RAMP = 6  # K = 12 is full after four chunks of three
-READS_BACK = ("item", "_local_scalar_dense", "nonzero", "is_nonzero", "equal", "masked_select", "unique")
+READS_BACK = (
+    "item",
+    "_local_scalar_dense",
+    "nonzero",
+    "is_nonzero",
+    "equal",
+    "masked_select",
+    "unique",
+)
 """Operators whose result, or its size, the host must wait for."""
 
-MAKES_A_VIEW = ("view", "select", "slice", "transpose", "unbind", "split", "alias", "as_strided", "expand", "detach")
+MAKES_A_VIEW = (
+    "view",
+    "select",
+    "slice",
+    "transpose",
+    "unbind",
+    "split",
+    "alias",
+    "as_strided",
+    "expand",
+    "detach",
+)
 
 
 @pytest.fixture(scope="module")
 def model() -> StreamModel:
     codec = TinyCodec(rng.normal((192, 16), 0, "first"), rng.normal((768, 16), 0, "rest"), 1.0)
-    student = tiny_network(dtype=torch.float32, in_channels=16, out_channels=16).requires_grad_(False)
+    student = tiny_network(dtype=torch.float32, in_channels=16, out_channels=16).requires_grad_(
+        False
+    )
     return StreamModel(student, codec, TinyText(12), LADDER, 3, (4, 6))
 
 
 class Watcher(TorchDispatchMode):
-    """Lists operators that read back, and those other than attention that read what is stored in given memory."""
+    """Lists operators that read back, and those other than attention that read what is stored in
+    given memory.
+    """
 
     def __init__(self, stored: tuple[Tensor, ...]) -> None:
         super().__init__()
@@ -45,9 +70,15 @@ class Watcher(TorchDispatchMode):
         written = name.endswith("_")  # in place: the first argument is a destination
         read = [part for part in args[written:] if isinstance(part, Tensor)]
         read += [
-            part for parts in args if isinstance(parts, list | tuple) for part in parts if isinstance(part, Tensor)
+            part
+            for parts in args
+            if isinstance(parts, list | tuple)
+            for part in parts
+            if isinstance(part, Tensor)
         ]
-        if not name.startswith(MAKES_A_VIEW) and any(t.untyped_storage().data_ptr() in self.memory for t in read):
+        if not name.startswith(MAKES_A_VIEW) and any(
+            t.untyped_storage().data_ptr() in self.memory for t in read
+        ):
             self.readers.add(name)
         return func(*args, **(kwargs or {}))
 
@@ -73,14 +104,18 @@ def watched(session: StreamSession) -> Watcher:
     ids=["moving sink", "no sink", "merged commit"],
 )
 def test_stored_keys_and_values_are_read_by_attention_only(model, settings):
-    """Catches a cat, clone or contiguous of the past, which would cost memory and time that grow with the window."""
+    """Catches a cat, clone or contiguous of the past, which would cost memory and time that grow
+    with the window.
+    """
     watcher = watched(StreamSession(model, "a disc moves", settings))
     assert len(watcher.readers) == 1
     assert "attention" in watcher.readers.pop()
 
 
 def test_nothing_waits_for_the_device(model):
-    """Catches an `.item()`, a mask by index, or a comparison in Python, each of which empties a GPU's queue (T9)."""
+    """Catches an `.item()`, a mask by index, or a comparison in Python, each of which empties a
+    GPU's queue (T9).
+    """
     assert watched(StreamSession(model, "a disc moves")).read_back == []
 
 
@@ -96,12 +131,16 @@ def test_the_watcher_sees_what_it_is_for(model):
 
 
 def test_memory_of_the_past_stays_where_it_is(model):
-    """Catches a ring that is made anew: the same three buffers, chunk after chunk, prompt after prompt, reset included."""
+    """Catches a ring that is made anew: the same three buffers, chunk after chunk, prompt after
+    prompt, reset included.
+    """
     session = StreamSession(model, "a disc moves")
     ring = session._ring
     places = [tensor.data_ptr() for tensor in (ring.keys, ring.values, ring.home_keys)]
     for chunk in range(RAMP):
-        session.set_prompt(("a disc moves", "a cross moves")[chunk % 2], ("flush", "recache")[chunk % 2])
+        session.set_prompt(
+            ("a disc moves", "a cross moves")[chunk % 2], ("flush", "recache")[chunk % 2]
+        )
         session.next_chunk()
     session.reset("a square moves")
     session.next_chunk()

@@ -43,7 +43,19 @@ def raw_frames(path: Path) -> np.ndarray:
 def test_file_holds_what_the_session_makes(cli, tmp_path):
     """Catches frames that are lost, repeated or changed on their way to the file."""
     assert (
-        cli.main(["--prompt", "a cross moves", "--chunks", "3", "--seed", "5", "--out", str(tmp_path / "s.rgb")]) == 0
+        cli.main(
+            [
+                "--prompt",
+                "a cross moves",
+                "--chunks",
+                "3",
+                "--seed",
+                "5",
+                "--out",
+                str(tmp_path / "s.rgb"),
+            ]
+        )
+        == 0
     )
     session = StreamSession(load_stream_model(), "a cross moves", load_settings("tiny", seed=5))
     wanted = torch.cat([session.next_chunk().frames for _ in range(3)])
@@ -61,7 +73,10 @@ def test_mp4_has_every_frame(cli, tmp_path, capsys):
 def test_schedule_changes_the_running_stream(cli, tmp_path):
     """Catches a prompt that comes a chunk early or late, and a restart in place of a change."""
     (tmp_path / "p.txt").write_text("0: a disc moves\n3: a cross moves\n")
-    for name, prompts in (("one", ["--prompt", "a disc moves"]), ("two", ["--prompts", str(tmp_path / "p.txt")])):
+    for name, prompts in (
+        ("one", ["--prompt", "a disc moves"]),
+        ("two", ["--prompts", str(tmp_path / "p.txt")]),
+    ):
         assert cli.main([*prompts, "--chunks", "5", "--out", str(tmp_path / f"{name}.rgb")]) == 0
     one, two = raw_frames(tmp_path / "one.rgb"), raw_frames(tmp_path / "two.rgb")
     before = 9 + 12 + 12
@@ -93,14 +108,22 @@ def test_a_clip_and_a_picture_come_first(cli, tmp_path):
         (["--image", "nowhere.png"], "nowhere.png: cannot be read"),
         (["--run", "nowhere"], "nowhere has no config.yaml"),
         (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
-        (["--window", "7"], "window_frames is 7; slots hold whole chunks of 3 latent frames: use 6 or 9"),
+        (
+            ["--window", "7"],
+            "window_frames is 7; slots hold whole chunks of 3 latent frames: use 6 or 9",
+        ),
         (["--positions", "relative"], "use one of absolute, sink_relative, window_relative"),
-        (["--settings", "none"], "no stream settings 'none'; use one of default, fast, parity, tiny"),
+        (
+            ["--settings", "none"],
+            "no stream settings 'none'; use one of default, fast, parity, tiny",
+        ),
         (["--on-prompt", "forget"], "use one of recache, flush, keep"),
         (["--out", "x.avi"], "output 'x.avi' is not known"),
     ],
 )
-def test_mistakes_are_explained_and_write_nothing(cli, tmp_path, monkeypatch, capsys, arguments, message):
+def test_mistakes_are_explained_and_write_nothing(
+    cli, tmp_path, monkeypatch, capsys, arguments, message
+):
     """Catches a traceback, and an output file begun before the mistake was found."""
     monkeypatch.chdir(tmp_path)
     assert cli.main(["--chunks", "1", *arguments]) == 2
@@ -132,7 +155,9 @@ def test_ctrl_c_leaves_a_complete_file(tmp_path, number):
 def test_a_reader_that_leaves_ends_the_stream(tmp_path):
     """Catches an endless stream that goes on for nobody, and BrokenPipeError on the screen."""
     process = subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--chunks", "inf", "--out", "-"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, str(SCRIPT), "--chunks", "inf", "--out", "-"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     )
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.read(9) == b"YUV4MPEG2"
@@ -145,7 +170,9 @@ def test_a_reader_that_leaves_ends_the_stream(tmp_path):
 @pytest.mark.parametrize("script", ["stream.py", "benchmark.py"])
 def test_help_needs_no_torch(script):
     """Catches a heavy import at the top, which makes --help take seconds."""
-    report = "import atexit, sys; atexit.register(lambda: sys.stderr.write(str('torch' in sys.modules)))"
+    report = (
+        "import atexit, sys; atexit.register(lambda: sys.stderr.write(str('torch' in sys.modules)))"
+    )
     start = f"import runpy; runpy.run_path({str(SCRIPT.with_name(script))!r}, run_name='__main__')"
     code = f"{report}; sys.argv = ['x', '--help']; {start}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
@@ -156,7 +183,10 @@ def test_help_needs_no_torch(script):
 
 def start(*arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, str(SCRIPT), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 

@@ -30,7 +30,8 @@ ROOT = Path(__file__).parents[2]
 FPS = 16
 LENGTHS = (9, 12, 12, 12)  # video frames of the first chunks
 LEVELS_APART = 40
-CLOSE = 4  # levels of 255: rounding to limited-range YUV and back, and x264 at crf 18 on a flat picture
+# levels of 255: rounding to limited-range YUV and back, and x264 at crf 18 on a flat picture
+CLOSE = 4
 
 
 def flat_chunk(index: int, num_frames: int, size: tuple[int, int] = (32, 48)) -> torch.Tensor:
@@ -43,7 +44,11 @@ def decode(source: Path | bytes) -> tuple[np.ndarray, list[Fraction], list[bool]
     with av.open(io.BytesIO(source) if isinstance(source, bytes) else str(source)) as container:
         frames = list(container.decode(video=0))
     times = [frame.pts * frame.time_base for frame in frames]
-    return np.stack([f.to_ndarray(format="rgb24") for f in frames]), times, [bool(f.key_frame) for f in frames]
+    return (
+        np.stack([f.to_ndarray(format="rgb24") for f in frames]),
+        times,
+        [bool(f.key_frame) for f in frames],
+    )
 
 
 def assert_shows(pictures: np.ndarray, lengths: tuple[int, ...]) -> None:
@@ -54,7 +59,9 @@ def assert_shows(pictures: np.ndarray, lengths: tuple[int, ...]) -> None:
 
 
 def test_mp4_plays_with_all_chunks_after_each_write(tmp_path):
-    """Catches the default GOP of 250, frames that linger in encoder or muxer, and a file that waits for its end."""
+    """Catches the default GOP of 250, frames that linger in encoder or muxer, and a file that waits
+    for its end.
+    """
     with Mp4Writer(tmp_path / "v.mp4", FPS) as writer:
         for i, length in enumerate(LENGTHS):
             writer.write(flat_chunk(i, length))
@@ -62,22 +69,29 @@ def test_mp4_plays_with_all_chunks_after_each_write(tmp_path):
 
 
 def test_mp4_has_even_times_and_one_keyframe_a_chunk(tmp_path):
-    """Catches fragments that each start at time zero, gaps at their borders, and keyframes of the encoder's choosing."""
+    """Catches fragments that each start at time zero, gaps at their borders, and keyframes of the
+    encoder's choosing.
+    """
     generator = torch.Generator().manual_seed(0)
     with Mp4Writer(tmp_path / "v.mp4", FPS) as writer:
         for length in LENGTHS:  # noise: each frame a new scene
-            writer.write(torch.randint(0, 256, (length, 32, 48, 3), generator=generator).to(torch.uint8))
+            writer.write(
+                torch.randint(0, 256, (length, 32, 48, 3), generator=generator).to(torch.uint8)
+            )
     _, times, keys = decode(tmp_path / "v.mp4")
     assert times == [Fraction(i, FPS) for i in range(sum(LENGTHS))]
     assert [i for i, is_key in enumerate(keys) if is_key] == [0, *np.cumsum(LENGTHS)[:-1]]
 
 
 def test_mp4_fragments_are_numbered(tmp_path):
-    """Catches fragments that all say they are the first, which ISO/IEC 14496-12 forbids and strict players refuse."""
+    """Catches fragments that all say they are the first, which ISO/IEC 14496-12 forbids and strict
+    players refuse.
+    """
     with Mp4Writer(tmp_path / "v.mp4", FPS) as writer:
         for i, length in enumerate(LENGTHS):
             writer.write(flat_chunk(i, length))
-    headers = (tmp_path / "v.mp4").read_bytes().split(b"mfhd")[1:]  # then flags, then the number, four bytes each
+    # then flags, then the number, four bytes each
+    headers = (tmp_path / "v.mp4").read_bytes().split(b"mfhd")[1:]
     assert [int.from_bytes(header[4:8], "big") for header in headers] == [1, 2, 3, 4]
 
 
@@ -111,7 +125,9 @@ for i in range(1000):
 def test_mp4_survives_a_kill(tmp_path):
     """Catches bytes that are still in the process when it dies: SIGKILL lets it write nothing more."""
     path = tmp_path / "v.mp4"
-    with subprocess.Popen([sys.executable, "-c", ENDLESS, path], cwd=ROOT, stdout=subprocess.PIPE) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", ENDLESS, path], cwd=ROOT, stdout=subprocess.PIPE
+    ) as process:
         assert process.stdout is not None
         for _ in range(4):
             num_written = int(process.stdout.readline())
@@ -124,7 +140,9 @@ def test_mp4_survives_a_kill(tmp_path):
 
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.6, 0.95])
 def test_mp4_cut_within_the_newest_fragment_shows_the_others(tmp_path, part):
-    """Catches an index at the end, or a header that a torn write makes useless: a kill in the middle of a write."""
+    """Catches an index at the end, or a header that a torn write makes useless: a kill in the
+    middle of a write.
+    """
     path, sizes = tmp_path / "v.mp4", []
     generator = torch.Generator().manual_seed(1)
     with Mp4Writer(path, FPS) as writer:
@@ -135,14 +153,19 @@ def test_mp4_cut_within_the_newest_fragment_shows_the_others(tmp_path, part):
         sizes.append(path.stat().st_size)
     data = path.read_bytes()[: int(sizes[0] + part * (sizes[1] - sizes[0]))]
     pictures = []
-    with av.open(io.BytesIO(data)) as container, suppress(av.error.InvalidDataError):  # at the torn frame, no earlier
+    # at the torn frame, no earlier
+    with av.open(io.BytesIO(data)) as container, suppress(av.error.InvalidDataError):
         pictures.extend(frame.to_ndarray(format="rgb24") for frame in container.decode(video=0))
     assert_shows(np.stack(pictures[:21]), LENGTHS[:2])
 
 
 def test_mp4_shows_the_colours_it_was_given(tmp_path):
-    """Catches red for blue, another matrix than the file's tags name, and full range taken for limited."""
-    colours = torch.tensor([[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]])
+    """Catches red for blue, another matrix than the file's tags name, and full range taken for
+    limited.
+    """
+    colours = torch.tensor(
+        [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]]
+    )
     with Mp4Writer(tmp_path / "v.mp4", FPS) as writer:
         writer.write(colours.to(torch.uint8)[:, None, None].expand(-1, 32, 48, -1))
     pictures = decode(tmp_path / "v.mp4")[0].astype(int)
@@ -215,9 +238,13 @@ def test_y4m_has_one_header_and_all_frames():
 
 
 def test_rgb24_is_the_bytes_of_the_pictures(tmp_path):
-    """Catches another order of axes or channels, and padding; odd sizes are fine here, and views too."""
+    """Catches another order of axes or channels, and padding; odd sizes are fine here, and views
+    too.
+    """
     generator = torch.Generator().manual_seed(2)
-    frames = torch.randint(0, 256, (2, 3, 7, 5), generator=generator).to(torch.uint8).permute(0, 2, 3, 1)
+    frames = (
+        torch.randint(0, 256, (2, 3, 7, 5), generator=generator).to(torch.uint8).permute(0, 2, 3, 1)
+    )
     with open_writer(str(tmp_path / "v.rgb"), FPS) as writer:
         writer.write(frames[:1])
         writer.write(frames[1:])
@@ -226,7 +253,9 @@ def test_rgb24_is_the_bytes_of_the_pictures(tmp_path):
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.y4m", "v.rgb"])
 def test_no_frames_write_nothing(tmp_path, name):
-    """Catches an empty fragment, or a header without a size, for the empty context of a stream from text."""
+    """Catches an empty fragment, or a header without a size, for the empty context of a stream from
+    text.
+    """
     with open_writer(str(tmp_path / name), FPS) as writer:
         writer.write(flat_chunk(0, 0))
     assert not (tmp_path / name).exists()
@@ -254,7 +283,9 @@ except ReaderGone:
 
 
 def test_stdout_of_a_reader_that_leaves_ends_quietly():
-    """Catches `Exception ignored ... BrokenPipeError` and exit status 120, when Python flushes stdout at its end."""
+    """Catches `Exception ignored ... BrokenPipeError` and exit status 120, when Python flushes
+    stdout at its end.
+    """
     with subprocess.Popen(
         [sys.executable, "-c", PIPED], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
@@ -266,7 +297,9 @@ def test_stdout_of_a_reader_that_leaves_ends_quietly():
 
 
 def test_stdout_stays_open(capfdbinary):
-    """Catches a writer that closes the program's own stdout, so that the next word to it is an error."""
+    """Catches a writer that closes the program's own stdout, so that the next word to it is an
+    error.
+    """
     with open_writer("-", FPS) as writer:
         writer.write(flat_chunk(0, 9))
     sys.stdout.write("done")
@@ -298,7 +331,8 @@ class Terminal:
         self.stream = os.fdopen(slave, "w", encoding="utf-8")
 
     def shown(self) -> str:
-        os.write(self.stream.fileno(), b"\0")  # the kernel passes a write on piece by piece; this is the last one
+        # the kernel passes a write on piece by piece; this is the last one
+        os.write(self.stream.fileno(), b"\0")
         data = b""
         while not data.endswith(b"\0"):
             data += os.read(self._master, 2**16)
@@ -333,7 +367,9 @@ def test_preview_is_drawn_over_the_one_before(terminal):
 @pytest.mark.parametrize("size", [(480, 832), (832, 480), (16, 16)])
 @pytest.mark.parametrize(("columns", "lines"), [(20, 10), (7, 30), (2, 1)])
 def test_preview_fits_into_the_terminal(monkeypatch, size, columns, lines):
-    """Catches pictures wider than the line, which wrap, or so high that the cursor cannot come back to their top."""
+    """Catches pictures wider than the line, which wrap, or so high that the cursor cannot come back
+    to their top.
+    """
     monkeypatch.setenv("TERM", "xterm-256color")
     terminal = Terminal(columns, lines)
     PreviewWriter(terminal.stream).write(torch.zeros(1, *size, 3, dtype=torch.uint8))

@@ -17,7 +17,9 @@ CODEC_FILE = Path(__file__).parents[2] / "assets" / "tiny" / "codec.safetensors"
 
 @pytest.fixture(scope="session")
 def clips() -> Clips:
-    """64 draws from the data law; all shapes, sizes, speeds and directions and at least five hues occur."""
+    """64 draws from the data law; all shapes, sizes, speeds and directions and at least five hues
+    occur.
+    """
     factors = draw_factors(64, generator(0, "test clips"))
     videos = render(factors)
     return Clips(factors, videos, read(videos))

@@ -19,19 +19,25 @@ def psnr(one: Tensor, other: Tensor) -> float:
 
 
 def test_bases_are_orthonormal(codec: TinyCodec) -> None:
-    """Would catch a rotation by something that is no rotation. float32 sums of 768 products are good to 1e-6."""
+    """Would catch a rotation by something that is no rotation. float32 sums of 768 products are
+    good to 1e-6.
+    """
     for basis in (codec.first, codec.rest):
         torch.testing.assert_close(basis.T @ basis, torch.eye(16), atol=1e-5, rtol=0)
 
 
 def test_latents_survive_decoding(codec: TinyCodec) -> None:
-    """encode(decode(z)) = z for any z, as the bases are orthonormal. Would catch any misplaced block or scale."""
+    """encode(decode(z)) = z for any z, as the bases are orthonormal. Would catch any misplaced
+    block or scale.
+    """
     latents = normal((2, 3, 16, 2, 4), 0, "test latents")
     torch.testing.assert_close(codec.encode(codec.decode(latents)), latents, atol=1e-4, rtol=0)
 
 
 def test_fresh_clips_survive_encoding(codec: TinyCodec, clips: Clips) -> None:
-    """Clips that the codec was not fitted on. Measured on others: 39.7 dB for first frames, 36.1 dB for the rest."""
+    """Clips that the codec was not fitted on. Measured on others: 39.7 dB for first frames, 36.1 dB
+    for the rest.
+    """
     again = codec.decode(codec.encode(clips.videos))
     assert psnr(again[:, :1], clips.videos[:, :1]) > 38
     assert psnr(again[:, 1:], clips.videos[:, 1:]) > 35
@@ -45,27 +51,34 @@ def test_latents_have_unit_variance(codec: TinyCodec, clips: Clips) -> None:
 
 
 def test_latent_distances_are_pixel_distances(codec: TinyCodec) -> None:
-    """One scalar, no whitening: with latents in the range of `rest`, |z - z'| = scale |v - v'| exactly."""
+    """One scalar, no whitening: with latents in the range of `rest`, |z - z'| = scale |v - v'|
+    exactly.
+    """
     one, other = normal((2, 1, 3, 16, 2, 2), 0, "test distance")
     other[:, 0] = one[:, 0]  # the first latent frame has its own gain
     ratio = (one - other).norm() / (codec.decode(one) - codec.decode(other)).norm()
     assert ratio.item() == pytest.approx(codec.scale, rel=1e-4)
 
 
-def test_a_static_clip_has_equal_latents_in_all_latent_frames(codec: TinyCodec, clips: Clips) -> None:
+def test_a_static_clip_has_equal_latents_in_all_latent_frames(
+    codec: TinyCodec, clips: Clips
+) -> None:
     """Would catch bases whose channels mean different things, or the missing factor 2.
 
-    `rest` spends channels on motion that a lone frame cannot have, so equality is only near: 7 % was measured, 140 % is
-    what an unrotated basis gives.
+    `rest` spends channels on motion that a lone frame cannot have, so equality is only near: 7 %
+    was measured, 140 % is what an unrotated basis gives.
     """
     latents = codec.encode(clips.videos[:, :1].repeat(1, 9, 1, 1, 1))
     assert (latents[:, 0] - latents[:, 1]).norm() < 0.1 * latents[:, 1].norm()
-    # The two later latent frames encode the same pixels; matrix products of other shapes may round otherwise.
+    # The two later latent frames encode the same pixels; matrix products of other shapes may round
+    # otherwise.
     torch.testing.assert_close(latents[:, 1], latents[:, 2], atol=1e-4, rtol=0)
 
 
 def test_latent_frames_are_local(codec: TinyCodec, clips: Clips) -> None:
-    """A change of video frames 5 to 8 changes latent frame 2 alone, and the other way round. Streaming relies on it."""
+    """A change of video frames 5 to 8 changes latent frame 2 alone, and the other way round.
+    Streaming relies on it.
+    """
     video = clips.videos[:2, :13]
     changed = video.clone()
     changed[:, 5:9] = changed[:, 5:9].flip(2)
@@ -85,7 +98,9 @@ def test_any_size_of_whole_blocks_is_taken_block_by_block(codec: TinyCodec, clip
     torch.testing.assert_close(codec.encode(part), whole[..., 2:4, 1:8], atol=1e-4, rtol=0)
 
 
-def test_saving_keeps_the_fingerprint_and_fitting_elsewhere_changes_it(codec: TinyCodec, tmp_path: Path) -> None:
+def test_saving_keeps_the_fingerprint_and_fitting_elsewhere_changes_it(
+    codec: TinyCodec, tmp_path: Path
+) -> None:
     """The fingerprint guards against mixing latents of different codecs."""
     codec.save(tmp_path / "codec.safetensors")
     assert TinyCodec.load(tmp_path / "codec.safetensors").fingerprint == codec.fingerprint
@@ -93,7 +108,8 @@ def test_saving_keeps_the_fingerprint_and_fitting_elsewhere_changes_it(codec: Ti
 
 
 def test_fitting_again_gives_as_good_a_codec(clips: Clips) -> None:
-    """Would catch a `fit` that no longer makes what is shipped: 36 dB and latents alike in all frames of a static clip.
+    """Would catch a `fit` that no longer makes what is shipped: 36 dB and latents alike in all
+    frames of a static clip.
 
     It has few clips to fit, so 3 dB and twice the difference are allowed.
     """
@@ -119,7 +135,9 @@ def test_sizes_that_do_not_fit_are_refused(codec: TinyCodec) -> None:
 
 
 def test_the_codec_keeps_what_is_read(codec: TinyCodec, clips: Clips) -> None:
-    """All reports are made behind the codec, so it must not change a count. Saturation was measured to move by .007."""
+    """All reports are made behind the codec, so it must not change a count. Saturation was measured
+    to move by .007.
+    """
     reading = read(codec.decode(codec.encode(clips.videos)))
     assert reading.valid.all()
     for name in ("shape", "hue", "direction", "speed", "size"):

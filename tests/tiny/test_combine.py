@@ -27,7 +27,9 @@ def seed_folder(root: Path, seed: int, rows: Sequence[Row], **settings: Any) -> 
 
 
 def seeds(root: Path, kls: Sequence[float]) -> list[Path]:
-    """Reports in which an arm's KL is what is given; .1 apart from the control's 1.5 is enough for help."""
+    """Reports in which an arm's KL is what is given; .1 apart from the control's 1.5 is enough for
+    help.
+    """
     folders = []
     for seed, kl in enumerate(kls):
         arm = row("arm", **USUAL | {"kl_prior_sample": (kl, 0.05)})
@@ -41,12 +43,17 @@ def test_combined_report_counts_seeds_and_shows_their_range(tmp_path: Path):
     table = combine(seeds(tmp_path, [1.0, 1.2, 1.5]), tmp_path / "all")
     saved = json.loads((tmp_path / "all" / "report.json").read_text())
     said = {finding["name"]: finding for finding in saved["findings"]}
-    assert "arm helped in 2 of 3 seeds, made no clear difference in 1 of 3 seeds" in said["arm"]["text"]
+    assert (
+        "arm helped in 2 of 3 seeds, made no clear difference in 1 of 3 seeds"
+        in said["arm"]["text"]
+    )
     assert said["arm"]["outcome"] == ""
     assert "grey harmed in every seed" in said["grey"]["text"]
     assert said["grey"]["outcome"] == "harmed"
     arm = next(one for one in saved["rows"] if one["name"] == "arm")
-    assert arm["scores"]["kl_prior_sample"] == pytest.approx({"value": 3.7 / 3, "low": 1.0, "high": 1.5, "n": 3})
+    assert arm["scores"]["kl_prior_sample"] == pytest.approx(
+        {"value": 3.7 / 3, "low": 1.0, "high": 1.5, "n": 3}
+    )
     assert "1.23 [1.00 1.50]" in table
     tags = parsed((tmp_path / "all" / "report.html").read_text())
     assert "../seed1/report.html" in tags.addresses
@@ -54,7 +61,9 @@ def test_combined_report_counts_seeds_and_shows_their_range(tmp_path: Path):
 
 
 def test_combined_marks_hold_in_every_seed(tmp_path: Path):
-    """Catches marks by the range of means, which for the data is a point: everything would differ from it."""
+    """Catches marks by the range of means, which for the data is a point: everything would differ
+    from it.
+    """
     combine(seeds(tmp_path, [1.0, 0.2, 1.5]), tmp_path / "all")
     saved = json.loads((tmp_path / "all" / "report.json").read_text())
     marks = {one["name"]: one["marks"] for one in saved["rows"]}

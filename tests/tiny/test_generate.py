@@ -38,13 +38,17 @@ def asked(num_clips: int) -> EvaluationSet:
     return EvaluationSet.draw(num_clips, "long", FRAMES, TEXT_DIM)
 
 
-def student_videos(evaluation: EvaluationSet, codec: TinyCodec, window: int | None = None) -> Tensor:
+def student_videos(
+    evaluation: EvaluationSet, codec: TinyCodec, window: int | None = None
+) -> Tensor:
     parts = student_clips(network(), evaluation, codec, ladder=LADDER, chunks=CHUNKS, window=window)
     return torch.cat(list(parts))
 
 
 def test_larger_set_begins_with_the_smaller_one():
-    """Catches draws that depend on how many clips are asked for: reports of 64 and of 256 clips would share none."""
+    """Catches draws that depend on how many clips are asked for: reports of 64 and of 256 clips
+    would share none.
+    """
     small, large = asked(5), asked(9)
     assert large.captions[:5] == small.captions
     assert torch.equal(large.text[:5], small.text)
@@ -52,14 +56,18 @@ def test_larger_set_begins_with_the_smaller_one():
 
 
 def test_student_and_teacher_start_from_the_same_noise():
-    """Catches noise that depends on the ladder's length: columns of the contact sheets would not belong together."""
+    """Catches noise that depends on the ladder's length: columns of the contact sheets would not
+    belong together.
+    """
     evaluation = asked(3)
     assert torch.equal(evaluation.noise(range(3), 4)[0], evaluation.noise(range(3), 1)[0])
     assert not torch.equal(evaluation.noise(range(3), 2)[0], evaluation.noise(range(3), 2)[1])
 
 
 def test_data_clips_show_their_captions(codec: TinyCodec):
-    """Catches clips rendered from other draws than the captions: the reference itself would disagree with its text."""
+    """Catches clips rendered from other draws than the captions: the reference itself would
+    disagree with its text.
+    """
     evaluation = asked(8)
     scores = summarise(read(torch.cat(list(data_clips(evaluation, codec)))), evaluation.captions)
     assert scores["valid"].value == 1
@@ -68,11 +76,15 @@ def test_data_clips_show_their_captions(codec: TinyCodec):
 
 
 def test_student_clips_are_rollouts_to_the_last_step(codec: TinyCodec):
-    """Catches a report on an early exit of the ladder, which training draws at random but streaming never uses."""
+    """Catches a report on an early exit of the ladder, which training draws at random but streaming
+    never uses.
+    """
     evaluation, ends = asked(2), {}
     for step in range(len(LADDER)):
         noise, conditioning = evaluation.noise(range(2), len(LADDER)), Conditioning(evaluation.text)
-        record = rollout(network(), noise, conditioning, KVCache(), LADDER, CHUNKS, (step,) * len(CHUNKS))
+        record = rollout(
+            network(), noise, conditioning, KVCache(), LADDER, CHUNKS, (step,) * len(CHUNKS)
+        )
         ends[step] = decoded(record.x0, codec)
     shown = student_videos(evaluation, codec)
     assert torch.equal(shown, ends[1])
@@ -89,17 +101,25 @@ def test_student_sees_the_configured_window(codec: TinyCodec):
 
 
 def test_teacher_clips_follow_the_guided_ode(codec: TinyCodec):
-    """Catches settings of the sampler that get lost: the teacher row would not be the teacher that is distilled."""
+    """Catches settings of the sampler that get lost: the teacher row would not be the teacher that
+    is distilled.
+    """
     evaluation, teacher = asked(2), network(1)
     (shown,) = teacher_clips(teacher, evaluation, codec, num_steps=2, shift=3.0, guidance=2.0)
     noise = evaluation.noise(range(2))[0]
-    for steps, shift, guidance, same in ((2, 3.0, 2.0, True), (2, 3.0, 1.0, False), (2, 1.0, 2.0, False)):
+    for steps, shift, guidance, same in (
+        (2, 3.0, 2.0, True),
+        (2, 3.0, 1.0, False),
+        (2, 1.0, 2.0, False),
+    ):
         latents = sample(teacher, noise, Conditioning(evaluation.text), steps, shift, guidance)
         assert torch.equal(shown, decoded(latents, codec)) == same
 
 
 def test_clips_come_in_batches_in_the_order_of_the_captions(codec: TinyCodec):
-    """Catches a last batch that is dropped or repeated where the number of clips is no multiple of the batch."""
+    """Catches a last batch that is dropped or repeated where the number of clips is no multiple of
+    the batch.
+    """
     first, last = data_clips(asked(33), codec)
     assert len(first) == 32
     alone = render(evaluation_factors(33)[slice(32, 33)], last.shape[1])
@@ -107,7 +127,9 @@ def test_clips_come_in_batches_in_the_order_of_the_captions(codec: TinyCodec):
 
 
 def test_decoded_videos_stay_on_the_screen(codec: TinyCodec):
-    """Catches values outside [0, 1], which would make saturation and contrast as large as one likes."""
+    """Catches values outside [0, 1], which would make saturation and contrast as large as one
+    likes.
+    """
     shown = decoded(10 * asked(1).noise(range(1))[0], codec)
     assert shown.min() == 0
     assert shown.max() == 1

@@ -17,7 +17,9 @@ N = 384
 
 
 def reading_of(factors: world.Factors) -> Reading:
-    """The reading of clips rendered from these factors, without rendering: test_readout shows that it is exact."""
+    """The reading of clips rendered from these factors, without rendering: test_readout shows that
+    it is exact.
+    """
     flat = torch.zeros(len(factors))
     return Reading(
         shape=factors.shape,
@@ -47,14 +49,20 @@ def tempered(power: float, seed: int) -> Reading:
         dataclasses.replace(
             factors,
             hue=torch.multinomial(world.HUE_PRIOR**power, N, replacement=True, generator=draws),
-            direction=torch.multinomial(world.DIRECTION_PRIOR**power, N, replacement=True, generator=draws),
+            direction=torch.multinomial(
+                world.DIRECTION_PRIOR**power, N, replacement=True, generator=draws
+            ),
         )
     )
 
 
 def changed(one: dict[str, Score], other: dict[str, Score]) -> set[str]:
-    """The scores that differ by more than .02 and whose intervals do not meet; all are of order 1 in their units."""
-    apart = {name for name in one if one[name].high < other[name].low or other[name].high < one[name].low}
+    """The scores that differ by more than .02 and whose intervals do not meet; all are of order 1
+    in their units.
+    """
+    apart = {
+        name for name in one if one[name].high < other[name].low or other[name].high < one[name].low
+    }
     return {name for name in apart if abs(one[name].value - other[name].value) > 0.02}
 
 
@@ -62,7 +70,8 @@ def changed(one: dict[str, Score], other: dict[str, Score]) -> set[str]:
 def test_the_data_has_the_modes_of_the_data(seed: int) -> None:
     """Would catch a wrong expectation, a transposed prior and a wrong W1.
 
-    2 N KL(q||p) is nearly chi-squared with 23 degrees of freedom: .03 on average, above .065 with probability .001.
+    2 N KL(q||p) is nearly chi-squared with 23 degrees of freedom: .03 on average, above .065 with
+    probability .001.
     """
     scores = summarise(tempered(1, seed))
     assert 0.9 <= scores["coverage"].value <= 1.1
@@ -74,13 +83,22 @@ def test_the_data_has_the_modes_of_the_data(seed: int) -> None:
 
 
 def test_tempering_lowers_coverage_and_raises_both_divergences() -> None:
-    """Mode seeking. Of 24 modes the law p^4 hits 12 in 384 draws, half of what the data hits; p^2 lies between."""
+    """Mode seeking. Of 24 modes the law p^4 hits 12 in 384 draws, half of what the data hits; p^2
+    lies between.
+    """
     data, mild, strong = (summarise(tempered(power, 0)) for power in (1, 2, 4))
     assert strong["coverage"].value < 0.6
     for name in ("kl_prior_sample", "kl_sample_prior"):
         assert data[name].high < mild[name].low < mild[name].high < strong[name].low
     assert data["coverage"].low > mild["coverage"].high > strong["coverage"].high
-    assert changed(data, strong) == {"modes", "coverage", "kl_prior_sample", "kl_sample_prior", "entropy", "contrast"}
+    assert changed(data, strong) == {
+        "modes",
+        "coverage",
+        "kl_prior_sample",
+        "kl_sample_prior",
+        "entropy",
+        "contrast",
+    }
 
 
 def test_saturation_moves_saturation_alone(clips: Clips) -> None:
@@ -92,16 +110,29 @@ def test_saturation_moves_saturation_alone(clips: Clips) -> None:
 
 
 def test_drift_moves_drift(clips: Clips) -> None:
-    """A saturation that grows by 6 % a latent frame. The mean grows with it, and nothing else may move."""
+    """A saturation that grows by 6 % a latent frame. The mean grows with it, and nothing else may
+    move.
+    """
     factors = clips.factors
     saturation = (factors.saturation[:, None] * 1.06 ** (torch.arange(33) / 4)).clamp(max=1)
-    moved = changed(summarise(clips.reading), summarise(read(draw(factors, world.track(factors, 33), saturation))))
+    moved = changed(
+        summarise(clips.reading),
+        summarise(read(draw(factors, world.track(factors, 33), saturation))),
+    )
     assert "saturation_drift" in moved
-    assert moved <= {"saturation_drift", "contrast_drift", "saturation", "saturation_w1", "jitter_px"}
+    assert moved <= {
+        "saturation_drift",
+        "contrast_drift",
+        "saturation",
+        "saturation_w1",
+        "jitter_px",
+    }
 
 
 def test_jitter_moves_jitter_alone(clips: Clips) -> None:
-    """Up to 1 px along each axis, independent in every video frame: rms sqrt(2 / 3), less what the line fit takes."""
+    """Up to 1 px along each axis, independent in every video frame: rms sqrt(2 / 3), less what the
+    line fit takes.
+    """
     factors = clips.factors
     shake = 2 * uniform((len(factors), 33, 2), 0, "test jitter").float() - 1
     saturation = factors.saturation[:, None].expand(-1, 33)
@@ -124,13 +155,16 @@ def test_invalid_clips_are_in_no_mode() -> None:
     assert scores["modes"].value <= 4
     assert scores["modes"].n == int((reading.hue == 0).sum())
     assert scores["valid"].value == pytest.approx(scores["modes"].n / N)
-    # Expected is what all clips would hit, so a model that fails half the time does not get half the goal.
+    # Expected is what all clips would hit, so a model that fails half the time does not get half
+    # the goal.
     expected = (1 - (1 - world.MODE_PRIOR) ** N).sum().item()
     assert scores["coverage"].value == pytest.approx(scores["modes"].value / expected)
 
 
 def test_nothing_valid_is_no_perfect_score() -> None:
-    """With prior smoothing alone, no clips at all would have KL(prior || sample) = 0, the best there is."""
+    """With prior smoothing alone, no clips at all would have KL(prior || sample) = 0, the best
+    there is.
+    """
     reading = tempered(1, 0)
     scores = summarise(dataclasses.replace(reading, valid=torch.zeros(N, dtype=torch.bool)))
     assert math.isnan(scores["kl_prior_sample"].value)
@@ -145,7 +179,9 @@ def test_captions_are_compared_with_what_is_read() -> None:
     valid = torch.arange(N) % 3 > 0
     scores = summarise(dataclasses.replace(reading, valid=valid), asked)
     second = torch.arange(N) >= N // 2
-    assert scores["agreement_shape"].value == pytest.approx((reading.shape[valid] == 0).float().mean().item())
+    assert scores["agreement_shape"].value == pytest.approx(
+        (reading.shape[valid] == 0).float().mean().item()
+    )
     assert scores["agreement_hue"].n == int((valid & second).sum())
     expected = (reading.hue[valid & second] == 0).float().mean().item()
     assert scores["agreement_hue"].value == pytest.approx(expected)
@@ -155,7 +191,9 @@ def test_captions_are_compared_with_what_is_read() -> None:
 
 
 def test_intervals_cover_the_truth() -> None:
-    """Of 40 intervals of 95 % about 38 hold the law's mean saturation and speed; fewer than 33 in 1 of 1,000 cases."""
+    """Of 40 intervals of 95 % about 38 hold the law's mean saturation and speed; fewer than 33 in 1
+    of 1,000 cases.
+    """
     inside = torch.zeros(2)
     for seed in range(40):
         scores = summarise(reading_of(world.draw_factors(100, generator(seed, "test intervals"))))
@@ -166,7 +204,9 @@ def test_intervals_cover_the_truth() -> None:
 
 
 def test_values_lie_in_their_intervals_and_repeat() -> None:
-    """A bootstrap of counts of modes is far below the count itself; and equal readings must give equal reports."""
+    """A bootstrap of counts of modes is far below the count itself; and equal readings must give
+    equal reports.
+    """
     reading = tempered(1, 0)
     scores = summarise(reading)
     assert all(score.low <= score.value <= score.high for score in scores.values())
@@ -177,7 +217,8 @@ def test_values_lie_in_their_intervals_and_repeat() -> None:
 def test_w1_is_the_shift_of_a_shifted_law() -> None:
     """Beta(6, 6) moved by .1 lies at W1 = .1. Would catch a distance of squares or of densities.
 
-    Saturation has standard deviation .14, so over 4,000 draws the shift is known to .0022: three of these.
+    Saturation has standard deviation .14, so over 4,000 draws the shift is known to .0022: three of
+    these.
     """
     factors = world.draw_factors(4000, generator(0, "test w1"))
     reading = reading_of(dataclasses.replace(factors, saturation=factors.saturation + 0.1))

@@ -16,7 +16,10 @@ CATEGORIES = ("shape", "hue", "direction", "speed", "size")
 
 
 def accuracy(reading: Reading, factors: Factors) -> dict[str, float]:
-    return {name: (getattr(reading, name) == getattr(factors, name)).float().mean().item() for name in CATEGORIES}
+    return {
+        name: (getattr(reading, name) == getattr(factors, name)).float().mean().item()
+        for name in CATEGORIES
+    }
 
 
 def test_clean_clips_are_read_exactly(clips: Clips) -> None:
@@ -32,9 +35,11 @@ def test_clean_clips_are_read_exactly(clips: Clips) -> None:
 
 @pytest.mark.parametrize("noise", [0.02, 0.05])
 def test_noise_does_not_change_what_is_read(clips: Clips, noise: float) -> None:
-    """Would catch a colour taken from the pixels that noise moved farthest, which is more saturated than the shape's.
+    """Would catch a colour taken from the pixels that noise moved farthest, which is more saturated
+    than the shape's.
 
-    Half of validity's threshold is left at noise .05: all pixels are compared, and noise is in all of them.
+    Half of validity's threshold is left at noise .05: all pixels are compared, and noise is in all
+    of them.
     """
     videos = clips.videos[:32] + noise * normal((32, *clips.videos.shape[1:]), 0, "test noise")
     reading = read(videos)
@@ -44,7 +49,9 @@ def test_noise_does_not_change_what_is_read(clips: Clips, noise: float) -> None:
 
 
 def test_rare_hues_and_pale_colours_are_read() -> None:
-    """The rarest hues are what is counted in the end; saturation .1 occurs in one of 10,000 clips of the data."""
+    """The rarest hues are what is counted in the end; saturation .1 occurs in one of 10,000 clips
+    of the data.
+    """
     factors = draw_factors(24, generator(0, "test hues"))
     hue, saturation = torch.arange(24) % 6, torch.linspace(0.1, 1, 24)
     reading = read(render(dataclasses.replace(factors, hue=hue, saturation=saturation)))
@@ -57,8 +64,9 @@ def mean_of(videos: Tensor, count: int) -> Tensor:
 
 
 def test_two_shapes_in_one_clip_are_no_valid_clip() -> None:
-    """A shape twice, in two places, at half its contrast: either explains half at most, and what the read-out takes for
-    one shape, less. Would catch a validity that asks only whether something of a shape is there.
+    """A shape twice, in two places, at half its contrast: either explains half at most, and what
+    the read-out takes for one shape, less. Would catch a validity that asks only whether something
+    of a shape is there.
     """
     one = draw_factors(24, generator(0, "test one"))
     other = dataclasses.replace(one, x=one.x + 30, y=one.y + 25)
@@ -66,7 +74,8 @@ def test_two_shapes_in_one_clip_are_no_valid_clip() -> None:
 
 
 def test_most_means_of_two_random_clips_are_invalid(clips: Clips) -> None:
-    """Not all: where one shape is larger or stronger, or covers the other, it does explain more than half of the clip.
+    """Not all: where one shape is larger or stronger, or covers the other, it does explain more
+    than half of the clip.
 
     26 of 96 pairs and 96 of 384 were valid; the standard error over 32 pairs is 8 %.
     """
@@ -74,7 +83,9 @@ def test_most_means_of_two_random_clips_are_invalid(clips: Clips) -> None:
 
 
 def test_means_of_eight_clips_are_invalid_and_faint(clips: Clips) -> None:
-    """The collapse to the mean that distillation risks. Contrast must tell it even where validity would not."""
+    """The collapse to the mean that distillation risks. Contrast must tell it even where validity
+    would not.
+    """
     reading = read(mean_of(clips.videos, 8))
     assert not reading.valid.any()
     assert reading.contrast.mean() < 0.3 * clips.reading.contrast.mean()
@@ -89,7 +100,9 @@ def test_clips_without_a_moving_shape_are_invalid_and_finite(kind: str, clips: C
         "black": torch.zeros(shape),
         "faint noise": 0.35 + 0.01 * normal(shape, 0, "test blank"),
         "noise": uniform(shape, 0, "test blank").float(),
-        "one frame": torch.full(shape, 0.35).index_copy(1, torch.tensor([16]), clips.videos[:3, 16:17]),
+        "one frame": torch.full(shape, 0.35).index_copy(
+            1, torch.tensor([16]), clips.videos[:3, 16:17]
+        ),
     }[kind]
     reading = read(video)
     assert not reading.valid.any()
@@ -98,17 +111,23 @@ def test_clips_without_a_moving_shape_are_invalid_and_finite(kind: str, clips: C
 
 
 def test_values_outside_the_range_are_clipped(clips: Clips) -> None:
-    """Decoded latents overshoot. Would catch colours below 0, which once made a saturation of 5,501."""
+    """Decoded latents overshoot. Would catch colours below 0, which once made a saturation of
+    5,501.
+    """
     loud = 0.35 + 3 * (clips.videos[:8] - 0.35)
     assert torch.equal(read(loud).saturation, read(loud.clamp(0, 1)).saturation)
     assert read(loud).saturation.max() <= 1
 
 
 def test_reading_does_not_depend_on_the_batch(clips: Clips) -> None:
-    """Would catch statistics taken over clips. Sums may round differently in products of other shapes."""
+    """Would catch statistics taken over clips. Sums may round differently in products of other
+    shapes.
+    """
     alone = read(clips.videos[11:12])
     for field in fields(Reading):
-        torch.testing.assert_close(getattr(alone, field.name), getattr(clips.reading, field.name)[11:12])
+        torch.testing.assert_close(
+            getattr(alone, field.name), getattr(clips.reading, field.name)[11:12]
+        )
 
 
 def test_chunks_start_where_their_first_latent_frame_does() -> None:
@@ -128,13 +147,17 @@ def test_saturation_is_read_chunk_by_chunk(clips: Clips) -> None:
 
 
 def test_a_jump_at_seams_is_seam_excess(clips: Clips) -> None:
-    """A jump of 2 px across the track into both later chunks, less the .16 px by which it tilts the fitted line.
+    """A jump of 2 px across the track into both later chunks, less the .16 px by which it tilts the
+    fitted line.
 
-    Against steps elsewhere, which the tilt makes .16 px: 1.69 px. Equal jumps into every other latent frame are none.
+    Against steps elsewhere, which the tilt makes .16 px: 1.69 px. Equal jumps into every other
+    latent frame are none.
     """
     factors = clips.factors[slice(0, 8)]
     centres, jumped = track(factors, 33), track(factors, 33)
-    across = torch.stack([centres[:, 1, 1] - centres[:, 0, 1], centres[:, 1, 0] - centres[:, 0, 0]], dim=-1)
+    across = torch.stack(
+        [centres[:, 1, 1] - centres[:, 0, 1], centres[:, 1, 0] - centres[:, 0, 0]], dim=-1
+    )
     across = 2 * across / across.norm(dim=-1, keepdim=True)
     jumped[:, 9:] += across[:, None]
     jumped[:, 21:] += across[:, None]

@@ -39,7 +39,9 @@ def test_distance_to_the_data_is_two_sided():
 
 
 def test_scores_from_few_clips_are_not_stated():
-    """Catches the interval [.47, .47] of one valid clip, and the small KL that smoothing gives to very few."""
+    """Catches the interval [.47, .47] of one valid clip, and the small KL that smoothing gives to
+    very few.
+    """
     thin = tables.stated(row("arm", n=3).scores)
     assert math.isnan(thin["saturation"].value)
     assert thin["valid"].value == 1.0
@@ -83,8 +85,14 @@ def test_rows_survive_json():
 
 
 def test_curves_average_the_turns_of_an_update_and_long_runs():
-    """Catches five fake-score turns drawn as a zigzag at one update, and pages of megabytes for long runs."""
-    lines = [{"kind": "fake", "student_update": u, "loss": u + turn} for u in (1, 2) for turn in (0.0, 1.0)]
+    """Catches five fake-score turns drawn as a zigzag at one update, and pages of megabytes for
+    long runs.
+    """
+    lines = [
+        {"kind": "fake", "student_update": u, "loss": u + turn}
+        for u in (1, 2)
+        for turn in (0.0, 1.0)
+    ]
     lines += [
         {"kind": "student", "student_update": 1, "loss": 9.0},
         {"kind": "fake", "student_update": 3, "loss": None},
@@ -102,7 +110,9 @@ def test_axis_shows_all_values_between_its_ends():
         axis = Axis.over(values, 100, 0)
         assert all(0 <= axis.at(value) <= 100 for value in values)
         assert axis.shown()
-    assert Axis.over([0.01, 10.0], 100, 0, logarithmic=True).shown() == pytest.approx([0.01, 0.1, 1.0, 10.0])
+    assert Axis.over([0.01, 10.0], 100, 0, logarithmic=True).shown() == pytest.approx(
+        [0.01, 0.1, 1.0, 10.0]
+    )
 
 
 class Tags(HTMLParser):
@@ -160,7 +170,10 @@ def page(rows: Sequence[Row], **fields: Any) -> Page:
 def test_page_is_one_well_formed_file_with_every_row():
     """Catches unclosed or unescaped markup, rows left out, and anything fetched from elsewhere."""
     rows = [row("data"), row("control", **USUAL), row("a<b & co", **USUAL)]
-    lines = [{"kind": "student", "student_update": u, "loss": 1.0 / u, "discrepancy/dfd": 0.1} for u in (1, 2, 3)]
+    lines = [
+        {"kind": "student", "student_update": u, "loss": 1.0 / u, "discrepancy/dfd": 0.1}
+        for u in (1, 2, 3)
+    ]
     sheets = {one.name: Sheet(b"png", f"samples/{index}.mp4") for index, one in enumerate(rows)}
     palette = colours([one.name for one in rows])
     drawn = panels({"a<b & co": lines}, palette)
@@ -168,14 +181,18 @@ def test_page_is_one_well_formed_file_with_every_row():
     tags = parsed(html)
     for one in rows:
         assert tags.text.count(one.name) >= 3  # table, clips and modes
-    assert [a for a in tags.addresses if not a.startswith(("data:image/png;base64,", "samples/"))] == []
+    assert [
+        a for a in tags.addresses if not a.startswith(("data:image/png;base64,", "samples/"))
+    ] == []
     assert "<script" not in html
     assert "@import" not in html
     assert "url(" not in html
 
 
 def test_histogram_cuts_tall_bars_and_says_how_tall():
-    """Catches a collapsed row whose one bar leaves the plot, or shrinks the others to nothing by rescaling."""
+    """Catches a collapsed row whose one bar leaves the plot, or shrinks the others to nothing by
+    rescaling.
+    """
     prior = [1 / 24] * 24
     collapsed = histogram([10] + [0] * 23, prior)
     assert ">100%<" in collapsed
@@ -197,7 +214,9 @@ SIZES = "{num_heads: 2, head_dim: 16, num_layers: 2, ffn_dim: 48, freq_dim: 32}"
 
 
 def config_of(folder: Path, *overrides: str) -> Config:
-    """A run whose student, teacher and arms exist, untrained: `caption` has other weights than the others."""
+    """A run whose student, teacher and arms exist, untrained: `caption` has other weights than the
+    others.
+    """
     text = f"""
     run: {{name: demo, stage: dfd, out: {folder}/runs, device: cpu}}
     model: {SIZES}
@@ -240,7 +259,10 @@ def test_report_has_every_row_in_every_file(reported: tuple[Config, str]):
     assert [one["name"] for one in saved["rows"]] == ROWS
     assert table.splitlines()[3].split() == ROWS
     assert saved["verdict"] in " ".join(table.split())
-    markdown, tags = (folder / "report.md").read_text(), parsed((folder / "report.html").read_text())
+    markdown, tags = (
+        (folder / "report.md").read_text(),
+        parsed((folder / "report.html").read_text()),
+    )
     for name in ROWS:
         assert name in markdown
         assert name in tags.text
@@ -298,10 +320,14 @@ def test_rows_fit_the_stage(tmp_path: Path):
         "dfd": ["data", "teacher", "start", "student"],
     }
     for stage, names in wanted.items():
-        assert [source.name for source in sources(change(config, [f"run.stage={stage}", start]))] == names
+        assert [
+            source.name for source in sources(change(config, [f"run.stage={stage}", start]))
+        ] == names
 
 
-def test_sample_writes_a_grid_with_a_line_for_each_prompt(reported: tuple[Config, str], tmp_path: Path):
+def test_sample_writes_a_grid_with_a_line_for_each_prompt(
+    reported: tuple[Config, str], tmp_path: Path
+):
     """Catches prompts that do not reach the clips beside which their captions are written."""
     run = Path(reported[0].run.out) / "demo"
     path = sample_videos(run, ["a disc moves", "a cross moves"], tmp_path / "two.mp4")

@@ -1,4 +1,6 @@
-"""The tiny codec piece by piece: any split gives the bits of the whole, and all state is the caller's."""
+"""The tiny codec piece by piece: any split gives the bits of the whole, and all state is the
+caller's.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,8 @@ def test_decoding_in_pieces_is_decoding_at_once(codec, clips, split):
     """Catches a later piece whose first latent frame is taken for the first of the video."""
     latents, decoder = codec.encode(clips), codec.start_decoding()
     assert torch.equal(
-        torch.cat([decoder.decode(part) for part in latents.split(split, dim=1)], 1), codec.decode(latents)
+        torch.cat([decoder.decode(part) for part in latents.split(split, dim=1)], 1),
+        codec.decode(latents),
     )
 
 
@@ -37,13 +40,18 @@ def test_encoding_in_pieces_is_encoding_at_once(codec, clips, split):
     """Catches groups of four that are cut across pieces."""
     frames = [4 * part - 3 if i == 0 else 4 * part for i, part in enumerate(split)]
     encoder = codec.start_encoding()
-    assert torch.equal(torch.cat([encoder.encode(part) for part in clips.split(frames, dim=1)], 1), codec.encode(clips))
+    assert torch.equal(
+        torch.cat([encoder.encode(part) for part in clips.split(frames, dim=1)], 1),
+        codec.encode(clips),
+    )
 
 
 @pytest.mark.parametrize("size", [(1, 8, 8), (2, 8, 8), (1, 16, 16), (1, 24, 40)])
 @pytest.mark.parametrize("split", [(1,) * 7, (3, 3, 1), (1, 6), (2, 5)])
 def test_any_batch_and_size_is_split_without_a_trace(codec, size, split):
-    """Catches products over all latent frames at once: those of few blocks round otherwise when frames are fewer."""
+    """Catches products over all latent frames at once: those of few blocks round otherwise when
+    frames are fewer.
+    """
     batch, height, width = size
     videos = rng.uniform((batch, 25, height, width, 3), 0, "codec sizes").float()
     latents = rng.normal((batch, 7, 16, height // 8, width // 8), 0, "codec sizes")
@@ -66,14 +74,18 @@ def test_first_chunk_has_nine_video_frames_and_later_ones_twelve(codec, clips):
 
 
 def test_no_latents_leave_the_first_ones_to_come(codec, clips):
-    """Catches an empty piece that counts as the first, after which the first latent frame gives four video frames."""
+    """Catches an empty piece that counts as the first, after which the first latent frame gives
+    four video frames.
+    """
     latents, decoder = codec.encode(clips), codec.start_decoding()
     assert decoder.decode(latents[:, :0]).shape[1] == 0
     assert torch.equal(decoder.decode(latents), codec.decode(latents))
 
 
 def test_decoders_share_nothing(codec, clips):
-    """Catches state on the codec, which all streams share: interleaved, each gives what it gives alone."""
+    """Catches state on the codec, which all streams share: interleaved, each gives what it gives
+    alone.
+    """
     latents = codec.encode(clips)
     one, other = codec.start_decoding(), codec.start_decoding()
     pieces = [(one.decode(part), other.decode(part.flip(0))) for part in latents.split(3, dim=1)]
@@ -82,7 +94,9 @@ def test_decoders_share_nothing(codec, clips):
 
 
 def test_a_clone_goes_on_from_where_it_was_made(codec, clips):
-    """Catches a clone that starts anew or follows the original: one made before the first latent frame, one after."""
+    """Catches a clone that starts anew or follows the original: one made before the first latent
+    frame, one after.
+    """
     latents, decoder = codec.encode(clips), codec.start_decoding()
     fresh = decoder.clone()
     first = decoder.decode(latents[:, :1])
@@ -93,16 +107,21 @@ def test_a_clone_goes_on_from_where_it_was_made(codec, clips):
 
 
 def test_bits_do_not_depend_on_the_layout_in_memory(codec):
-    """Catches products that take a slice as it lies: a kernel for transposed rows may round otherwise."""
+    """Catches products that take a slice as it lies: a kernel for transposed rows may round
+    otherwise.
+    """
     latents = rng.normal((1, 7, 16, 1, 3), 0, "codec layout")
     channels_last = latents.movedim(2, -1).contiguous().movedim(-1, 2)
-    shifted = torch.cat([latents.new_zeros(1), latents.flatten()])[1:].view(latents.shape)  # not aligned
+    # not aligned
+    shifted = torch.cat([latents.new_zeros(1), latents.flatten()])[1:].view(latents.shape)
     for same in (channels_last, shifted):
         assert torch.equal(codec.decode(same), codec.decode(latents))
 
 
 def test_decoder_and_encoder_follow_the_device(codec):
-    """Catches bases left on the host, or moved for every piece. The device `meta` has shapes without numbers."""
+    """Catches bases left on the host, or moved for every piece. The device `meta` has shapes
+    without numbers.
+    """
     decoder, encoder = codec.start_decoding(), codec.start_encoding()
     video = decoder.decode(torch.zeros(1, 3, 16, 2, 3, device="meta"))
     encoder.encode(video)
@@ -119,22 +138,33 @@ def test_pieces_of_the_wrong_length_are_refused(codec, clips):
     with pytest.raises(ValueError, match=r"4 video frames are not 1 \+ 4 n; use 1 or 5"):
         encoder.encode(clips[:, :4])
     encoder.encode(clips[:, :5])
-    with pytest.raises(ValueError, match=r"5 video frames follow the first ones; want a multiple of 4"):
+    with pytest.raises(
+        ValueError, match=r"5 video frames follow the first ones; want a multiple of 4"
+    ):
         encoder.encode(clips[:, 5:10])
-    assert torch.equal(encoder.encode(clips[:, 5:9]), codec.encode(clips)[:, 2:3])  # refusals left no trace
+    # refusals left no trace
+    assert torch.equal(encoder.encode(clips[:, 5:9]), codec.encode(clips)[:, 2:3])
 
 
 def test_a_piece_refused_for_its_size_is_not_the_first(codec, clips):
-    """Catches an encoder that has begun with a piece it refused: the next one would lose its lone first frame."""
+    """Catches an encoder that has begun with a piece it refused: the next one would lose its lone
+    first frame.
+    """
     encoder = codec.start_encoding()
-    with pytest.raises(ValueError, match="video frames are 60 x 64; height and width must be multiples of 8"):
+    with pytest.raises(
+        ValueError, match="video frames are 60 x 64; height and width must be multiples of 8"
+    ):
         encoder.encode(clips[:, :5, :60])
     assert torch.equal(encoder.encode(clips), codec.encode(clips))
 
 
 def test_wrong_channels_are_refused(codec, clips):
-    """Catches channels and frames confused, or channels-first videos, which can pass for videos of another size."""
-    with pytest.raises(ValueError, match=r"latents are \(2, 16, 9, 8, 8\); want \[B, F, 16, h, w\], channels third"):
+    """Catches channels and frames confused, or channels-first videos, which can pass for videos of
+    another size.
+    """
+    with pytest.raises(
+        ValueError, match=r"latents are \(2, 16, 9, 8, 8\); want \[B, F, 16, h, w\], channels third"
+    ):
         codec.decode(codec.encode(clips).transpose(1, 2))
     with pytest.raises(ValueError, match=r"want \[B, T, H, W, 3\], colours last"):
         codec.encode(clips.movedim(-1, 2))

@@ -7,7 +7,9 @@ from selfforcing_dfd.tiny.text import TinyText
 
 
 def test_zeros_from_the_end_on() -> None:
-    """The network tells padding by zeros. Would catch padding with a word, and an empty caption that is not empty."""
+    """The network tells padding by zeros. Would catch padding with a word, and an empty caption
+    that is not empty.
+    """
     text = TinyText(dim=8, length=5).encode(["a red disc", "", "..."])
     assert (text[0, :3].norm(dim=-1) > 0).all()
     assert not text[0, 3:].any()
@@ -15,7 +17,9 @@ def test_zeros_from_the_end_on() -> None:
 
 
 def test_words_do_not_depend_on_vocabulary_or_company() -> None:
-    """Would catch vectors that are drawn in order of appearance, or keyed by Python's salted hash()."""
+    """Would catch vectors that are drawn in order of appearance, or keyed by Python's salted
+    hash().
+    """
     one = TinyText().encode(["red disc"])
     other = TinyText().encode(["an unheard-of caption of seven words", "disc, RED"])
     assert torch.equal(one[0, [1, 0]], other[1, :2])
@@ -23,13 +27,29 @@ def test_words_do_not_depend_on_vocabulary_or_company() -> None:
 
 
 def test_words_are_of_unit_size_and_different() -> None:
-    """Would catch hash collisions by truncation, and sizes that would drown the network's other inputs."""
-    words = ["disc", "square", "cross", "red", "yellow", "green", "cyan", "blue", "magenta", "right", "down"]
+    """Would catch hash collisions by truncation, and sizes that would drown the network's other
+    inputs.
+    """
+    words = [
+        "disc",
+        "square",
+        "cross",
+        "red",
+        "yellow",
+        "green",
+        "cyan",
+        "blue",
+        "magenta",
+        "right",
+        "down",
+    ]
     text = TinyText().encode([" ".join(words)])[0, : len(words)]
     # norm sqrt(dim) by construction, to float32 rounding
     torch.testing.assert_close(text.norm(dim=-1), torch.full((len(words),), 32**0.5))
     # Random directions in 32 dimensions: a cosine of .75 among 55 pairs has probability 1e-5.
-    cosine = torch.nn.functional.normalize(text, dim=-1) @ torch.nn.functional.normalize(text, dim=-1).T
+    cosine = (
+        torch.nn.functional.normalize(text, dim=-1) @ torch.nn.functional.normalize(text, dim=-1).T
+    )
     assert (cosine - torch.eye(len(words))).abs().max() < 0.75
 
 

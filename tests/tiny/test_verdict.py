@@ -10,7 +10,9 @@ from tiny_rows import NAN, USUAL, row
 from selfforcing_dfd.tiny import tables
 
 
-def judged(arm: Mapping[str, tuple[float, float]], control: Mapping[str, tuple[float, float]]) -> str:
+def judged(
+    arm: Mapping[str, tuple[float, float]], control: Mapping[str, tuple[float, float]]
+) -> str:
     rows = [row("data"), row("control", **control), row("arm", **arm)]
     (finding,) = tables.findings(rows)
     return finding.outcome
@@ -20,18 +22,22 @@ def judged(arm: Mapping[str, tuple[float, float]], control: Mapping[str, tuple[f
     ("change_of_arm", "outcome"),
     [
         ({"kl_prior_sample": (1.0, 0.1)}, "helped"),
-        ({"kl_prior_sample": (1.0, 0.1), "valid": (0.86, 0.02)}, "helped"),  # .04 less validity is within the margin
+        # .04 less validity is within the margin
+        ({"kl_prior_sample": (1.0, 0.1), "valid": (0.86, 0.02)}, "helped"),
         ({"kl_prior_sample": (1.35, 0.1)}, "no clear difference"),  # the intervals touch
         (
             {"kl_prior_sample": (2.0, 0.1)},
             "no clear difference",
         ),  # worse coverage alone is not what the rule calls harm
-        ({"kl_prior_sample": (1.0, 0.1), "valid": (0.8, 0.02)}, "harmed"),  # the price is too high to call it help
+        # the price is too high to call it help
+        ({"kl_prior_sample": (1.0, 0.1), "valid": (0.8, 0.02)}, "harmed"),
         ({"contrast": (0.4, 0.02)}, "harmed"),
         ({"kl_prior_sample": (1.0, 0.1), "contrast": (0.4, 0.02)}, "mixed"),
-        ({"kl_prior_sample": (1.0, 0.1), "speed_px": (0.5, 0.05)}, "mixed"),  # covers the modes, but hardly moves
+        # covers the modes, but hardly moves
+        ({"kl_prior_sample": (1.0, 0.1), "speed_px": (0.5, 0.05)}, "mixed"),
         ({"kl_prior_sample": (1.0, 0.1), "speed_px": (1.4, 0.05)}, "helped"),
-        ({"kl_prior_sample": (NAN, NAN)}, "no clear difference"),  # nothing to compare decides nothing
+        # nothing to compare decides nothing
+        ({"kl_prior_sample": (NAN, NAN)}, "no clear difference"),
         ({"kl_prior_sample": (NAN, NAN), "valid": (0.0, 0.0)}, "harmed"),
     ],
 )
@@ -50,7 +56,10 @@ def test_contrast_that_falls_to_the_datas_is_no_harm():
 def test_one_invalid_clip_is_no_harm_where_the_interval_has_no_width():
     """Catches a verdict by one clip in 256: the bootstrap interval of a share of 100 % is a point."""
     control = USUAL | {"valid": (1.0, 0.0)}
-    assert judged(USUAL | {"kl_prior_sample": (1.0, 0.1), "valid": (0.996, 0.002)}, control) == "helped"
+    assert (
+        judged(USUAL | {"kl_prior_sample": (1.0, 0.1), "valid": (0.996, 0.002)}, control)
+        == "helped"
+    )
 
 
 def test_an_arm_is_held_to_no_more_motion_than_its_teacher_has():

@@ -22,7 +22,9 @@ NAMES = {
 
 
 def test_draws_follow_the_priors() -> None:
-    """Would catch priors in the wrong order. Over 20,000 draws a share's standard error is at most .0035."""
+    """Would catch priors in the wrong order. Over 20,000 draws a share's standard error is at most
+    .0035.
+    """
     factors = world.draw_factors(20_000, generator(0, "test priors"))
     modes = torch.bincount(world.mode(factors.hue, factors.direction), minlength=24) / 20_000
     assert (modes - world.MODE_PRIOR).abs().max() < 4 * 0.0035
@@ -42,11 +44,14 @@ def test_mode_prior_is_indexed_as_modes_are() -> None:
 
 
 def test_the_world_is_a_torus() -> None:
-    """A clip shifted by a whole number of pixels is the same clip rolled. Would catch edges that do not wrap."""
+    """A clip shifted by a whole number of pixels is the same clip rolled. Would catch edges that do
+    not wrap.
+    """
     factors = world.draw_factors(6, generator(0, "test torus"))
     moved = dataclasses.replace(factors, x=factors.x + 40, y=factors.y - 23)
     rolled = world.render(factors, 5).roll((-23, 40), dims=(2, 3))
-    # float32 positions near 100 pixels are exact to 1e-5, and the steepest edge has slope 1/4 per 0.9 px.
+    # float32 positions near 100 pixels are exact to 1e-5, and the steepest edge has slope 1/4 per
+    # 0.9 px.
     torch.testing.assert_close(world.render(moved, 5), rolled, atol=1e-4, rtol=0)
 
 
@@ -57,8 +62,12 @@ def test_shapes_move_where_their_direction_says(direction: int) -> None:
     fast = torch.full_like(factors.speed, 2)
     factors = dataclasses.replace(factors, direction=torch.full_like(fast, direction), speed=fast)
     video = world.render(factors, 6)
-    right, down = {"right": (10, 0), "down": (0, 10), "left": (-10, 0), "up": (0, -10)}[world.DIRECTIONS[direction]]
-    torch.testing.assert_close(video[:, 5], video[:, 0].roll((down, right), dims=(1, 2)), atol=1e-4, rtol=0)
+    right, down = {"right": (10, 0), "down": (0, 10), "left": (-10, 0), "up": (0, -10)}[
+        world.DIRECTIONS[direction]
+    ]
+    torch.testing.assert_close(
+        video[:, 5], video[:, 0].roll((down, right), dims=(1, 2)), atol=1e-4, rtol=0
+    )
 
 
 def test_a_clip_does_not_depend_on_the_others_in_its_batch() -> None:
@@ -75,7 +84,9 @@ def test_captions_parse_back(clips: Clips, level: world.Level) -> None:
     named = {"short": {"shape"}, "medium": {"shape", "hue"}, "long": set(NAMES)}[level]
     parsed = [world.parse_caption(caption) for caption in world.captions(clips.factors, level)]
     values = {name: getattr(clips.factors, name).tolist() for name in named}
-    assert parsed == [{name: values[name][clip] for name in named} for clip in range(len(clips.factors))]
+    assert parsed == [
+        {name: values[name][clip] for name in named} for clip in range(len(clips.factors))
+    ]
 
 
 def test_captions_that_contradict_themselves_are_refused() -> None:
@@ -93,7 +104,9 @@ def test_written_clips_keep_their_attributes(tmp_path: Path) -> None:
     for clip, path in enumerate(paths):
         parsed = world.parse_caption(path.with_suffix(".txt").read_text())
         assert parsed == {name: int(getattr(reading, name)[clip]) for name in NAMES}
-    truth = torch.cat([world.draw_factors(1, generator(3, "tiny clip", clip)).saturation for clip in range(6)])
+    truth = torch.cat(
+        [world.draw_factors(1, generator(3, "tiny clip", clip)).saturation for clip in range(6)]
+    )
     # 8 bits and near-lossless H.264: 1 of 255 levels of a channel at .9 is .0044.
     assert (reading.saturation - truth).abs().max() < 0.01
 
@@ -101,7 +114,8 @@ def test_written_clips_keep_their_attributes(tmp_path: Path) -> None:
 def test_a_longer_folder_begins_with_the_clips_of_a_shorter_one(tmp_path: Path) -> None:
     """Would catch a generator shared between clips.
 
-    Equal frames may be encoded otherwise where x264 has AVX-512, by a level or two of 255; another clip is 10 away.
+    Equal frames may be encoded otherwise where x264 has AVX-512, by a level or two of 255; another
+    clip is 10 away.
     """
     short = world.write_clips(tmp_path / "short", 2, seed=0, num_frames=5)
     long = world.write_clips(tmp_path / "long", 3, seed=0, num_frames=5)

@@ -1,4 +1,6 @@
-"""What the tests of the tiny world share: clips with their reading, and drawing any track and colour."""
+"""What the tests of the tiny world share: clips with their reading, and drawing any track and
+colour.
+"""
 
 from __future__ import annotations
 

@@ -18,25 +18,37 @@ from selfforcing_dfd.training.ema import save_weights
 from tests.tiny_models import fill_weights
 
 MODEL = ModelConfig(num_heads=2, head_dim=8, num_layers=1, ffn_dim=32, freq_dim=16)
-SMALL = [f"model.{name}={value}" for name, value in asdict(MODEL).items() if name != "gradient_checkpointing"]
+SMALL = [
+    f"model.{name}={value}"
+    for name, value in asdict(MODEL).items()
+    if name != "gradient_checkpointing"
+]
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shards/ (24 clips with noise) and teacher.safetensors, all of a one-layer network."""
+    """A folder with shards/ (24 clips with noise) and teacher.safetensors, all of a one-layer
+    network.
+    """
     folder = tmp_path_factory.mktemp("world")
     teacher = build_network(MODEL)
     fill_weights(teacher, seed=1)
     save_weights(folder / "teacher.safetensors", teacher)
     basis = REPOSITORY / "assets" / "tiny" / "codec.safetensors"
     make_tiny_shards(folder / "shards", 24, 0, "short", 9, basis)
-    add_noise(folder / "shards", lambda x, text: invert(teacher, x, Conditioning(text), 2, 3.0), noise_fingerprint="t")
+    add_noise(
+        folder / "shards",
+        lambda x, text: invert(teacher, x, Conditioning(text), 2, 3.0),
+        noise_fingerprint="t",
+    )
     return folder
 
 
 @pytest.fixture
 def settings(world: Path, tmp_path: Path) -> Callable[..., Config]:
-    """A config of the small network on the shared shards, in a run folder of its own; overrides on top."""
+    """A config of the small network on the shared shards, in a run folder of its own; overrides on
+    top.
+    """
 
     def make(*overrides: str) -> Config:
         (tmp_path / "config.yaml").write_text("run: {stage: dfd}\n")

@@ -1,4 +1,6 @@
-"""A run must continue bit for bit from its newest complete checkpoint, whatever happened to it while saving."""
+"""A run must continue bit for bit from its newest complete checkpoint, whatever happened to it
+while saving.
+"""
 
 import errno
 import json
@@ -40,12 +42,18 @@ class Run:
         self.clock = Clock()
 
     def train(self, student_updates: int, stop_at_fake: int | None = None) -> None:
-        while self.clock.student_updates < student_updates and self.clock.fake_updates != stop_at_fake:
+        while (
+            self.clock.student_updates < student_updates and self.clock.fake_updates != stop_at_fake
+        ):
             turn = self.clock.next_turn(FAKE_PER_STUDENT)
             self.optimizers[turn].zero_grad()
             x = rng.normal((4, 3), 0, "data", self.clock.samples)
             output = self.networks["student"](x)
-            loss = (self.networks["fake"](output if turn == "student" else output.detach()) - x).square().mean()
+            loss = (
+                (self.networks["fake"](output if turn == "student" else output.detach()) - x)
+                .square()
+                .mean()
+            )
             loss.backward()
             self.optimizers[turn].step()
             self.clock.advance(turn, samples=4)
@@ -64,12 +72,16 @@ class Run:
         for turn, network in self.networks.items():
             found |= {f"{turn}.{name}": tensor for name, tensor in network.state_dict().items()}
             for name, tensors in optimizer_state(network, self.optimizers[turn]).items():
-                found |= {f"{turn}_optimizer.{name}.{key}": tensor for key, tensor in tensors.items()}
+                found |= {
+                    f"{turn}_optimizer.{name}.{key}": tensor for key, tensor in tensors.items()
+                }
         return {name: tensor.clone() for name, tensor in found.items()}
 
 
 def make_network(name: str, width: int) -> nn.Module:
-    network = nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, 3))
+    network = nn.Sequential(
+        nn.Linear(3, width), nn.LayerNorm(width), nn.GELU(), nn.Linear(width, 3)
+    )
     with torch.no_grad():
         for key, parameter in network.named_parameters():
             parameter.copy_(0.5 * rng.normal(tuple(parameter.shape), 0, f"{name} {key}"))
@@ -79,7 +91,9 @@ def make_network(name: str, width: int) -> nn.Module:
 def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert got.keys() == wanted.keys()
     differing = [
-        name for name in got if got[name].dtype != wanted[name].dtype or not torch.equal(got[name], wanted[name])
+        name
+        for name in got
+        if got[name].dtype != wanted[name].dtype or not torch.equal(got[name], wanted[name])
     ]
     assert not differing
 
@@ -93,8 +107,12 @@ def names(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("stop_at_fake", [None, 7])
-def test_six_updates_equal_three_and_three_resumed(tmp_path: Path, stop_at_fake: int | None) -> None:
-    """Catches any state that a checkpoint leaves out: moments, step counts, EMA, clock, place in the cycle."""
+def test_six_updates_equal_three_and_three_resumed(
+    tmp_path: Path, stop_at_fake: int | None
+) -> None:
+    """Catches any state that a checkpoint leaves out: moments, step counts, EMA, clock, place in
+    the cycle.
+    """
     whole = Run()
     whole.train(6)
     before = Run()
@@ -114,7 +132,9 @@ def test_six_updates_equal_three_and_three_resumed(tmp_path: Path, stop_at_fake:
 
 
 def test_resume_from_before_the_first_update(tmp_path: Path) -> None:
-    """Catches optimizers whose state is empty at update 0: nothing to save, or one step too many on load."""
+    """Catches optimizers whose state is empty at update 0: nothing to save, or one step too many on
+    load.
+    """
     whole, saved, resumed = Run(), Run(), Run()
     whole.train(3)
     manager = CheckpointManager(tmp_path)
@@ -128,7 +148,9 @@ def test_resume_from_before_the_first_update(tmp_path: Path) -> None:
 
 
 def test_loading_replaces_what_was_trained_since(tmp_path: Path) -> None:
-    """Catches a load that only fills what is missing: going back must be possible in a running process."""
+    """Catches a load that only fills what is missing: going back must be possible in a running
+    process.
+    """
     run = Run()
     run.train(2)
     manager = CheckpointManager(tmp_path)
@@ -141,11 +163,23 @@ def test_loading_replaces_what_was_trained_since(tmp_path: Path) -> None:
 
 
 def test_plain_values_come_back_exactly(tmp_path: Path) -> None:
-    """Catches numbers that a text format rounds, and values at the top level that stay as they were."""
-    values = {"tiny": 5e-324, "third": 1 / 3, "big": 2**63, "minus": -0.0, "yes": True, "text": "é\n", "none": None}
+    """Catches numbers that a text format rounds, and values at the top level that stay as they
+    were.
+    """
+    values = {
+        "tiny": 5e-324,
+        "third": 1 / 3,
+        "big": 2**63,
+        "minus": -0.0,
+        "yes": True,
+        "text": "é\n",
+        "none": None,
+    }
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, {"nested": {"deep": dict(values)}, "empty": {}, **values})
-    state: dict[str, Any] = {name: value if value is None else type(value)() for name, value in values.items()}
+    state: dict[str, Any] = {
+        name: value if value is None else type(value)() for name, value in values.items()
+    }
     nested = {"deep": dict(state)}
     state |= {"nested": nested, "empty": {}}
     manager.load(path, state)
@@ -155,13 +189,17 @@ def test_plain_values_come_back_exactly(tmp_path: Path) -> None:
 
 
 def test_optimizer_state_can_be_handed_over_separately(tmp_path: Path) -> None:
-    """Catches load_optimizer_state sharing tensors with its source: training one run would move the other's moments."""
+    """Catches load_optimizer_state sharing tensors with its source: training one run would move the
+    other's moments.
+    """
     run, other = Run(), Run()
     run.train(2)
     for turn, network in run.networks.items():
         other.networks[turn].load_state_dict(network.state_dict())
         load_optimizer_state(
-            other.networks[turn], other.optimizers[turn], optimizer_state(network, run.optimizers[turn])
+            other.networks[turn],
+            other.optimizers[turn],
+            optimizer_state(network, run.optimizers[turn]),
         )
     other.ema.load_state_dict(run.ema.state_dict())
     other.clock.load_state_dict(run.clock.state_dict())
@@ -175,10 +213,14 @@ def test_optimizer_state_can_be_handed_over_separately(tmp_path: Path) -> None:
 def test_it_says_where_it_came_from(tmp_path: Path) -> None:
     """Catches a checkpoint of which nobody can tell which config, model and libraries made it."""
     config = {"run": {"seed": 3}, "optim": {"betas": (0.0, 0.999)}}
-    manager = CheckpointManager(tmp_path, config=config, models={"teacher": model_fingerprint(make_network("t", 4))})
+    manager = CheckpointManager(
+        tmp_path, config=config, models={"teacher": model_fingerprint(make_network("t", 4))}
+    )
     meta = read_meta(manager.save(40, small_state(40)))
     assert meta["student_update"] == 40
-    assert meta["config_fingerprint"] == config_fingerprint({"optim": {"betas": [0.0, 0.999]}, "run": {"seed": 3}})
+    assert meta["config_fingerprint"] == config_fingerprint(
+        {"optim": {"betas": [0.0, 0.999]}, "run": {"seed": 3}}
+    )
     assert meta["config_yaml"] == "run:\n  seed: 3\noptim:\n  betas:\n  - 0.0\n  - 0.999\n"
     assert meta["versions"]["torch"] == torch.__version__
     assert meta["values"] == {"step": 40}
@@ -197,7 +239,9 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
-    """Catches keep counting names: a whole checkpoint would be deleted in favour of a truncated one."""
+    """Catches keep counting names: a whole checkpoint would be deleted in favour of a truncated
+    one.
+    """
     manager = CheckpointManager(tmp_path, keep=2)
     for step in (1, 2):
         manager.save(step, small_state(step))
@@ -207,7 +251,9 @@ def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
 
 
 def test_the_same_update_can_be_saved_again(tmp_path: Path) -> None:
-    """Catches a failing rename when a run is stopped between two student updates, after some fake-score turns."""
+    """Catches a failing rename when a run is stopped between two student updates, after some
+    fake-score turns.
+    """
     manager = CheckpointManager(tmp_path)
     run = Run()
     run.train(1)
@@ -247,7 +293,9 @@ def test_killed_after_replacing_the_old_one_the_new_one_counts(tmp_path: Path) -
     assert state["turns"] == 2
 
 
-def test_a_failed_replacement_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_replacement_keeps_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Catches deleting the one of the same update before the new one has its name."""
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, small_state(1))
@@ -259,7 +307,9 @@ def test_a_failed_replacement_keeps_the_old_one(tmp_path: Path, monkeypatch: pyt
         return target
 
     monkeypatch.setattr(Path, "rename", rename)
-    with pytest.raises(CheckpointError, match=r"earlier checkpoints are untouched: OSError: .* Input/output error"):
+    with pytest.raises(
+        CheckpointError, match=r"earlier checkpoints are untouched: OSError: .* Input/output error"
+    ):
         manager.save(1, small_state(1))
     latest = manager.latest()
     assert latest is not None
@@ -267,11 +317,14 @@ def test_a_failed_replacement_keeps_the_old_one(tmp_path: Path, monkeypatch: pyt
 
 
 def test_saving_before_a_later_checkpoint_is_refused(tmp_path: Path) -> None:
-    """Catches a new run, or one resumed further back, in a used folder: `latest` would return the other branch."""
+    """Catches a new run, or one resumed further back, in a used folder: `latest` would return the
+    other branch.
+    """
     manager = CheckpointManager(tmp_path)
     manager.save(40, small_state(40))
     with pytest.raises(
-        CheckpointError, match=r"student_update=000040 is beyond student update 30 .* another run folder"
+        CheckpointError,
+        match=r"student_update=000040 is beyond student update 30 .* another run folder",
     ):
         manager.save(30, small_state(30))
     assert names(tmp_path) == ["student_update=000040"]
@@ -290,7 +343,9 @@ def remove(path: Path) -> None:
 def test_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Any
 ) -> None:
-    """Catches `.metadata` alone as the mark of a whole checkpoint: DCP writes it, but knows no sizes."""
+    """Catches `.metadata` alone as the mark of a whole checkpoint: DCP writes it, but knows no
+    sizes.
+    """
     manager = CheckpointManager(tmp_path)
     before = manager.save(1, small_state(1))
     newest = manager.save(2, small_state(2))
@@ -300,20 +355,25 @@ def test_a_damaged_checkpoint_is_passed_over(
     assert "student_update=000002 is passed over: " in caplog.text
     assert name in caplog.text
     with pytest.raises(
-        CheckpointError, match=r"000002 is no complete checkpoint: .*Complete .* \['student_update=000001'\]"
+        CheckpointError,
+        match=r"000002 is no complete checkpoint: .*Complete .* \['student_update=000001'\]",
     ):
         manager.load(newest, small_state(0))
 
 
 def test_flipped_bits_are_found_on_load(tmp_path: Path) -> None:
-    """Catches a disk that changes content but not size: training would go on from weights nobody computed."""
+    """Catches a disk that changes content but not size: training would go on from weights nobody
+    computed.
+    """
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, small_state(1))
     data = bytearray((path / "__0_0.distcp").read_bytes())
     data[len(data) // 2] ^= 1
     (path / "__0_0.distcp").write_bytes(data)
     state = small_state(0)
-    with pytest.raises(CheckpointError, match=r"is damaged.*resume from the one before it\n  __0_0.distcp"):
+    with pytest.raises(
+        CheckpointError, match=r"is damaged.*resume from the one before it\n  __0_0.distcp"
+    ):
         manager.load(path, state)
     assert torch.equal(state["weights"]["w"], torch.zeros(1000))
 
@@ -336,7 +396,9 @@ def test_another_format_is_named(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_explained_and_changes_nothing(tmp_path: Path) -> None:
-    """Catches a partial load, DCP's silent cast of dtypes, and 40 lines of traceback in place of two names."""
+    """Catches a partial load, DCP's silent cast of dtypes, and 40 lines of traceback in place of
+    two names.
+    """
     manager = CheckpointManager(tmp_path)
     run = Run()
     run.train(2)
@@ -344,7 +406,8 @@ def test_a_checkpoint_of_another_model_is_explained_and_changes_nothing(tmp_path
     other = Run(width=9)
     before = other.bits()
     with pytest.raises(
-        CheckpointError, match=r"made by another model, 35 of .*\n.*checkpoint \[8, 3\] float32, now \[9, 3\]"
+        CheckpointError,
+        match=r"made by another model, 35 of .*\n.*checkpoint \[8, 3\] float32, now \[9, 3\]",
     ):
         manager.load(path, other.state())
     assert_same(other.bits(), before)
@@ -354,12 +417,20 @@ def test_a_checkpoint_of_another_model_is_explained_and_changes_nothing(tmp_path
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"w": torch.zeros(1000, dtype=torch.float64)}, r"w: checkpoint \[1000\] float32, now \[1000\] float64"),
-        ({"w": torch.zeros(1000), "extra": torch.zeros(1)}, r"weights.extra: checkpoint absent, now \[1\] float32"),
+        (
+            {"w": torch.zeros(1000, dtype=torch.float64)},
+            r"w: checkpoint \[1000\] float32, now \[1000\] float64",
+        ),
+        (
+            {"w": torch.zeros(1000), "extra": torch.zeros(1)},
+            r"weights.extra: checkpoint absent, now \[1\] float32",
+        ),
         ({"v": torch.zeros(1000)}, r"weights.w: checkpoint \[1000\] float32, now absent"),
     ],
 )
-def test_every_kind_of_mismatch_is_named(tmp_path: Path, change: dict[str, Tensor], message: str) -> None:
+def test_every_kind_of_mismatch_is_named(
+    tmp_path: Path, change: dict[str, Tensor], message: str
+) -> None:
     """Catches a check of common keys only: DCP casts dtypes and ignores what nobody asked for."""
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, small_state(1))
@@ -370,11 +441,16 @@ def test_every_kind_of_mismatch_is_named(tmp_path: Path, change: dict[str, Tenso
 
 
 def test_another_teacher_is_refused(tmp_path: Path) -> None:
-    """Catches a resume beside another frozen teacher, which no tensor of the checkpoint would reveal."""
-    teachers = [{"teacher": model_fingerprint(make_network(name, 4))} for name in ("first", "second")]
+    """Catches a resume beside another frozen teacher, which no tensor of the checkpoint would
+    reveal.
+    """
+    teachers = [
+        {"teacher": model_fingerprint(make_network(name, 4))} for name in ("first", "second")
+    ]
     path = CheckpointManager(tmp_path, models=teachers[0]).save(1, small_state(1))
     with pytest.raises(
-        CheckpointError, match=r"made by another model, 1 of .*\n  teacher \(fingerprint\): checkpoint "
+        CheckpointError,
+        match=r"made by another model, 1 of .*\n  teacher \(fingerprint\): checkpoint ",
     ):
         CheckpointManager(tmp_path, models=teachers[1]).load(path, small_state(0))
     CheckpointManager(tmp_path, models=teachers[0]).load(path, small_state(0))

@@ -24,11 +24,20 @@ from selfforcing_dfd.training.checkpoint import (
 
 def test_other_settings_are_listed(tmp_path: Path) -> None:
     """Catches a resume that goes on with another learning rate than the curves before it, unsaid."""
-    config = {"optim": {"student": {"lr": 1e-5, "betas": (0.0, 0.999)}}, "run": {"out": "a", "updates": 40}}
+    config = {
+        "optim": {"student": {"lr": 1e-5, "betas": (0.0, 0.999)}},
+        "run": {"out": "a", "updates": 40},
+    }
     path = CheckpointManager(tmp_path, config=config).save(1, small_state(1))
-    check_config(path, {**config, "run": {"out": "b", "updates": 80}}, allowed={"run.out", "run.updates"})
+    check_config(
+        path, {**config, "run": {"out": "b", "updates": 80}}, allowed={"run.out", "run.updates"}
+    )
     check_config(path, {**config, "run": {"out": "b", "updates": 80}}, allowed={"run"})
-    changed = {"optim": {"student": {"lr": 2e-5, "betas": (0.0, 0.999)}}, "run": {"out": "b"}, "ema": {"decay": 0.9}}
+    changed = {
+        "optim": {"student": {"lr": 2e-5, "betas": (0.0, 0.999)}},
+        "run": {"out": "b"},
+        "ema": {"decay": 0.9},
+    }
     with pytest.raises(CheckpointError) as error:
         check_config(path, changed, allowed={"run.out"})
     lines = str(error.value).split("\n")
@@ -46,7 +55,8 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path)
     model = make_network("a", 4)
     with pytest.raises(
-        CheckpointError, match=r"optimizer.param_groups is a list; .*optimizer_state\(model, optimizer\)"
+        CheckpointError,
+        match=r"optimizer.param_groups is a list; .*optimizer_state\(model, optimizer\)",
     ):
         manager.save(1, {"optimizer": torch.optim.AdamW(model.parameters())})
     with pytest.raises(CheckpointError, match=r"two entries are called a.b"):
@@ -55,7 +65,9 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_save_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Catches Ctrl-C during a save swallowed by DCP's wrapper, or leaving gigabytes under a hidden name."""
+    """Catches Ctrl-C during a save swallowed by DCP's wrapper, or leaving gigabytes under a hidden
+    name.
+    """
     manager = CheckpointManager(tmp_path)
     manager.save(1, small_state(1))
 
@@ -101,7 +113,9 @@ def may_mount() -> bool:
 
 @pytest.mark.parametrize("limit", ["file size", *(["disk"] if may_mount() else [])])
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, limit: str) -> None:
-    """Catches deleting old ones to make room, and a half-written temporary folder that keeps the disk full."""
+    """Catches deleting old ones to make room, and a half-written temporary folder that keeps the
+    disk full.
+    """
     command = [sys.executable, "-c", SAVE_UNTIL_FULL, str(tmp_path), limit]
     if limit == "disk":
         mount = 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"'
@@ -110,7 +124,10 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, limit: str) -> 
     reports = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(reports) == 2
     for message, latest, left in reports:
-        assert "earlier checkpoints are untouched: the disk is full; free some space or keep fewer" in message
+        assert (
+            "earlier checkpoints are untouched: the disk is full; free some space or keep fewer"
+            in message
+        )
         assert latest.endswith("student_update=000001")
         assert left == ["student_update=000001"]
 
@@ -139,7 +156,9 @@ for line in sys.stdin:
 
 
 def kill_while_saving(nursery: "subprocess.Popen[str]", delay_s: float) -> int:
-    """Let a new process save without pause, kill it `delay_s` after its first save; the last step it called saved."""
+    """Let a new process save without pause, kill it `delay_s` after its first save; the last step
+    it called saved.
+    """
     assert nursery.stdin is not None
     assert nursery.stdout is not None
     nursery.stdin.write("go\n")
@@ -161,11 +180,16 @@ def kill_while_saving(nursery: "subprocess.Popen[str]", delay_s: float) -> int:
 
 
 def test_kill_nine_while_saving_loses_no_finished_checkpoint(tmp_path: Path) -> None:
-    """Catches writing in place, a rename before the data is complete, and pruning before the rename."""
+    """Catches writing in place, a rename before the data is complete, and pruning before the
+    rename.
+    """
     delays_s = rng.uniform((6,), 0, "kill").mul(0.2).tolist()
     interrupted = 0
     with subprocess.Popen(
-        [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
     ) as nursery:
         for delay_s in delays_s:
             reported = kill_while_saving(nursery, delay_s)
@@ -173,7 +197,10 @@ def test_kill_nine_while_saving_loses_no_finished_checkpoint(tmp_path: Path) -> 
             manager = CheckpointManager(tmp_path)
             latest = manager.latest()
             assert latest is not None
-            state: dict[str, Any] = {"weights": {str(i): torch.zeros(100_000) for i in range(5)}, "step": 0}
+            state: dict[str, Any] = {
+                "weights": {str(i): torch.zeros(100_000) for i in range(5)},
+                "step": 0,
+            }
             manager.load(latest, state)
             assert state["step"] >= reported
             assert all(tensor.eq(state["step"]).all() for tensor in state["weights"].values())

@@ -16,7 +16,9 @@ def run_turns(clock: Clock, fake_per_student: int, num_turns: int) -> list[str]:
 
 
 def test_a_cycle_is_k_fake_turns_then_the_student() -> None:
-    """Catches an off-by-one in the cycle, which would change the ratio that DMD's stability depends on."""
+    """Catches an off-by-one in the cycle, which would change the ratio that DMD's stability depends
+    on.
+    """
     assert run_turns(Clock(), 3, 9) == ["fake", "fake", "fake", "student"] * 2 + ["fake"]
 
 
@@ -29,7 +31,9 @@ def test_without_a_fake_score_every_turn_is_the_students() -> None:
 
 @pytest.mark.parametrize("stop", range(12))
 def test_resuming_anywhere_in_a_cycle_continues_it(stop: int) -> None:
-    """Catches a turn kept outside the state (a loop variable): resumed runs would start the cycle anew."""
+    """Catches a turn kept outside the state (a loop variable): resumed runs would start the cycle
+    anew.
+    """
     whole = run_turns(Clock(), 5, 12)
     before = Clock()
     first = run_turns(before, 5, stop)
@@ -39,18 +43,26 @@ def test_resuming_anywhere_in_a_cycle_continues_it(stop: int) -> None:
 
 
 def test_another_cycle_length_is_refused() -> None:
-    """Catches a resume with fake_per_student 3 after 5: the student would train alone until the counters fit again."""
+    """Catches a resume with fake_per_student 3 after 5: the student would train alone until the
+    counters fit again.
+    """
     clock = Clock(student_updates=40, fake_updates=200)
     assert clock.next_turn(5) == "fake"
-    with pytest.raises(ValueError, match="200 fake-score updates beside 40 student updates do not fit 3"):
+    with pytest.raises(
+        ValueError, match="200 fake-score updates beside 40 student updates do not fit 3"
+    ):
         clock.next_turn(3)
     with pytest.raises(ValueError, match="do not fit 6"):
         clock.next_turn(6)
 
 
-@pytest.mark.parametrize("state", [{"student_updates": 1}, {"student_updates": 1, "fake_updates": 0, "samples": -1}])
+@pytest.mark.parametrize(
+    "state", [{"student_updates": 1}, {"student_updates": 1, "fake_updates": 0, "samples": -1}]
+)
 def test_a_strange_state_is_refused(state: dict[str, int]) -> None:
-    """Catches a lenient load: a missing data cursor would start the data again from the first sample."""
+    """Catches a lenient load: a missing data cursor would start the data again from the first
+    sample.
+    """
     clock = Clock(samples=7)
     with pytest.raises(ValueError, match="clock state is"):
         clock.load_state_dict(state)

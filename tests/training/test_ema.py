@@ -1,4 +1,6 @@
-"""The average must count student updates, keep exact float32 values, and give the model its own bits back."""
+"""The average must count student updates, keep exact float32 values, and give the model its own
+bits back.
+"""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -38,24 +40,35 @@ def bits(model: nn.Module) -> dict[str, Tensor]:
 
 def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert got.keys() == wanted.keys()
-    assert all(got[name].dtype == wanted[name].dtype and torch.equal(got[name], wanted[name]) for name in got)
+    assert all(
+        got[name].dtype == wanted[name].dtype and torch.equal(got[name], wanted[name])
+        for name in got
+    )
 
 
 def test_the_average_follows_its_formula() -> None:
-    """Catches swapped weights or a warm-up of the decay; float64 by hand, error bound: 20 float32 roundings."""
+    """Catches swapped weights or a warm-up of the decay; float64 by hand, error bound: 20 float32
+    roundings.
+    """
     model = make_model()
     ema = EMA(model, decay=0.9)
     by_hand = {name: parameter.double() for name, parameter in bits(model).items()}
     for update in range(1, 21):
         move(model, update)
         ema.update(model, update)
-        by_hand = {name: 0.9 * by_hand[name] + 0.1 * value.double() for name, value in bits(model).items()}
+        by_hand = {
+            name: 0.9 * by_hand[name] + 0.1 * value.double() for name, value in bits(model).items()
+        }
     for name, shadow in ema.shadow.items():
-        assert (shadow - by_hand[name]).abs().max() < 20 * 2**-24 * by_hand[name].abs().max().clamp(min=1)
+        assert (shadow - by_hand[name]).abs().max() < 20 * 2**-24 * by_hand[name].abs().max().clamp(
+            min=1
+        )
 
 
 def test_one_step_is_exact_and_constant_weights_stay() -> None:
-    """Catches decay * a + (1 - decay) * b, which moves an average of equal values by a rounding at every update."""
+    """Catches decay * a + (1 - decay) * b, which moves an average of equal values by a rounding at
+    every update.
+    """
     model = make_model()
     ema = EMA(model, decay=0.99)
     for update in range(1, 50):
@@ -64,7 +77,10 @@ def test_one_step_is_exact_and_constant_weights_stay() -> None:
     before = bits(model)
     move(model, 50)
     ema.update(model, 50)
-    assert_same(ema.shadow, {name: torch.lerp(before[name], value, 1 - 0.99) for name, value in bits(model).items()})
+    assert_same(
+        ema.shadow,
+        {name: torch.lerp(before[name], value, 1 - 0.99) for name, value in bits(model).items()},
+    )
 
 
 def test_until_start_it_copies() -> None:
@@ -81,7 +97,9 @@ def test_until_start_it_copies() -> None:
 
 
 def test_only_student_updates_count() -> None:
-    """Catches an update on fake-score turns, as in FastGen: five of them turn a decay of .99 into .99 ** 6."""
+    """Catches an update on fake-score turns, as in FastGen: five of them turn a decay of .99 into
+    .99 ** 6.
+    """
     model = make_model()
     ema = EMA(model, decay=0.9)
     ema.update(model, 1)
@@ -90,7 +108,9 @@ def test_only_student_updates_count() -> None:
 
 
 def test_a_bfloat16_model_is_averaged_in_float32() -> None:
-    """Catches a bfloat16 shadow: steps of (1 - decay) of a difference are below half its resolution and vanish."""
+    """Catches a bfloat16 shadow: steps of (1 - decay) of a difference are below half its resolution
+    and vanish.
+    """
     model = make_model().bfloat16()
     ema = EMA(model, decay=0.999)
     start = {name: shadow.clone() for name, shadow in ema.shadow.items()}
@@ -102,7 +122,9 @@ def test_a_bfloat16_model_is_averaged_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swap_gives_back_every_bit_even_after_an_error(dtype: torch.dtype) -> None:
-    """Catches a swap by arithmetic, or without `finally`: a failed sampling would leave the average in training."""
+    """Catches a swap by arithmetic, or without `finally`: a failed sampling would leave the average
+    in training.
+    """
     model = make_model().to(dtype)
     ema = EMA(model, decay=0.9)
     move(model, 1)
@@ -178,10 +200,14 @@ def muon(model: nn.Module) -> torch.optim.Optimizer:
 def test_asking_for_the_optimizer_state_changes_no_training(
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> None:
-    """Catches torch's get_optimizer_state_dict, which steps a fresh AdamW once: later bias corrections are off."""
+    """Catches torch's get_optimizer_state_dict, which steps a fresh AdamW once: later bias
+    corrections are off.
+    """
     plain, asked = make_model(), make_model()
     plain_optimizer, asked_optimizer = make_optimizer(plain), make_optimizer(asked)
-    tensors = [t for of_one in optimizer_state(asked, asked_optimizer).values() for t in of_one.values()]
+    tensors = [
+        t for of_one in optimizer_state(asked, asked_optimizer).values() for t in of_one.values()
+    ]
     assert tensors
     assert not any(tensor.any() for tensor in tensors)
     train(plain, plain_optimizer, range(4))
@@ -190,7 +216,9 @@ def test_asking_for_the_optimizer_state_changes_no_training(
 
 
 def test_optimizer_state_is_made_as_the_optimizer_makes_it() -> None:
-    """Catches other names, shapes or dtypes than a later torch creates: its first step would make its own, or fail."""
+    """Catches other names, shapes or dtypes than a later torch creates: its first step would make
+    its own, or fail.
+    """
     for make_optimizer in (adamw, fused_adamw, muon):
         model = make_model()
         optimizer = make_optimizer(model)
@@ -208,12 +236,16 @@ def test_optimizer_state_is_made_as_the_optimizer_makes_it() -> None:
 
 
 def test_optimizer_state_follows_names_not_positions() -> None:
-    """Catches state by index: another order of parameter groups would hand each parameter another one's moments."""
+    """Catches state by index: another order of parameter groups would hand each parameter another
+    one's moments.
+    """
     model, other = make_model(), make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     train(model, optimizer, range(3))
     other.load_state_dict(model.state_dict())
-    reversed_optimizer = torch.optim.AdamW([{"params": [p]} for p in reversed(list(other.parameters()))], lr=1e-2)
+    reversed_optimizer = torch.optim.AdamW(
+        [{"params": [p]} for p in reversed(list(other.parameters()))], lr=1e-2
+    )
     load_optimizer_state(other, reversed_optimizer, optimizer_state(model, optimizer))
     train(model, optimizer, range(3, 6))
     train(other, reversed_optimizer, range(3, 6))
@@ -221,7 +253,9 @@ def test_optimizer_state_follows_names_not_positions() -> None:
 
 
 def test_a_learning_rate_that_may_change_stays_changed() -> None:
-    """Catches hyperparameters in the state: they would silently undo what the config says on resume."""
+    """Catches hyperparameters in the state: they would silently undo what the config says on
+    resume.
+    """
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     state = optimizer_state(model, optimizer)
@@ -231,7 +265,9 @@ def test_a_learning_rate_that_may_change_stays_changed() -> None:
 
 
 def test_strange_optimizers_are_refused() -> None:
-    """Catches a checkpoint that leaves out what it does not know, such as SGD's momentum or AMSGrad's maximum."""
+    """Catches a checkpoint that leaves out what it does not know, such as SGD's momentum or
+    AMSGrad's maximum.
+    """
     model = make_model()
     with pytest.raises(ValueError, match="is SGD; only the state of AdamW"):
         optimizer_state(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -241,8 +277,12 @@ def test_strange_optimizers_are_refused() -> None:
         optimizer_state(model, torch.optim.AdamW(make_model().parameters()))
     optimizer = torch.optim.AdamW(model.parameters())
     wider = make_model(width=5)
-    with pytest.raises(ValueError, match="optimizer state was made by another model: 6 entries differ"):
-        load_optimizer_state(model, optimizer, optimizer_state(wider, torch.optim.AdamW(wider.parameters())))
+    with pytest.raises(
+        ValueError, match="optimizer state was made by another model: 6 entries differ"
+    ):
+        load_optimizer_state(
+            model, optimizer, optimizer_state(wider, torch.optim.AdamW(wider.parameters()))
+        )
 
 
 def test_weights_survive_the_file_bit_for_bit(tmp_path: Path) -> None:
@@ -264,7 +304,9 @@ def test_weights_are_cast_on_request_but_integers_are_not(tmp_path: Path) -> Non
 
 
 def test_a_failed_export_keeps_the_old_file(tmp_path: Path) -> None:
-    """Catches writing in place: tensors that share memory are refused by safetensors after the file was opened."""
+    """Catches writing in place: tensors that share memory are refused by safetensors after the file
+    was opened.
+    """
     path = tmp_path / "w.safetensors"
     save_weights(path, {"w": torch.ones(2)})
     shared = torch.zeros(4)
@@ -286,7 +328,9 @@ def test_a_truncated_or_missing_weights_file_is_named(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_sees_one_bit() -> None:
-    """Catches a fingerprint of names and shapes only: another teacher of the same size would pass for the same one."""
+    """Catches a fingerprint of names and shapes only: another teacher of the same size would pass
+    for the same one.
+    """
     model, same, other = make_model(), make_model(), make_model()
     with torch.no_grad():
         bias = other.get_parameter("2.bias")

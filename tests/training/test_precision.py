@@ -38,18 +38,24 @@ def inputs() -> tuple[Tensor, Tensor, Any]:
 
 
 def test_it_is_the_network_in_bfloat16_bit_for_bit():
-    """Catches a parameter that stays float32 inside: sharded training would then be another computation than this one."""
+    """Catches a parameter that stays float32 inside: sharded training would then be another
+    computation than this one.
+    """
     cast = tiny_network(0, torch.float32)
     nn.Module.to(cast, BF16)
     assert torch.equal(computing()(*inputs()).flow, cast(*inputs()).flow)
 
 
 def test_weights_gradients_and_names_stay_float32():
-    """Catches an optimizer, average or checkpoint that would see casts: a learning rate of 2e-6 is lost in bfloat16."""
+    """Catches an optimizer, average or checkpoint that would see casts: a learning rate of 2e-6 is
+    lost in bfloat16.
+    """
     network, plain = computing(), tiny_network(0, torch.float32)
     before = {name: p.clone() for name, p in network.named_parameters()}
     network(*inputs()).flow.float().square().mean().backward()
-    assert [name for name, _ in network.named_parameters()] == [name for name, _ in plain.named_parameters()]
+    assert [name for name, _ in network.named_parameters()] == [
+        name for name, _ in plain.named_parameters()
+    ]
     for name, p in network.named_parameters():
         assert isinstance(p, nn.Parameter) and torch.equal(p, before[name])
         assert p.grad is not None and p.grad.dtype == torch.float32, name
@@ -59,12 +65,18 @@ def test_weights_are_back_after_an_error():
     """Catches casts left in place by a pass that fails, such as one interrupted or out of memory."""
     network = computing()
     with pytest.raises(ValueError, match="multiples of the patch"):
-        network(latents("x", dtype=torch.float32)[..., :3], torch.tensor([0.3, 0.8]), conditioning(dtype=torch.float32))
+        network(
+            latents("x", dtype=torch.float32)[..., :3],
+            torch.tensor([0.3, 0.8]),
+            conditioning(dtype=torch.float32),
+        )
     assert {p.dtype for p in network.parameters()} == {torch.float32}
 
 
 def test_checkpointed_blocks_run_again_in_bfloat16():
-    """Catches a backward pass that re-runs a block with its float32 weights: another function than the one that ran."""
+    """Catches a backward pass that re-runs a block with its float32 weights: another function than
+    the one that ran.
+    """
     gradients = []
     for checkpointing in (False, True):
         network = computing()
@@ -78,7 +90,8 @@ def test_checkpointed_blocks_run_again_in_bfloat16():
 def test_gradients_add_up_in_float32():
     """Catches micro-batches summed in bfloat16, where 64 of them lose the small ones.
 
-    Both sums have the same summands; float32 sums of two agree to its rounding, bfloat16 ones to 4e-3.
+    Both sums have the same summands; float32 sums of two agree to its rounding, bfloat16 ones to
+    4e-3.
     """
     x, sigma, text = inputs()
     parts = []
@@ -87,7 +100,9 @@ def test_gradients_add_up_in_float32():
         alone = computing()
         for network in (alone, both):
             one = type(text)(text.text[row : row + 1])
-            network(x[row : row + 1], sigma[row : row + 1], one).flow.float().square().mean().backward()
+            network(
+                x[row : row + 1], sigma[row : row + 1], one
+            ).flow.float().square().mean().backward()
         parts.append(gradient(alone))
     assert torch.equal(gradient(both), parts[0] + parts[1])
 
@@ -97,7 +112,9 @@ def to_float(batch: Batch) -> Batch:
 
 
 def wan_shaped(in_bfloat16: bool) -> MatchingStage:
-    """Wan's proportions: several heads, four blocks, checkpointing, teacher frozen in its compute dtype."""
+    """Wan's proportions: several heads, four blocks, checkpointing, teacher frozen in its compute
+    dtype.
+    """
     sizes = {"num_attention_heads": 4, "num_layers": 4, "ffn_dim": 256}
     networks = [tiny_network(seed, torch.float32, **sizes) for seed in (0, 1, 2)]
     for network in networks:
@@ -110,31 +127,48 @@ def wan_shaped(in_bfloat16: bool) -> MatchingStage:
     trained: dict[str, nn.Module] = {"student": student, "fake": fake}
     chunks = plan_chunks(FRAMES, 2)
     return MatchingStage(
-        trained, teacher.requires_grad_(False), chunks, LADDER, 4.0, 5.0, 0.02, 0.98, 1e-3, 5, DataForcing(p=1.0)
+        trained,
+        teacher.requires_grad_(False),
+        chunks,
+        LADDER,
+        4.0,
+        5.0,
+        0.02,
+        0.98,
+        1e-3,
+        5,
+        DataForcing(p=1.0),
     )
 
 
-@pytest.mark.parametrize(("turn", "loss_bound", "gradient_bound"), [("student", 0.0075, 0.022), ("fake", 0.005, 0.022)])
+@pytest.mark.parametrize(
+    ("turn", "loss_bound", "gradient_bound"), [("student", 0.0075, 0.022), ("fake", 0.005, 0.022)]
+)
 def test_an_update_in_bfloat16_is_the_one_in_float32_within_its_rounding(
     turn: str, loss_bound: float, gradient_bound: float
 ) -> None:
     """Catches float32 islands that went missing, and latents or losses rounded to bfloat16.
 
-    Measured over four draws: worst loss .24 % and .17 %, gradient .72 % and .73 % (bfloat16 rounds at .39 %); bounds three
-    times that.
+    Measured over four draws: worst loss .24 % and .17 %, gradient .72 % and .73 % (bfloat16 rounds
+    at .39 %); bounds three times that.
     """
     losses, gradients = [], []
     for in_bfloat16 in (False, True):
         stage = wan_shaped(in_bfloat16)
         parts = []
         for first in range(0, 8, 2):
-            part = stage.loss(turn, to_float(tiny_batch()), Draw(0, first, first, (first, first + 1)), 0)
+            part = stage.loss(
+                turn, to_float(tiny_batch()), Draw(0, first, first, (first, first + 1)), 0
+            )
             part.loss.backward()
             parts.append(part.loss.detach())
         assert all(part.isfinite() and part.dtype == torch.float32 for part in parts)
         losses.append(torch.stack(parts))
         gradients.append(gradient(stage.trained[turn]))
-    wrong = float(((losses[1] - losses[0]) / losses[0]).abs().max()), error(gradients[1], gradients[0])
+    wrong = (
+        float(((losses[1] - losses[0]) / losses[0]).abs().max()),
+        error(gradients[1], gradients[0]),
+    )
     assert gradients[1].isfinite().all()
     assert wrong[0] < loss_bound and wrong[1] < gradient_bound, wrong
     assert wrong[1] > 1e-4, "the bfloat16 pass is float32"

@@ -1,4 +1,6 @@
-"""Runs that look like those on Wan: weights in folders, a teacher of another size, a negative prompt, bfloat16, pairs."""
+"""Runs that look like those on Wan: weights in folders, a teacher of another size, a negative
+prompt, bfloat16, pairs.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfforcing_dfd.build import build_invert, build_network, build_trainer, load_network, run_folder
+from selfforcing_dfd.build import (
+    build_invert,
+    build_network,
+    build_trainer,
+    load_network,
+    run_folder,
+)
 from selfforcing_dfd.config import REPOSITORY, Config, ConfigError, ModelConfig
 from selfforcing_dfd.data.pack import PackOptions, add_noise, pack
 from selfforcing_dfd.data.shards import INDEX_NAME, Index, ShardReader
@@ -65,12 +73,18 @@ def as_of_another_codec(shards: Path, out: Path) -> Path:
 
 
 @pytest.mark.parametrize("stage", ["dmd", "init"])
-def test_the_shards_negative_prompt_reaches_the_stage(settings: Settings, with_negative: Path, stage: str) -> None:
-    """Catches guidance by zeros on Wan, whose unconditional text is a prompt that is stored with the shards."""
+def test_the_shards_negative_prompt_reaches_the_stage(
+    settings: Settings, with_negative: Path, stage: str
+) -> None:
+    """Catches guidance by zeros on Wan, whose unconditional text is a prompt that is stored with
+    the shards.
+    """
     stages = build_trainer(settings(f"run.stage={stage}", f"data.shards={with_negative}")).stage
     assert isinstance(stages, MatchingStage | InitStage)
     assert stages.negative is not None
-    assert torch.equal(stages.negative, TinyText().encode(["a grey disc stands still"])[0].half().float())
+    assert torch.equal(
+        stages.negative, TinyText().encode(["a grey disc stands still"])[0].half().float()
+    )
 
 
 def test_without_a_negative_prompt_it_is_zeros(settings: Settings) -> None:
@@ -80,13 +94,25 @@ def test_without_a_negative_prompt_it_is_zeros(settings: Settings) -> None:
     assert stages.negative is None
 
 
-def test_weights_come_from_a_diffusers_folder(settings: Settings, world: Path, tmp_path: Path) -> None:
-    """Catches a format of models/weights.py that training cannot start from: folder and file give the same run."""
+def test_weights_come_from_a_diffusers_folder(
+    settings: Settings, world: Path, tmp_path: Path
+) -> None:
+    """Catches a format of models/weights.py that training cannot start from: folder and file give
+    the same run.
+    """
     teacher = load_network(MODEL, str(world / "teacher.safetensors"))
     teacher.save_pretrained(tmp_path / "diffusers")
     results = []
-    for name, weights in (("folder", tmp_path / "diffusers"), ("file", world / "teacher.safetensors")):
-        config = settings(f"weights.teacher={weights}", f"run.name={name}", "run.student_updates=1", "run.stage=dmd")
+    for name, weights in (
+        ("folder", tmp_path / "diffusers"),
+        ("file", world / "teacher.safetensors"),
+    ):
+        config = settings(
+            f"weights.teacher={weights}",
+            f"run.name={name}",
+            "run.student_updates=1",
+            "run.stage=dmd",
+        )
         run(config)
         results.append(load_file(run_folder(config) / "student.safetensors"))
     assert results[0].keys() == results[1].keys()
@@ -103,7 +129,9 @@ def test_entries_choose_between_the_models_of_one_file(settings: Settings, tmp_p
     torch.save(models, tmp_path / "model.pt")
     both = tmp_path / "model.pt"
     fake = [f"weights.fake={both}", "weights.fake_entry=critic"]
-    trainer = build_trainer(settings(f"weights.student={both}", "weights.student_entry=generator", *fake))
+    trainer = build_trainer(
+        settings(f"weights.student={both}", "weights.student_entry=generator", *fake)
+    )
     for turn, entry in (("student", "generator"), ("fake", "critic")):
         own = trainer.learners[turn].network.get_parameter("patch_embedding.weight")
         assert torch.equal(own, models[entry]["model.patch_embedding.weight"]), turn
@@ -124,9 +152,13 @@ def test_the_teacher_may_have_another_size(settings: Settings, tmp_path: Path) -
     teacher.save_pretrained(tmp_path / "teacher")
     student.save_pretrained(tmp_path / "student")
     names = ("num_heads", "head_dim", "num_layers", "ffn_dim", "freq_dim")
-    sizes = [f"teacher_model.{name}={value}" for name, value in asdict(large).items() if name in names]
+    sizes = [
+        f"teacher_model.{name}={value}" for name, value in asdict(large).items() if name in names
+    ]
     small = [f"weights.{role}={tmp_path / 'student'}" for role in ("student", "fake")]
-    config = settings(f"weights.teacher={tmp_path / 'teacher'}", *sizes, *small, "run.student_updates=1")
+    config = settings(
+        f"weights.teacher={tmp_path / 'teacher'}", *sizes, *small, "run.student_updates=1"
+    )
     run(config)
     assert (run_folder(config) / "student.safetensors").is_file()
     wrong = settings(f"weights.teacher={tmp_path / 'teacher'}", "run.name=wrong")
@@ -136,9 +168,15 @@ def test_the_teacher_may_have_another_size(settings: Settings, tmp_path: Path) -
 
 @pytest.mark.parametrize("stage", ["init", "dmd", "dfd"])
 def test_a_run_in_bfloat16_keeps_float32_weights(settings: Settings, stage: str) -> None:
-    """Catches weights that an update of 2e-6 rounds away, and losses that are not finite: all of them are logged."""
+    """Catches weights that an update of 2e-6 rounds away, and losses that are not finite: all of
+    them are logged.
+    """
     config = settings(
-        f"run.stage={stage}", *BF16, "run.student_updates=2", "optim.student.lr=2e-6", "optim.fake.lr=4e-7"
+        f"run.stage={stage}",
+        *BF16,
+        "run.student_updates=2",
+        "optim.student.lr=2e-6",
+        "optim.fake.lr=4e-7",
     )
     trainer = build_trainer(config, build_guards(config))
     before = {name: p.clone() for name, p in trainer.learners["student"].network.named_parameters()}
@@ -156,55 +194,82 @@ def test_gradients_do_not_outlive_their_step(settings: Settings) -> None:
     """Catches both networks' gradients in memory at once: 5.7 GB at 1.3B that nobody reads."""
     trainer = build_trainer(settings("run.student_updates=1"))
     trainer.run()
-    assert all(p.grad is None for learner in trainer.learners.values() for p in learner.network.parameters())
+    assert all(
+        p.grad is None
+        for learner in trainer.learners.values()
+        for p in learner.network.parameters()
+    )
 
 
 @pytest.mark.parametrize("micro", [1, 4])
 def test_data_of_another_codec_are_guarded_as_latents(
     settings: Settings, world: Path, tmp_path: Path, micro: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches the tiny codec decoding Wan's latents, and a spread of one clip, which is always zero and never a warning."""
+    """Catches the tiny codec decoding Wan's latents, and a spread of one clip, which is always zero
+    and never a warning.
+    """
     shards = as_of_another_codec(world / "shards", tmp_path / "other")
     config = settings(f"data.shards={shards}", "run.student_updates=1", f"batch.micro={micro}")
     with caplog.at_level(logging.INFO):
         run(config)
     assert "guards watch latents" in caplog.text
-    line = next(line for line in read_metrics(run_folder(config) / "metrics.jsonl") if line["kind"] == "student")
+    line = next(
+        line
+        for line in read_metrics(run_folder(config) / "metrics.jsonl")
+        if line["kind"] == "student"
+    )
     assert ("spread_ratio" in line) == (micro > 1)
     assert line["motion_ratio"] is not None and line["motion_ratio"] > 0
 
 
 def pairs_config(settings: Settings, shards: Path, out: Path, *overrides: str) -> Config:
     return settings(
-        "run.stage=pairs", f"pairs.out={out}", "pairs.steps=2", f"data.shards={shards}", "flow.shift=5", *overrides
+        "run.stage=pairs",
+        f"pairs.out={out}",
+        "pairs.steps=2",
+        f"data.shards={shards}",
+        "flow.shift=5",
+        *overrides,
     )
 
 
-def test_pairs_are_the_teachers_clips_with_their_noise(settings: Settings, with_negative: Path, tmp_path: Path) -> None:
-    """Catches pairs of another sample's noise, unguided ones, or guided away from zeros; and a negative prompt left behind."""
+def test_pairs_are_the_teachers_clips_with_their_noise(
+    settings: Settings, with_negative: Path, tmp_path: Path
+) -> None:
+    """Catches pairs of another sample's noise, unguided ones, or guided away from zeros; and a
+    negative prompt left behind.
+    """
     config = pairs_config(settings, with_negative, tmp_path / "pairs", "pairs.num=6")
     run(config)
     source, made = ShardReader(with_negative), ShardReader(tmp_path / "pairs")
     made.verify()
     assert (len(made), made.has_noise, made.captions) == (6, True, source.captions[:6])
-    assert made.negative is not None and source.negative is not None and torch.equal(made.negative, source.negative)
+    assert (
+        made.negative is not None
+        and source.negative is not None
+        and torch.equal(made.negative, source.negative)
+    )
     teacher = load_network(MODEL, config.weights.teacher)
     noise = normal(source.index.latent_shape, 0, "pairs", 5)[None]
     text, negative = Conditioning(source[5].text[None]), Conditioning(source.negative[None])
     latents = sample(teacher, noise, text, 2, 5.0, 6.0, negative)[0]
     pair = made[5]
     assert pair.noise is not None and torch.equal(pair.noise, noise[0].half().float())
-    torch.testing.assert_close(pair.latents, latents, rtol=2e-3, atol=2e-3)  # stored in float16; batches of 4 and of 1
+    # stored in float16; batches of 4 and of 1
+    torch.testing.assert_close(pair.latents, latents, rtol=2e-3, atol=2e-3)
     assert torch.equal(pair.text, source[5].text)
 
 
 def test_interrupted_pairs_go_on(
     settings: Settings, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches hours of the teacher's ODE lost to a kill: complete shards stay, and the end is that of an unbroken run."""
+    """Catches hours of the teacher's ODE lost to a kill: complete shards stay, and the end is that
+    of an unbroken run.
+    """
     monkeypatch.setattr("selfforcing_dfd.runner.PAIRS_PER_SHARD", 4)
     whole, parts = (
-        pairs_config(settings, world / "shards", tmp_path / name, "pairs.num=12") for name in ("whole", "parts")
+        pairs_config(settings, world / "shards", tmp_path / name, "pairs.num=12")
+        for name in ("whole", "parts")
     )
     run(whole)
     from selfforcing_dfd import runner
@@ -222,12 +287,19 @@ def test_interrupted_pairs_go_on(
         run(parts)
     run(parts, resume=True)
     assert len(calls) == 4, "shards that were complete were made again"
-    hashes = [json.loads((tmp_path / name / INDEX_NAME).read_text())["shards"] for name in ("whole", "parts")]
+    hashes = [
+        json.loads((tmp_path / name / INDEX_NAME).read_text())["shards"]
+        for name in ("whole", "parts")
+    ]
     assert hashes[0] == hashes[1]
 
 
-def test_a_student_is_initialised_from_pairs(settings: Settings, world: Path, tmp_path: Path) -> None:
-    """Catches pairs that stage init does not read as such: pairs, then init on the ladder, then DMD, end to end."""
+def test_a_student_is_initialised_from_pairs(
+    settings: Settings, world: Path, tmp_path: Path
+) -> None:
+    """Catches pairs that stage init does not read as such: pairs, then init on the ladder, then
+    DMD, end to end.
+    """
     run(pairs_config(settings, world / "shards", tmp_path / "pairs"))
     init = settings(
         "run.stage=init",
@@ -244,25 +316,36 @@ def test_a_student_is_initialised_from_pairs(settings: Settings, world: Path, tm
     run(settings("run.stage=dmd", f"weights.student={student}", "run.student_updates=1"))
 
 
-def test_causal_pairs_start_every_chunk(settings: Settings, with_negative: Path, tmp_path: Path) -> None:
-    """Catches the bidirectional inversion behind flow.paired all: later chunks' noise must depend on the clean past."""
+def test_causal_pairs_start_every_chunk(
+    settings: Settings, with_negative: Path, tmp_path: Path
+) -> None:
+    """Catches the bidirectional inversion behind flow.paired all: later chunks' noise must depend
+    on the clean past.
+    """
     config = settings("run.stage=init", "flow.paired=all", f"data.shards={with_negative}")
     by_chunks, whole = (build_invert(c, 2) for c in (config, settings("run.stage=init")))
-    latents, text = ShardReader(with_negative)[0].latents[None], ShardReader(with_negative)[0].text[None]
+    latents, text = (
+        ShardReader(with_negative)[0].latents[None],
+        ShardReader(with_negative)[0].text[None],
+    )
     changed = latents.clone()
     changed[:, 6:] += 1
     first = by_chunks(latents, text)
     assert torch.equal(first[:, :6], by_chunks(changed, text)[:, :6])
     assert not torch.equal(whole(latents, text)[:, :6], whole(changed, text)[:, :6])
     add_noise(with_negative, by_chunks, out=tmp_path / "noised", noise_fingerprint="causal")
-    stage = build_trainer(settings("run.stage=init", "flow.paired=all", f"data.shards={tmp_path / 'noised'}")).stage
+    stage = build_trainer(
+        settings("run.stage=init", "flow.paired=all", f"data.shards={tmp_path / 'noised'}")
+    ).stage
     assert isinstance(stage, InitStage)
     assert stage.num_paired == 3
 
 
 @pytest.mark.parametrize("override", ["flow.paired=all", "flow.levels=ladder"])
 def test_pairs_need_noise(settings: Settings, with_negative: Path, override: str) -> None:
-    """Catches a few-step initialisation that quietly is teacher forcing from fresh noise, whose few steps give a mean."""
+    """Catches a few-step initialisation that quietly is teacher forcing from fresh noise, whose few
+    steps give a mean.
+    """
     with pytest.raises(ConfigError, match=r"flow\.paired is .* holds no noise"):
         build_trainer(settings("run.stage=init", override, f"data.shards={with_negative}"))
 

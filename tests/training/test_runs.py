@@ -1,4 +1,6 @@
-"""Whole runs of `train.py`: resume, interruption, kills and bad input, with the real classes at tiny size."""
+"""Whole runs of `train.py`: resume, interruption, kills and bad input, with the real classes at
+tiny size.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,13 @@ STAGES = {
     "teacher": ["run.stage=teacher", "optim.student.kind=muon", "weights.teacher=''"],
     "init": ["run.stage=init"],
     "dmd": ["run.stage=dmd"],
-    "dfd": ["dfd.pairing=assignment", "batch.group=2", "dfd.granularity=sample", "dfd.ramp_updates=2", "dfd.p_start=0"],
+    "dfd": [
+        "dfd.pairing=assignment",
+        "batch.group=2",
+        "dfd.granularity=sample",
+        "dfd.ramp_updates=2",
+        "dfd.p_start=0",
+    ],
     "inversion": ["dfd.pairing=inversion", "dfd.p=1"],
     "bfloat16": ["model.compute=bfloat16", "model.gradient_checkpointing=true", "run.stage=dmd"],
 }
@@ -53,13 +61,19 @@ def everything(trainer: Trainer) -> dict[str, Any]:
 
 def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
     assert first.keys() == second.keys()
-    differing = [name for name in first if not torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name]))]
+    differing = [
+        name
+        for name in first
+        if not torch.equal(torch.as_tensor(first[name]), torch.as_tensor(second[name]))
+    ]
     assert not differing
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_is_bit_exact(settings: Settings, stage: str) -> None:
-    """Student, fake score, optimizers, EMA, clock and data order after 2 + 2 updates are those after 4, bit for bit."""
+    """Student, fake score, optimizers, EMA, clock and data order after 2 + 2 updates are those
+    after 4, bit for bit.
+    """
     whole = build_trainer(settings(*STAGES[stage], "run.name=whole"))
     whole.run()
     build_trainer(settings(*STAGES[stage], "run.name=parts", "run.student_updates=2")).run()
@@ -84,16 +98,25 @@ def test_interruption_inside_a_cycle_is_bit_exact(settings: Settings) -> None:
 
 
 def test_accumulation_changes_nothing_but_rounding(settings: Settings) -> None:
-    """Four samples in one pass or in two are the same update; a mean of means or a reused draw would show."""
-    whole = build_trainer(settings("run.name=whole", "dfd.granularity=sample", "run.student_updates=1"))
+    """Four samples in one pass or in two are the same update; a mean of means or a reused draw
+    would show.
+    """
+    whole = build_trainer(
+        settings("run.name=whole", "dfd.granularity=sample", "run.student_updates=1")
+    )
     parts = build_trainer(
-        settings("run.name=parts", "dfd.granularity=sample", "run.student_updates=1", "batch.micro=2")
+        settings(
+            "run.name=parts", "dfd.granularity=sample", "run.student_updates=1", "batch.micro=2"
+        )
     )
     whole.run()
     parts.run()
     first, second = everything(whole), everything(parts)
-    for name in (n for n in first if n.startswith((".student_adamw", ".fake_adamw")) and "exp_avg_sq" in n):
-        # float32 sums in another order: gradients agree to about 1e-5 of their size, their squares to twice that
+    for name in (
+        n for n in first if n.startswith((".student_adamw", ".fake_adamw")) and "exp_avg_sq" in n
+    ):
+        # float32 sums in another order: gradients agree to about 1e-5 of their size, their squares
+        # to twice that
         torch.testing.assert_close(first[name], second[name], rtol=1e-3, atol=1e-12)
 
 
@@ -101,7 +124,14 @@ def start(world: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
     """`python train.py` as its own process."""
     (out / "killed.yaml").write_text("run: {stage: dfd, name: killed}\n")
     return subprocess.Popen(
-        [sys.executable, "train.py", "--config", str(out / "killed.yaml"), *arguments(world, out), *overrides],
+        [
+            sys.executable,
+            "train.py",
+            "--config",
+            str(out / "killed.yaml"),
+            *arguments(world, out),
+            *overrides,
+        ],
         cwd=REPOSITORY,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
@@ -110,7 +140,9 @@ def start(world: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
     )
 
 
-def wait_for_lines(path: Path, process: subprocess.Popen[str], lines: int, timeout_s: float = 120) -> None:
+def wait_for_lines(
+    path: Path, process: subprocess.Popen[str], lines: int, timeout_s: float = 120
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not (path.exists() and path.read_text().count("\n") >= lines):
         assert process.poll() is None, process.communicate()
@@ -119,8 +151,12 @@ def wait_for_lines(path: Path, process: subprocess.Popen[str], lines: int, timeo
 
 
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
-def test_killed_run_goes_on(world: Path, settings: Settings, tmp_path: Path, how: signal.Signals) -> None:
-    """However a run ends, --resume reaches the same bits as a run that nobody touched; asked nicely it says so."""
+def test_killed_run_goes_on(
+    world: Path, settings: Settings, tmp_path: Path, how: signal.Signals
+) -> None:
+    """However a run ends, --resume reaches the same bits as a run that nobody touched; asked nicely
+    it says so.
+    """
     process = start(world, tmp_path, "run.student_updates=4", "checkpoint.every=1")
     wait_for_lines(tmp_path / "runs" / "killed" / "metrics.jsonl", process, lines=5)
     process.send_signal(how)
@@ -134,7 +170,9 @@ def test_killed_run_goes_on(world: Path, settings: Settings, tmp_path: Path, how
     whole = settings("run.name=whole", "checkpoint.every=1")
     run(whole)
     for name in ("student.safetensors", "fake.safetensors"):
-        assert_same(load_file(run_folder(whole) / name), load_file(tmp_path / "runs" / "killed" / name))
+        assert_same(
+            load_file(run_folder(whole) / name), load_file(tmp_path / "runs" / "killed" / name)
+        )
     lines = read_metrics(tmp_path / "runs" / "killed" / "metrics.jsonl")
     assert [line["student_update"] for line in lines if line["kind"] == "student"] == [1, 2, 3, 4]
 
@@ -182,13 +220,17 @@ def test_used_folder_is_refused(settings: Settings) -> None:
     run(settings("run.student_updates=1"))
     with pytest.raises(ValueError, match=r"resume that run, or give this one another folder"):
         run(settings("run.student_updates=1"))
-    run(settings("run.student_updates=1"), resume=True)  # finished: nothing to do, and nothing changed
+    # finished: nothing to do, and nothing changed
+    run(settings("run.student_updates=1"), resume=True)
 
 
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("weights.teacher=nowhere.safetensors", r"weights\.teacher is nowhere\.safetensors, which does not exist"),
+        (
+            "weights.teacher=nowhere.safetensors",
+            r"weights\.teacher is nowhere\.safetensors, which does not exist",
+        ),
         ("run.device=cuda:7", r"run\.device is cuda:7 but torch sees \d+ GPUs"),
         ("run.device=abacus", r"run\.device is 'abacus'; use auto, cpu, cuda or cuda:N"),
         ("model.num_layers=2", r"holds another model: .* want"),
@@ -208,18 +250,33 @@ def test_inversion_needs_noise(settings: Settings, world: Path, tmp_path: Path) 
     """Without stored noise, inversion pairing would silently be caption pairing."""
     from selfforcing_dfd.tiny.data import make_tiny_shards
 
-    make_tiny_shards(tmp_path / "bare", 4, 0, "short", 9, REPOSITORY / "assets" / "tiny" / "codec.safetensors")
+    make_tiny_shards(
+        tmp_path / "bare", 4, 0, "short", 9, REPOSITORY / "assets" / "tiny" / "codec.safetensors"
+    )
     with pytest.raises(ConfigError, match=r"dfd\.pairing is inversion, but .* holds no noise"):
         run(settings("dfd.pairing=inversion", f"data.shards={tmp_path / 'bare'}"))
 
 
 def test_metrics_are_split(settings: Settings) -> None:
     """Branches and noise levels apart: merged numbers cannot tell whether DFD or DMD moved."""
-    config = settings("dfd.granularity=sample", "batch.size=8", "batch.micro=4", "run.student_updates=3")
+    config = settings(
+        "dfd.granularity=sample", "batch.size=8", "batch.micro=4", "run.student_updates=3"
+    )
     run(config)
-    lines = [line for line in read_metrics(run_folder(config) / "metrics.jsonl") if line["kind"] == "student"]
+    lines = [
+        line
+        for line in read_metrics(run_folder(config) / "metrics.jsonl")
+        if line["kind"] == "student"
+    ]
     names = set().union(*lines)
-    for wanted in ("discrepancy/dfd", "discrepancy/dmd", "normaliser/dfd", "gap", "grad_norm", "saturation_ratio"):
+    for wanted in (
+        "discrepancy/dfd",
+        "discrepancy/dmd",
+        "normaliser/dfd",
+        "gap",
+        "grad_norm",
+        "saturation_ratio",
+    ):
         assert wanted in names, sorted(names)
     assert any(name.startswith("discrepancy/sigma<=") for name in names)
 
@@ -227,12 +284,18 @@ def test_metrics_are_split(settings: Settings) -> None:
 def test_cli_says_what_is_wrong(tmp_path: Path) -> None:
     """One line and exit code 2 for a mistake, no traceback; --dry-run trains nothing."""
     command = [sys.executable, "train.py", "--config", "dfd_ar.yaml"]
-    wrong = subprocess.run([*command, "dfd.pp=1"], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    wrong = subprocess.run(
+        [*command, "dfd.pp=1"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
     assert wrong.returncode == 2
     assert "Did you mean: 'p'" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     dry = subprocess.run(
-        [*command, "--dry-run", f"run.out={tmp_path}"], cwd=REPOSITORY, capture_output=True, text=True, check=True
+        [*command, "--dry-run", f"run.out={tmp_path}"],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert "student 1,580,736" in dry.stdout
     assert not list(tmp_path.iterdir())

@@ -1,12 +1,15 @@
-"""Messages between the live page and its server. Whatever does not fit is refused with what was got and what was wanted.
+"""Messages between the live page and its server. Whatever does not fit is refused with what was got
+and what was wanted.
 
-To the server, as JSON: `start {prompt, seed}`, `prompt {text, mode}`, `pause`, `resume`, `reset`, `seed {seed}` (of the next
-reset) and `ack {chunk}`: that chunk, and all before it, has been shown. `type` names the message.
+To the server, as JSON: `start {prompt, seed}`, `prompt {text, mode}`, `pause`, `resume`, `reset`,
+`seed {seed}` (of the next reset) and `ack {chunk}`: that chunk, and all before it, has been shown.
+`type` names the message.
 
-From the server, as JSON: `hello` (sizes and limits), `began` (a start or reset; frames of chunks before `next_chunk` need not
-be shown, and are to be acknowledged), `prompt` (accepted, with the first chunk it holds for), `state`, `chunk` (figures; its
-video frames follow), `error` and `ended`. Each video frame is one binary message: `HEADER`, then a JPEG. Chunks and video
-frames are counted from the start of the connection, so that a number means the same chunk before and after a reset.
+From the server, as JSON: `hello` (sizes and limits), `began` (a start or reset; frames of chunks
+before `next_chunk` need not be shown, and are to be acknowledged), `prompt` (accepted, with the
+first chunk it holds for), `state`, `chunk` (figures; its video frames follow), `error` and `ended`.
+Each video frame is one binary message: `HEADER`, then a JPEG. Chunks and video frames are counted
+from the start of the connection, so that a number means the same chunk before and after a reset.
 """
 
 from __future__ import annotations
@@ -65,7 +68,9 @@ def parse_message(raw: str | bytes) -> Message:
     try:
         message = json.loads(raw)
     except (ValueError, RecursionError) as error:
-        raise BadMessage(f"got {short(raw)}, which is not JSON; want such as {{'type': 'pause'}}") from error
+        raise BadMessage(
+            f"got {short(raw)}, which is not JSON; want such as {{'type': 'pause'}}"
+        ) from error
     if not isinstance(message, dict):
         raise BadMessage(f"got {short(message)}; want an object with a type")
     kind = message.pop("type", None)
@@ -83,7 +88,11 @@ def parse_message(raw: str | bytes) -> Message:
 def fits(value: Any, form: str) -> bool:
     """Whether a field's value is what `WANTED` says."""
     if form == "text":
-        return isinstance(value, str) and len(value) <= MAX_TEXT and not any("\ud800" <= c <= "\udfff" for c in value)
+        return (
+            isinstance(value, str)
+            and len(value) <= MAX_TEXT
+            and not any("\ud800" <= c <= "\udfff" for c in value)
+        )
     if form == "number":
         return type(value) is int and 0 <= value <= MAX_SEED  # a bool is no number here
     return value in get_args(PromptMode)

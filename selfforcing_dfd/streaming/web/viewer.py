@@ -1,8 +1,10 @@
-"""One viewer of the live page: a connection, its own `StreamSession`, and what keeps both within bounds.
+"""One viewer of the live page: a connection, its own `StreamSession`, and what keeps both within
+bounds.
 
-Slow viewers: generation waits for the viewer. A chunk is made only while fewer than `max_queue_chunks` are on their way, that
-is made and not yet acknowledged as shown. Nothing is dropped and no queue grows. All sessions share one worker thread with at
-most one chunk each in its queue, so they take turns by chunk, and the event loop never waits for a computation.
+Slow viewers: generation waits for the viewer. A chunk is made only while fewer than
+`max_queue_chunks` are on their way, that is made and not yet acknowledged as shown. Nothing is
+dropped and no queue grows. All sessions share one worker thread with at most one chunk each in its
+queue, so they take turns by chunk, and the event loop never waits for a computation.
 """
 
 from __future__ import annotations
@@ -21,7 +23,13 @@ import torch
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from selfforcing_dfd.streaming.ring import RingCache
-from selfforcing_dfd.streaming.session import PromptMode, StreamChunk, StreamModel, StreamSession, StreamSettings
+from selfforcing_dfd.streaming.session import (
+    PromptMode,
+    StreamChunk,
+    StreamModel,
+    StreamSession,
+    StreamSettings,
+)
 from selfforcing_dfd.streaming.statistics import frames_per_second
 from selfforcing_dfd.streaming.status import resident_bytes
 from selfforcing_dfd.streaming.web.messages import (
@@ -55,9 +63,11 @@ class Ended(Exception):
 
 @dataclass(slots=True)
 class Shared:
-    """What all viewers share: the model, the limits, and the one thread that computes. Raises ValueError for wrong sizes.
+    """What all viewers share: the model, the limits, and the one thread that computes. Raises
+    ValueError for wrong sizes.
 
-    fps: at which the page plays. idle_s: after which a viewer who shows no life is sent away. examples: of prompts.
+    fps: at which the page plays. idle_s: after which a viewer who shows no life is sent away.
+    examples: of prompts.
     """
 
     model: StreamModel
@@ -67,7 +77,9 @@ class Shared:
     max_queue_chunks: int
     examples: Sequence[str]
     name: str
-    worker: ThreadPoolExecutor = field(init=False, default_factory=lambda: ThreadPoolExecutor(1, "stream"))
+    worker: ThreadPoolExecutor = field(
+        init=False, default_factory=lambda: ThreadPoolExecutor(1, "stream")
+    )
     ring: RingCache = field(init=False)  # without memory: for its checks and sizes
 
     def __post_init__(self) -> None:
@@ -115,11 +127,15 @@ class Shared:
 
 @dataclass(slots=True, eq=False)
 class Viewer:
-    """One connection and its stream. `play` alone touches the session and sends; `read` only fills the inbox."""
+    """One connection and its stream. `play` alone touches the session and sends; `read` only fills
+    the inbox.
+    """
 
     shared: Shared
     websocket: WebSocket
-    inbox: asyncio.Queue[Message | BadMessage] = field(default_factory=lambda: asyncio.Queue(MAX_WAITING_MESSAGES))
+    inbox: asyncio.Queue[Message | BadMessage] = field(
+        default_factory=lambda: asyncio.Queue(MAX_WAITING_MESSAGES)
+    )
     session: StreamSession | None = None
     prompt: str = ""  # the last one that was accepted
     seed: int | None = None  # of the next reset
@@ -128,8 +144,11 @@ class Viewer:
     num_frames: int = 0
     num_acked: int = 0
     num_bad: int = 0
-    alive_at: float = field(default_factory=time.monotonic)  # a chunk, for which an `ack` made room, is life
-    recent: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=RECENT_CHUNKS + 1))
+    # a chunk, for which an `ack` made room, is life
+    alive_at: float = field(default_factory=time.monotonic)
+    recent: deque[tuple[float, int]] = field(
+        default_factory=lambda: deque(maxlen=RECENT_CHUNKS + 1)
+    )
 
     async def run(self) -> None:
         """Until one side ends it."""
@@ -155,7 +174,9 @@ class Viewer:
         while (event := await self.websocket.receive())["type"] == "websocket.receive":
             text = event.get("text")
             try:
-                message: Message | BadMessage = parse_message(event["bytes"] if text is None else text)
+                message: Message | BadMessage = parse_message(
+                    event["bytes"] if text is None else text
+                )
             except BadMessage as error:
                 message = error
             await self.inbox.put(message)
@@ -171,17 +192,25 @@ class Viewer:
     @property
     def may_make(self) -> bool:
         num_ahead = self.num_chunks - self.num_acked
-        return self.session is not None and not self.paused and num_ahead < self.shared.max_queue_chunks
+        return (
+            self.session is not None
+            and not self.paused
+            and num_ahead < self.shared.max_queue_chunks
+        )
 
     async def next_message(self) -> Message | BadMessage:
-        """Raises Ended where a viewer is idle: before the start or in a pause if nothing comes, else if no chunk is shown."""
+        """Raises Ended where a viewer is idle: before the start or in a pause if nothing comes,
+        else if no chunk is shown.
+        """
         left_s = self.alive_at + self.shared.idle_s - time.monotonic()
         try:
             async with asyncio.timeout(max(left_s, 0)):
                 message = await self.inbox.get()
         except TimeoutError as error:
             why = "paused" if self.paused else "not watched" if self.session else "not started"
-            raise Ended(IDLE, f"the stream was {why} for {self.shared.idle_s:g} s and has ended") from error
+            raise Ended(
+                IDLE, f"the stream was {why} for {self.shared.idle_s:g} s and has ended"
+            ) from error
         if self.session is None or self.paused:
             self.alive_at = time.monotonic()
         return message
@@ -195,13 +224,17 @@ class Viewer:
         except BadMessage as error:
             self.num_bad += 1
             if self.num_bad > MAX_BAD_MESSAGES:
-                raise Ended(BAD_MESSAGES, f"more than {MAX_BAD_MESSAGES} bad messages; the last: {error}") from error
+                raise Ended(
+                    BAD_MESSAGES, f"more than {MAX_BAD_MESSAGES} bad messages; the last: {error}"
+                ) from error
             await self.send("error", about="message", message=str(error))
         except ValueError as error:  # the text encoder's; the stream is as it was
             await self.send("error", about="prompt", message=str(error))
 
     async def carry_out(self, message: Message) -> None:
-        """Raises BadMessage for what does not fit now, ValueError for a prompt that the model refuses."""
+        """Raises BadMessage for what does not fit now, ValueError for a prompt that the model
+        refuses.
+        """
         kind, fields, session = message.kind, message.fields, self.session
         if kind == "start":
             await self.start(**fields)
@@ -233,12 +266,16 @@ class Viewer:
     async def began(self, session: StreamSession) -> None:
         self.recent.clear()
         self.alive_at = time.monotonic()
-        await self.send("began", prompt=self.prompt, seed=session.settings.seed, next_chunk=self.num_chunks)
+        await self.send(
+            "began", prompt=self.prompt, seed=session.settings.seed, next_chunk=self.num_chunks
+        )
 
     def acknowledge(self, chunk: int) -> None:
         """A chunk has been shown, and all before it."""
         if chunk >= self.num_chunks:
-            raise BadMessage(f"ack: chunk is {chunk}; want one of the {self.num_chunks} that were sent")
+            raise BadMessage(
+                f"ack: chunk is {chunk}; want one of the {self.num_chunks} that were sent"
+            )
         self.num_acked = max(self.num_acked, chunk + 1)
 
     async def set_paused(self, paused: bool) -> None:
@@ -251,7 +288,9 @@ class Viewer:
         assert self.session is not None
         chunk = await self.shared.compute(self.session.next_chunk)
         self.recent.append((time.monotonic(), len(chunk.frames)))
-        pictures = await asyncio.gather(*(asyncio.to_thread(encode_jpeg, frame) for frame in chunk.frames.numpy()))
+        pictures = await asyncio.gather(
+            *(asyncio.to_thread(encode_jpeg, frame) for frame in chunk.frames.numpy())
+        )
         await self.send("chunk", **self.figures(self.session, chunk))
         for picture in pictures:
             header = HEADER.pack(self.num_chunks, self.num_frames)
@@ -261,7 +300,9 @@ class Viewer:
         self.alive_at = time.monotonic()
 
     def figures(self, session: StreamSession, chunk: StreamChunk) -> dict[str, Any]:
-        """index: of the chunk in its stream. fps: video frames over wall time of the last chunks; None for the first."""
+        """index: of the chunk in its stream. fps: video frames over wall time of the last chunks;
+        None for the first.
+        """
         device = session.model.device
         times, counts = zip(*self.recent, strict=True)
         return {
@@ -286,12 +327,17 @@ class Viewer:
             async with asyncio.timeout(self.shared.idle_s):
                 await sending
         except TimeoutError as error:
-            raise Ended(IDLE, f"nothing was received for {self.shared.idle_s:g} s and the stream has ended") from error
+            raise Ended(
+                IDLE, f"nothing was received for {self.shared.idle_s:g} s and the stream has ended"
+            ) from error
 
     async def end(self, end: Ended) -> None:
         """Tell the client, as far as it listens, and close."""
-        with suppress(WebSocketDisconnect, TimeoutError):  # it has gone, or takes no data: it need not be told
+        # it has gone, or takes no data: it need not be told
+        with suppress(WebSocketDisconnect, TimeoutError):
             async with asyncio.timeout(CLOSE_S):
-                await self.websocket.send_text(json.dumps({"type": "ended", "message": end.message}))
+                await self.websocket.send_text(
+                    json.dumps({"type": "ended", "message": end.message})
+                )
                 reason = end.message.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
                 await self.websocket.close(end.code, reason)
