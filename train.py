@@ -41,12 +41,12 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    from selfforcing_dfd.allocator import tune_allocator
+    from selfforcing_dfd.common import tune_allocator
 
     tune_allocator()
+    from selfforcing_dfd.cli.train import USER_ERRORS, Interrupted, run
     from selfforcing_dfd.config import load_config
-    from selfforcing_dfd.plan import plan
-    from selfforcing_dfd.runner import USER_ERRORS, Interrupted, run
+    from selfforcing_dfd.training.plan import plan
 
     try:
         gpus = [] if options.gpus is None else [f"run.gpus={options.gpus}"]

@@ -123,10 +123,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    from selfforcing_dfd.allocator import tune_allocator
+    from selfforcing_dfd.common import tune_allocator
 
     tune_allocator()
-    from selfforcing_dfd.benchmarking import benchmark, compare
+    from selfforcing_dfd.benchmark.run import benchmark, compare
 
     try:
         text, result = compare(*options.compare) if options.compare else benchmark(options)

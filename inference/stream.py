@@ -136,10 +136,10 @@ def count_of_chunks(text: str) -> float:
 
 def main(arguments: list[str] | None = None) -> int:
     options = parse_arguments(arguments)
-    from selfforcing_dfd.allocator import tune_allocator
+    from selfforcing_dfd.common import tune_allocator
 
     tune_allocator()
-    from selfforcing_dfd.live import USER_ERRORS, serve, stream
+    from selfforcing_dfd.live.play import USER_ERRORS, serve, stream
 
     try:
         serve(options) if options.serve else stream(options)

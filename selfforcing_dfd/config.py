@@ -18,13 +18,14 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from selfforcing_dfd.common import UserError
+from selfforcing_dfd.context import check_frames
 from selfforcing_dfd.flow import few_step_ladder
-from selfforcing_dfd.pairing import PAIRINGS
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-class ConfigError(ValueError):
+class ConfigError(UserError):
     """A setting that cannot be used; the message says which, why, and what to write instead."""
 
 
@@ -97,21 +98,13 @@ class RolloutConfig:
     chunk_frames: int = 3  # latent frames generated together
     ladder: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # unshifted timesteps
     shift: float = 5.0
-    sink: int = 0  # latent frames kept for ever
-    window: int = 0  # latent frames a chunk may see, itself included; 0 sees everything
+    sink: int = 0  # latent frames at the video's start that every chunk sees
+    window: int = 0  # latent frames of history and the chunk itself, sink not counted; 0 is all
 
     def __post_init__(self) -> None:
-        lower = max(self.frames - self.frames % self.chunk_frames, self.chunk_frames)
-        require(
-            self.frames % self.chunk_frames == 0,
-            f"rollout.frames ({self.frames}) is not a multiple of rollout.chunk_frames ({self.chunk_frames}); "
-            f"use {lower} or {lower + self.chunk_frames}",
-        )
-        require(
-            self.window == 0 or self.window >= self.sink + self.chunk_frames,
-            f"rollout.window ({self.window}) must hold rollout.sink ({self.sink}) and one chunk ({self.chunk_frames}); "
-            f"use at least {self.sink + self.chunk_frames}, or 0 to see everything",
-        )
+        for name, frames in (("frames", self.frames), ("sink", self.sink), ("window", self.window)):
+            if name != "window" or frames != 0:
+                check_frames(f"rollout.{name}", frames, self.chunk_frames)
         # raises for a ladder that does not fall from 1000
         few_step_ladder(tuple(self.ladder), self.shift)
 
@@ -157,10 +150,6 @@ class DFDConfig:
         require(
             0 <= self.p <= 1 and 0 <= self.p_start <= 1,
             f"dfd.p ({self.p}) and dfd.p_start ({self.p_start}) are probabilities in [0, 1]",
-        )
-        require(
-            self.pairing in PAIRINGS,
-            f"dfd.pairing is {self.pairing}; known are {', '.join(PAIRINGS)}",
         )
         low, high = self.sigma_range
         require(

@@ -7,10 +7,10 @@ Sigma is a tensor [B] or [B, F] or a float and broadcasts over latents [B, F, C,
 tables, no timesteps.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
+
+PER_SAMPLE = (1, 2, 3, 4)  # the dimensions of [B, F, C, H, W] that a per-sample mean takes
 
 
 def expand_sigma(sigma: Tensor | float, like: Tensor) -> Tensor:
@@ -40,19 +40,9 @@ def shift_sigma(u: Tensor, shift: float) -> Tensor:
 def few_step_ladder(timesteps: tuple[float, ...], shift: float) -> tuple[float, ...]:
     """The decreasing sigmas of few-step sampling from unshifted timesteps in (0, 1000].
 
-    (1000, 750, 500, 250) under shift 5 is (1, .9375, .8333, .625), Self-Forcing's warped denoising
-    steps.
+    (1000, 750, 500, 250) under shift 5 is (1, .9375, .8333, .625), as in Self-Forcing.
     """
     steps = torch.tensor(timesteps, dtype=torch.float64)
     if steps.numel() == 0 or steps[0] != 1000 or (steps <= 0).any() or (steps.diff() >= 0).any():
-        raise ValueError(
-            f"ladder is {timesteps}; it must start at 1000 and fall and stay above 0: 1000, 750, 500"
-        )
+        raise ValueError(f"ladder is {timesteps}; it must start at 1000, fall, and stay above 0")
     return tuple(shift_sigma(steps / 1000, shift).tolist())
-
-
-def score_sigma(u: Tensor, shift: float, low: float, high: float) -> Tensor:
-    """Noise levels at which teacher and fake score are compared: shift(u) for uniform u, clamped to
-    [low, high].
-    """
-    return shift_sigma(u, shift).clamp(low, high)

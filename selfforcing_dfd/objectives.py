@@ -7,17 +7,13 @@ because only there does a real anchor attract the sample: the score-space form r
 velocity form changes sign at sigma = 1/2.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.flow import add_noise, x0_from_flow
-from selfforcing_dfd.network import Conditioning, Network, Past
-
-PER_SAMPLE = (1, 2, 3, 4)
+from selfforcing_dfd.context import Conditioning, Context, Network
+from selfforcing_dfd.flow import PER_SAMPLE, add_noise, x0_from_flow
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +33,10 @@ def guided_x0(
     negative: Conditioning,
     guidance: float,
 ) -> Tensor:
-    """Classifier-free guidance on the clean prediction: uncond + guidance (cond - uncond); 1 asks
-    the teacher once.
+    """Classifier-free guidance of the clean prediction: uncond + guidance (cond - uncond).
 
-    Ho & Salimans, arXiv 2207.12598. Self-Forcing's 3.0 in `cond + s (cond - uncond)` is guidance
-    4.0 here.
+    Ho & Salimans, arXiv 2207.12598. Guidance 1 asks the teacher once. Self-Forcing's 3.0 in
+    `cond + s (cond - uncond)` is guidance 4.0 here.
     """
     if guidance == 1:
         return x0_from_flow(x_t, teacher(x_t, sigma, conditioning).flow, sigma)
@@ -85,13 +80,12 @@ def flow_matching(
     noise: Tensor,
     sigma: Tensor,
     conditioning: Conditioning,
-    context: Past | None = None,
+    context: Context | None = None,
 ) -> Tensor:
-    """Per-sample flow regression [B] on clean latents x0 [B, F, C, H, W]; sigma [B] or [B, F]
-    (arXiv 2210.02747).
+    """Per-sample flow regression [B] on x0 [B, F, C, H, W] at sigma [B] or [B, F] (2210.02747).
 
-    On the student's own samples it is the fake score's loss; on data without context it trains a
-    teacher, and with the recorded clean chunks as context it is teacher forcing.
+    On the student's own samples it is the fake score's loss; on data it trains a teacher; with the
+    clean chunks before as context it is teacher forcing.
     """
     flow = network(add_noise(x0, noise, sigma), sigma, conditioning, context).flow
     return (flow - (noise - x0)).square().mean(PER_SAMPLE)

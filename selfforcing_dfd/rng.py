@@ -9,6 +9,8 @@ processes cannot change a draw.
 from __future__ import annotations
 
 import hashlib
+from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -37,3 +39,39 @@ def normal(shape: tuple[int, ...], seed: int, name: str, *counters: int) -> Tens
 def uniform(shape: tuple[int, ...], seed: int, name: str, *counters: int) -> Tensor:
     """Uniform float64 tensor of `shape` in [0, 1)."""
     return torch.rand(shape, generator=generator(seed, name, *counters), dtype=torch.float64)
+
+
+@dataclass(frozen=True, slots=True)
+class Draw:
+    """The randomness of one micro-batch.
+
+    Positions count the samples of a run from its beginning, over all processes. update_start: where
+    this update's samples begin; micro_start: where this micro-batch's begin; positions: one for
+    each sample.
+    """
+
+    seed: int
+    update_start: int
+    micro_start: int
+    positions: tuple[int, ...]
+
+    def normal(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        """[B, *shape]: each sample's own noise."""
+        return torch.stack([normal(shape, self.seed, name, n) for n in self.positions]).to(like)
+
+    def uniform(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
+        """[B, *shape] in [0, 1), float64: each sample's own."""
+        return torch.stack([uniform(shape, self.seed, name, n) for n in self.positions])
+
+    def coin(self, name: str, shared_by: Literal["update", "micro", "sample"]) -> Tensor:
+        """[B] in [0, 1), float64: one value for each update, micro-batch or sample."""
+        counters = {
+            "update": (self.update_start,) * len(self.positions),
+            "micro": (self.micro_start,) * len(self.positions),
+            "sample": self.positions,
+        }
+        return torch.stack([uniform((), self.seed, name, n) for n in counters[shared_by]])
+
+    def choice(self, name: str, num_options: int) -> int:
+        """One of `num_options`, the same for the whole update on every process."""
+        return int(uniform((), self.seed, name, self.update_start) * num_options)

@@ -1,24 +1,26 @@
-"""Self-Forcing rollout (arXiv 2506.08009, Algorithm 1): the student generates its own context,
-chunk by chunk.
+"""Self-Forcing rollout (arXiv 2506.08009, Algorithm 1): the student makes its own context.
 
-Training and streaming call the same `denoise_chunk` and `commit_chunk`. Gradient reaches each
-chunk's exit step only: the rollout runs without gradient and records what entered that step, and
-`replay` repeats all exit steps in one pass.
+Training and streaming call the same `denoise_chunk` and `commit_chunk`. Only each chunk's exit step
+has gradient: `rollout` runs without gradient and records what entered that step, and `replay`
+repeats the exit steps of all chunks in one pass with gradient.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.cache import Context, KVCache, PackedContext
+from selfforcing_dfd.context import (
+    Cache,
+    Conditioning,
+    Context,
+    Network,
+    PackedContext,
+    check_frames,
+)
 from selfforcing_dfd.flow import add_noise, x0_from_flow
-from selfforcing_dfd.network import Cache, Conditioning, Network, Past
 
-Ladder = tuple[float, ...]
+Ladder = tuple[float, ...]  # decreasing sigmas of few-step sampling, from 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,24 +35,34 @@ class Chunk:
         return latents.narrow(dim, self.start, self.frames)
 
 
+Chunks = tuple[Chunk, ...]  # of one video, in order
+
+
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What the student made, with what `replay` needs. Nothing in it carries gradient."""
+    """What the student made, and what `replay` needs. No gradient. One sigma, context a chunk."""
 
     x0: Tensor  # [B, F, C, H, W]
     x_exit: Tensor  # [B, F, C, H, W], what entered each chunk's exit step
     sigma_exit: tuple[float, ...]
-    chunks: tuple[Chunk, ...]
+    chunks: Chunks
     contexts: tuple[Context, ...]
 
 
-def plan_chunks(num_frames: int, chunk_frames: int) -> tuple[Chunk, ...]:
-    """Equal chunks over `num_frames` latent frames."""
-    if num_frames % chunk_frames:
-        upper = num_frames + -num_frames % chunk_frames
-        raise ValueError(
-            f"{num_frames} latent frames are no multiple of {chunk_frames} frames a chunk; use {upper}"
-        )
+@dataclass(frozen=True, slots=True)
+class RealPast:
+    """In these rows [B] (bool), chunks of real latents [B, F, C, H, W] are the past of a chunk."""
+
+    latents: Tensor
+    rows: Tensor
+
+    def instead_of(self, x0: Tensor, chunk: Chunk) -> Tensor:
+        return torch.where(self.rows[:, None, None, None, None], chunk.of(self.latents), x0)
+
+
+def plan_chunks(num_frames: int, chunk_frames: int) -> Chunks:
+    """Equal chunks over `num_frames` latent frames. Raises ValueError if they do not fit."""
+    check_frames("clip", num_frames, chunk_frames)
     return tuple(Chunk(start, chunk_frames) for start in range(0, num_frames, chunk_frames))
 
 
@@ -59,26 +71,27 @@ def denoise_chunk(
     student: Network,
     noise: Tensor,
     conditioning: Conditioning,
-    context: Past,
+    context: Context,
     ladder: Ladder,
-    exit_step: int = -1,
+    exit_step: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Few-step generation of one chunk: (x0 after ladder[exit_step], what entered that step).
+    """Few-step generation of one chunk: (x0 after the exit step, what entered that step).
 
-    noise: [S, B, f, C, H, W], one draw a ladder step: the start, then what is added between steps.
-    -1 is the last step.
+    noise: [S, B, f, C, H, W], one draw for each step of the ladder: where the first step starts,
+    then what is added between steps. exit_step: index into the ladder; None is its last step.
     """
-    x_t, last = noise[0], range(len(ladder))[exit_step]
-    for step in range(last + 1):
+    last_step = len(ladder) - 1 if exit_step is None else exit_step
+    x_t = noise[0]
+    for step in range(last_step):
         x0 = x0_from_flow(x_t, student(x_t, ladder[step], conditioning, context).flow, ladder[step])
-        if step < last:
-            x_t = add_noise(x0, noise[step + 1], ladder[step + 1])
-    return x0, x_t
+        x_t = add_noise(x0, noise[step + 1], ladder[step + 1])
+    flow = student(x_t, ladder[last_step], conditioning, context).flow
+    return x0_from_flow(x_t, flow, ladder[last_step]), x_t
 
 
 @torch.no_grad()
 def commit_chunk(student: Network, x0: Tensor, conditioning: Conditioning, cache: Cache) -> None:
-    """Run the finished chunk once more, clean, and remember its keys and values."""
+    """Run the finished chunk x0 [B, f, C, H, W] once more, clean, and remember its K/V."""
     cache.append(student(x0, 0.0, conditioning, cache.read(x0.shape[1])).kv)
 
 
@@ -87,44 +100,44 @@ def rollout(
     student: Network,
     noise: Tensor,
     conditioning: Conditioning,
-    cache: KVCache,
+    cache: Cache,
     ladder: Ladder,
-    chunks: tuple[Chunk, ...],
-    exit_steps: tuple[int, ...] = (),
-    see: Callable[[Chunk, Tensor], Tensor] = lambda chunk, x0: x0,
+    chunks: Chunks,
+    exit_steps: tuple[int, ...] | None = None,
+    real_past: RealPast | None = None,
 ) -> Rollout:
-    """Generate all chunks in order from noise [S, B, F, C, H, W]; chunk i leaves the ladder at
-    exit_steps[i].
+    """Generate all chunks in order from noise [S, B, F, C, H, W].
 
-    see(chunk, x0) is what becomes context, the student's own x0 by default; of the last chunk
-    nothing does.
+    exit_steps: for each chunk an index into the ladder; None is its last step. The last chunk is
+    not committed, since no chunk comes after it.
     """
-    exit_steps = exit_steps or (-1,) * len(chunks)
-    made, contexts = [], []
+    exit_steps = exit_steps or (len(ladder) - 1,) * len(chunks)
+    x0s, exit_inputs, contexts = [], [], []
     for chunk, exit_step in zip(chunks, exit_steps, strict=True):
         contexts.append(cache.read(chunk.frames))
-        made.append(
-            denoise_chunk(
-                student, chunk.of(noise, dim=2), conditioning, contexts[-1], ladder, exit_step
-            )
+        x0, x_t = denoise_chunk(
+            student, chunk.of(noise, dim=2), conditioning, contexts[-1], ladder, exit_step
         )
         if chunk is not chunks[-1]:
-            commit_chunk(student, see(chunk, made[-1][0]), conditioning, cache)
-    x0, x_exit = (torch.cat(parts, dim=1) for parts in zip(*made, strict=True))
-    return Rollout(x0, x_exit, tuple(ladder[step] for step in exit_steps), chunks, tuple(contexts))
+            past = x0 if real_past is None else real_past.instead_of(x0, chunk)
+            commit_chunk(student, past, conditioning, cache)
+        x0s.append(x0)
+        exit_inputs.append(x_t)
+    sigma_exit = tuple(ladder[step] for step in exit_steps)
+    return Rollout(
+        torch.cat(x0s, 1), torch.cat(exit_inputs, 1), sigma_exit, chunks, tuple(contexts)
+    )
 
 
 def replay(student: Network, record: Rollout, conditioning: Conditioning) -> Tensor:
-    """The rollout's x0 [B, F, C, H, W] with gradient: all exit steps in one packed pass over the
-    recorded context.
+    """The rollout's x0 [B, F, C, H, W] with gradient: all exit steps in one packed pass.
 
     Equal to differentiating chunk by chunk, since context carries no gradient.
     """
     frames = tuple(chunk.frames for chunk in record.chunks)
-    x_t, per_chunk = record.x_exit, zip(record.sigma_exit, frames, strict=True)
-    sigma = x_t.new_tensor([sigma for sigma, count in per_chunk for _ in range(count)]).expand(
-        x_t.shape[:2]
-    )
-    return x0_from_flow(
-        x_t, student(x_t, sigma, conditioning, PackedContext(record.contexts, frames)).flow, sigma
-    )
+    per_chunk = record.x_exit.new_tensor(record.sigma_exit)
+    per_frame = per_chunk.repeat_interleave(per_chunk.new_tensor(frames, dtype=torch.long))
+    sigma = per_frame.expand(record.x_exit.shape[:2])
+    context = PackedContext(record.contexts, frames)
+    flow = student(record.x_exit, sigma, conditioning, context).flow
+    return x0_from_flow(record.x_exit, flow, sigma)

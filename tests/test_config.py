@@ -15,7 +15,7 @@ from selfforcing_dfd.config import (
     load_config,
     to_yaml,
 )
-from selfforcing_dfd.loading import load_settings
+from selfforcing_dfd.streaming.load import load_settings
 
 STREAM_CONFIGS = sorted((REPOSITORY / "configs" / "stream").glob("*.yaml"))
 CONFIGS = sorted(set((REPOSITORY / "configs").rglob("*.yaml")) - set(STREAM_CONFIGS))
@@ -87,12 +87,11 @@ def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path)
         ("dfd.sigma_range=[0.9,0.1]", r"dfd\.sigma_range is .*0 <= low < high <= 1"),
         (
             "rollout.frames=10",
-            r"rollout\.frames \(10\) is not a multiple of rollout\.chunk_frames \(3\); use 9 or 12",
+            r"rollout\.frames is 10 latent frames, but a chunk has 3 .* use 9 or 12",
         ),
-        (
-            "rollout.window=2",
-            r"rollout\.window \(2\) must hold rollout\.sink \(0\) .* use at least 3",
-        ),
+        ("rollout.window=2", r"rollout\.window is 2 latent frames, .* use 3 or 6"),
+        ("rollout.window=8", r"rollout\.window is 8 .* use 6 or 9"),
+        ("rollout.sink=1", r"rollout\.sink is 1 .* use 0 or 3"),
         ("rollout.ladder=[900,500]", r"must start at 1000"),
         (
             "batch.micro=5",

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, rms_norm
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.cache import Attention, Context
+from selfforcing_dfd.context import Attention, ChunkContext, Conditioning
 from selfforcing_dfd.flow import add_noise, x0_from_flow
 from selfforcing_dfd.models.attention import load_kernel
 from selfforcing_dfd.models.rope import rotary_angles, rotary_tables, rotate
 from selfforcing_dfd.models.wan import ParameterFreeNorm, WanTransformer, add_gated, modulate
-from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching
 
 BF16, DIM, FRAMES = torch.bfloat16, 48, 3
@@ -48,7 +47,7 @@ def flow(dtype: torch.dtype, start_frame: int = 0) -> Tensor:
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, t, text = (golden("bidirectional")[name].to(wide) for name in ("x", "t", "text"))
     return cast(golden_network(), dtype)(
-        x, t / 1000, Conditioning(text), Context((), start_frame)
+        x, t / 1000, Conditioning(text), ChunkContext((), start_frame)
     ).flow
 
 

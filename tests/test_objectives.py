@@ -14,9 +14,8 @@ from tiny_models import ExactGaussian, conditioning, latents, tiny_network
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.cache import Context, KVCache
+from selfforcing_dfd.context import ChunkContext, Conditioning, KVCache, Network
 from selfforcing_dfd.flow import add_noise, x0_from_flow
-from selfforcing_dfd.network import Conditioning, Network
 from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching, guided_x0
 from selfforcing_dfd.rollout import plan_chunks, replay, rollout
 
@@ -287,10 +286,10 @@ def test_the_best_flow_matching_loss_is_that_of_the_exact_posterior():
 def test_flow_matching_sees_the_given_past(networks):
     """Catches teacher forcing without its context."""
     network, text, x0 = networks["student"], conditioning(), latents("x0")
-    kv = network(x0[:, :2], 0.0, text).kv
+    kv = network(x0[:, :2], 0.0, text, ChunkContext()).kv
     losses = [
         flow_matching(network, x0[:, 2:4], latents("noise")[:, 2:4], SIGMA, text, context)
-        for context in (Context((kv,), 2), Context((), 2), None)
+        for context in (ChunkContext((kv,), 2), ChunkContext((), 2), None)
     ]
     assert (losses[0] - losses[1]).abs().min() > 1e-6
     torch.testing.assert_close(losses[1], losses[2], rtol=1e-10, atol=0)  # positions are relative

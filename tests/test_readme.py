@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from selfforcing_dfd.__main__ import COMMANDS
+from selfforcing_dfd.cli.main import COMMANDS
 from selfforcing_dfd.config import load_config
 
 ROOT = Path(__file__).parents[1]

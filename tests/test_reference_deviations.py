@@ -16,11 +16,18 @@ from golden_weights import ROLLOUT, diffusers_name, golden, golden_network, mani
 from test_rollout import golden_noise
 from torch import Tensor
 
-from selfforcing_dfd.cache import ChunkKV, Context, KVCache
+from selfforcing_dfd.context import (
+    ChunkContext,
+    ChunkKV,
+    Conditioning,
+    Context,
+    KVCache,
+    Network,
+    NetworkOutput,
+)
 from selfforcing_dfd.flow import add_noise, few_step_ladder, shift_sigma, x0_from_flow
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.network import Conditioning, Network
-from selfforcing_dfd.rollout import Chunk, Rollout, plan_chunks, rollout
+from selfforcing_dfd.rollout import Rollout, plan_chunks, rollout
 
 CASES = {0.02: ("case0", 1), 0.41: ("case1", 1), 0.73: ("case0", 0), 0.98: ("case1", 0)}
 """Noise levels of the loss examples, rounded: where each is."""
@@ -61,27 +68,26 @@ def golden_rollout(
 ) -> Rollout:
     """The reference's rollout; with its noise of sigma .005 on what becomes context, if wanted."""
 
-    def see(chunk: Chunk, x0: Tensor) -> Tensor:
-        noise = data["context_noise"][chunk.start // chunk.frames]
-        return add_noise(x0, noise, float(data["context_sigma"])) if context_noise else x0
+    def noisy_commits(
+        x_t: Tensor, sigma: Tensor | float, conditioning: Conditioning, context: Context
+    ) -> NetworkOutput:
+        if sigma == 0.0:
+            noise = data["context_noise"][context.next_frame // 3]
+            x_t = add_noise(x_t, noise, float(data["context_sigma"]))
+        return student(x_t, sigma, conditioning, context)
 
     ladder = tuple((data["steps"].double() / 1000).tolist())
     text = Conditioning(data["text"])
+    network = noisy_commits if context_noise else student
+    exit_steps = (exit_step,) * 2
     return rollout(
-        student,
-        golden_noise(data),
-        text,
-        KVCache(),
-        ladder,
-        plan_chunks(6, 3),
-        (exit_step,) * 2,
-        see,
+        network, golden_noise(data), text, KVCache(), ladder, plan_chunks(6, 3), exit_steps
     )
 
 
 def second_context(
     record: Rollout, first: ChunkKV, layers: tuple[tuple[Tensor, Tensor], ...], leaky: bool
-) -> Context:
+) -> ChunkContext:
     """What chunk 1 sees of chunk 0: the clean pass's values, with the gradient of the exit pass's
     if leaky.
     """
@@ -93,7 +99,7 @@ def second_context(
         ]
         clean = ChunkKV(first.frames, clean.layers)
         object.__setattr__(clean, "layers", tuple(mixed))
-    return Context((clean,), first.frames)
+    return ChunkContext((clean,), first.frames)
 
 
 def exit_passes(
@@ -108,7 +114,7 @@ def exit_passes(
         kept.append(outputs[1:])
 
     hooks = [block.register_forward_hook(keep) for block in student.wan_blocks()]
-    made, context = [], Context()
+    made, context = [], ChunkContext()
     for chunk in record.chunks:
         x_t, sigma = chunk.of(record.x_exit), record.sigma_exit[0]
         out = student(x_t, torch.full((2,), sigma), text, context)

@@ -20,14 +20,14 @@ from tiny_wan import HEIGHT, WIDTH, save_wan_folder
 
 from inference import stream
 from selfforcing_dfd import rng
-from selfforcing_dfd.__main__ import main
+from selfforcing_dfd.cli.main import main
+from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.config import ConfigError, load_config
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.video import read_video, write_video
+from selfforcing_dfd.data.sources.video import read_video, write_video
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.models.weights import load_transformer
-from selfforcing_dfd.pipeline import CausalWanPipeline
-from selfforcing_dfd.runner import run
+from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
+from selfforcing_dfd.weights.read import load_transformer
 
 HEADS, HEAD_DIM, LAYERS, FFN, FREQ = 8, 32, 3, 512, 64
 VIDEO_FRAMES, LATENT_FRAMES, NUM_CLIPS = 21, 6, 4

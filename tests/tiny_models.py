@@ -4,17 +4,19 @@ function of a seed.
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.cache import ChunkKV
+from selfforcing_dfd.context import ChunkKV, Conditioning, NetworkOutput
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.flow import expand_sigma
+from selfforcing_dfd.forcing import PAIRINGS, Forcing, tied_rows
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.network import Conditioning, NetworkOutput
+from selfforcing_dfd.rng import Draw
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -90,6 +92,28 @@ def tiny_batch(
         keys=tuple(f"{row:06d}" for row in range(batch)),
         noise=latents("clip noise", frames, batch, seed=seed) if with_noise else None,
     )
+
+
+@dataclass(frozen=True)
+class DataForcing:
+    """Data forcing as a config says it: what a matching stage gets, and who is tied."""
+
+    p: float = 0.0
+    p_start: float = 0.0
+    ramp_updates: int = 0
+    granularity: Literal["update", "micro", "sample"] = "update"
+    pairing: str = "caption"
+    sigma_range: tuple[float, float] = (0.0, 1.0)
+
+    def settings(self) -> dict[str, Any]:
+        forcing = Forcing(
+            PAIRINGS[self.pairing], self.p, self.p_start, self.ramp_updates, self.sigma_range
+        )
+        return {"forcing": forcing, "coin_shared_by": self.granularity}
+
+    def rows(self, draw: Draw, student_updates: int) -> Tensor:
+        coin = draw.coin("dfd", self.granularity)
+        return tied_rows(coin, self.settings()["forcing"], student_updates)
 
 
 class ExactGaussian:

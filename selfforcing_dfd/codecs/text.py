@@ -28,6 +28,8 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import pad
 
+from selfforcing_dfd.common import UserError
+
 log = logging.getLogger(__name__)
 
 MAX_LENGTH = 512  # tokens, the end included; Wan2.1's text_len
@@ -43,7 +45,7 @@ unconditional half.
 REPOSITORY = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"  # the encoder of 14B is the same
 
 
-class TextError(ValueError):
+class TextError(UserError):
     """Files, a tokenizer, prompts or embeddings that cannot be used; the message says what was
     wanted.
     """

@@ -16,13 +16,14 @@ from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
 from selfforcing_dfd.codecs.wan_decode import StreamingDecoder
+from selfforcing_dfd.common import UserError
 
 TIME, SPACE = 4, 8
 # "Rep": an upsampler that has seen one latent frame; None: nothing yet
 Features = Tensor | str | None
 
 
-class CodecError(ValueError):
+class CodecError(UserError):
     """Weights that cannot be used, or latents and videos that do not fit; the message says what was
     wanted.
     """

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from selfforcing_dfd.data.fastgen_source import FastGenSource, Layout
 from selfforcing_dfd.data.imports import ImportSource
-from selfforcing_dfd.data.lmdb_source import LmdbSource, find_environments
 from selfforcing_dfd.data.pack import TextEncoder
-from selfforcing_dfd.data.sources import Clip, PackError
-from selfforcing_dfd.data.video import ClipError, Resize, read_video
+from selfforcing_dfd.data.sources.fastgen import FastGenSource, Layout
+from selfforcing_dfd.data.sources.files import Clip, PackError
+from selfforcing_dfd.data.sources.lmdb import LmdbSource, find_environments
+from selfforcing_dfd.data.sources.video import ClipError, Resize, read_video
 from selfforcing_dfd.tiny.codec import CHANNELS, SPACE, TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 

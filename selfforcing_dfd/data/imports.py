@@ -20,8 +20,8 @@ from tqdm import tqdm
 from selfforcing_dfd.data.pack import TextEncoder
 from selfforcing_dfd.data.publish import Unfinished
 from selfforcing_dfd.data.shards import LATENT, TEXT
-from selfforcing_dfd.data.sources import PackError, keys_of
-from selfforcing_dfd.data.video import ClipError
+from selfforcing_dfd.data.sources.files import PackError, keys_of
+from selfforcing_dfd.data.sources.video import ClipError
 from selfforcing_dfd.data.writing import (
     Job,
     PackSummary,

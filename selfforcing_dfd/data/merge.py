@@ -11,7 +11,7 @@ from pathlib import Path
 
 from selfforcing_dfd.data.publish import published
 from selfforcing_dfd.data.shards import INDEX_NAME, Index, Shard, ShardError, sha256_of
-from selfforcing_dfd.data.sources import PackError
+from selfforcing_dfd.data.sources.files import PackError
 from selfforcing_dfd.data.writing import NUM_NAMED, PackSummary, Refusal, differences, write_index
 
 

@@ -25,8 +25,8 @@ from tqdm import tqdm
 from selfforcing_dfd.data.ahead import in_order
 from selfforcing_dfd.data.publish import Unfinished, published
 from selfforcing_dfd.data.shards import INDEX_NAME, LATENT, NOISE, TEXT, ShardReader, pad_text
-from selfforcing_dfd.data.sources import Clip, PackError, list_clips, list_hash, share_of
-from selfforcing_dfd.data.video import ClipError, Resize, read_video
+from selfforcing_dfd.data.sources.files import Clip, PackError, list_clips, list_hash, share_of
+from selfforcing_dfd.data.sources.video import ClipError, Resize, read_video
 from selfforcing_dfd.data.writing import (
     Job,
     Journal,

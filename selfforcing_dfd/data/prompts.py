@@ -15,7 +15,7 @@ from tqdm import tqdm
 from selfforcing_dfd.data.pack import TextEncoder
 from selfforcing_dfd.data.publish import Unfinished
 from selfforcing_dfd.data.shards import TEXT
-from selfforcing_dfd.data.sources import PackError
+from selfforcing_dfd.data.sources.files import PackError
 from selfforcing_dfd.data.writing import (
     Job,
     PackSummary,

@@ -11,8 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Literal
 
-from selfforcing_dfd.data.sources import PackError
-from selfforcing_dfd.files import sync
+from selfforcing_dfd.common import sync
+from selfforcing_dfd.data.sources.files import PackError
 
 Unfinished = Literal["discard", "keep", "resume"]
 """What becomes of the partial folder of an interrupted run: "discard" removes it, on an exception

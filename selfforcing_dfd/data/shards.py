@@ -36,6 +36,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.data.ahead import in_order
 
 FORMAT_VERSION = 1
@@ -43,7 +44,7 @@ INDEX_NAME, NEGATIVE_NAME = "index.json", "negative.safetensors"
 LATENT, TEXT, NOISE = "latent.npy", "text.npy", "noise.npy"
 
 
-class ShardError(ValueError):
+class ShardError(UserError):
     """A shard folder that cannot be trusted; the message says what was found, what was wanted and
     how to repair it.
     """

@@ -22,6 +22,7 @@ from safetensors.torch import save
 from torch import Tensor
 from webdataset import TarWriter
 
+from selfforcing_dfd.common import sync
 from selfforcing_dfd.data.publish import JOURNAL_NAME, Unfinished, published
 from selfforcing_dfd.data.shards import (
     INDEX_NAME,
@@ -32,8 +33,7 @@ from selfforcing_dfd.data.shards import (
     Shard,
     sha256_of,
 )
-from selfforcing_dfd.data.sources import PackError
-from selfforcing_dfd.files import sync
+from selfforcing_dfd.data.sources.files import PackError
 
 NUM_NAMED = 5
 

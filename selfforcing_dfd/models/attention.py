@@ -18,6 +18,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
+from selfforcing_dfd.common import UserError
+
 log = logging.getLogger(__name__)
 
 CUDA_ORDER = [
@@ -29,7 +31,7 @@ CUDA_ORDER = [
 ]
 
 
-class AttentionError(ValueError):
+class AttentionError(UserError):
     """A kernel that cannot run here; the message says why and what to use instead."""
 
 

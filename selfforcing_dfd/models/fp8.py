@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.models.wan import WanTransformer
 
 LARGEST = 448.0  # of e4m3
@@ -20,7 +21,7 @@ MULTIPLE = 16  # of both sizes of a layer: what the tensor cores take
 FIRST_CAPABILITY = (8, 9)
 
 
-class Fp8Error(ValueError):
+class Fp8Error(UserError):
     """A device or layer that 8-bit products cannot run on; the message says why."""
 
 

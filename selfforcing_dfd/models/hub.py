@@ -17,6 +17,7 @@ from typing import Any, Literal, Self
 
 from torch import Tensor, nn
 
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.flow import few_step_ladder
 
 Role = Literal["student", "teacher", "unknown"]
@@ -41,7 +42,7 @@ LOCATION = (
 )
 
 
-class HubError(ValueError):
+class HubError(UserError):
     """Weights of another role, architecture or size than asked for; the message says what to do."""
 
 
@@ -144,7 +145,7 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
     if "dim" in config or config.get("_class_name") == "WanModel":
         raise HubError(
             f"{where} has the original Wan layout, not diffusers'; read it with "
-            "selfforcing_dfd.models.weights.load_transformer, or convert it: python -m selfforcing_dfd convert"
+            "selfforcing_dfd.weights.read.load_transformer, or convert it: python -m selfforcing_dfd convert"
         )
     other = {k: config[k] for k, wanted in ARCHITECTURE.items() if config.get(k, wanted) != wanted}
     if other:

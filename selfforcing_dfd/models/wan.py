@@ -8,6 +8,8 @@ There are no attention masks.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -17,12 +19,18 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 from torch.nn.functional import gelu, layer_norm, silu
 
-from selfforcing_dfd.cache import Attention, ChunkKV, Context
+from selfforcing_dfd.context import (
+    WHOLE_CLIP,
+    Attention,
+    ChunkKV,
+    Conditioning,
+    Context,
+    NetworkOutput,
+)
 from selfforcing_dfd.flow import expand_sigma
 from selfforcing_dfd.models.attention import attend, installed_kernels, load_kernel, select_kernel
 from selfforcing_dfd.models.hub import HubMixin
 from selfforcing_dfd.models.rope import positions_rotary, rotate
-from selfforcing_dfd.network import Conditioning, NetworkOutput, Past
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -61,6 +69,17 @@ class NoiseLevel(NamedTuple):
 
     blocks: tuple[Tensor | Modulation, ...]
     head: tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedConditioning(Conditioning):
+    """Conditioning with what every call of one network would compute again, made by `prepare`.
+
+    text_kv: per block the (k, v) of cross-attention. noise_levels: by sigma.
+    """
+
+    text_kv: tuple[tuple[Tensor, Tensor], ...]
+    noise_levels: Mapping[float, NoiseLevel]
 
 
 class WanAttention(nn.Module):
@@ -130,7 +149,7 @@ class WanBlock(nn.Module):
         text: Tensor | tuple[Tensor, Tensor],
         modulation: Tensor | Modulation,
         rotary: tuple[Tensor, Tensor],
-        context: Past,
+        context: Context,
         layer: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """x: [B, F * tokens, D]; text: [B, L, D], or its keys and values; modulation: [B, F, 6, D]
@@ -319,17 +338,17 @@ class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
         x_t: Tensor,
         sigma: Tensor | float,
         conditioning: Conditioning,
-        context: Past | None = None,
+        context: Context | None = None,
     ) -> NetworkOutput:
         """Flow at x_t [B, F, C, H, W] for noise level sigma ([B], [B, F] or one number), seen from
         the given past.
 
         Raises ValueError when H or W is no multiple of the patch.
         """
-        context = context or Context()
+        context = context or WHOLE_CLIP
         tokens, grid = self.patchify(x_t)
         level = self.level_of(sigma, x_t, conditioning)
-        text = conditioning.text_kv or (self.embed_text(conditioning),) * len(self.blocks)
+        text = self.text_of(conditioning)
         precision = full_precision(tokens).dtype
         rotary = positions_rotary(
             context.next_frame, *grid, self.head_dim, tokens.device, precision
@@ -339,7 +358,7 @@ class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
             tokens, k, v = self.run_block(
                 block, tokens, text[layer], level.blocks[layer], rotary, context, layer
             )
-            layers += [] if context.stores else [(k, v)]
+            layers += [(k, v)] if context.wants_kv else []
         shift, scale = level.head
         tokens = modulate(self.norm_out(tokens), scale, shift).type_as(tokens)
         return NetworkOutput(
@@ -349,6 +368,12 @@ class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
     def wan_blocks(self) -> tuple[WanBlock, ...]:
         return tuple(block for block in self.blocks if isinstance(block, WanBlock))
 
+    def text_of(self, conditioning: Conditioning) -> tuple[Tensor | tuple[Tensor, Tensor], ...]:
+        """For each block the embedded text, or its keys and values where they were prepared."""
+        if isinstance(conditioning, PreparedConditioning):
+            return conditioning.text_kv
+        return (self.embed_text(conditioning),) * len(self.blocks)
+
     def embed_text(self, conditioning: Conditioning) -> Tensor:
         """[B, L, D], which every block makes its own keys and values of."""
         return self.condition_embedder.text(conditioning.text.type_as(self.patch_embedding.weight))
@@ -357,25 +382,25 @@ class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # ty
         self, sigma: Tensor | float, x_t: Tensor, conditioning: Conditioning
     ) -> NoiseLevel:
         """What sigma does to every block; of a number that `prepare` was told, what it found."""
-        if not isinstance(sigma, Tensor) and sigma in conditioning.levels:
-            return conditioning.levels[sigma]
+        if isinstance(conditioning, PreparedConditioning) and not isinstance(sigma, Tensor):
+            if sigma in conditioning.noise_levels:
+                return conditioning.noise_levels[sigma]
         embedding, modulation = self.condition_embedder.time(sigma_per_frame(sigma, x_t))
         shift, scale = (self.scale_shift_table[:, None] + embedding[:, :, None]).unbind(2)
         return NoiseLevel((modulation,) * len(self.blocks), (shift, 1 + scale))
 
-    def prepare(self, conditioning: Conditioning, sigmas: tuple[float, ...] = ()) -> Conditioning:
-        """The same conditioning with what every call would work out anew: the text's keys and
-        values, and noise levels.
-        """
-        text, levels = self.embed_text(conditioning), {}
+    def prepare(
+        self, conditioning: Conditioning, sigmas: tuple[float, ...] = ()
+    ) -> PreparedConditioning:
+        """The same conditioning, with the text's K/V and these noise levels computed once."""
+        text = self.embed_text(conditioning)
+        noise_levels = {}
         for sigma in sigmas:
             (embedding, *_), head = self.level_of(sigma, text, Conditioning(conditioning.text))
-            levels[sigma] = NoiseLevel(
-                tuple(block.modulation(embedding) for block in self.wan_blocks()), head
-            )
-        return Conditioning(
-            conditioning.text, tuple(b.attn2.keys_values(text) for b in self.wan_blocks()), levels
-        )
+            modulations = tuple(block.modulation(embedding) for block in self.wan_blocks())
+            noise_levels[sigma] = NoiseLevel(modulations, head)
+        text_kv = tuple(block.attn2.keys_values(text) for block in self.wan_blocks())
+        return PreparedConditioning(conditioning.text, text_kv, noise_levels)
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """One block, re-computed in the backward pass when gradient checkpointing is on."""

@@ -15,7 +15,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.cache import Attention, ChunkKV
+from selfforcing_dfd.context import Attention, ChunkKV
 from selfforcing_dfd.models.rope import axis_dims, axis_frequencies, rotary_tables, rotate
 
 Positions = Literal["absolute", "sink_relative", "window_relative"]
@@ -69,7 +69,7 @@ class RingContext:
     own: slice  # tokens of this chunk
     visible: slice  # tokens of the past and of this chunk
     next_frame: int
-    stores = True
+    wants_kv = False
 
     def attend(self, attention: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys, values = self.keys[layer], self.values[layer]

@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.cache import ChunkKV, PackedContext
 from selfforcing_dfd.codecs.protocol import Decoder, StreamingCodec
+from selfforcing_dfd.context import ChunkKV, Conditioning, PackedContext
 from selfforcing_dfd.flow import add_noise, x0_from_flow
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.rollout import Ladder, commit_chunk, denoise_chunk
 from selfforcing_dfd.streaming.latency import StageClock, Timings
 from selfforcing_dfd.streaming.output import FrameCopy

@@ -145,8 +145,7 @@ def _signed_distance(shape: str, across: Tensor, down: Tensor, half: Tensor) -> 
         return torch.maximum(across, down) - half
     arm, reach = 0.42 * half, 1.3 * half
     return torch.minimum(
-        torch.maximum(across - arm, down - reach),
-        torch.maximum(across - reach, down - arm),
+        torch.maximum(across - arm, down - reach), torch.maximum(across - reach, down - arm)
     )
 
 

@@ -36,7 +36,7 @@ from torch.distributed.checkpoint.stateful import Stateful
 from torch.distributed.tensor import DTensor
 
 from selfforcing_dfd import __version__
-from selfforcing_dfd.files import sync
+from selfforcing_dfd.common import UserError, sync
 from selfforcing_dfd.training.ema import NUM_SHOWN, describe, differences, model_fingerprint
 from selfforcing_dfd.training.ema import load_optimizer_state as load_optimizer_state
 from selfforcing_dfd.training.ema import load_weights as load_weights
@@ -59,7 +59,7 @@ level also objects with `state_dict` and `load_state_dict`: modules, EMA, Clock.
 """
 
 
-class CheckpointError(ValueError):
+class CheckpointError(UserError):
     """A checkpoint cannot be written, or is not the one this run needs."""
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from selfforcing_dfd.files import sync
+from selfforcing_dfd.common import sync
 
 NUM_SHOWN = 5
 

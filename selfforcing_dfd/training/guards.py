@@ -14,10 +14,12 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from selfforcing_dfd.common import UserError
+
 logger = logging.getLogger(__name__)
 
 
-class GuardError(RuntimeError):
+class GuardError(UserError):
     """A guard was told to stop the run and did; the message says what left its range."""
 
 

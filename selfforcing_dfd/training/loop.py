@@ -19,10 +19,11 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from selfforcing_dfd.data.shards import Batch, SampleOrder, ShardReader, batches
+from selfforcing_dfd.rng import Draw
+from selfforcing_dfd.stages.base import Stage, StageLoss
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock, Turn
 from selfforcing_dfd.training.ema import EMA, optimizer_state
-from selfforcing_dfd.training.stages import Draw, Stage, StageLoss
 from selfforcing_dfd.training.tracking import Tracker, check_finite
 
 SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)

@@ -19,8 +19,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 
 def compute_in(network: nn.Module, dtype: torch.dtype) -> None:
     """From now on `network` runs in `dtype`, unit by unit: each of its `blocks`, then what lies

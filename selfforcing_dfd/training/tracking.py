@@ -23,13 +23,15 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from selfforcing_dfd.common import UserError
+
 logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 RESERVED = ("kind", "student_update")
 
 
-class NonFiniteError(ValueError):
+class NonFiniteError(UserError):
     """A loss or gradient became infinite or not a number; the optimizer step was not taken."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.data.pack import pack
-from selfforcing_dfd.data.video import read_video
+from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.tiny import world
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import selfforcing_dfd
-from selfforcing_dfd.__main__ import main
+from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.video import read_video
+from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.tiny.codec import TinyCodec
 
 ROOT = Path(selfforcing_dfd.__file__).parents[1]

@@ -21,12 +21,12 @@ from torch import Tensor
 from webdataset import ShardWriter
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.__main__ import main
-from selfforcing_dfd.data.fastgen_source import FastGenSource
+from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.data.imports import import_folder
-from selfforcing_dfd.data.lmdb_source import LmdbSource
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.sources import PackError
+from selfforcing_dfd.data.sources.fastgen import FastGenSource
+from selfforcing_dfd.data.sources.files import PackError
+from selfforcing_dfd.data.sources.lmdb import LmdbSource
 from selfforcing_dfd.tiny.text import TinyText
 
 ROW = (3, 16, 4, 6)  # F, C, H, W: no two alike

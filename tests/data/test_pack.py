@@ -15,7 +15,7 @@ from torch import Tensor
 from selfforcing_dfd import rng
 from selfforcing_dfd.data.pack import PackError, add_noise, pack
 from selfforcing_dfd.data.shards import SampleOrder, ShardError, ShardReader, load_batch
-from selfforcing_dfd.data.video import write_video
+from selfforcing_dfd.data.sources.video import write_video
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 

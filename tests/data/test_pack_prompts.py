@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from selfforcing_dfd.__main__ import main
+from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.data.prompts import pack_prompts
 from selfforcing_dfd.data.shards import SampleOrder, ShardReader, load_batch
-from selfforcing_dfd.data.sources import PackError
+from selfforcing_dfd.data.sources.files import PackError
 from selfforcing_dfd.tiny.text import TinyText
 
 SHAPE = (9, 16, 8, 8)

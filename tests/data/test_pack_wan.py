@@ -14,12 +14,12 @@ import torch
 from diffusers import AutoencoderKLWan
 from tiny_text import DIM, save_text_folder
 
-from selfforcing_dfd.__main__ import main
+from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.codecs.text import MAX_LENGTH, WanText
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.data.choices import default_negative_prompt
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.video import read_video
+from selfforcing_dfd.data.sources.video import read_video
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tiny_pack import FailingCodec, pack_and_die, pack_tiny, stop_with
 from torch import Tensor
 
-from selfforcing_dfd.__main__ import main
+from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.data.ahead import in_order
 from selfforcing_dfd.data.merge import merge
 from selfforcing_dfd.data.pack import PackError, PackOptions, add_noise

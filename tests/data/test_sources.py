@@ -17,11 +17,11 @@ import torch
 from tiny_pack import pack_tiny
 from torch import Tensor
 
-from selfforcing_dfd.__main__ import main
+from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.data.pack import PackOptions
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.sources import PackError, keys_of, list_clips, list_hash, share_of
-from selfforcing_dfd.data.video import ClipError, read_video, write_video
+from selfforcing_dfd.data.sources.files import PackError, keys_of, list_clips, list_hash, share_of
+from selfforcing_dfd.data.sources.video import ClipError, read_video, write_video
 from selfforcing_dfd.tiny.codec import TinyCodec
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.data.video import ClipError, read_video, write_video
+from selfforcing_dfd.data.sources.video import ClipError, read_video, write_video
 
 
 def test_written_clips_come_back(tmp_path: Path, frames: Tensor) -> None:

@@ -7,8 +7,8 @@ import torch
 from tiny_models import latents, tiny_network
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.models.attention import KERNELS, AttentionError, attend, select_kernel
-from selfforcing_dfd.network import Conditioning
 
 ALL = set(KERNELS)
 BF16 = torch.bfloat16

@@ -11,9 +11,15 @@ import torch
 from golden_weights import FOLDER, FORWARD, diffusers_name, golden, golden_network, manifest
 from torch import Tensor
 
-from selfforcing_dfd.cache import ChunkKV, Context, KVCache, PackedContext
+from selfforcing_dfd.context import (
+    ChunkContext,
+    ChunkKV,
+    Conditioning,
+    KVCache,
+    NetworkOutput,
+    PackedContext,
+)
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.network import Conditioning, NetworkOutput
 from selfforcing_dfd.rollout import Chunk, plan_chunks
 
 CHUNK = 3
@@ -132,8 +138,8 @@ def test_packed_noisy_chunks_over_clean_context_equal_teacher_forcing(student):
     """
     data = golden("block_mask")
     text, chunks = Conditioning(data["text"]), plan_chunks(6, CHUNK)
-    clean = student(chunks[0].of(data["tf_clean"]), 0.0, text, Context()).kv
-    packed = PackedContext((Context(), Context((clean,), CHUNK)), (CHUNK, CHUNK))
+    clean = student(chunks[0].of(data["tf_clean"]), 0.0, text, ChunkContext()).kv
+    packed = PackedContext((ChunkContext(), ChunkContext((clean,), CHUNK)), (CHUNK, CHUNK))
     out = student(data["x"], data["t"] / 1000, text, packed)
     torch.testing.assert_close(out.flow, data["tf_flow"], **FORWARD)
 
@@ -147,7 +153,7 @@ def test_rolling_window_and_sink(student, window, sink, split):
     so that case remembers frame by frame.
     """
     data = golden("rolling")
-    flows, _ = sequential(student, data, window, sink, split)
+    flows, _ = sequential(student, data, window - sink, sink, split)
     for name, flow in flows.items():
         torch.testing.assert_close(flow, data[f"local{window}_sink{sink}/flow_{name}"], **FORWARD)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import LADDER, conditioning, latents, tiny_network
 
-from selfforcing_dfd.cache import KVCache
+from selfforcing_dfd.context import KVCache
 from selfforcing_dfd.models.rope import positions_rotary, rotary_angles, rotary_tables
 
 ROUNDING = 1e-12  # float64: one row or many through the same product

@@ -10,9 +10,8 @@ from diffusers import WanTransformer3DModel
 from tiny_models import CHUNK, FRAMES, TINY, conditioning, fill_weights, latents, tiny_network
 from torch import Tensor
 
-from selfforcing_dfd.cache import ChunkKV, Context, KVCache, PackedContext
+from selfforcing_dfd.context import ChunkContext, ChunkKV, Conditioning, KVCache, PackedContext
 from selfforcing_dfd.models.wan import WanTransformer, sigma_per_frame
-from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.rollout import commit_chunk, plan_chunks
 
 SIGMA = torch.tensor([0.83, 0.31], dtype=torch.float64)
@@ -92,8 +91,10 @@ def test_one_chunk_over_all_frames_is_bidirectional():
     """Catches a causal path that differs from the bidirectional one by more than what it may see."""
     network, x, text = tiny_network(), latents("x"), conditioning()
     plain = network(x, SIGMA, text).flow
-    assert torch.equal(network(x, SIGMA, text, Context()).flow, plain)
-    assert torch.equal(network(x, SIGMA, text, PackedContext((Context(),), (FRAMES,))).flow, plain)
+    assert torch.equal(network(x, SIGMA, text, ChunkContext()).flow, plain)
+    assert torch.equal(
+        network(x, SIGMA, text, PackedContext((ChunkContext(),), (FRAMES,))).flow, plain
+    )
 
 
 @pytest.mark.parametrize("shift", [1, 1024, 1_000_000])
@@ -105,8 +106,8 @@ def test_flow_depends_on_differences_of_positions_only(shift):
     past, present = x[:, :CHUNK], x[:, CHUNK:]
 
     def flow(start: int) -> Tensor:
-        kv = network(past, 0.0, text, Context((), start)).kv
-        return network(present, SIGMA, text, Context((kv,), start + CHUNK)).flow
+        kv = network(past, 0.0, text, ChunkContext((), start)).kv
+        return network(present, SIGMA, text, ChunkContext((kv,), start + CHUNK)).flow
 
     torch.testing.assert_close(flow(shift), flow(0), rtol=0, atol=1e-9)
 
@@ -114,9 +115,9 @@ def test_flow_depends_on_differences_of_positions_only(shift):
 def test_distance_in_time_matters():
     """Catches positions that are ignored altogether, which the relative test alone would welcome."""
     network, x, text = tiny_network(), latents("x"), conditioning()
-    kv = network(x[:, :CHUNK], 0.0, text, Context()).kv
+    kv = network(x[:, :CHUNK], 0.0, text, ChunkContext()).kv
     near, far = (
-        network(x[:, CHUNK:], SIGMA, text, Context((kv,), start)).flow
+        network(x[:, CHUNK:], SIGMA, text, ChunkContext((kv,), start)).flow
         for start in (CHUNK, CHUNK + 1)
     )
     assert (near - far).abs().max() > 1e-3
@@ -279,7 +280,7 @@ def test_half_precision_answers_as_full_precision_does():
         latents("x").bfloat16().double(),
         Conditioning(conditioning().text.bfloat16().double()),
     )
-    context = Context((), 10_000)
+    context = ChunkContext((), 10_000)
     flow = exact(x, SIGMA, text, context).flow
     error = half(x, SIGMA, text, context).flow.double() - flow
     assert error.square().mean().sqrt() < 0.02 * flow.std()
@@ -314,7 +315,7 @@ def test_latents_that_do_not_fit_the_patch_are_refused(shape):
 
 def test_chunk_kv_counts_latent_frames_not_tokens():
     """Catches windows that evict by tokens: one chunk would fill them."""
-    kv: ChunkKV = tiny_network()(latents("x", frames=2), SIGMA, conditioning()).kv
+    kv: ChunkKV = tiny_network()(latents("x", frames=2), SIGMA, conditioning(), ChunkContext()).kv
     assert kv.frames == 2
     assert kv.layers[0][0].shape[1] == 2 * (4 // 2) * (6 // 2)
 

@@ -12,7 +12,7 @@ from tiny_models import TINY, tiny_network
 from torch import Tensor
 
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.models.wan_keys import to_wan
+from selfforcing_dfd.weights.names import to_wan
 
 HEAD_DIM = 16
 WAN_CONFIG = {

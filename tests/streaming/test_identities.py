@@ -14,9 +14,8 @@ from tiny_models import tiny_network
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.cache import KVCache
+from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.network import Conditioning
 from selfforcing_dfd.rollout import Chunk, commit_chunk, denoise_chunk, rollout
 from selfforcing_dfd.streaming.ring import Positions, RingCache
 from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
@@ -111,7 +110,7 @@ def test_ring_is_the_cache_by_concatenation(model, sink, window, first):
     by_ring = run(
         model.student, ring(model.student, sink, window, "absolute"), conditioning(model), lengths
     )
-    wanted = run(model.student, KVCache(sink, sink + window), conditioning(model), lengths)
+    wanted = run(model.student, KVCache(sink, window), conditioning(model), lengths)
     for made, other in zip(by_ring, wanted, strict=True):
         assert (made - other).abs().max() < ROUNDING
 
@@ -385,7 +384,7 @@ def test_context_is_what_came_before(model, num_frames):
     # through the network
     assert (session.latents[-1] - wanted).abs().max() < 1e-5
     assert len(chunk.frames) == 8
-    assert cache.read().next_frame + 2 == session.next_frame
+    assert cache.read(2).next_frame + 2 == session.next_frame
 
 
 def test_what_does_not_fit_is_refused(model):

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from selfforcing_dfd.loading import load_settings, load_stream_model
+from selfforcing_dfd.live.status import resident_bytes
+from selfforcing_dfd.streaming.load import load_settings, load_stream_model
 from selfforcing_dfd.streaming.session import StreamChunk, StreamModel, StreamSession
-from selfforcing_dfd.streaming.status import resident_bytes
 from selfforcing_dfd.tiny.readout import read
 
 NUM_CHUNKS, PART, RAMP = 5000, 500, 20

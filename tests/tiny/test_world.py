@@ -7,7 +7,7 @@ import pytest
 import torch
 from tiny_clips import Clips
 
-from selfforcing_dfd.data.video import read_video
+from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.rng import generator
 from selfforcing_dfd.tiny import world
 from selfforcing_dfd.tiny.readout import read

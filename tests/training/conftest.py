@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from selfforcing_dfd.build import build_network
 from selfforcing_dfd.config import REPOSITORY, Config, ModelConfig, load_config
+from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.data.pack import add_noise
-from selfforcing_dfd.network import Conditioning
-from selfforcing_dfd.sampling import invert
-from selfforcing_dfd.tiny.data import make_tiny_shards
+from selfforcing_dfd.data.sources.tiny import make_tiny_shards
+from selfforcing_dfd.ode import invert
+from selfforcing_dfd.training.build import build_network
 from selfforcing_dfd.training.ema import save_weights
 from tests.tiny_models import fill_weights
 

@@ -15,11 +15,7 @@ import torch
 from test_checkpoint import make_network, names, small_state
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.training.checkpoint import (
-    CheckpointError,
-    CheckpointManager,
-    check_config,
-)
+from selfforcing_dfd.training.checkpoint import CheckpointError, CheckpointManager, check_config
 
 
 def test_other_settings_are_listed(tmp_path: Path) -> None:

@@ -6,14 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import FRAMES, LADDER, conditioning, latents, tiny_batch, tiny_network
+from tiny_models import FRAMES, LADDER, DataForcing, conditioning, latents, tiny_batch, tiny_network
 from torch import Tensor, nn
 
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import plan_chunks
+from selfforcing_dfd.stages.matching import MatchingStage
 from selfforcing_dfd.training.precision import compute_in
-from selfforcing_dfd.training.stages import DataForcing, Draw, MatchingStage
 
 BF16 = torch.bfloat16
 
@@ -137,7 +138,7 @@ def wan_shaped(in_bfloat16: bool) -> MatchingStage:
         0.98,
         1e-3,
         5,
-        DataForcing(p=1.0),
+        **DataForcing(p=1.0).settings(),
     )
 
 

@@ -15,24 +15,25 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfforcing_dfd.build import (
+from selfforcing_dfd.cli.train import build_guards, run
+from selfforcing_dfd.config import REPOSITORY, Config, ConfigError, ModelConfig
+from selfforcing_dfd.context import Conditioning
+from selfforcing_dfd.data.pack import PackOptions, add_noise, pack
+from selfforcing_dfd.data.shards import INDEX_NAME, Index, ShardReader
+from selfforcing_dfd.ode import sample
+from selfforcing_dfd.rng import normal
+from selfforcing_dfd.stages.init import InitStage
+from selfforcing_dfd.stages.matching import MatchingStage
+from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.text import TinyText
+from selfforcing_dfd.tiny.world import write_clips
+from selfforcing_dfd.training.build import (
     build_invert,
     build_network,
     build_trainer,
     load_network,
     run_folder,
 )
-from selfforcing_dfd.config import REPOSITORY, Config, ConfigError, ModelConfig
-from selfforcing_dfd.data.pack import PackOptions, add_noise, pack
-from selfforcing_dfd.data.shards import INDEX_NAME, Index, ShardReader
-from selfforcing_dfd.network import Conditioning
-from selfforcing_dfd.rng import normal
-from selfforcing_dfd.runner import build_guards, run
-from selfforcing_dfd.sampling import sample
-from selfforcing_dfd.tiny.codec import TinyCodec
-from selfforcing_dfd.tiny.text import TinyText
-from selfforcing_dfd.tiny.world import write_clips
-from selfforcing_dfd.training.stages import InitStage, MatchingStage
 from selfforcing_dfd.training.tracking import read_metrics
 from tests.tiny_models import fill_weights
 from tests.training.conftest import MODEL
@@ -138,7 +139,7 @@ def test_entries_choose_between_the_models_of_one_file(settings: Settings, tmp_p
 
 
 def wan_names(network: torch.nn.Module) -> dict[str, torch.Tensor]:
-    from selfforcing_dfd.models.wan_keys import to_wan
+    from selfforcing_dfd.weights.names import to_wan
 
     return {to_wan(name) or name: tensor for name, tensor in network.state_dict().items()}
 
@@ -266,13 +267,13 @@ def test_interrupted_pairs_go_on(
     """Catches hours of the teacher's ODE lost to a kill: complete shards stay, and the end is that
     of an unbroken run.
     """
-    monkeypatch.setattr("selfforcing_dfd.runner.PAIRS_PER_SHARD", 4)
+    monkeypatch.setattr("selfforcing_dfd.cli.train.PAIRS_PER_SHARD", 4)
     whole, parts = (
         pairs_config(settings, world / "shards", tmp_path / name, "pairs.num=12")
         for name in ("whole", "parts")
     )
     run(whole)
-    from selfforcing_dfd import runner
+    from selfforcing_dfd.cli import train as runner
 
     original, calls = runner.pair_records, []
 
@@ -310,7 +311,7 @@ def test_a_student_is_initialised_from_pairs(
     )
     stage = build_trainer(init).stage
     assert isinstance(stage, InitStage)
-    assert (len(stage.levels), stage.num_paired) == (4, 1)
+    assert (len(stage.sigmas), stage.num_paired) == (4, 1)
     run(init)
     student = run_folder(init) / "student.safetensors"
     run(settings("run.stage=dmd", f"weights.student={student}", "run.student_updates=1"))

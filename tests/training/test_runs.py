@@ -17,9 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from selfforcing_dfd.build import build_trainer, run_folder
+from selfforcing_dfd.cli.train import run
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import REPOSITORY, Config, ConfigError
-from selfforcing_dfd.runner import run
+from selfforcing_dfd.training.build import build_trainer, run_folder
 from selfforcing_dfd.training.checkpoint import CheckpointError
 from selfforcing_dfd.training.loop import Interrupted, Trainer
 from selfforcing_dfd.training.tracking import NonFiniteError, read_metrics
@@ -241,14 +242,14 @@ def test_used_folder_is_refused(settings: Settings) -> None:
 def test_bad_start_is_explained(settings: Settings, override: str, message: str) -> None:
     """Found before anything is trained, with the setting to change."""
     config = settings(override)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(UserError, match=message):
         run(config)
     assert not (run_folder(config) / "checkpoints").exists()
 
 
 def test_inversion_needs_noise(settings: Settings, world: Path, tmp_path: Path) -> None:
     """Without stored noise, inversion pairing would silently be caption pairing."""
-    from selfforcing_dfd.tiny.data import make_tiny_shards
+    from selfforcing_dfd.data.sources.tiny import make_tiny_shards
 
     make_tiny_shards(
         tmp_path / "bare", 4, 0, "short", 9, REPOSITORY / "assets" / "tiny" / "codec.safetensors"

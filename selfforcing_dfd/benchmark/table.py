@@ -1,0 +1,229 @@
+"""A benchmark's result for people: one table of it, or two beside each other, and the machine it
+was measured on.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from selfforcing_dfd.benchmark.statistics import MEGABYTE
+from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
+
+FEW_CHUNKS = 200
+WIDTH = 40  # of the first column
+Number = float | None
+
+
+def environment(model: StreamModel, settings: StreamSettings, **choices: Any) -> dict[str, Any]:
+    """Machine, versions, and what the figures depend on. `choices`: what only the caller knows,
+    such as the weights.
+    """
+    device, (height, width) = model.device, model.video_size
+    on_gpu = device.type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
+        "driver": gpu_facts(device) if on_gpu else None,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda if on_gpu else None,
+        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "visible_frames": settings.sink_frames + settings.window_frames,
+        "sink_frames": settings.sink_frames,
+        "window_frames": settings.window_frames,
+        "positions": settings.positions,
+        "merge_commit": settings.merge_commit,
+        "attention": model.student.attention_backend,
+        "chunk_frames": model.chunk_frames,
+        "ladder": list(model.ladder),
+        "resolution": f"{width}x{height}",
+        "parameters": sum(parameter.numel() for parameter in model.student.parameters()),
+        "codec": type(model.codec).__name__,
+        "git": git_commit(),
+        **choices,
+    }
+
+
+def cpu_name() -> str:
+    """As the kernel gives it on Linux."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def gpu_facts(device: torch.device) -> str | None:
+    """Driver, clock of the SMs and power limit, as nvidia-smi gives them; None without it."""
+    query = [
+        "nvidia-smi",
+        "--query-gpu=driver_version,clocks.sm,power.limit",
+        "--format=csv,noheader",
+    ]
+    answer = output_of([*query, f"--id={device.index or 0}"])
+    return answer or None
+
+
+def git_commit() -> str | None:
+    """The commit of the code that runs, with a + where files differ from it; None outside of a
+    repository.
+    """
+    here = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
+    commit = output_of([*here, "rev-parse", "--short", "HEAD"])
+    return (
+        f"{commit}{'+' if output_of([*here, 'status', '--porcelain']) else ''}" if commit else None
+    )
+
+
+def output_of(command: list[str]) -> str:
+    """What a program writes; nothing where it fails or is not there."""
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip() if result.returncode == 0 else ""
+
+
+def rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
+    """Name, value and unit of what a table shows and a comparison compares. None is what was not
+    measured.
+    """
+    for kind in ("cold", "warm"):
+        yield f"time to first frame, {kind}", result[f"ttff_{kind}_ms"], "ms"
+        split = result[f"ttff_split_{kind}_ms"]
+        yield from ((f"  {name}", value, "ms") for name, value in split.items())
+        yield f"time to first chunk, {kind}", result[f"ttfc_{kind}_ms"], "ms"
+    for name in ("chunk_latency", "first_frame_in_chunk", "chunk_interval", "frame_latency"):
+        for key, value in result[f"{name}_ms"].items():
+            yield f"{name.replace('_', ' ')} {key}", value, "ms"
+    yield "jitter of the interval, std", result["jitter_ms"]["std"], "ms"
+    yield "jitter of the interval, p99 - p50", result["jitter_ms"]["p99_minus_p50"], "ms"
+    yield "steady FPS, VAE included", result["steady_fps_with_vae"], "fps"
+    yield "DiT-only FPS, from the stages", result["dit_only_fps"], "fps"
+    yield "DiT-only FPS, own pass", result["dit_only_pass_fps"], "fps"
+    yield f"real-time factor at {result['playback_fps']:g} fps", result["rtf"], ""
+    yield "deadline misses", 100 * result["deadline_miss_rate"], "%"
+    yield "smallest start-up buffer", result["min_buffer_ms"], "ms"
+    photon = result["prompt_to_photon_ms"] or {}
+    yield from ((f"prompt to photon {key}", photon.get(key), "ms") for key in ("p50", "p95", "max"))
+    yield from (
+        (f"peak memory, {k}", v / MEGABYTE, "MB") for k, v in result["peak_memory_bytes"].items()
+    )
+    yield "memory growth per 1,000 chunks", result["mem_growth_mb_per_1k_chunks"], "MB"
+    for name in ("syncs_per_chunk", "kernels_per_chunk", "cpu_launch_ms"):
+        value = result[name]
+        yield name.replace("_", " "), None if isinstance(value, str) else value, ""
+    for part, flops in result["flops_per_chunk"].items():
+        yield f"GFLOP per chunk, {part}", flops / 1e9, ""
+    for part, use in result["utilisation"].items():
+        yield f"TFLOP/s, {part}", use["tflops_per_s"], ""
+        yield f"MFU, {part}", None if use["mfu"] is None else 100 * use["mfu"], "%"
+    yield from ((f"stage {name}", value, "ms") for name, value in result["stages_ms"].items())
+    naive = result["baseline_naive"] or {}
+    for name in ("ours_p50_ms", "naive_p50_ms", "matrix_products_ms"):
+        yield f"naive cache: {name.removesuffix('_ms').replace('_', ' ')}", naive.get(name), "ms"
+    for name in ("ratio", "least_possible_ratio", "ratio_without_naive_costs"):
+        yield f"naive cache: {name.replace('_', ' ')}", naive.get(name), ""
+
+
+def table(result: dict[str, Any]) -> str:
+    """All that was measured, a line each, under what it was measured on."""
+    lines = [*environment_lines(result), ""]
+    lines += [
+        f"{name:<{WIDTH}} {shown(value):>12} {unit}".rstrip()
+        for name, value, unit in rows(result)
+        if value is not None
+    ]
+    ramp = "  ".join(f"{latency:.1f}" for latency in result["ramp_latency_ms"])
+    lines += [f"chunk latency from chunk 0 on (ms): {ramp}"]
+    return "\n".join([*lines, *remarks(result)])
+
+
+def environment_lines(result: dict[str, Any]) -> list[str]:
+    facts = result["environment"]
+    return [
+        f"{facts['size']} ({facts['parameters'] / 1e6:.1f} M parameters, {facts['weights']} weights), "
+        f"{facts['resolution']}, {facts['dtype']}, {facts['device']}, {facts['threads']} threads, torch {facts['torch']}",
+        f"K = {facts['visible_frames']} latent frames (sink {facts['sink_frames']} + window {facts['window_frames']}), "
+        f"{facts['positions']}, {len(facts['ladder'])} steps, {facts['codec']}, attention {facts['attention']}, "
+        f"compile {facts['compile']}",
+        f"steady state: {result['num_steady_chunks']} chunks after the ramp",
+    ]
+
+
+def remarks(result: dict[str, Any]) -> Iterator[str]:
+    """What a reader of the figures should not overlook."""
+    if result["environment"]["weights"] == "random":
+        yield "note: the weights are random; times are those of the network, pictures there are none"
+    if result["num_steady_chunks"] < FEW_CHUNKS:
+        yield f"note: {result['num_steady_chunks']} chunks are few; p99 needs {FEW_CHUNKS} to be more than the slowest"
+    if result["peak_tflops"] is None:
+        yield "note: no MFU, for no peak is known; give --peak-tflops"
+    naive = result["baseline_naive"]
+    if naive:
+        costs = ", ".join(f"{name} {value:.1f}" for name, value in naive["naive_costs_ms"].items())
+        yield (
+            f"naive cache: {naive['matrix_products_ms']:.1f} of {naive['naive_p50_ms']:.1f} ms are matrix products that both "
+            f"need; what only the naive one does takes (ms, profiled): {costs}"
+        )
+
+
+def shown(value: float) -> str:
+    """Four digits that mean something, without an exponent."""
+    if abs(value) >= 1000 or value == int(value):
+        return f"{value:,.0f}"
+    return f"{value:.{3 if abs(value) < 1 else 2 if abs(value) < 100 else 1}f}"
+
+
+def comparison(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> str:
+    """Both results and the ratio of the second to the first; above them, what differs where they
+    were measured.
+    """
+    others = {name: value for name, value, _ in rows(second)}
+    lines = [f"first:  {names[0]}", f"second: {names[1]}", *differences(first, second), ""]
+    lines += [f"{'':<{WIDTH}} {'first':>12} {'second':>12} {'ratio':>8}"]
+    for name, value, unit in rows(first):
+        other = others.get(name)
+        if value is None or other is None:
+            continue
+        ratio = f"{other / value:.3f}" if value else "-"
+        lines.append(
+            f"{name:<{WIDTH}} {shown(value):>12} {shown(other):>12} {ratio:>8} {unit}".rstrip()
+        )
+    return "\n".join(lines)
+
+
+def ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float]:
+    """The second's value over the first's, of every row that both have."""
+    others = {name: value for name, value, _ in rows(second)}
+    pairs = ((name, value, others.get(name)) for name, value, _ in rows(first))
+    return {name: other / value for name, value, other in pairs if value and other is not None}
+
+
+def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    """A warning for every fact of the environments that is not the same."""
+    ours, theirs = first["environment"], second["environment"]
+    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    return [f"warning: {name} differs: {ours.get(name)} and {theirs.get(name)}" for name in names]
+
+
+def read_result(path: Path) -> dict[str, Any]:
+    """What `--out` wrote, or a saved terminal output whose last line is the result. Raises
+    ValueError for anything else.
+    """
+    lines = path.read_text().strip().splitlines()
+    try:
+        result = json.loads(lines[-1])
+        deque(rows(result), maxlen=0)
+    except (IndexError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} holds no benchmark result; want a file written with --out by this version"
+        ) from error
+    return result

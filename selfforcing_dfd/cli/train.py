@@ -1,0 +1,241 @@
+"""What `train.py` does: make sure there is data, train one stage or every arm of a comparison,
+report.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from selfforcing_dfd import rng
+from selfforcing_dfd.common import find_device
+from selfforcing_dfd.config import Config, ConfigError, find_file, require, to_yaml
+from selfforcing_dfd.context import Conditioning
+from selfforcing_dfd.data.pack import PackError, add_noise
+from selfforcing_dfd.data.shards import LATENT, NEGATIVE_NAME, NOISE, TEXT, ShardError, ShardReader
+from selfforcing_dfd.data.sources.tiny import make_tiny_shards
+from selfforcing_dfd.data.writing import Job, Record, Refuse, npy, write_folder
+from selfforcing_dfd.models.hub import CAUSAL, RECIPE, Recipe
+from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.ode import sample
+from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.training.build import (
+    arms,
+    build_invert,
+    build_teacher,
+    build_trainer,
+    check_start,
+    run_folder,
+)
+from selfforcing_dfd.training.build_data import BASIS, build_reader, codec_file
+from selfforcing_dfd.training.checkpoint import CheckpointError
+from selfforcing_dfd.training.ema import model_fingerprint, save_weights
+from selfforcing_dfd.training.guards import GuardError, Guards, latent_statistics
+from selfforcing_dfd.training.loop import Interrupted, Trainer
+from selfforcing_dfd.training.tracking import NonFiniteError
+from selfforcing_dfd.weights.sources import SIZES
+from selfforcing_dfd.weights.write import diffusers_config
+
+logger = logging.getLogger(__name__)
+
+__all__ = ["USER_ERRORS", "Interrupted", "run"]
+
+PAIRS_PER_SHARD = 256
+
+USER_ERRORS = (ConfigError, CheckpointError, ShardError, PackError, GuardError, NonFiniteError)
+
+
+def run(config: Config, resume: bool = False) -> None:
+    """Train every arm of `config` (or its one run) and write the report. Errors in USER_ERRORS
+    explain themselves.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
+    runs = list(arms(config))
+    require(
+        config.run.gpus == 1,
+        f"run.gpus is {config.run.gpus}, but training runs on one GPU; it is for --dry-run",
+    )
+    for arm in runs:
+        check_start(arm)
+    prepare_data(config)
+    for arm in runs:
+        build_reader(arm)  # what does not fit the last arm is said before the first is trained
+    for arm in runs:
+        if arm.run.stage == "pairs":
+            make_pairs(arm, resume)
+        else:
+            train(arm, resume)
+    if config.report.clips:
+        from selfforcing_dfd.evaluation.report import write_report
+
+        print(write_report(config))
+
+
+def prepare_data(config: Config) -> None:
+    """Render and pack tiny-world clips, and find their noise, where the config asks for it and it
+    is not there yet.
+    """
+    folder, tiny = Path(config.data.shards), config.data.tiny
+    if not tiny.clips:
+        return
+    if not folder.exists():
+        print(f"making {tiny.clips} tiny-world clips with {tiny.level} captions in {folder}")
+        make_tiny_shards(
+            folder, tiny.clips, tiny.seed, tiny.level, config.rollout.frames, find_file(BASIS)
+        )
+    if tiny.noise_steps and not ShardReader(folder).has_noise:
+        print(f"finding the noise of {tiny.clips} clips with the teacher's ODE")
+        teacher = model_fingerprint(build_teacher(config))
+        add_noise(
+            folder,
+            build_invert(config, tiny.noise_steps),
+            noise_fingerprint=f"{teacher}-{tiny.noise_steps}",
+        )
+
+
+def make_pairs(config: Config, resume: bool = False) -> None:
+    """Noise and what the guided teacher's ODE makes of it, for each caption of the shards, as
+    shards of their own.
+
+    PackError if `pairs.out` exists, or holds what another config has begun. resume: go on with
+    complete shards.
+    """
+    reader, pairs = build_reader(config), config.pairs
+    device = find_device(config.run.device, "run.device")
+    teacher = build_teacher(config, device)
+    solver = f"{model_fingerprint(teacher)}-{pairs.steps}-{pairs.guidance:g}-{config.flow.shift:g}-{config.run.seed}"
+    negative = {"negative": reader.index.about["negative"]} if reader.negative is not None else {}
+    job = Job(
+        name=pairs.out,
+        num_items=min(pairs.num or len(reader), len(reader)),
+        latent_shape=reader.index.latent_shape,
+        text_shape=reader.index.text_shape,
+        fingerprints={**reader.index.fingerprints, "noise": solver},
+        about={"source": {"shards": config.data.shards, "sha256": reader.index_hash}, **negative},
+        shard_size=PAIRS_PER_SHARD,
+        files={NEGATIVE_NAME: (reader.folder / NEGATIVE_NAME).read_bytes()} if negative else {},
+    )
+
+    def records(first: int, refuse: Refuse) -> Iterator[Record]:
+        micro = config.batch.micro
+        for start in tqdm(
+            range(first, job.num_items, micro), desc="pairs", unit="batch", disable=None
+        ):
+            yield from pair_records(
+                config, teacher, reader, range(start, min(start + micro, job.num_items)), device
+            )
+
+    summary = write_folder(pairs.out, job, records, unfinished="resume" if resume else "keep")
+    print(f"{summary.folder}: {summary.num_samples} pairs in {summary.num_shards} shards")
+
+
+def pair_records(
+    config: Config,
+    teacher: WanTransformer,
+    reader: ShardReader,
+    numbers: range,
+    device: torch.device,
+) -> Iterator[Record]:
+    """One batch of `make_pairs`: pair n starts from noise that depends on the seed and n alone."""
+    pairs, samples = config.pairs, [reader[number] for number in numbers]
+    noise = torch.stack(
+        [rng.normal(reader.index.latent_shape, config.run.seed, "pairs", n) for n in numbers]
+    ).to(device)
+    text = torch.stack([sample.text for sample in samples]).to(device)
+    negative = (
+        None if reader.negative is None else Conditioning(reader.negative.to(text).expand_as(text))
+    )
+    made = sample(
+        teacher, noise, Conditioning(text), pairs.steps, config.flow.shift, pairs.guidance, negative
+    )
+    for number, one, latents, start in zip(numbers, samples, made, noise, strict=True):
+        about = {
+            "caption": one.caption,
+            "source": f"pair {number}",
+            "steps": pairs.steps,
+            "guidance": pairs.guidance,
+        }
+        arrays = {LATENT: latents, NOISE: start}
+        stored = {name: npy(array, "float16", f"pair {number}") for name, array in arrays.items()}
+        members = {
+            **stored,
+            TEXT: reader.members(number)[TEXT],
+            "json": json.dumps(about, ensure_ascii=False).encode(),
+        }
+        yield Record(number, one.key, one.caption, members)
+
+
+def train(config: Config, resume: bool) -> None:
+    """One run from its weights, or from its newest checkpoint, to its exported weights."""
+    folder = run_folder(config)
+    exported = folder / "student.safetensors"
+    if resume and exported.exists():
+        print(f"{config.run.name}: already trained, {exported}")
+        return
+    trainer = build_trainer(config, build_guards(config), resume)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(to_yaml(config))
+    trainer.run(config.run.name)
+    export(trainer, folder, config)
+
+
+def export(trainer: Trainer, folder: Path, config: Config) -> None:
+    """The averaged student, and the fake score where there is one, as single safetensors files."""
+    about = {
+        "run": config.run.name,
+        "stage": config.run.stage,
+        "student_updates": str(config.run.student_updates),
+    }
+    dtype = {"float16": torch.float16, "float32": torch.float32}[config.checkpoint.export]
+    if "fake" in trainer.learners:
+        notes = network_notes(trainer.learners["fake"].network)
+        save_weights(
+            folder / "fake.safetensors", trainer.learners["fake"].network, about | notes, dtype
+        )
+    student = trainer.learners["student"].network
+    notes = network_notes(student, None if config.run.stage == "teacher" else recipe_of_run(config))
+    with trainer.ema.swap(student):
+        save_weights(folder / "student.safetensors", student, about | notes, dtype)
+
+
+def network_notes(network: Any, student: Recipe | None = None) -> dict[str, str]:
+    """A weights file's metadata from which it can be read without a config: sizes, and whether it
+    is a causal student.
+    """
+    sizes = diffusers_config({name: network.config[name] for name in SIZES})
+    role: dict[str, Any] = {CAUSAL: student is not None}
+    return {"config": json.dumps(sizes | role | ({RECIPE: asdict(student)} if student else {}))}
+
+
+def recipe_of_run(config: Config) -> Recipe:
+    """How the run's student was trained to be run."""
+    rollout = config.rollout
+    return Recipe(tuple(rollout.ladder), rollout.shift, rollout.chunk_frames, rollout.frames)
+
+
+def build_guards(config: Config) -> Guards | None:
+    """Guards for distribution matching: of pixels where the tiny codec made the data, else of the
+    latents themselves.
+
+    A decoded clip of Wan's VAE would cost seconds and gigabytes at every student update.
+    """
+    if config.run.stage not in ("dmd", "dfd"):
+        return None
+    guards = config.guards
+    if ShardReader(config.data.shards).index.fingerprints["codec"].startswith("tiny-codec"):
+        codec = TinyCodec.load(codec_file(config)).to(find_device(config.run.device, "run.device"))
+        return Guards(codec.decode, guards.tolerance, guards.stop)
+    logger.info("guards watch latents: %s are not of the tiny codec", config.data.shards)
+    return Guards(as_it_is, guards.tolerance, guards.stop, latent_statistics)
+
+
+def as_it_is(latents: Tensor) -> Tensor:
+    return latents

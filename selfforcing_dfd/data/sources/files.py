@@ -1,0 +1,245 @@
+"""What is to be packed: clips with captions, from a folder or a list file, in a fixed order and
+with a hash of the list.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from selfforcing_dfd.common import UserError
+
+MAX_KEY = 64
+TABLES = (".csv", ".jsonl")
+
+
+class PackError(UserError):
+    """Packing cannot go on, or must not; the message says how to go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Clip:
+    """name: within the source, as the index gives it. caption: one line. problem: why it cannot be
+    used, or empty.
+    """
+
+    path: Path
+    name: str
+    key: str
+    caption: str
+    problem: str = ""
+
+
+def find_clips(folder: Path | str, recursive: bool = False) -> list[Path]:
+    """The `.mp4` files of a folder, and below it if `recursive`, in order of name; PackError if
+    there are none.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PackError(
+            f"{folder}: no such folder; want one with .mp4 clips and a caption file beside each"
+        )
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    clips = sorted(path for path in found if path.suffix.lower() == ".mp4")
+    if not clips:
+        deeper = "" if recursive else ", or --recursive if they lie in folders below"
+        raise PackError(
+            f"{folder}: no .mp4 files in it; want clips with a caption file beside each{deeper}"
+        )
+    return clips
+
+
+def list_clips(
+    source: Path | str,
+    caption_suffix: str = ".txt",
+    captions: Path | None = None,
+    recursive: bool = False,
+) -> list[Clip]:
+    """All clips of a source with their captions; those without one have a `problem`.
+
+    source: a folder (see `find_clips`), or a list: a .csv or .jsonl file with columns or keys
+    `video` and, if wanted, `caption`, or a .txt file with one video per line; paths in it are
+    relative to the list's folder, and any file that PyAV reads will do. Captions come from the
+    list, else from `captions`, else from NAME + caption_suffix beside each. captions: a .csv or
+    .jsonl file as above, matched by the clips' names within the source, or a .txt file with one
+    caption per line in the order of the clips. PackError: a list that cannot be read, is empty or
+    fits no clip.
+    """
+    source = Path(source)
+    rows = _rows(source, recursive)
+    if captions is not None:
+        rows = _with_captions(rows, captions)
+    found = [_captioned(source, name, caption, caption_suffix) for name, caption in rows]
+    keys = keys_of(name for name, _ in rows)
+    return [
+        Clip(path, name, key, caption, problem)
+        for (name, _), key, (path, caption, problem) in zip(rows, keys, found, strict=True)
+    ]
+
+
+def keys_of(names: Iterable[str]) -> list[str]:
+    """The names without ending, fit for webdataset: ASCII, no dots or slashes, short enough for a
+    tar, and unique.
+
+    A key depends on the whole list and not on which clips are usable, so that parts and resumed
+    runs agree on it.
+    """
+    keys: list[str] = []
+    seen: set[str] = set()
+    numbers: dict[str, int] = defaultdict(lambda: 1)
+    for name in names:
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", re.sub(r"\.[^./]*$", "", name))[-MAX_KEY:]
+        key = stem
+        while key in seen:
+            numbers[stem] += 1
+            key = f"{stem}_{numbers[stem]}"
+        seen.add(key)
+        keys.append(key)
+    return keys
+
+
+def list_hash(clips: Sequence[Clip]) -> str:
+    """SHA-256 of names, captions, problems and file sizes: what a list must not change in while it
+    is packed.
+    """
+    digest = hashlib.sha256()
+    for clip in clips:
+        size = clip.path.stat().st_size if clip.path.is_file() else -1
+        digest.update(json.dumps([clip.name, clip.caption, clip.problem, size]).encode() + b"\n")
+    return digest.hexdigest()
+
+
+def share_of(clips: Sequence[Clip], part: tuple[int, int]) -> Sequence[Clip]:
+    """Part i of n, counted from 1: consecutive clips, so that the parts in order are the whole list
+    in order.
+    """
+    number, count = part
+    if not 1 <= number <= count:
+        raise PackError(f"part {number}/{count} does not exist; want 1/{count} to {count}/{count}")
+    first, last = (len(clips) * (number - 1) // count, len(clips) * number // count)
+    return clips[first:last]
+
+
+def _rows(source: Path, recursive: bool) -> list[tuple[str, str | None]]:
+    """Name and caption, if the source has it, of every clip."""
+    if source.suffix.lower() in TABLES and source.is_file():
+        rows = [(row.get("video") or "", row.get("caption")) for row in read_table(source, "video")]
+        if blank := next((number for number, (name, _) in enumerate(rows, 1) if not name), None):
+            raise PackError(f"{source}: row {blank} names no video")
+        return rows
+    if source.suffix.lower() == ".txt" and source.is_file():
+        return [(line.strip(), None) for line in _lines(source) if line.strip()]
+    if source.is_file():
+        raise PackError(
+            f"{source}: want a folder of .mp4 clips, or a list of videos as .csv, .jsonl or .txt"
+        )
+    return [(path.relative_to(source).as_posix(), None) for path in find_clips(source, recursive)]
+
+
+def _with_captions(
+    rows: list[tuple[str, str | None]], captions: Path
+) -> list[tuple[str, str | None]]:
+    names = [name for name, _ in rows]
+    if captions.suffix.lower() in TABLES:
+        table = {
+            row["video"]: row.get("caption") or ""
+            for row in read_table(captions, "video", "caption")
+        }
+        if not set(names) & set(table):
+            raise PackError(
+                f"{captions}: names none of the clips; it begins with {next(iter(table))}, they {names[0]}"
+            )
+        return [(name, table.get(name, "")) for name in names]
+    lines = _lines(captions)
+    if len(lines) != len(rows):
+        raise PackError(
+            f"{captions}: {len(lines)} lines for {len(rows)} clips; want one caption per clip, in order"
+        )
+    return list(zip(names, lines, strict=True))
+
+
+def _captioned(source: Path, name: str, caption: str | None, suffix: str) -> tuple[Path, str, str]:
+    """Path, caption in one line, and the problem with it, or an empty string."""
+    path = (source if source.is_dir() else source.parent) / name
+    if not path.is_file():
+        return path, "", "no such file"
+    if caption is not None:
+        caption = one_line(caption)
+        return path, caption, "" if caption else "no caption in the list; write one"
+    beside = path.with_name(path.stem + suffix)
+    try:
+        caption = one_line(beside.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return path, "", f"no caption; write one into {beside.name} beside it"
+    except UnicodeDecodeError as error:
+        return path, "", f"{beside.name} is not UTF-8 ({error.reason}); save it as UTF-8"
+    return path, caption, "" if caption else f"the caption in {beside.name} is empty; write one"
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def read_table(path: Path, *wanted: str) -> list[dict[str, str]]:
+    """Rows of a .csv file with a header, or of a .jsonl file of objects. PackError: no rows, or a
+    column missing.
+    """
+    rows: list[dict[str, str]]
+    if path.suffix.lower() == ".csv":
+        reader = csv.DictReader(io.StringIO(_text(path), newline=""), strict=True)
+        try:
+            rows = list(reader)
+        except csv.Error as error:
+            raise PackError(f"{path}: row {reader.line_num} is no CSV ({error})") from error
+    else:
+        rows = [
+            _object(path, number, line)
+            for number, line in enumerate(_lines(path), 1)
+            if line.strip()
+        ]
+    if not rows:
+        raise PackError(
+            f"{path}: no rows; want a column or key {' and '.join(wanted)} and a row for each clip"
+        )
+    for number, row in enumerate(rows, 1):
+        if missing := [name for name in wanted if row.get(name) is None]:
+            found = ", ".join(str(name) for name in row)
+            raise PackError(f"{path}: row {number} has no {' and '.join(missing)}; it has {found}")
+    return rows
+
+
+def _object(path: Path, number: int, line: str) -> dict[str, str]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PackError(f"{path}: line {number} is no JSON ({error})") from error
+    if not isinstance(row, dict):
+        raise PackError(
+            f'{path}: line {number} is {line[:40]}, want an object such as {{"video": ..., "caption": ...}}'
+        )
+    return {name: value for name, value in row.items() if isinstance(value, str)}
+
+
+def _lines(path: Path) -> list[str]:
+    """Without their ends; only line feeds end a line, as captions may hold Unicode's other
+    separators.
+    """
+    lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
+    return lines if lines[-1] else lines[:-1]
+
+
+def _text(path: Path) -> str:
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise PackError(f"{path} is not UTF-8 ({error.reason}); save it as UTF-8") from error
+    except FileNotFoundError as error:
+        raise PackError(f"{path}: no such file") from error

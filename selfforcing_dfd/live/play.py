@@ -1,0 +1,307 @@
+"""What `inference/stream.py` does: from its options to a file, a pipe or a web page."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+from selfforcing_dfd.data.sources.video import read_last_frames
+from selfforcing_dfd.live import control as commands
+from selfforcing_dfd.live.background import BackgroundWriter
+from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
+from selfforcing_dfd.live.status import StatusLine
+from selfforcing_dfd.live.writers import PreviewWriter, ReaderGone, Writer, open_writer
+from selfforcing_dfd.streaming.load import (
+    WAN_SIZE,
+    load_settings,
+    load_stream_model,
+    load_wan_model,
+)
+from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
+
+USER_ERRORS = (ValueError, OSError)
+EXAMPLES = ("a disc moves", "a square moves", "a cross moves")
+WAN_EXAMPLES = (
+    "A red fox walks through fresh snow at dawn, its breath visible in the cold air. Low camera, shallow focus.",
+    "Waves roll onto a black beach under heavy clouds, foam sliding back over the pebbles. Slow aerial shot.",
+    "A woman in a yellow raincoat crosses a busy street at night, neon signs reflected in the wet asphalt.",
+)
+"""Long and concrete, as the students' training prompts are."""
+# video frames of a clip to go on from: five seconds at 16 a second, Wan's training length
+MAX_CONTEXT_FRAMES = 81
+PAUSE_POLL_S = 0.05
+
+
+@dataclass(slots=True)
+class Player:
+    """One stream on its way to its writers, with what may happen to it between two chunks."""
+
+    session: StreamSession
+    schedule: PromptSchedule
+    writers: list[Writer]
+    status: StatusLine
+    control: commands.Control = field(default_factory=commands.Control)
+    stop: threading.Event = field(default_factory=threading.Event)
+    mode: PromptMode | None = None
+    seed: int | None = None
+    paused: bool = False
+
+    def play(self, num_chunks: float) -> None:
+        """Write chunks until that many are there, or someone says stop. Resetting does not start
+        the count again.
+        """
+        self._write(self.session.context_frames)
+        done = 0
+        while done < num_chunks:
+            self._obey()
+            if self.stop.is_set():
+                return
+            if self.paused:
+                self.stop.wait(PAUSE_POLL_S)
+                continue
+            planned = (
+                self.schedule.at(self.session.chunk_index) if self.session.chunk_index else None
+            )
+            if planned is not None:
+                self.session.set_prompt(planned, self.mode)
+            chunk = self.session.next_chunk()
+            self._write(chunk.frames)
+            done += 1
+            cuda = (
+                torch.cuda.memory_allocated() if self.session.model.device.type == "cuda" else None
+            )
+            self.status.update(
+                chunk.chunk_index,
+                len(chunk.frames),
+                chunk.timings.total_ms,
+                self.session.prompt,
+                cuda_bytes=cuda,
+            )
+
+    def _write(self, frames: torch.Tensor) -> None:
+        if len(frames):
+            for writer in self.writers:
+                writer.write(frames)
+
+    def _obey(self) -> None:
+        """Carry out what was asked for since the last chunk. A prompt that the model refuses
+        changes nothing.
+        """
+        for command in self.control.poll():
+            match command:
+                case commands.NewPrompt(text):
+                    try:
+                        self.session.set_prompt(text, self.mode)
+                    except ValueError as error:
+                        self.status.say(f"error {error}")
+                case commands.Pause():
+                    self.paused = True
+                    self.status.pause()
+                case commands.Resume():
+                    self.paused = False
+                    self.status.resume()
+                case commands.Reset():
+                    planned = self.schedule.first if len(self.schedule.prompts) > 1 else None
+                    self.session.reset(planned, seed=self.seed)
+                case commands.Seed(seed):
+                    self.seed = seed
+                case commands.Mode(mode):
+                    self.mode = mode
+                case commands.Quit():
+                    self.stop.set()
+
+
+def stream(options: argparse.Namespace) -> None:
+    """Generate and write until done. Raises USER_ERRORS, whose messages say what to do."""
+    model, settings = prepare(options)
+    schedule = plan_prompts(options, model)
+    session = StreamSession(model, schedule.first, settings, read_context(options, model))
+    with ExitStack() as stack:
+        stack.enter_context(_reader_may_leave())
+        output = BackgroundWriter(open_writer(options.out, options.fps, options.overwrite))
+        writers: list[Writer] = [stack.enter_context(output)]
+        if options.preview:
+            writers.append(stack.enter_context(PreviewWriter(sys.stderr)))
+        sys.stderr.write(describe(options, model, session) + "\n")
+        status = stack.enter_context(StatusLine(sys.stderr, options.fps))
+        player = Player(session, schedule, writers, status)
+        stack.enter_context(_stopping_on_signals(player.stop))
+        if options.control and options.control != "-":
+            stack.enter_context(commands.SocketControl(options.control, player.control))
+        if sys.stdin is not None and (sys.stdin.isatty() or options.control == "-"):
+            commands.LineReader(sys.stdin, player.control, status.say)
+            status.say(commands.HELP)
+        player.play(options.chunks)
+    if options.out != "-":
+        sys.stderr.write(f"wrote {options.out}\n")
+
+
+def serve(options: argparse.Namespace) -> None:
+    """The web page, until Ctrl-C."""
+    from selfforcing_dfd.live import server
+
+    model, settings = prepare(options)
+    app = server.create_app(model, settings, fps=options.fps, examples=examples(options))
+    sys.stderr.write(
+        f"{describe(options, model, None)}\nopen http://127.0.0.1:{options.port} (Ctrl-C ends it)\n"
+    )
+    server.serve(app, port=options.port)
+
+
+def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
+    """Model and settings that the options ask for."""
+    model = load_model(options)
+    model.student.set_attention(options.attention)
+    settings = load_settings(
+        options.settings or ("default" if options.model else "tiny"),
+        seed=options.seed,
+        window_frames=options.window,
+        sink_frames=options.sink,
+        positions=options.positions,
+        on_prompt=options.on_prompt,
+    )
+    if options.compile:
+        model.student.compile_blocks()
+        warm_up(model, settings, examples(options)[0])
+    return model, settings
+
+
+def warm_up(model: StreamModel, settings: StreamSettings, prompt: str) -> None:
+    """Compile all that a stream runs, in a stream that nobody sees: two chunks go through every
+    program.
+    """
+    begun = time.perf_counter()
+    sys.stderr.write("compiling the blocks ...")
+    sys.stderr.flush()
+    session = StreamSession(model, prompt, settings)
+    session.next_chunk()
+    session.next_chunk()
+    sys.stderr.write(f" {time.perf_counter() - begun:.0f} s\n")
+
+
+def load_model(options: argparse.Namespace) -> StreamModel:
+    """Real Wan for --model, else the tiny world. Raises ValueError for options that do not go
+    together.
+    """
+    sizes = {"height": options.height, "width": options.width}
+    if options.model is None:
+        given = [
+            name
+            for name, value in {
+                **sizes,
+                "dtype": options.dtype,
+                "vae-device": options.vae_device,
+            }.items()
+            if value
+        ]
+        if given:
+            raise ValueError(
+                f"--{', --'.join(given)} without --model: the tiny world has one size; add --model DIR"
+            )
+        return load_stream_model(options.run, options.checkpoint, options.device)
+    if options.run is not None:
+        raise ValueError(
+            "both --model and --run are given; name the run's student by --checkpoint instead of --run"
+        )
+    return load_wan_model(
+        options.model,
+        options.checkpoint,
+        options.device,
+        options.dtype or "auto",
+        options.vae_device or "",
+        (options.height or WAN_SIZE[0], options.width or WAN_SIZE[1]),
+    )
+
+
+def examples(options: argparse.Namespace) -> tuple[str, ...]:
+    """Prompts that the model understands; the first one is the default."""
+    return WAN_EXAMPLES if options.model else EXAMPLES
+
+
+def plan_prompts(options: argparse.Namespace, model: StreamModel) -> PromptSchedule:
+    """The schedule of a file, or the one prompt. Every prompt is tried, so that an error does not
+    come hours later.
+    """
+    if options.prompt is not None and options.prompts is not None:
+        raise ValueError("both --prompt and --prompts are given; drop one of them")
+    if options.prompts is None:
+        schedule = PromptSchedule(
+            ((0, options.prompt if options.prompt is not None else examples(options)[0]),)
+        )
+    else:
+        goes_on = bool(options.image or options.video)
+        clock = ChunkClock(model.chunk_frames, model.codec.strides[0], after_context=goes_on)
+        schedule = PromptSchedule.read(options.prompts, options.fps, clock)
+    for _, prompt in schedule.prompts:
+        model.text.encode([prompt])
+    return schedule
+
+
+def read_context(options: argparse.Namespace, model: StreamModel) -> torch.Tensor | None:
+    """The picture or the end of the clip that the stream begins with, [T, H, W, 3] in [0, 1]."""
+    if options.image and options.video:
+        raise ValueError("both --image and --video are given; drop one of them")
+    path = options.image or options.video
+    if path is None:
+        return None
+    frames = read_last_frames(path, 1 if options.image else MAX_CONTEXT_FRAMES, model.video_size)
+    return frames.float() / 255
+
+
+def describe(options: argparse.Namespace, model: StreamModel, session: StreamSession | None) -> str:
+    """What is about to run, in two lines."""
+    height, width = model.video_size
+    parameters = sum(parameter.numel() for parameter in model.student.parameters())
+    weights = options.run or options.checkpoint or options.model or "the tiny world's student"
+    lines = [
+        f"{weights}: {parameters / 1e6:.1f} M parameters on {model.device}, {len(model.ladder)} steps a chunk, "
+        f"{width} x {height} pixels, {str(model.dtype).removeprefix('torch.')}, "
+        f"attention {model.student.attention_backend}"
+    ]
+    if session is not None:
+        settings, length = (
+            session.settings,
+            "without end" if options.chunks == math.inf else f"{options.chunks} chunks",
+        )
+        lines.append(
+            f"K = {session.visible_frames} latent frames (sink {settings.sink_frames} + window {settings.window_frames}, "
+            f"{settings.positions}), {session.cache_bytes / 2**20:.1f} MiB of keys and values; {length} to {options.out}"
+        )
+    return "\n".join(lines)
+
+
+@contextmanager
+def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
+    """Ctrl-C and SIGTERM end the stream after the chunk at hand, with a complete file; a second
+    Ctrl-C ends it at once.
+    """
+
+    def ask(number: int, _: object) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        stop.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def _reader_may_leave() -> Iterator[None]:
+    """The end of a pipe's reader is the end of the stream and no error."""
+    try:
+        yield
+    except ReaderGone:
+        sys.stderr.write("the reader has gone; ended\n")

@@ -1,0 +1,343 @@
+"""One viewer of the live page: a connection, its own `StreamSession`, and what keeps both within
+bounds.
+
+Slow viewers: generation waits for the viewer. A chunk is made only while fewer than
+`max_queue_chunks` are on their way, that is made and not yet acknowledged as shown. Nothing is
+dropped and no queue grows. All sessions share one worker thread with at most one chunk each in its
+queue, so they take turns by chunk, and the event loop never waits for a computation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar, get_args
+
+import torch
+from starlette.websockets import WebSocket, WebSocketDisconnect
+
+from selfforcing_dfd.benchmark.statistics import frames_per_second
+from selfforcing_dfd.live.status import resident_bytes
+from selfforcing_dfd.live.web.messages import (
+    HEADER,
+    MAX_SEED,
+    MAX_TEXT,
+    BadMessage,
+    Message,
+    encode_jpeg,
+    parse_message,
+)
+from selfforcing_dfd.streaming.ring import RingCache
+from selfforcing_dfd.streaming.session import (
+    PromptMode,
+    StreamChunk,
+    StreamModel,
+    StreamSession,
+    StreamSettings,
+)
+
+MAX_BAD_MESSAGES = 20
+MAX_WAITING_MESSAGES = 64
+RECENT_CHUNKS = 20
+CLOSE_S = 2.0
+MAX_REASON_BYTES = 120  # RFC 6455 has room for 123
+IDLE, BAD_MESSAGES, FAILED = 1001, 1008, 1011
+"""Close codes of RFC 6455."""
+
+Result = TypeVar("Result")
+
+
+class Ended(Exception):
+    """The server ends a connection: close code, and what its viewer is told."""
+
+    def __init__(self, code: int, message: str) -> None:
+        super().__init__(message)
+        self.code, self.message = code, message
+
+
+@dataclass(slots=True)
+class Shared:
+    """What all viewers share: the model, the limits, and the one thread that computes. Raises
+    ValueError for wrong sizes.
+
+    fps: at which the page plays. idle_s: after which a viewer who shows no life is sent away.
+    examples: of prompts.
+    """
+
+    model: StreamModel
+    settings: StreamSettings
+    fps: float
+    idle_s: float
+    max_queue_chunks: int
+    examples: Sequence[str]
+    name: str
+    worker: ThreadPoolExecutor = field(
+        init=False, default_factory=lambda: ThreadPoolExecutor(1, "stream")
+    )
+    ring: RingCache = field(init=False)  # without memory: for its checks and sizes
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fps <= 240:
+            raise ValueError(f"fps is {self.fps}; want more than 0 and at most 240, such as 16")
+        if self.idle_s <= 0 or self.max_queue_chunks < 1:
+            raise ValueError(
+                f"idle_s is {self.idle_s} and max_queue_chunks {self.max_queue_chunks}; want more than 0 and at least 1"
+            )
+        if not 0 <= self.settings.seed <= MAX_SEED:
+            raise ValueError(f"seed is {self.settings.seed}; the page takes 0 to {MAX_SEED}")
+        options = (self.settings.sink_frames, self.settings.window_frames, self.settings.positions)
+        shape, chunk_frames = self.model.kv_shape(), self.model.chunk_frames
+        self.ring = RingCache(shape, chunk_frames, *options, dtype=self.model.dtype, device="meta")
+
+    async def compute(self, job: Callable[[], Result]) -> Result:
+        """Run something on the worker thread, after what waits there already."""
+        return await asyncio.get_running_loop().run_in_executor(self.worker, job)
+
+    def hello(self) -> dict[str, Any]:
+        """What the page needs to know."""
+        height, width = self.model.video_size
+        return {
+            "model": self.name,
+            "width": width,
+            "height": height,
+            "fps": self.fps,
+            "num_steps": len(self.model.ladder),
+            "chunk_frames": self.model.chunk_frames,
+            "visible_frames": self.ring.num_frames,
+            "sink_frames": self.settings.sink_frames,
+            "window_frames": self.settings.window_frames,
+            "positions": self.settings.positions,
+            "cache_bytes": self.ring.num_bytes,
+            "modes": get_args(PromptMode),
+            "mode": self.settings.on_prompt,
+            "seed": self.settings.seed,
+            "max_seed": MAX_SEED,
+            "max_text": MAX_TEXT,
+            "examples": list(self.examples),
+            "max_queue_chunks": self.max_queue_chunks,
+            "idle_s": self.idle_s,
+        }
+
+
+@dataclass(slots=True, eq=False)
+class Viewer:
+    """One connection and its stream. `play` alone touches the session and sends; `read` only fills
+    the inbox.
+    """
+
+    shared: Shared
+    websocket: WebSocket
+    inbox: asyncio.Queue[Message | BadMessage] = field(
+        default_factory=lambda: asyncio.Queue(MAX_WAITING_MESSAGES)
+    )
+    session: StreamSession | None = None
+    prompt: str = ""  # the last one that was accepted
+    seed: int | None = None  # of the next reset
+    paused: bool = False
+    num_chunks: int = 0  # sent on this connection
+    num_frames: int = 0
+    num_acked: int = 0
+    num_bad: int = 0
+    # a chunk, for which an `ack` made room, is life
+    alive_at: float = field(default_factory=time.monotonic)
+    recent: deque[tuple[float, int]] = field(
+        default_factory=lambda: deque(maxlen=RECENT_CHUNKS + 1)
+    )
+
+    async def run(self) -> None:
+        """Until one side ends it."""
+        tasks = [asyncio.create_task(self.read()), asyncio.create_task(self.play())]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        except WebSocketDisconnect:
+            return
+        except Ended as end:
+            await self.end(end)
+        except Exception as error:
+            await self.end(Ended(FAILED, f"the server failed: {error}"))
+            raise
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def read(self) -> None:
+        """Until the browser leaves."""
+        while (event := await self.websocket.receive())["type"] == "websocket.receive":
+            text = event.get("text")
+            try:
+                message: Message | BadMessage = parse_message(
+                    event["bytes"] if text is None else text
+                )
+            except BadMessage as error:
+                message = error
+            await self.inbox.put(message)
+
+    async def play(self) -> None:
+        """Obey what has come, then make a chunk, or wait where none may be made."""
+        await self.send("hello", **self.shared.hello())
+        while True:
+            while not self.inbox.empty() or not self.may_make:
+                await self.obey(await self.next_message())
+            await self.make_chunk()
+
+    @property
+    def may_make(self) -> bool:
+        num_ahead = self.num_chunks - self.num_acked
+        return (
+            self.session is not None
+            and not self.paused
+            and num_ahead < self.shared.max_queue_chunks
+        )
+
+    async def next_message(self) -> Message | BadMessage:
+        """Raises Ended where a viewer is idle: before the start or in a pause if nothing comes,
+        else if no chunk is shown.
+        """
+        left_s = self.alive_at + self.shared.idle_s - time.monotonic()
+        try:
+            async with asyncio.timeout(max(left_s, 0)):
+                message = await self.inbox.get()
+        except TimeoutError as error:
+            why = "paused" if self.paused else "not watched" if self.session else "not started"
+            raise Ended(
+                IDLE, f"the stream was {why} for {self.shared.idle_s:g} s and has ended"
+            ) from error
+        if self.session is None or self.paused:
+            self.alive_at = time.monotonic()
+        return message
+
+    async def obey(self, message: Message | BadMessage) -> None:
+        """Carry out a message, or tell the client what is wrong with it."""
+        try:
+            if isinstance(message, BadMessage):
+                raise message
+            await self.carry_out(message)
+        except BadMessage as error:
+            self.num_bad += 1
+            if self.num_bad > MAX_BAD_MESSAGES:
+                raise Ended(
+                    BAD_MESSAGES, f"more than {MAX_BAD_MESSAGES} bad messages; the last: {error}"
+                ) from error
+            await self.send("error", about="message", message=str(error))
+        except ValueError as error:  # the text encoder's; the stream is as it was
+            await self.send("error", about="prompt", message=str(error))
+
+    async def carry_out(self, message: Message) -> None:
+        """Raises BadMessage for what does not fit now, ValueError for a prompt that the model
+        refuses.
+        """
+        kind, fields, session = message.kind, message.fields, self.session
+        if kind == "start":
+            await self.start(**fields)
+            return
+        if session is None:
+            raise BadMessage(f"got {kind} before start; want start first")
+        if kind == "ack":
+            self.acknowledge(fields["chunk"])
+        elif kind == "prompt":
+            await self.shared.compute(lambda: session.set_prompt(fields["text"], fields["mode"]))
+            self.prompt = fields["text"]
+            await self.send("prompt", **fields, from_chunk=self.num_chunks)
+        elif kind == "reset":
+            await self.shared.compute(lambda: session.reset(self.prompt, self.seed))
+            await self.began(session)
+        elif kind == "seed":
+            self.seed = fields["seed"]
+        else:
+            await self.set_paused(kind == "pause")
+
+    async def start(self, prompt: str, seed: int) -> None:
+        if self.session is not None:
+            raise BadMessage("got start after start; want prompt, seed or reset")
+        model, settings = self.shared.model, replace(self.shared.settings, seed=seed)
+        self.session = await self.shared.compute(lambda: StreamSession(model, prompt, settings))
+        self.prompt = prompt
+        await self.began(self.session)
+
+    async def began(self, session: StreamSession) -> None:
+        self.recent.clear()
+        self.alive_at = time.monotonic()
+        await self.send(
+            "began", prompt=self.prompt, seed=session.settings.seed, next_chunk=self.num_chunks
+        )
+
+    def acknowledge(self, chunk: int) -> None:
+        """A chunk has been shown, and all before it."""
+        if chunk >= self.num_chunks:
+            raise BadMessage(
+                f"ack: chunk is {chunk}; want one of the {self.num_chunks} that were sent"
+            )
+        self.num_acked = max(self.num_acked, chunk + 1)
+
+    async def set_paused(self, paused: bool) -> None:
+        self.paused, self.alive_at = paused, time.monotonic()
+        self.recent.clear()  # the time of a pause counts in no rate
+        await self.send("state", paused=paused)
+
+    async def make_chunk(self) -> None:
+        """The next chunk: made, encoded and sent."""
+        assert self.session is not None
+        chunk = await self.shared.compute(self.session.next_chunk)
+        self.recent.append((time.monotonic(), len(chunk.frames)))
+        pictures = await asyncio.gather(
+            *(asyncio.to_thread(encode_jpeg, frame) for frame in chunk.frames.numpy())
+        )
+        await self.send("chunk", **self.figures(self.session, chunk))
+        for picture in pictures:
+            header = HEADER.pack(self.num_chunks, self.num_frames)
+            await self.deliver(self.websocket.send_bytes(header + picture))
+            self.num_frames += 1
+        self.num_chunks += 1
+        self.alive_at = time.monotonic()
+
+    def figures(self, session: StreamSession, chunk: StreamChunk) -> dict[str, Any]:
+        """index: of the chunk in its stream. fps: video frames over wall time of the last chunks;
+        None for the first.
+        """
+        device = session.model.device
+        times, counts = zip(*self.recent, strict=True)
+        return {
+            "chunk": self.num_chunks,
+            "index": chunk.chunk_index,
+            "num_frames": len(chunk.frames),
+            "latency_ms": chunk.timings.total_ms,
+            "first_frame_ms": chunk.timings.first_frame_ms,
+            "stages_ms": chunk.timings.stages_ms,
+            "fps": frames_per_second(counts[1:], times[-1] - times[0]) if len(times) > 1 else None,
+            "prompt": session.prompt,
+            "memory_bytes": resident_bytes(),
+            "device_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
+        }
+
+    async def send(self, kind: str, **fields: Any) -> None:
+        await self.deliver(self.websocket.send_text(json.dumps({"type": kind, **fields})))
+
+    async def deliver(self, sending: Awaitable[None]) -> None:
+        """Wait until the connection has taken a message. Raises Ended for one that takes nothing."""
+        try:
+            async with asyncio.timeout(self.shared.idle_s):
+                await sending
+        except TimeoutError as error:
+            raise Ended(
+                IDLE, f"nothing was received for {self.shared.idle_s:g} s and the stream has ended"
+            ) from error
+
+    async def end(self, end: Ended) -> None:
+        """Tell the client, as far as it listens, and close."""
+        # it has gone, or takes no data: it need not be told
+        with suppress(WebSocketDisconnect, TimeoutError):
+            async with asyncio.timeout(CLOSE_S):
+                await self.websocket.send_text(
+                    json.dumps({"type": "ended", "message": end.message})
+                )
+                reason = end.message.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+                await self.websocket.close(end.code, reason)

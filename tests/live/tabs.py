@@ -1,0 +1,139 @@
+"""Tabs of a browser, as far as the live page's server sees them, and the server itself on a free
+port.
+"""
+
+from __future__ import annotations
+
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import uvicorn
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+
+from selfforcing_dfd.live import server
+from selfforcing_dfd.live.web.messages import HEADER
+from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
+
+SETTINGS = StreamSettings(sink_frames=2, window_frames=4)
+QUIET_S = 0.4  # many times what a chunk takes: whoever would send one has done so
+PATIENCE_S = 20.0
+
+
+class Chunk(NamedTuple):
+    info: dict[str, Any]
+    frames: list[bytes]
+
+
+@dataclass
+class Tab:
+    """What a browser's tab does, step by step."""
+
+    port: int
+    options: dict[str, Any] = field(default_factory=dict)
+    num_frames: int = 0
+
+    def __post_init__(self) -> None:
+        options = {"open_timeout": PATIENCE_S, "max_size": None, "max_queue": None, **self.options}
+        self.socket = connect(f"ws://127.0.0.1:{self.port}/stream", **options)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.socket.close()
+
+    def send(self, kind: str, **fields: Any) -> None:
+        self.socket.send(json.dumps({"type": kind, **fields}))
+
+    def start(self, prompt: str = "a disc", seed: int = 0) -> Self:
+        self.send("start", prompt=prompt, seed=seed)
+        assert self.until("began")["seed"] == seed
+        return self
+
+    def until(self, kind: str) -> dict[str, Any]:
+        """The next message of a kind. Video frames before it are passed over."""
+        while True:
+            data = self.socket.recv(PATIENCE_S)
+            if isinstance(data, str) and (message := json.loads(data))["type"] == kind:
+                return message
+
+    def chunk(self, ack: bool = True) -> Chunk:
+        """The next chunk, with its headers checked: every video frame of it, once and in order."""
+        info, frames = self.until("chunk"), []
+        for _ in range(info["num_frames"]):
+            data = self.socket.recv(PATIENCE_S)
+            assert isinstance(data, bytes)
+            assert HEADER.unpack_from(data) == (info["chunk"], self.num_frames)
+            frames.append(data[HEADER.size :])
+            self.num_frames += 1
+        if ack:
+            self.send("ack", chunk=info["chunk"])
+        return Chunk(info, frames)
+
+    def num_waiting_chunks(self) -> int:
+        """Chunks that arrive without any being acknowledged, until nothing comes any more."""
+        count = 0
+        try:
+            while True:
+                data = self.socket.recv(QUIET_S)
+                count += isinstance(data, str) and json.loads(data)["type"] == "chunk"
+        except TimeoutError:
+            return count
+
+    def closing(self) -> tuple[int, str]:
+        """Code and reason with which the server closes the connection."""
+        try:
+            while True:
+                self.socket.recv(PATIENCE_S)
+        except ConnectionClosed as closed:
+            assert closed.rcvd is not None
+            return closed.rcvd.code, closed.rcvd.reason
+
+
+@contextmanager
+def serving(model: StreamModel, **options: Any) -> Iterator[int]:
+    """The app in uvicorn on a free port, which is handed out."""
+    app = server.create_app(model, SETTINGS, **{"fps": 16.0, "max_queue_chunks": 2, **options})
+    running = uvicorn.Server(server.server_config(app))
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        thread = threading.Thread(target=running.run, args=([listener],))
+        thread.start()
+        try:
+            wait_for(lambda: running.started)
+            yield port
+        finally:
+            running.should_exit = True
+            thread.join(PATIENCE_S)
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.02)
+
+
+def get(port: int, path: str, **headers: str) -> tuple[int, str]:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
+            return response.status, response.read().decode()
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def num_sessions(port: int) -> int:
+    return json.loads(get(port, "/healthz")[1])["sessions"]

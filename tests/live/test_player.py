@@ -1,0 +1,79 @@
+"""What commands do to a stream between two chunks."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from selfforcing_dfd.live.play import Player, warm_up
+from selfforcing_dfd.live.prompts import PromptSchedule
+from selfforcing_dfd.live.status import StatusLine
+from selfforcing_dfd.live.writers import Frames, Writer
+from selfforcing_dfd.streaming.load import load_settings, load_stream_model
+from selfforcing_dfd.streaming.session import StreamSession
+
+
+class Obeying(Writer):
+    """Keeps the chunks, and gives commands after some of them."""
+
+    def __init__(self, commands: dict[int, str]) -> None:
+        self.commands, self.chunks, self.player = commands, list[Frames](), None
+
+    def write(self, frames: Frames) -> None:
+        self.chunks.append(frames)
+        line = self.commands.get(len(self.chunks))
+        if line:
+            assert self.player is not None
+            assert self.player.control.submit(line).startswith("ok")
+
+
+def play(schedule: str, commands: dict[int, str], num_chunks: int) -> list[Frames]:
+    writer = Obeying(commands)
+    prompts = PromptSchedule.parse(schedule, 16)
+    session = StreamSession(load_stream_model(), prompts.first, load_settings("tiny"))
+    writer.player = Player(session, prompts, [writer], StatusLine(io.StringIO(), 16))
+    writer.player.play(num_chunks)
+    return writer.chunks
+
+
+def same(one: list[Frames], other: list[Frames]) -> bool:
+    return all(
+        np.array_equal(torch.as_tensor(a), torch.as_tensor(b))
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_reset_starts_the_schedule_again():
+    """Catches a second round that begins under the prompt at which the first one was left."""
+    chunks = play("0: a disc moves\n2: a cross moves\n", {3: "/reset"}, 6)
+    assert same(chunks[:3], chunks[3:])
+
+
+def test_reset_keeps_a_prompt_that_was_asked_for():
+    """Catches a reset that forgets the one prompt that someone typed."""
+    chunks = play("0: a disc moves\n", {1: "a cross moves", 2: "/reset"}, 4)
+    assert same(chunks[2:], play("0: a cross moves\n", {}, 2))
+
+
+def test_the_stream_ends_when_it_is_told():
+    """Catches a quit that waits for the last chunk."""
+    assert len(play("0: a disc moves\n", {2: "/quit"}, 100)) == 2
+
+
+def test_warming_up_leaves_nothing_to_compile(capsys):
+    """Catches a compiled stream whose first seconds are spent compiling, with the viewer waiting."""
+    torch._dynamo.reset()
+    counter, model = CompileCounter(), load_stream_model()
+    model.student.compile_blocks(backend=counter)
+    settings = load_settings("tiny")
+    warm_up(model, settings, "a disc moves")
+    compiled = counter.frame_count
+    assert compiled > 0
+    session = StreamSession(model, "a cross moves", settings)
+    for _ in range(5):
+        session.next_chunk()
+    assert counter.frame_count == compiled
+    assert "compiling the blocks" in capsys.readouterr().err

@@ -1,0 +1,180 @@
+"""`--dry-run`: every shipped config plans without its files, says what is missing and which command
+brings it.
+"""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+
+import pytest
+from safetensors.torch import save_file
+
+from selfforcing_dfd.config import REPOSITORY, Config, load_config
+from selfforcing_dfd.data.sources.tiny import make_tiny_shards
+from selfforcing_dfd.training.build import build_network
+from selfforcing_dfd.training.plan import plan
+
+CONFIGS = sorted(
+    path.relative_to(REPOSITORY / "configs").as_posix()
+    for path in (REPOSITORY / "configs").rglob("*.yaml")
+    if path.parent.name != "stream"
+)
+
+
+@pytest.fixture(autouse=True)
+def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty working directory: none of the files that recipes name are there."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def table(config: Config) -> str:
+    text, settings = plan(config).split("\nsettings\n")
+    assert settings.startswith("base:")
+    return text
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_shipped_config_plans_without_its_files(name: str) -> None:
+    """Catches a plan that needs the weights whose absence it is to report, and a recipe that no
+    command leads to.
+    """
+    text = table(load_config(name))
+    for part in ("parameters", "memory", "operations", "GPU-hours", "in all"):
+        assert part in text
+    assert "no shipped config makes it" not in text
+    for line, following in zip(text.split("\n"), text.split("\n")[1:], strict=False):
+        if line.endswith("(MISSING)"):
+            assert following.strip().startswith(
+                ("hf download ", "python -m selfforcing_dfd ", "python train.py --config ")
+            )
+
+
+def test_every_named_config_exists() -> None:
+    """Catches a command that names a recipe which was renamed."""
+    for name in CONFIGS:
+        for line in table(load_config(name)).split("\n"):
+            words = (
+                shlex.split(line.split("#")[0])
+                if line.strip().startswith("python train.py")
+                else []
+            )
+            assert (
+                not words or (REPOSITORY / "configs" / words[words.index("--config") + 1]).is_file()
+            )
+
+
+def test_commands_for_weights_and_data() -> None:
+    """Catches a folder or repository that is not where the config looks."""
+    text = table(
+        load_config(
+            "wan1.3b/dmd_ar.yaml", ["weights.student=weights/Self-Forcing/checkpoints/ode_init.pt"]
+        )
+    )
+    assert (
+        "hf download Wan-AI/Wan2.1-T2V-14B-Diffusers --local-dir weights/Wan2.1-T2V-14B-Diffusers"
+        in text
+    )
+    assert (
+        "hf download gdhe17/Self-Forcing checkpoints/ode_init.pt --local-dir weights/Self-Forcing"
+        in text
+    )
+    assert (
+        "pack CLIPS --codec wan --model weights/Wan2.1-T2V-1.3B-Diffusers --frames 81 --size 480x832"
+        in text
+    )
+    text = table(load_config("wan1.3b/dfd_ar.yaml"))
+    assert (
+        "selfforcing_dfd import data/vipe_long_lmdb --model weights/Wan2.1-T2V-1.3B-Diffusers --out data/wan-480p"
+        in text
+    )
+    assert "python train.py --config wan1.3b/ode_pairs.yaml" in table(
+        load_config("wan1.3b/init_ode.yaml")
+    )
+    assert "python train.py --config wan1.3b/dmd_ar.yaml" in table(
+        load_config("wan1.3b/dfd_ar.yaml")
+    )
+
+
+def test_unknown_weights_are_said_to_be_unknown() -> None:
+    """Catches an invented download for a file of the user's own."""
+    assert "no shipped config makes it; correct the path" in table(
+        load_config("dfd_ar.yaml", ["weights.student=mine.safetensors"])
+    )
+
+
+def test_entries_of_a_file_are_shown() -> None:
+    """Catches a dry run that hides which model of a checkpoint it would read."""
+    overrides = ["weights.fake=weights/Self-Forcing/model.pt", "weights.fake_entry=critic"]
+    assert "fake: weights/Self-Forcing/model.pt [critic] (MISSING)" in table(
+        load_config("wan1.3b/dfd_ar.yaml", overrides)
+    )
+
+
+def test_what_does_not_fit_one_gpu_says_that_there_is_only_one() -> None:
+    """Catches a plan for 16 GPUs that the user then cannot run; one GPU's plan must not be spoilt
+    by the note.
+    """
+    note = "training runs on one GPU today"
+    assert note in table(load_config("wan14b/dmd_ar.yaml"))
+    assert note in table(load_config("wan1.3b/dfd_ar.yaml", ["run.gpus=8"]))
+    assert note not in table(load_config("wan1.3b/dfd_ar.yaml"))
+
+
+def memory_in_all(text: str) -> float:
+    return next(
+        float(line.split()[0].replace(",", ""))
+        for line in text.split("\n")
+        if line.endswith("GB  in all")
+    )
+
+
+def test_gpus_share_the_memory() -> None:
+    """Catches --gpus that changes the words only."""
+    one, eight = (
+        memory_in_all(table(load_config("wan1.3b/dfd_ar.yaml", [f"run.gpus={n}"]))) for n in (1, 8)
+    )
+    assert one == pytest.approx(62, abs=1)
+    assert eight < one / 2
+
+
+def test_shards_that_are_there_are_measured_not_assumed(nowhere: Path) -> None:
+    """Catches the default size of clips, or of text, taken for that of the data at hand."""
+    make_tiny_shards(
+        nowhere / "data" / "tiny-dfd",
+        4,
+        0,
+        "short",
+        9,
+        REPOSITORY / "assets" / "tiny" / "codec.safetensors",
+    )
+    text = table(load_config("dfd_ar.yaml", ["data.video_size=[480,832]"]))
+    assert "[16, 9, 16, 8, 8] in 3 chunks of 3 latent frames; text [12, 32]" in text
+    assert "data/tiny-dfd, 4 samples" in text
+    assert "no caption  zeros" in text
+
+
+def test_missing_noise_is_named_with_its_command(nowhere: Path) -> None:
+    """Catches a pairing that needs stored noise and would stop only after the weights are loaded."""
+    make_tiny_shards(
+        nowhere / "shards", 4, 0, "short", 9, REPOSITORY / "assets" / "tiny" / "codec.safetensors"
+    )
+    config = load_config(
+        "tiny/dmd.yaml", ["run.stage=dfd", "dfd.pairing=prefix", "data.shards=shards"]
+    )
+    assert "python -m selfforcing_dfd invert shards" in table(config)
+    assert "invert shards" not in table(load_config("tiny/dmd.yaml", ["data.shards=shards"]))
+
+
+def test_planning_loads_no_weights(nowhere: Path) -> None:
+    """Catches 57 GB read, or made, to count 14B parameters: the file at hand is of another model
+    and nobody may notice.
+    """
+    folder = nowhere / "weights" / "Wan2.1-T2V-14B-Diffusers"
+    folder.mkdir(parents=True)
+    save_file(
+        dict(build_network(load_config("dfd_ar.yaml").model).state_dict()),
+        folder / "model.safetensors",
+    )
+    assert "teacher 14,288,491,584" in table(load_config("wan1.3b/dmd_ar.yaml"))

@@ -1,0 +1,292 @@
+"""Reading Wan's weights in every format: the same tensors, or an error that says why and what to
+do.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from golden_weights import FOLDER, FORWARD, SIZES, golden
+from safetensors.torch import save_file
+from tiny_models import TINY, tiny_network
+from wan_files import HEAD_DIM, same, sharded_folder, wan_folder, wan_shapes, wan_state
+
+from selfforcing_dfd.context import Conditioning
+from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.weights.names import sizes_of, to_diffusers, to_wan, unwrap
+from selfforcing_dfd.weights.read import WeightsError, load_into, load_transformer, read_weights
+
+
+@pytest.mark.parametrize(
+    ("width", "ffn", "layers", "heads", "count", "parameters"),
+    [(1536, 8960, 30, 12, 825, 1_418_996_800), (5120, 13824, 40, 40, 1095, 14_288_491_584)],
+)
+def test_every_tensor_of_the_released_sizes_has_its_name_and_shape(
+    width, ffn, layers, heads, count, parameters
+):
+    """Catches a name that is mapped to another tensor of the same shape as little as one that is
+    not mapped at all.
+    """
+    with torch.device("meta"):
+        network = WanTransformer(num_attention_heads=heads, ffn_dim=ffn, num_layers=layers)
+    ours = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
+    original = wan_shapes(width, ffn, layers)
+    assert {to_diffusers(name): shape for name, shape in original.items()} == ours
+    assert {to_wan(name): shape for name, shape in ours.items()} == original
+    assert (len(ours), sum(torch.Size(shape).numel() for shape in ours.values())) == (
+        count,
+        parameters,
+    )
+    found_width, sizes = sizes_of(ours)
+    assert (found_width, sizes) == (width, {key: network.config[key] for key in sizes})
+
+
+def test_the_affine_norm_changes_its_number():
+    """Catches the classic: Wan's norm3, before cross-attention, is diffusers' norm2, and neither's
+    other norms have weights.
+    """
+    assert to_diffusers("blocks.7.norm3.weight") == "blocks.7.norm2.weight"
+    assert to_diffusers("blocks.7.norm2.weight") is None
+    assert to_wan("blocks.7.norm3.weight") is None
+
+
+def test_golden_weights_give_the_reference_flow():
+    """Catches two names swapped in a way that no shape shows: original names, the reference's own
+    output.
+    """
+    data = golden("bidirectional")
+    network = load_transformer(
+        FOLDER / "weights.safetensors", dtype=torch.float32, head_dim=SIZES["attention_head_dim"]
+    )
+    out = network(data["x"], data["t"] / 1000, Conditioning(data["text"]))
+    torch.testing.assert_close(out.flow, data["flow"], **FORWARD)
+
+
+WRAPPED = {
+    "generator, as Self-Forcing": ("generator", "model."),
+    "averaged, named by FSDP": ("generator_ema", "model._fsdp_wrapped_module."),
+    "critic, as CausVid": ("critic", "model."),
+    "model, compiled, in DDP": ("model", "module._orig_mod."),
+    "bare state dict": ("", ""),
+    "all of them": (
+        "generator",
+        "_orig_mod.module.model._fsdp_wrapped_module.model._checkpoint_wrapped_module.",
+    ),
+}
+
+
+@pytest.mark.parametrize("form", WRAPPED)
+def test_wrapped_forms_are_the_same_network(form, tmp_path):
+    """Catches a prefix that stays on, in a file of torch.save."""
+    entry, prefix = WRAPPED[form]
+    state = {prefix + name: tensor for name, tensor in wan_state().items()}
+    torch.save({entry: state, "step": 600} if entry else state, tmp_path / "weights.pt")
+    same(load_transformer(tmp_path / "weights.pt", head_dim=HEAD_DIM))
+
+
+def test_wrappers_inside_a_name_go(tmp_path):
+    """Catches stripping at the front only: checkpointing and nested FSDP wrap single blocks."""
+    inside = {
+        n.replace("blocks.1.", "blocks.1._fsdp_wrapped_module._checkpoint_wrapped_module."): t
+        for n, t in wan_state().items()
+    }
+    torch.save(
+        {"generator": {f"model.{name}": tensor for name, tensor in inside.items()}},
+        tmp_path / "weights.pt",
+    )
+    same(load_transformer(tmp_path / "weights.pt", head_dim=HEAD_DIM))
+    assert unwrap("model.model") == "model", "a name never vanishes"
+
+
+def test_old_files_of_torch_are_read(tmp_path):
+    """Catches memory mapping asked of a file from before torch 1.6, which cannot be mapped."""
+    torch.save(wan_state(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+    same(load_transformer(tmp_path / "old.pth", head_dim=HEAD_DIM))
+
+
+def test_folders_of_both_kinds_and_their_single_files(tmp_path):
+    """Catches one of four usual places not found: original folder, diffusers' shards, a pipeline's
+    subfolder, one file.
+    """
+    original = wan_folder(tmp_path / "original", wan_state())
+    same(load_transformer(original))
+    # heads from the config beside it
+    same(load_transformer(original / "diffusion_pytorch_model.safetensors"))
+    sharded_folder(tmp_path / "pipeline" / "transformer")
+    same(load_transformer(tmp_path / "pipeline" / "transformer"))
+    (tmp_path / "pipeline" / "model_index.json").write_text("{}")
+    same(load_transformer(tmp_path / "pipeline"))
+
+
+def test_of_several_models_the_averaged_one_unless_another_is_named(tmp_path):
+    """Catches the wrong network read from a file with three, and an error that does not say which
+    there are.
+    """
+    models = {
+        name: {f"model.{k}": t for k, t in wan_state(seed).items()}
+        for seed, name in enumerate(("critic", "generator"), 1)
+    }
+    models["generator_ema"] = {f"model.{k}": t for k, t in wan_state(0).items()}
+    torch.save(models, tmp_path / "weights.pt")
+    same(load_transformer(tmp_path / "weights.pt", head_dim=HEAD_DIM))
+    same(
+        load_transformer(tmp_path / "weights.pt", entry="generator", head_dim=HEAD_DIM),
+        wan_state(2),
+    )
+    with pytest.raises(
+        WeightsError, match="no entry 'ema'; it holds critic, generator, generator_ema"
+    ):
+        read_weights(tmp_path / "weights.pt", entry="ema")
+    torch.save({"a": models["critic"], "b": models["generator"]}, tmp_path / "unknown.pt")
+    with pytest.raises(WeightsError, match="holds a, b; say which"):
+        read_weights(tmp_path / "unknown.pt")
+    with pytest.raises(WeightsError, match="one model; leave entry 'generator' out"):
+        read_weights(wan_folder(tmp_path / "original", wan_state()), entry="generator")
+
+
+@pytest.mark.parametrize(
+    ("entry", "role"),
+    [
+        ("generator", "student"),
+        ("generator_ema", "student"),
+        ("critic", "teacher"),
+        ("model", "unknown"),
+    ],
+)
+def test_what_an_entry_says_of_its_role(entry, role, tmp_path):
+    """Catches a student that is taken for a bidirectional teacher later on, or the other way round."""
+    torch.save({entry: wan_state()}, tmp_path / "weights.pt")
+    assert read_weights(tmp_path / "weights.pt").role == role
+    noted = load_transformer(tmp_path / "weights.pt", head_dim=HEAD_DIM).config.get("causal")
+    assert noted == {"student": True, "teacher": False, "unknown": None}[role]
+
+
+def test_names_that_become_one_are_refused(tmp_path):
+    """Catches one of two tensors overwritten by the other when prefixes go."""
+    state = wan_state()
+    state |= {"model._orig_mod.head.head.bias": state["head.head.bias"] + 1}
+    torch.save(state, tmp_path / "weights.pt")
+    with pytest.raises(
+        WeightsError,
+        match=r"head.head.bias and model._orig_mod.head.head.bias are both head.head.bias",
+    ):
+        read_weights(tmp_path / "weights.pt")
+
+
+EXTRAS = {
+    "img_emb.proj.0.weight": "image-to-video",
+    "blocks.0.cross_attn.k_img.weight": "image-to-video",
+    "blocks.0.cross_attn.norm_k_img.weight": "image-to-video",
+    "_cls_pred_branch.0.weight": "GAN heads",
+    "_register_tokens.0": "GAN heads",
+    "_gan_ca_blocks.1.norm3.weight": "GAN heads",
+    "vace_blocks.0.modulation": "VACE",
+    "blocks.0.self_attn.q.lora_A.weight": "LoRA",
+    "surprise.weight": "surprise.weight is not known",
+}
+
+
+@pytest.mark.parametrize("key", EXTRAS)
+def test_additional_tensors_are_named_and_explained(key, tmp_path):
+    """Catches a tensor dropped in silence, and an error that leaves the user with a key."""
+    torch.save(
+        {"critic": {f"model.{k}": t for k, t in (wan_state() | {key: torch.ones(3)}).items()}},
+        tmp_path / "w.pt",
+    )
+    with pytest.raises(WeightsError, match=EXTRAS[key]):
+        load_transformer(tmp_path / "w.pt", head_dim=HEAD_DIM)
+    if EXTRAS[key] == "GAN heads":
+        same(load_transformer(tmp_path / "w.pt", head_dim=HEAD_DIM, drop_gan_heads=True))
+
+
+def test_differences_are_counted_and_shown_in_the_sources_names(tmp_path):
+    """Catches a strict load that reports one of three kinds only, or thousands of lines."""
+    state = wan_state()
+    del state["blocks.0.norm3.weight"], state["blocks.1.ffn.2.bias"]
+    state["blocks.0.self_attn.q.bias"] = torch.ones(31)
+    save_file(
+        state | {f"blocks.0.other{i}": torch.ones(1) for i in range(20)}, tmp_path / "w.safetensors"
+    )
+    with pytest.raises(
+        WeightsError, match="of 69 tensors 2 missing, 20 unknown and 1 of another shape"
+    ) as caught:
+        load_transformer(tmp_path / "w.safetensors", head_dim=HEAD_DIM)
+    text = str(caught.value)
+    assert (
+        "blocks.0.norm3.weight [32] is missing" in text
+        and "blocks.0.self_attn.q.bias is [31], wanted [32]" in text
+    )
+    assert "and 18 more" in text and len(text.splitlines()) <= 10
+
+
+def test_a_network_that_exists_is_filled_or_left_alone(tmp_path):
+    """Catches a load that has changed half of a network when it finds what does not fit."""
+    original = wan_folder(tmp_path / "original", wan_state())
+    network = tiny_network(1, torch.float32)
+    load_into(network, original)
+    same(network)
+    before = {
+        name: tensor.clone() for name, tensor in tiny_network(1, ffn_dim=40).state_dict().items()
+    }
+    other = tiny_network(1, ffn_dim=40)
+    with pytest.raises(WeightsError, match="another shape"):
+        load_into(other, original)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in other.state_dict().items())
+    with torch.device("meta"), pytest.raises(WeightsError, match="meta device"):
+        load_into(WanTransformer(**TINY), original)
+
+
+def test_the_config_must_agree_with_the_tensors(tmp_path):
+    """Catches a config.json of another size beside the weights, and heads that were guessed: no
+    shape tells them.
+    """
+    with pytest.raises(WeightsError, match="num_layers 30 instead of 2"):
+        load_transformer(wan_folder(tmp_path / "layers", wan_state(), num_layers=30))
+    with pytest.raises(WeightsError, match="num_attention_heads 4 instead of 2"):
+        load_into(tiny_network(), wan_folder(tmp_path / "heads", wan_state(), num_heads=4))
+    with pytest.raises(WeightsError, match="image-to-video"):
+        read_weights(wan_folder(tmp_path / "i2v", wan_state(), model_type="i2v"))
+    save_file(wan_state(), tmp_path / "w.safetensors")
+    with pytest.raises(WeightsError, match=r"width 32 and no word about heads; .* head_dim=N"):
+        load_transformer(tmp_path / "w.safetensors")
+
+
+def test_extra_channels_are_refused(tmp_path):
+    """Catches an image-to-video model without tensors of its own: it differs by the 20 channels
+    that it takes besides.
+    """
+    save_file(wan_state(in_channels=36, out_channels=16), tmp_path / "fun.safetensors")
+    with pytest.raises(
+        WeightsError, match="takes 36 channels and gives 16: a checkpoint for image-to-video"
+    ):
+        load_transformer(tmp_path / "fun.safetensors", head_dim=HEAD_DIM)
+
+
+def test_a_config_of_another_class_or_of_the_other_names(tmp_path):
+    """Catches a VAE's folder, and a config.json that was put beside weights with names of the other
+    kind.
+    """
+    with pytest.raises(WeightsError, match="holds AutoencoderKLWan; wanted: WanTransformer3DModel"):
+        read_weights(wan_folder(tmp_path / "vae", wan_state(), _class_name="AutoencoderKLWan"))
+    with pytest.raises(
+        WeightsError,
+        match="is of a WanTransformer3DModel, but the tensors have names of the other kind",
+    ):
+        read_weights(
+            wan_folder(tmp_path / "mixed", wan_state(), _class_name="WanTransformer3DModel")
+        )
+
+
+def test_released_widths_have_heads_of_128(tmp_path):
+    """Catches the 1.3B student in a .pt file, which tells nothing of its heads, loaded with another
+    number of them.
+    """
+    with torch.device("meta"):
+        shapes = WanTransformer(num_layers=1, ffn_dim=8, text_dim=8).state_dict()
+    save_file(
+        {name: torch.zeros(t.shape, dtype=torch.bfloat16) for name, t in shapes.items()},
+        tmp_path / "w.safetensors",
+    )
+    network = load_transformer(tmp_path / "w.safetensors")
+    assert network.config["num_attention_heads"] == 12
+    assert network.dtype == torch.bfloat16, "each tensor keeps its dtype"
