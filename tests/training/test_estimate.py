@@ -14,10 +14,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from selfforcing_dfd.benchmark.flops import forward_flops as streaming_flops
-from selfforcing_dfd.benchmark.flops import peak_tflops, text_flops
 from selfforcing_dfd.config import BatchConfig, Config, ModelConfig, RolloutConfig, load_config
 from selfforcing_dfd.context import Conditioning
+from selfforcing_dfd.cost import network_flops, peak_tflops
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.streaming.load import MODELS
@@ -99,10 +98,8 @@ def test_streaming_counts_the_same():
     """
     clip = Clip((3,), (18,), 30 * 52, TEXT_TOKENS)
     student = shape_of(WAN)
-    own = streaming_flops(student, 3, 21, LATENT_SIZE, TEXT_TOKENS) + text_flops(
-        student, TEXT_TOKENS
-    )
-    # it counts the time embedding too
+    own = network_flops(student, 1, (3,), LATENT_SIZE, TEXT_TOKENS, (18,))
+    # a time embedding for each latent frame here, one for all of them there
     assert forward_flops(WAN, clip) == pytest.approx(own, rel=1e-4)
     assert {gpu.name: gpu.tflops for gpu in GPUS} == {
         gpu.name: peak_tflops(gpu.name) for gpu in GPUS
