@@ -268,8 +268,8 @@ class CheckpointConfig:
 class LogConfig:
     """metrics.jsonl is always written."""
 
-    tensorboard: bool = False
-    wandb_project: str = ""  # empty: no wandb
+    trackers: tuple[str, ...] = ()  # of accelerate: tensorboard, wandb, mlflow, ...
+    project: str = "selfforcing_dfd"  # what hosted trackers file the run under
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

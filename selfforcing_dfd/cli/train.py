@@ -38,9 +38,11 @@ from selfforcing_dfd.training.build import (
 from selfforcing_dfd.training.build_data import BASIS, build_reader, codec_file
 from selfforcing_dfd.training.checkpoint import CheckpointError
 from selfforcing_dfd.training.ema import model_fingerprint, save_weights
+from selfforcing_dfd.training.exclusive import ExclusiveError, lock_folders, refuse_many_processes
+from selfforcing_dfd.training.finite import NonFiniteError
 from selfforcing_dfd.training.guards import GuardError, Guards, latent_statistics
 from selfforcing_dfd.training.loop import Interrupted, Trainer
-from selfforcing_dfd.training.tracking import NonFiniteError
+from selfforcing_dfd.training.tracking import TrackingError
 from selfforcing_dfd.weights.sources import SIZES
 from selfforcing_dfd.weights.write import diffusers_config
 
@@ -50,13 +52,23 @@ __all__ = ["USER_ERRORS", "Interrupted", "run"]
 
 PAIRS_PER_SHARD = 256
 
-USER_ERRORS = (ConfigError, CheckpointError, ShardError, PackError, GuardError, NonFiniteError)
+USER_ERRORS = (
+    ConfigError,
+    CheckpointError,
+    ExclusiveError,
+    ShardError,
+    PackError,
+    GuardError,
+    NonFiniteError,
+    TrackingError,
+)
 
 
 def run(config: Config, resume: bool = False) -> None:
     """Train every arm of `config` (or its one run) and write the report. Errors in USER_ERRORS
     explain themselves.
     """
+    refuse_many_processes()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     runs = list(arms(config))
     require(
@@ -65,18 +77,19 @@ def run(config: Config, resume: bool = False) -> None:
     )
     for arm in runs:
         check_start(arm)
-    prepare_data(config)
-    for arm in runs:
-        build_reader(arm)  # what does not fit the last arm is said before the first is trained
-    for arm in runs:
-        if arm.run.stage == "pairs":
-            make_pairs(arm, resume)
-        else:
-            train(arm, resume)
-    if config.report.clips:
-        from selfforcing_dfd.evaluation.report import write_report
+    with lock_folders(run_folder(config), *map(run_folder, runs)):
+        prepare_data(config)
+        for arm in runs:
+            build_reader(arm)  # what does not fit the last arm is said before the first is trained
+        for arm in runs:
+            if arm.run.stage == "pairs":
+                make_pairs(arm, resume)
+            else:
+                train(arm, resume)
+        if config.report.clips:
+            from selfforcing_dfd.evaluation.report import write_report
 
-        print(write_report(config))
+            print(write_report(config))
 
 
 def prepare_data(config: Config) -> None:

@@ -41,7 +41,7 @@ from selfforcing_dfd.training.checkpoint import CheckpointManager, check_config
 from selfforcing_dfd.training.ema import EMA, model_fingerprint
 from selfforcing_dfd.training.loop import Learner, Trainer, Watch, World
 from selfforcing_dfd.training.precision import compute_in, parameters_in
-from selfforcing_dfd.training.tracking import Tracker
+from selfforcing_dfd.training.tracking import Tracker, check_trackers
 from selfforcing_dfd.weights.read import WeightsError, load_into, read_weights
 
 STUDENT_FILE = "student.safetensors"
@@ -265,9 +265,8 @@ def build_lr(config: OptimizerConfig, student_updates: int) -> Callable[[int], f
 
 
 def check_start(config: Config) -> None:
-    """ConfigError for a device or weights that are not there: found out before data is made or
-    anything is trained.
-    """
+    """UserError for a device, trackers or weights that are not there, before anything is made."""
+    check_trackers(config.log.trackers)
     find_device(config.run.device, "run.device")
     for role, name in (
         ("student", config.weights.student),
@@ -391,9 +390,7 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
         student_updates=config.run.student_updates,
         checkpoints=checkpoints,
         checkpoint_every=config.checkpoint.every,
-        tracker=Tracker(
-            folder, tensorboard=config.log.tensorboard, wandb_project=config.log.wandb_project
-        ),
+        tracker=Tracker(folder, trackers=config.log.trackers, project=config.log.project),
         num_workers=config.data.workers,
         watch=watch,
         world=World(device=device),

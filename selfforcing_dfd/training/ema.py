@@ -187,7 +187,7 @@ def load_weights(path: Path | str) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, dict(
                 file.metadata() or {}
-            )  # noqa: SIM118
+            )
     except SafetensorError as error:
         raise ValueError(
             f"{path} is truncated or no safetensors file ({error}); export it again"

@@ -22,8 +22,9 @@ from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import REPOSITORY, Config, ConfigError
 from selfforcing_dfd.training.build import build_trainer, run_folder
 from selfforcing_dfd.training.checkpoint import CheckpointError
+from selfforcing_dfd.training.finite import NonFiniteError
 from selfforcing_dfd.training.loop import Interrupted, Trainer
-from selfforcing_dfd.training.tracking import NonFiniteError, read_metrics
+from selfforcing_dfd.training.tracking import read_metrics
 from tests.training.conftest import arguments
 
 Settings = Callable[..., Config]

@@ -1,24 +1,22 @@
-"""Curves without gaps or duplicates, and no step on values that are not finite."""
+"""Curves without gaps or duplicates, in the file and in the trackers."""
 
 import json
 import logging
 import math
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import tracking
+from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from selfforcing_dfd import rng
-from selfforcing_dfd.training.tracking import (
-    NonFiniteError,
-    Tracker,
-    check_finite,
-    read_metrics,
-    require_finite,
-)
+from selfforcing_dfd.config import REPOSITORY
+from selfforcing_dfd.training.tracking import Tracker, TrackingError, read_metrics
 
 
 def log_updates(tracker: Tracker, updates: range) -> None:
@@ -84,7 +82,7 @@ def test_other_damage_is_an_error_and_changes_nothing(tmp_path: Path, damage: st
     path = tmp_path / "metrics.jsonl"
     path.write_text(damage + path.read_text())
     before = path.read_bytes()
-    with pytest.raises(ValueError, match=r"metrics.jsonl, line 1: "):
+    with pytest.raises(TrackingError, match=r"metrics.jsonl, line 1: "):
         Tracker(tmp_path).open(resume_at=1)
     assert path.read_bytes() == before
 
@@ -93,7 +91,7 @@ def test_a_new_run_refuses_the_folder_of_another(tmp_path: Path) -> None:
     """Catches two runs in one curve, and a new run that empties an old one's file."""
     log_updates(Tracker(tmp_path), range(1, 3))
     before = (tmp_path / "metrics.jsonl").read_bytes()
-    with pytest.raises(ValueError, match="already holds a run's metrics"):
+    with pytest.raises(TrackingError, match="already holds a run's metrics"):
         Tracker(tmp_path).open()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before
 
@@ -105,9 +103,9 @@ def test_a_metric_cannot_take_the_place_of_the_update(tmp_path: Path) -> None:
 
 
 def test_tensorboard_shows_each_update_once_after_a_resume(tmp_path: Path) -> None:
-    """Catches event files without a purge step: TensorBoard would draw both branches of the curve."""
+    """Catches event files without a purge step: TensorBoard would draw both branches."""
     for resume_at, updates in ((None, range(1, 6)), (3, range(4, 7))):
-        tracker = Tracker(tmp_path, tensorboard=True)
+        tracker = Tracker(tmp_path, trackers=["tensorboard"])
         tracker.open(resume_at)
         log_updates(tracker, updates)
         tracker.close()
@@ -118,87 +116,113 @@ def test_tensorboard_shows_each_update_once_after_a_resume(tmp_path: Path) -> No
     assert [point.value for point in points] == [torch.tensor(u / 3).item() for u in range(1, 7)]
 
 
-def test_sinks_are_imported_only_when_asked_for(tmp_path: Path) -> None:
-    """Catches an import at the top: TensorBoard takes a second and wandb is not installed
-    everywhere.
-    """
+def test_trackers_are_imported_only_when_asked_for(tmp_path: Path) -> None:
+    """Catches an import at the top: TensorBoard takes a second, and a tracker may be missing."""
     code = (
         "import sys; from selfforcing_dfd.training.tracking import Tracker; "
         "Tracker(sys.argv[1]).log('student', 1, {}); "
-        "assert not {'tensorboard', 'wandb'} & set(sys.modules), 'imported'"
+        "assert not {'accelerate.tracking', 'tensorboard', 'wandb'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
 
 
-def test_wandb_without_its_package_is_an_error_at_once(
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("wandb", r"wandb, which is not installed: pip install 'selfforcing_dfd\[track\]'"),
+        ("tensorbored", r"names 'tensorbored'; accelerate knows aim, .*tensorboard"),
+    ],
+)
+def test_a_tracker_that_is_not_there_is_an_error_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, message: str
+) -> None:
+    """Catches a run that fails at its first line, hours later, or silently goes without."""
+    without = [one for one in tracking.get_available_trackers() if one != "wandb"]
+    monkeypatch.setattr(tracking, "_available_trackers", without)
+    with pytest.raises(TrackingError, match=message):
+        Tracker(tmp_path, trackers=["tensorboard", name])
+
+
+class Recorder(GeneralTracker):
+    """A tracker of another house: keeps what it is given."""
+
+    name = "recorder"
+    requires_logging_directory = False
+    made: list["Recorder"] = []
+
+    def __init__(self, project: str) -> None:
+        super().__init__()
+        self.project = project
+        self.calls: list[Any] = []
+        self.made.append(self)
+
+    @property
+    def tracker(self) -> list[Any]:
+        return self.calls
+
+    def start(self) -> None:
+        self.calls.append("start")
+
+    def log(self, values: dict[str, Any], step: int | None = None, **kwargs: Any) -> None:
+        self.calls.append((step, values))
+
+    def finish(self) -> None:
+        self.calls.append("finish")
+
+
+def test_any_tracker_of_accelerate_gets_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches a run that fails at its first line, after the models were loaded, or silently goes
-    without.
+    """Catches glue for two trackers only, NaN turned to null on its way, and names that MLflow
+    refuses.
     """
-    monkeypatch.setattr(sys, "path", [])
-    monkeypatch.setattr(sys, "path_importer_cache", {})
-    with pytest.raises(ValueError, match="wandb, which is not installed: pip install wandb"):
-        Tracker(tmp_path, wandb_project="dfd")
+    monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
+    tracker = Tracker(tmp_path, trackers=["recorder", "recorder"], project="shapes")
+    tracker.log("student", 1, {"loss": 0.5, "loss/sigma<=0.3": math.inf})
+    tracker.close()
+    (recorder,) = Recorder.made
+    assert recorder.project == "shapes"
+    curves = {"student/loss": 0.5, "student/loss/sigma up to 0.3": math.inf}
+    assert recorder.calls == ["start", (1, curves), "finish"]
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_a_loss_that_is_not_finite_stops_the_run(value: float) -> None:
-    """Catches a NaN loss that reaches the optimizer: every weight would be NaN one step later."""
-    with pytest.raises(
-        NonFiniteError, match=f"loss is {value} at student update 12, fake turn.*Look at"
-    ):
-        check_finite(torch.tensor(value), [("w", torch.ones(2))], "student update 12, fake turn")
-    with pytest.raises(NonFiniteError, match="normaliser is not finite in 1 of 2 values"):
-        require_finite("normaliser", torch.tensor([1.0, value]), "student update 12")
-    require_finite("loss", 1.0, "student update 12")
+FAKE_WANDB = """
+import json, os
+class Run:
+    def write(self, *what):
+        with open(os.environ["WANDB_CALLS"], "a") as file:
+            file.write(json.dumps(what) + chr(10))
+    def define_metric(self, *names, **options): self.write("define_metric", names, options)
+    def log(self, values, step=None): self.write("log", values, step)
+    def finish(self): self.write("finish")
+def init(**options):
+    run = Run()
+    run.write("init", options)
+    return run
+"""
 
 
-def test_the_first_bad_gradient_is_named() -> None:
-    """Catches an error that leaves the search to the user; the norm alone only says that something
-    is wrong.
-    """
-    bad = torch.ones(4, 2)
-    bad[2, 1] = math.nan
-    grads = [
-        ("a", torch.ones(3)),
-        ("frozen", None),
-        ("b.weight", bad),
-        ("c", torch.full((2,), math.inf)),
-    ]
-    with pytest.raises(
-        NonFiniteError,
-        match=r"gradient of b.weight is not finite in 1 of 8 values at student update 3",
-    ):
-        check_finite(torch.tensor(1.0), grads, "student update 3")
-
-
-def test_the_norm_is_that_of_all_gradients_in_float32() -> None:
-    """Catches norms summed instead of squared, and a norm rounded to bfloat16, which is off by up
-    to .4 %.
-    """
-    grads = {name: rng.normal((50, 7), 0, name) for name in ("a", "b")}
-    norm = check_finite(torch.tensor(1.0), grads.items(), "student update 1")
-    by_hand = sum(grad.double().square().sum() for grad in grads.values()) ** 0.5
-    assert abs(norm - by_hand) < 1e-6 * by_hand  # float32 rounding is 6e-8 each way
-    half = check_finite(
-        torch.tensor(1.0), [("w", torch.ones(20000, dtype=torch.bfloat16))], "student update 1"
+def test_wandb_goes_on_with_the_curves_of_a_resumed_run(tmp_path: Path) -> None:
+    """Catches a new wandb run at each resume, and wandb's step, which drops what comes twice."""
+    (tmp_path / "wandb").mkdir()
+    (tmp_path / "wandb" / "__init__.py").write_text(FAKE_WANDB)
+    (tmp_path / "wandb-0.20.0.dist-info").mkdir()
+    (tmp_path / "wandb-0.20.0.dist-info" / "METADATA").write_text("Name: wandb\nVersion: 0.20.0\n")
+    code = (
+        "import sys; from selfforcing_dfd.training.tracking import Tracker\n"
+        "for at in (None, 1):\n"
+        "    tracker = Tracker(sys.argv[1], trackers=['wandb'], project='shapes')\n"
+        "    tracker.open(at); tracker.log('fake', 2, {'loss': 0.5}); tracker.close()"
     )
-    assert half.dtype == torch.float32
-    assert abs(half - 20000**0.5) < 1e-3
-
-
-def test_finite_gradients_whose_norm_overflows_are_an_error() -> None:
-    """Catches clipping by an infinite norm, which multiplies every gradient by zero and passes
-    unseen.
-    """
-    with pytest.raises(NonFiniteError, match="norm over 1 gradients overflows"):
-        check_finite(torch.tensor(1.0), [("w", torch.full((4,), 3e38))], "student update 1")
-
-
-def test_a_turn_without_gradients_is_an_error() -> None:
-    """Catches a step on nothing: a detached loss has no gradient anywhere, and AdamW would quietly
-    do nothing.
-    """
-    with pytest.raises(ValueError, match="no parameter has a gradient"):
-        check_finite(torch.tensor(1.0), [("w", None)], "student update 1")
+    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    environment = {"PYTHONPATH": path, "WANDB_CALLS": str(tmp_path / "calls")}
+    command = [sys.executable, "-c", code, str(tmp_path / "run")]
+    subprocess.run(command, env=os.environ | environment, check=True)
+    calls = [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+    wanted = ["init", "define_metric", "log", "finish"]
+    assert [call[0] for call in calls] == wanted * 2
+    assert calls[0] == calls[4]
+    options = calls[0][1]
+    assert (options["project"], options["name"], options["resume"]) == ("shapes", "run", "allow")
+    assert calls[1][1:] == [["*"], {"step_metric": "student_update"}]
+    assert calls[2][1:] == [{"student_update": 2, "fake/loss": 0.5}, None]

@@ -1,0 +1,74 @@
+"""One process trains a run, and nobody else writes to its folder meanwhile."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import TextIO
+
+from selfforcing_dfd.common import UserError
+
+LOCK_FILE = ".lock"
+
+
+class ExclusiveError(UserError):
+    """More than one process would train one run."""
+
+
+def refuse_many_processes() -> None:
+    """ExclusiveError if a launcher (torchrun, accelerate launch) started several processes.
+
+    Each of them would train the whole run by itself, into the same folder.
+    """
+    num_processes = os.environ.get("WORLD_SIZE") or "1"
+    if num_processes != "1":
+        raise ExclusiveError(
+            f"WORLD_SIZE is {num_processes}, but training runs in one process; "
+            "start it with plain python, or with one process in torchrun or accelerate launch"
+        )
+
+
+@contextmanager
+def lock_folders(*folders: Path | str) -> Iterator[None]:
+    """Hold run folders, which are made if they are missing, until the `with` ends.
+
+    The kernel releases the locks of a process that dies, however it dies: a lock file that is left
+    behind locks nothing. Raises ExclusiveError, with nothing held, if another process (or another
+    `with` of this one) holds one of the folders.
+    """
+    with ExitStack() as held:
+        for folder in dict.fromkeys(Path(folder).resolve() for folder in folders):
+            held.enter_context(_lock(folder))
+        yield
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK_FILE).open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ExclusiveError(
+                f"{folder} is in use by {_holder(file)}; wait until that run ends, stop it, "
+                "or give this run another run.name"
+            ) from error
+        file.truncate(0)
+        json.dump({"pid": os.getpid(), "host": socket.gethostname()}, file)
+        file.flush()
+        yield
+
+
+def _holder(file: TextIO) -> str:
+    """Who wrote the lock file. It is empty for a moment while its holder starts."""
+    file.seek(0)
+    text = file.read()
+    if not text:
+        return "another process"
+    holder = json.loads(text)
+    return f"process {holder['pid']} on {holder['host']}"

@@ -1,0 +1,76 @@
+"""The check that stops a run before a value that is not finite reaches the weights."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from selfforcing_dfd.common import UserError
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient became infinite or not a number; the optimizer step was not taken."""
+
+
+def require_finite(name: str, value: float | Tensor, where: str) -> None:
+    """NonFiniteError unless every value is finite. `where`: update and turn, for the message."""
+    tensor = torch.as_tensor(value)
+    bad = _count_bad(tensor)
+    if bad and tensor.numel() == 1:
+        raise NonFiniteError(_advice(f"{name} is {tensor.item()}", where))
+    if bad:
+        what = f"{name} is not finite in {bad} of {tensor.numel()} values"
+        raise NonFiniteError(_advice(what, where))
+
+
+def check_finite(
+    loss: Tensor, named_grads: Iterable[tuple[str, Tensor | None]], where: str
+) -> Tensor:
+    """The norm of all gradients together (0-d, at least float32); call before the optimizer step.
+
+    named_grads: parameter names with their `.grad`; None (no gradient) counts as zero. Raises
+    NonFiniteError, which names the first parameter whose gradient is not finite.
+    """
+    require_finite("loss", loss.detach(), where)
+    grads = [(name, grad.detach()) for name, grad in named_grads if grad is not None]
+    if not grads:
+        raise ValueError(
+            f"no parameter has a gradient at {where}; call backward() first, then pass (name, grad)"
+        )
+    norms = [torch.linalg.vector_norm(grad, dtype=_at_least_float32(grad)) for _, grad in grads]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    total = total.full_tensor() if isinstance(total, DTensor) else total
+    if not math.isfinite(total.item()):
+        _raise_for_gradient(grads, where)
+    return total
+
+
+def _at_least_float32(tensor: Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)
+
+
+def _raise_for_gradient(grads: list[tuple[str, Tensor]], where: str) -> None:
+    for name, grad in grads:
+        bad = _count_bad(grad)
+        if bad:
+            what = f"gradient of {name} is not finite in {bad} of {grad.numel()} values"
+            raise NonFiniteError(_advice(what, where))
+    raise NonFiniteError(_advice(f"the norm over {len(grads)} gradients overflows", where))
+
+
+def _count_bad(tensor: Tensor) -> int:
+    bad = (~torch.isfinite(tensor)).sum()
+    return int((bad.full_tensor() if isinstance(bad, DTensor) else bad).item())
+
+
+def _advice(what: str, where: str) -> str:
+    return (
+        f"{what} at {where}. The optimizer step was not taken, so the weights are as before. "
+        "Look at the last lines of metrics.jsonl for a growing loss or gradient norm, then at that "
+        "batch's data; a lower learning rate or tighter gradient clipping helps if the growth came "
+        "first"
+    )
