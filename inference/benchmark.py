@@ -100,11 +100,6 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         help="for MFU (default: the GPU's dense bf16 peak)",
     )
     how.add_argument("--dit-only", action="store_true", help="also a stream that decodes nothing")
-    how.add_argument(
-        "--baseline",
-        choices=("naive",),
-        help="also the same stream on a plain cache, chunk by chunk",
-    )
     how.add_argument("--quick", action="store_true", help="a few chunks: does it run?")
 
     out = parser.add_argument_group("the result")

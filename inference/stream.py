@@ -108,16 +108,10 @@ def parse_arguments(arguments: list[str] | None = None) -> argparse.Namespace:
         "--out",
         default="stream.mp4",
         metavar="FILE|-",
-        help=".mp4, .y4m, .rgb; - is y4m on stdout (default: %(default)s)",
+        help=".mp4, .y4m; - is y4m on stdout (default: %(default)s)",
     )
     out.add_argument("--overwrite", action="store_true", help="replace an existing file")
     out.add_argument("--fps", type=float, default=16, help="of the video (default: %(default)s)")
-    out.add_argument("--preview", action="store_true", help="show the stream in the terminal")
-    out.add_argument(
-        "--control",
-        metavar="SOCKET|-",
-        help="take commands at a Unix socket or a port of 127.0.0.1, besides the terminal; - from piped stdin",
-    )
     out.add_argument("--serve", action="store_true", help="a web page instead of a file")
     out.add_argument(
         "--port", type=int, default=8000, help="of the web page (default: %(default)s)"

@@ -25,7 +25,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.benchmark.flops import ChunkFlops, chunk_flops, utilisation
-from selfforcing_dfd.benchmark.naive import compare_with_naive
 from selfforcing_dfd.benchmark.statistics import (
     Recording,
     first_frames,
@@ -60,7 +59,6 @@ class Plan:
     buffer_chunks: float = 1.0
     peak_tflops: float | None = None
     dit_only: bool = False
-    naive: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("num_chunks", self.num_chunks), ("num_restarts", self.num_restarts)):
@@ -342,18 +340,12 @@ def separate_runs(
 
     decode_exposed_ms: by how much the time between chunks shrinks where nothing is decoded.
     """
-    results: dict[str, Any] = {
-        "dit_only_pass_fps": None,
-        "decode_exposed_ms": None,
-        "baseline_naive": None,
-    }
+    results: dict[str, Any] = {"dit_only_pass_fps": None, "decode_exposed_ms": None}
     if plan.dit_only:
         bare = Bench(replace(model, codec=NoCodec(model.codec)), settings, prompts, plan)
         alone = bare.run(bare.start()[0], plan.num_chunks)
         results["dit_only_pass_fps"] = alone.fps
         results["decode_exposed_ms"] = 1000 * (recording.wall_s - alone.wall_s) / plan.num_chunks
-    if plan.naive:
-        results["baseline_naive"] = compare_with_naive(model, prompts[0], settings, plan.num_chunks)
     return results
 
 

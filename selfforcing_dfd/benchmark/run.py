@@ -102,7 +102,6 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         playback_fps=options.fps,
         peak_tflops=options.peak_tflops or device_peak(model),
         dit_only=options.dit_only,
-        naive=options.baseline == "naive",
     )
     result = {"environment": facts, **measure(model, settings, PROMPTS, plan)}
     return table(result), result

@@ -40,7 +40,6 @@ def environment(model: StreamModel, settings: StreamSettings, **choices: Any) ->
         "sink_frames": settings.sink_frames,
         "window_frames": settings.window_frames,
         "positions": settings.positions,
-        "merge_commit": settings.merge_commit,
         "attention": model.student.attention_backend,
         "chunk_frames": model.chunk_frames,
         "ladder": list(model.ladder),
@@ -126,11 +125,6 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
         yield f"TFLOP/s, {part}", use["tflops_per_s"], ""
         yield f"MFU, {part}", None if use["mfu"] is None else 100 * use["mfu"], "%"
     yield from ((f"stage {name}", value, "ms") for name, value in result["stages_ms"].items())
-    naive = result["baseline_naive"] or {}
-    for name in ("ours_p50_ms", "naive_p50_ms", "matrix_products_ms"):
-        yield f"naive cache: {name.removesuffix('_ms').replace('_', ' ')}", naive.get(name), "ms"
-    for name in ("ratio", "least_possible_ratio", "ratio_without_naive_costs"):
-        yield f"naive cache: {name.replace('_', ' ')}", naive.get(name), ""
 
 
 def table(result: dict[str, Any]) -> str:
@@ -166,13 +160,6 @@ def remarks(result: dict[str, Any]) -> Iterator[str]:
         yield f"note: {result['num_steady_chunks']} chunks are few; p99 needs {FEW_CHUNKS} to be more than the slowest"
     if result["peak_tflops"] is None:
         yield "note: no MFU, for no peak is known; give --peak-tflops"
-    naive = result["baseline_naive"]
-    if naive:
-        costs = ", ".join(f"{name} {value:.1f}" for name, value in naive["naive_costs_ms"].items())
-        yield (
-            f"naive cache: {naive['matrix_products_ms']:.1f} of {naive['naive_p50_ms']:.1f} ms are matrix products that both "
-            f"need; what only the naive one does takes (ms, profiled): {costs}"
-        )
 
 
 def shown(value: float) -> str:

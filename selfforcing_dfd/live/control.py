@@ -1,40 +1,32 @@
-"""Live control of a running stream: lines of text, from stdin or a local socket, become commands
-for the next chunk.
-"""
+"""Commands to a running stream: lines of text from stdin, carried out between two chunks."""
 
 from __future__ import annotations
 
-import asyncio
 import os
 import re
 import select
-import socket
-import stat
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, Self, get_args
+from typing import Protocol, get_args
 
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.streaming.session import PromptMode
 
 MAX_LINE_BYTES = 4096
 MAX_PENDING = 64
-MAX_CLIENTS = 8
 MAX_SEED = 2**63 - 1
-HELP = "a line of text is the new prompt; /pause /resume /reset /seed N /mode recache|flush|keep /help /quit"
-HTTP = re.compile(rb"[A-Z]+ \S+ HTTP/\d")
+HELP = (
+    "a line of text is the new prompt; "
+    "/pause /resume /reset /seed N /mode recache|flush|keep /help /quit"
+)
 FOREGROUND_POLL_S = 0.5
 
 
 class ControlError(UserError):
-    """A line that is no command, or an address that cannot be listened on; the message says what to
-    do.
-    """
+    """A line that is no command; the message says what to write."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,9 +46,7 @@ class Resume:
 
 @dataclass(frozen=True, slots=True)
 class Reset:
-    """Begin anew, with the seed that holds then; with the prompt too, where no schedule says which
-    comes first.
-    """
+    """Start again, with the newest seed. A schedule starts again with its first prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +58,7 @@ class Seed:
 
 @dataclass(frozen=True, slots=True)
 class Mode:
-    """What later prompts do to the past."""
+    """What later prompts do to the context."""
 
     mode: PromptMode
 
@@ -96,32 +86,35 @@ def parse_command(line: str) -> Command:
     if word in PLAIN and not arguments:
         return PLAIN[word]
     if word == "/seed":
-        if (
-            len(arguments) != 1
-            or not re.fullmatch("[0-9]{1,19}", arguments[0])
-            or int(arguments[0]) > MAX_SEED
-        ):
-            raise ControlError(
-                f"got {line[:60]!r}; write /seed N with a whole number from 0 to {MAX_SEED}"
-            )
-        return Seed(int(arguments[0]))
+        return Seed(parse_seed(line, arguments))
     if word == "/mode":
-        for mode in get_args(PromptMode):
-            if arguments == [mode]:
-                return Mode(mode)
-        raise ControlError(
-            f"got {line[:60]!r}; write /mode and one of {', '.join(get_args(PromptMode))}"
-        )
+        return Mode(parse_mode(line, arguments))
     raise ControlError(f"got {line[:60]!r}; {HELP}")
 
 
-class Control:
-    """Commands on their way from any number of threads to the stream, which takes them between two
-    chunks.
+def parse_seed(line: str, arguments: list[str]) -> int:
+    digits = arguments[0] if len(arguments) == 1 else ""
+    if not re.fullmatch("[0-9]{1,19}", digits) or int(digits) > MAX_SEED:
+        raise ControlError(
+            f"got {line[:60]!r}; write /seed N with a whole number from 0 to {MAX_SEED}"
+        )
+    return int(digits)
 
-    Commands keep their order. Only the newest prompt is kept, and it stands where it came. /quit
-    drops all others. Of the rest MAX_PENDING wait at most; further ones are refused, with an error
-    to their sender. Memory is bounded.
+
+def parse_mode(line: str, arguments: list[str]) -> PromptMode:
+    for mode in get_args(PromptMode):
+        if arguments == [mode]:
+            return mode
+    known = ", ".join(get_args(PromptMode))
+    raise ControlError(f"got {line[:60]!r}; write /mode and one of {known}")
+
+
+class Control:
+    """A queue of commands from any number of threads to the stream, which empties it between chunks.
+
+    Commands keep their order. Only the newest prompt is kept, in the place where it came. /quit
+    drops all other commands. At most MAX_PENDING commands besides the prompt wait; further ones are
+    refused with an error, so memory is bounded.
     """
 
     def __init__(self) -> None:
@@ -129,12 +122,14 @@ class Control:
         self._lock = threading.Lock()
 
     def submit(self, line: str) -> str:
-        """Take one line; the reply is one line that begins with `ok` or `error`. A blank line does
-        nothing.
+        """Take one line and return the reply, which begins with `ok` or `error`.
+
+        The reply is empty for a blank line, which does nothing, and for a prompt: only the model
+        can say whether it takes it, so the stream answers that one.
         """
         line = line.strip()
         if not line:
-            return "ok"
+            return ""
         if line == "/help":
             return f"ok {HELP}"
         try:
@@ -142,10 +137,10 @@ class Control:
             self._add(command)
         except ControlError as error:
             return f"error {error}"
-        return f"ok {type(command).__name__.lower()}"
+        return "" if isinstance(command, NewPrompt) else f"ok {type(command).__name__.lower()}"
 
     def poll(self) -> list[Command]:
-        """Everything that waits, the oldest first. Never blocks."""
+        """All commands that wait, the oldest first. Never blocks."""
         with self._lock:
             commands = list(self._pending)
             self._pending.clear()
@@ -156,28 +151,27 @@ class Control:
             if isinstance(command, Quit):
                 self._pending.clear()
             elif isinstance(command, NewPrompt):
-                self._pending = deque(
-                    other for other in self._pending if not isinstance(other, NewPrompt)
-                )
-            elif sum(not isinstance(other, NewPrompt) for other in self._pending) >= MAX_PENDING:
+                self._pending = deque(self._others())
+            elif len(self._others()) >= MAX_PENDING:
                 raise ControlError(
                     f"{MAX_PENDING} commands wait already; send it again after the next chunk"
                 )
             self._pending.append(command)
 
+    def _others(self) -> list[Command]:
+        """Waiting commands that are no prompts."""
+        return [command for command in self._pending if not isinstance(command, NewPrompt)]
+
 
 class LineSplitter:
-    """Bytes into lines, in bounded memory: of a line over MAX_LINE_BYTES nothing is kept but that
-    it was there.
-    """
+    """Splits bytes into lines in bounded memory: a line over MAX_LINE_BYTES is not kept."""
 
     def __init__(self) -> None:
-        self._rest, self._is_skipping = b"", False
+        self._rest = b""
+        self._is_skipping = False
 
     def feed(self, data: bytes) -> Iterator[bytes | None]:
-        """The lines that end within `data`, without their ends; None stands for one that was too
-        long.
-        """
+        """The lines that end within `data`, without line ends; None for one that was too long."""
         *lines, rest = (self._rest + data).split(b"\n")
         self._rest = b""
         for line in lines:
@@ -202,16 +196,17 @@ class HasFileno(Protocol):
 
 
 class LineReader:
-    """Reads lines of a stream, such as stdin, in a daemon thread and submits them; replies go to a
-    callback there.
+    """Reads lines of a stream such as stdin in a daemon thread, submits them and reports replies.
 
     Reads the file descriptor itself: a thread that waits inside `sys.stdin` would crash Python at
-    its end. In a shell's background a terminal is left alone, for reading it there would stop the
-    process. The end of the stream ends the thread and nothing else.
+    its end. A terminal is left alone while the process runs in the shell's background, because
+    reading it there would stop the process. The end of the stream ends the thread only.
     """
 
     def __init__(self, stream: HasFileno, control: Control, reply: Callable[[str], object]) -> None:
-        self._descriptor, self._control, self._reply = stream.fileno(), control, reply
+        self._descriptor = stream.fileno()
+        self._control = control
+        self._reply = reply
         self.thread = threading.Thread(target=self._run, name="control lines", daemon=True)
         self.thread.start()
 
@@ -229,138 +224,19 @@ class LineReader:
             select.select([self._descriptor], [], [])
         try:
             return os.read(self._descriptor, MAX_LINE_BYTES)
-        except OSError:  # a terminal that has gone
+        except OSError:  # the terminal has been closed
             return b""
 
     def _submit(self, lines: Iterator[bytes | None]) -> None:
         for line in lines:
-            if line is None or line.strip():
-                self._reply(reply_to(self._control, line))
+            reply = reply_to(self._control, line)
+            if reply:
+                self._reply(reply)
 
 
 def in_background(descriptor: int) -> bool:
-    """Whether this is a terminal that at present belongs to another job of the shell."""
+    """Whether this is a terminal that another job of the shell has at present."""
     try:
         return os.tcgetpgrp(descriptor) != os.getpgrp()
-    except OSError:  # no terminal, or not ours to be stopped by
+    except OSError:  # no terminal, or one that cannot stop this process
         return False
-
-
-class SocketControl:
-    """Listens on a Unix socket or a port of 127.0.0.1, in a daemon thread; each line is submitted
-    and answered by a line.
-
-    address: a path, or a port as number or digits (0: any free one; `address` then has it). The
-    socket file is open to its owner only. A port is open to every user and program of this machine,
-    so a client that speaks HTTP, as a web page could make a browser do, is sent away. MAX_CLIENTS
-    at a time; one that does not read its replies waits by itself. A line over MAX_LINE_BYTES is
-    answered by an error and ends its connection. Raises ControlError where one cannot listen.
-    """
-
-    def __init__(self, address: str | int | Path, control: Control) -> None:
-        self._control, self._num_clients = control, 0
-        self._path = None if str(address).isdigit() else Path(str(address))
-        try:
-            self._socket = listen_unix(self._path) if self._path else listen_port(int(str(address)))
-        except (OSError, OverflowError) as error:
-            raise ControlError(
-                f"cannot listen on {address} ({error}); choose another path or port"
-            ) from error
-        self.address: str | int = str(self._path) if self._path else self._socket.getsockname()[1]
-        self._loop, self._is_closing = asyncio.new_event_loop(), asyncio.Event()
-        self._thread = threading.Thread(target=self._run, name="control socket", daemon=True)
-        self._thread.start()
-
-    def close(self) -> None:
-        """Stop listening, drop the clients and remove the socket file."""
-        if self._thread.is_alive():
-            self._loop.call_soon_threadsafe(self._is_closing.set)
-            self._thread.join()
-            if self._path:
-                self._path.unlink(missing_ok=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-    def _run(self) -> None:
-        try:
-            self._loop.run_until_complete(self._listen())
-        finally:
-            self._loop.close()
-
-    async def _listen(self) -> None:
-        """Serve until `close`, which may come before this has begun."""
-        serving = asyncio.start_server if self._path is None else asyncio.start_unix_server
-        server = await serving(self._serve, sock=self._socket)
-        await self._is_closing.wait()
-        server.close()
-        clients = asyncio.all_tasks() - {asyncio.current_task()}
-        for client in clients:
-            client.cancel()
-        await asyncio.gather(*clients, return_exceptions=True)
-
-    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """One client, until it leaves. What goes wrong on its line is its own affair."""
-        self._num_clients += 1
-        try:
-            with closing(writer):
-                if self._num_clients > MAX_CLIENTS:
-                    writer.write(
-                        f"error {MAX_CLIENTS} clients are connected; try again later\n".encode()
-                    )
-                else:
-                    await self._converse(reader, writer)
-                await writer.drain()
-        # gone, or dropped by `close`, which Python 3.11 would report
-        except (ConnectionError, asyncio.CancelledError):
-            return
-        finally:
-            self._num_clients -= 1
-
-    async def _converse(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        """Answer lines until the client leaves, or sends one that is too long: behind it a web page
-        could hide others.
-        """
-        splitter = LineSplitter()
-        while True:
-            data = await reader.read(MAX_LINE_BYTES)
-            for line in splitter.feed(data or b"\n"):
-                if line and HTTP.match(line):
-                    writer.write(b"error this is no web server; send lines of text\n")
-                    return
-                if data or line is None or line.strip():
-                    writer.write(f"{reply_to(self._control, line)}\n".encode())
-                if line is None:
-                    return
-            await writer.drain()
-            if not data:
-                return
-
-
-def listen_port(port: int) -> socket.socket:
-    return socket.create_server(("127.0.0.1", port))
-
-
-def listen_unix(path: Path) -> socket.socket:
-    """A socket file for its owner only. One that nobody listens on any more is replaced; any other
-    file stays.
-    """
-    if path.exists():
-        if not stat.S_ISSOCK(path.stat().st_mode):
-            raise FileExistsError("a file is there that is no socket")
-        with socket.socket(socket.AF_UNIX) as probe:
-            if probe.connect_ex(str(path)) == 0:
-                raise FileExistsError("another stream listens there")
-        path.unlink()
-    server = socket.socket(socket.AF_UNIX)
-    try:
-        server.bind(str(path))
-        path.chmod(0o600)
-        server.listen()
-    except OSError:
-        server.close()
-        raise
-    return server

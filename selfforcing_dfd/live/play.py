@@ -1,4 +1,4 @@
-"""What `inference/stream.py` does: from its options to a file, a pipe or a web page."""
+"""Playing a stream: from the options of the command line to a file, a pipe or a web page."""
 
 from __future__ import annotations
 
@@ -11,15 +11,17 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import TextIO
 
 import torch
 
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.data.sources.video import read_last_frames
 from selfforcing_dfd.live import control as commands
 from selfforcing_dfd.live.background import BackgroundWriter
 from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
 from selfforcing_dfd.live.status import StatusLine
-from selfforcing_dfd.live.writers import PreviewWriter, ReaderGone, Writer, open_writer
+from selfforcing_dfd.live.writers import ReaderGone, Writer, open_writer
 from selfforcing_dfd.streaming.load import (
     WAN_SIZE,
     load_settings,
@@ -31,19 +33,22 @@ from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSes
 USER_ERRORS = (ValueError, OSError)
 EXAMPLES = ("a disc moves", "a square moves", "a cross moves")
 WAN_EXAMPLES = (
-    "A red fox walks through fresh snow at dawn, its breath visible in the cold air. Low camera, shallow focus.",
-    "Waves roll onto a black beach under heavy clouds, foam sliding back over the pebbles. Slow aerial shot.",
-    "A woman in a yellow raincoat crosses a busy street at night, neon signs reflected in the wet asphalt.",
+    "A red fox walks through fresh snow at dawn, its breath visible in the cold air. "
+    "Low camera, shallow focus.",
+    "Waves roll onto a black beach under heavy clouds, foam sliding back over the pebbles. "
+    "Slow aerial shot.",
+    "A woman in a yellow raincoat crosses a busy street at night, "
+    "neon signs reflected in the wet asphalt.",
 )
 """Long and concrete, as the students' training prompts are."""
-# video frames of a clip to go on from: five seconds at 16 a second, Wan's training length
+# video frames of a clip to continue: five seconds at 16 a second, Wan's training length
 MAX_CONTEXT_FRAMES = 81
 PAUSE_POLL_S = 0.05
 
 
 @dataclass(slots=True)
 class Player:
-    """One stream on its way to its writers, with what may happen to it between two chunks."""
+    """One stream on its way to its writers, and the commands that change it between two chunks."""
 
     session: StreamSession
     schedule: PromptSchedule
@@ -56,9 +61,7 @@ class Player:
     paused: bool = False
 
     def play(self, num_chunks: float) -> None:
-        """Write chunks until that many are there, or someone says stop. Resetting does not start
-        the count again.
-        """
+        """Write that many chunks, unless a command or signal ends it. A reset does not count anew."""
         self._write(self.session.context_frames)
         done = 0
         while done < num_chunks:
@@ -68,24 +71,24 @@ class Player:
             if self.paused:
                 self.stop.wait(PAUSE_POLL_S)
                 continue
-            planned = (
-                self.schedule.at(self.session.chunk_index) if self.session.chunk_index else None
-            )
-            if planned is not None:
-                self.session.set_prompt(planned, self.mode)
-            chunk = self.session.next_chunk()
-            self._write(chunk.frames)
+            self._make_chunk()
             done += 1
-            cuda = (
-                torch.cuda.memory_allocated() if self.session.model.device.type == "cuda" else None
-            )
-            self.status.update(
-                chunk.chunk_index,
-                len(chunk.frames),
-                chunk.timings.total_ms,
-                self.session.prompt,
-                cuda_bytes=cuda,
-            )
+
+    def _make_chunk(self) -> None:
+        session = self.session
+        planned = self.schedule.at(session.chunk_index) if session.chunk_index else None
+        if planned is not None:
+            session.set_prompt(planned, self.mode)
+        chunk = session.next_chunk()
+        self._write(chunk.frames)
+        on_gpu = session.model.device.type == "cuda"
+        self.status.update(
+            chunk.chunk_index,
+            len(chunk.frames),
+            chunk.timings.total_ms,
+            session.prompt,
+            cuda_bytes=torch.cuda.memory_allocated() if on_gpu else None,
+        )
 
     def _write(self, frames: torch.Tensor) -> None:
         if len(frames):
@@ -93,16 +96,11 @@ class Player:
                 writer.write(frames)
 
     def _obey(self) -> None:
-        """Carry out what was asked for since the last chunk. A prompt that the model refuses
-        changes nothing.
-        """
+        """Carry out the commands that came since the last chunk."""
         for command in self.control.poll():
             match command:
                 case commands.NewPrompt(text):
-                    try:
-                        self.session.set_prompt(text, self.mode)
-                    except ValueError as error:
-                        self.status.say(f"error {error}")
+                    self._set_prompt(text)
                 case commands.Pause():
                     self.paused = True
                     self.status.pause()
@@ -119,6 +117,15 @@ class Player:
                 case commands.Quit():
                     self.stop.set()
 
+    def _set_prompt(self, text: str) -> None:
+        """Answer a prompt: accepted, or refused by the model, which changes nothing."""
+        try:
+            self.session.set_prompt(text, self.mode)
+        except ValueError as error:
+            self.status.say(f"error {error}")
+        else:
+            self.status.say("ok prompt")
+
 
 def stream(options: argparse.Namespace) -> None:
     """Generate and write until done. Raises USER_ERRORS, whose messages say what to do."""
@@ -128,21 +135,28 @@ def stream(options: argparse.Namespace) -> None:
     with ExitStack() as stack:
         stack.enter_context(_reader_may_leave())
         output = BackgroundWriter(open_writer(options.out, options.fps, options.overwrite))
-        writers: list[Writer] = [stack.enter_context(output)]
-        if options.preview:
-            writers.append(stack.enter_context(PreviewWriter(sys.stderr)))
+        stack.enter_context(output)
         sys.stderr.write(describe(options, model, session) + "\n")
         status = stack.enter_context(StatusLine(sys.stderr, options.fps))
-        player = Player(session, schedule, writers, status)
+        player = Player(session, schedule, [output], status)
         stack.enter_context(_stopping_on_signals(player.stop))
-        if options.control and options.control != "-":
-            stack.enter_context(commands.SocketControl(options.control, player.control))
-        if sys.stdin is not None and (sys.stdin.isatty() or options.control == "-"):
-            commands.LineReader(sys.stdin, player.control, status.say)
-            status.say(commands.HELP)
+        stdin = readable_stdin()
+        if stdin is not None:
+            commands.LineReader(stdin, player.control, status.say)
+            if stdin.isatty():
+                status.say(commands.HELP)
         player.play(options.chunks)
     if options.out != "-":
         sys.stderr.write(f"wrote {options.out}\n")
+
+
+def readable_stdin() -> TextIO | None:
+    """stdin, be it a terminal, a pipe or a file; None where it is closed or replaced."""
+    try:
+        sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):  # None, replaced, closed
+        return None
+    return sys.stdin
 
 
 def serve(options: argparse.Namespace) -> None:
@@ -176,9 +190,7 @@ def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
 
 
 def warm_up(model: StreamModel, settings: StreamSettings, prompt: str) -> None:
-    """Compile all that a stream runs, in a stream that nobody sees: two chunks go through every
-    program.
-    """
+    """Compile everything that a stream runs. Two chunks of a discarded stream use every program."""
     begun = time.perf_counter()
     sys.stderr.write("compiling the blocks ...")
     sys.stderr.flush()
@@ -189,28 +201,24 @@ def warm_up(model: StreamModel, settings: StreamSettings, prompt: str) -> None:
 
 
 def load_model(options: argparse.Namespace) -> StreamModel:
-    """Real Wan for --model, else the tiny world. Raises ValueError for options that do not go
-    together.
-    """
-    sizes = {"height": options.height, "width": options.width}
+    """Real Wan for --model, else the tiny world. Raises UserError for options that exclude others."""
     if options.model is None:
-        given = [
-            name
-            for name, value in {
-                **sizes,
-                "dtype": options.dtype,
-                "vae-device": options.vae_device,
-            }.items()
-            if value
-        ]
+        only_with_model = {
+            "--height": options.height,
+            "--width": options.width,
+            "--dtype": options.dtype,
+            "--vae-device": options.vae_device,
+        }
+        given = [name for name, value in only_with_model.items() if value]
         if given:
-            raise ValueError(
-                f"--{', --'.join(given)} without --model: the tiny world has one size; add --model DIR"
+            raise UserError(
+                f"{', '.join(given)} without --model: the tiny world has one size; add --model DIR"
             )
         return load_stream_model(options.run, options.checkpoint, options.device)
     if options.run is not None:
-        raise ValueError(
-            "both --model and --run are given; name the run's student by --checkpoint instead of --run"
+        raise UserError(
+            "both --model and --run are given; "
+            "name the run's student by --checkpoint instead of --run"
         )
     return load_wan_model(
         options.model,
@@ -228,15 +236,15 @@ def examples(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def plan_prompts(options: argparse.Namespace, model: StreamModel) -> PromptSchedule:
-    """The schedule of a file, or the one prompt. Every prompt is tried, so that an error does not
-    come hours later.
+    """The schedule of a file, or the one prompt.
+
+    Every prompt is encoded once, so that an error does not come hours later.
     """
     if options.prompt is not None and options.prompts is not None:
-        raise ValueError("both --prompt and --prompts are given; drop one of them")
+        raise UserError("both --prompt and --prompts are given; drop one of them")
     if options.prompts is None:
-        schedule = PromptSchedule(
-            ((0, options.prompt if options.prompt is not None else examples(options)[0]),)
-        )
+        prompt = options.prompt if options.prompt is not None else examples(options)[0]
+        schedule = PromptSchedule(((0, prompt),))
     else:
         goes_on = bool(options.image or options.video)
         clock = ChunkClock(model.chunk_frames, model.codec.strides[0], after_context=goes_on)
@@ -249,7 +257,7 @@ def plan_prompts(options: argparse.Namespace, model: StreamModel) -> PromptSched
 def read_context(options: argparse.Namespace, model: StreamModel) -> torch.Tensor | None:
     """The picture or the end of the clip that the stream begins with, [T, H, W, 3] in [0, 1]."""
     if options.image and options.video:
-        raise ValueError("both --image and --video are given; drop one of them")
+        raise UserError("both --image and --video are given; drop one of them")
     path = options.image or options.video
     if path is None:
         return None
@@ -258,32 +266,29 @@ def read_context(options: argparse.Namespace, model: StreamModel) -> torch.Tenso
 
 
 def describe(options: argparse.Namespace, model: StreamModel, session: StreamSession | None) -> str:
-    """What is about to run, in two lines."""
+    """What is about to run: the model, and the session's context and length if there is one."""
     height, width = model.video_size
     parameters = sum(parameter.numel() for parameter in model.student.parameters())
     weights = options.run or options.checkpoint or options.model or "the tiny world's student"
-    lines = [
-        f"{weights}: {parameters / 1e6:.1f} M parameters on {model.device}, {len(model.ladder)} steps a chunk, "
-        f"{width} x {height} pixels, {str(model.dtype).removeprefix('torch.')}, "
-        f"attention {model.student.attention_backend}"
-    ]
-    if session is not None:
-        settings, length = (
-            session.settings,
-            "without end" if options.chunks == math.inf else f"{options.chunks} chunks",
-        )
-        lines.append(
-            f"K = {session.visible_frames} latent frames (sink {settings.sink_frames} + window {settings.window_frames}, "
-            f"{settings.positions}), {session.cache_bytes / 2**20:.1f} MiB of keys and values; {length} to {options.out}"
-        )
-    return "\n".join(lines)
+    line = (
+        f"{weights}: {parameters / 1e6:.1f} M parameters on {model.device}, "
+        f"{len(model.ladder)} steps a chunk, {width} x {height} pixels, "
+        f"{str(model.dtype).removeprefix('torch.')}, attention {model.student.attention_backend}"
+    )
+    if session is None:
+        return line
+    settings = session.settings
+    length = "without end" if options.chunks == math.inf else f"{options.chunks} chunks"
+    return (
+        f"{line}\nK = {session.visible_frames} latent frames "
+        f"(sink {settings.sink_frames} + window {settings.window_frames}, {settings.positions}), "
+        f"{session.cache_bytes / 2**20:.1f} MiB of keys and values; {length} to {options.out}"
+    )
 
 
 @contextmanager
 def _stopping_on_signals(stop: threading.Event) -> Iterator[None]:
-    """Ctrl-C and SIGTERM end the stream after the chunk at hand, with a complete file; a second
-    Ctrl-C ends it at once.
-    """
+    """End the stream after the current chunk on Ctrl-C or SIGTERM, at once on a second one."""
 
     def ask(number: int, _: object) -> None:
         if stop.is_set():

@@ -1,33 +1,27 @@
-"""Where chunks go: an mp4 that plays while it grows, raw frames for a pipe, a picture in the
-terminal.
-"""
+"""Outputs of a stream: an mp4 that plays while it grows, or raw frames (y4m) for a pipe."""
 
 from __future__ import annotations
 
 import io
 import os
-import shutil
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
-from typing import BinaryIO, Literal, Protocol, Self, TextIO, get_args
+from typing import BinaryIO, Protocol, Self
 
 import av
 import numpy as np
-import torch
 from av.video.frame import PictureType
 from av.video.reformatter import ColorRange, Colorspace, VideoReformatter
 from torch import Tensor
-from torch.nn.functional import interpolate
 
 from selfforcing_dfd.common import UserError
 
-RawFormat = Literal["y4m", "rgb24"]
 Frames = Tensor | np.ndarray
 
-KNOWN_OUTPUTS = "NAME.mp4, NAME.y4m, NAME.rgb (rgb24 without a header), or - for y4m on stdout"
+KNOWN_OUTPUTS = "NAME.mp4, NAME.y4m, or - for y4m on stdout"
 ENCODER = {
     "preset": "veryfast",
     "tune": "zerolatency",
@@ -42,8 +36,6 @@ FRAGMENT = {
     "avoid_negative_ts": "disabled",  # else a fragment on its own is moved to time zero
     "use_editlist": "0",
 }
-HALF_BLOCK = "▀"
-NUM_LINES_BELOW = 2  # the status line and the line where one types
 
 
 class OutputError(UserError):
@@ -203,20 +195,16 @@ class FragmentEncoder:
             yield frame
 
 
-class RawWriter(Writer):
+class Y4mWriter(Writer):
     """Raw video frames into a binary stream, for ffmpeg or a player.
 
-    y4m: a header, then 4:2:0 frames in BT.601 limited range; even sizes only. rgb24: the bytes of
-    the pictures, no header. Raises ReaderGone when the reader has closed the pipe, OutputError for
-    frames as in `Mp4Writer`.
+    A header, then 4:2:0 frames in BT.601 limited range. Raises ReaderGone when the reader has
+    closed the pipe, OutputError for odd sizes and for frames as in `Mp4Writer`.
     """
 
-    def __init__(self, stream: BinaryIO | OutputFile, format: RawFormat, fps: float) -> None:
-        if format not in get_args(RawFormat):
-            raise OutputError(
-                f"raw format {format!r} is not known; use one of {', '.join(get_args(RawFormat))}"
-            )
-        self._stream, self._format, self._fps = stream, format, frame_rate(fps)
+    def __init__(self, stream: BinaryIO | OutputFile, fps: float) -> None:
+        self._stream = stream
+        self._fps = frame_rate(fps)
         self._size: tuple[int, int] | None = None
         self._to_yuv = yuv_converter()
         self._is_gone = False
@@ -225,13 +213,11 @@ class RawWriter(Writer):
         pictures = as_pictures(frames)
         if not len(pictures):
             return
-        is_first, self._size = self._size is None, self._size or pictures.shape[1:3]
-        require_size(pictures, self._size)
         try:
-            if self._format == "rgb24":
-                self._stream.write(np.ascontiguousarray(pictures).tobytes())
-            else:
-                self._write_y4m(pictures, is_first)
+            size = self._size or self._begin(pictures.shape[1:3])
+            require_size(pictures, size)
+            for picture in pictures:
+                self._stream.write(b"FRAME\n" + self._to_yuv(picture).to_ndarray().tobytes())
             self._stream.flush()
         except BrokenPipeError as error:
             self._is_gone = True
@@ -239,54 +225,21 @@ class RawWriter(Writer):
 
     def close(self) -> None:
         if self._is_gone:
-            # what it still holds has nowhere to go; `write` has said so
+            # frames that it still holds have nowhere to go; `write` has said so
             with suppress(BrokenPipeError):
                 self._stream.close()
         else:
             self._stream.close()
 
-    def _write_y4m(self, pictures: np.ndarray, with_header: bool) -> None:
-        if with_header:
-            height, width = pictures.shape[1:3]
-            require_even((height, width))
-            rate = f"{self._fps.numerator}:{self._fps.denominator}"
-            self._stream.write(
-                f"YUV4MPEG2 W{width} H{height} F{rate} Ip A1:1 C420jpeg XCOLORRANGE=LIMITED\n".encode()
-            )
-        for picture in pictures:
-            self._stream.write(b"FRAME\n" + self._to_yuv(picture).to_ndarray().tobytes())
-
-
-class PreviewWriter(Writer):
-    """The newest video frame of each chunk as coloured half blocks in a terminal, as large as fits,
-    drawn in place.
-
-    Does nothing where that cannot be shown: no terminal, TERM empty or "dumb", or an encoding
-    without block characters.
-    """
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        self._stream = sys.stderr if stream is None else stream
-        encoding = (self._stream.encoding or "").lower().replace("-", "")
-        self.is_shown = (
-            self._stream.isatty()
-            and os.environ.get("TERM", "") not in ("", "dumb")
-            and encoding == "utf8"
-        )
-        self._num_rows = 0
-
-    def write(self, frames: Frames) -> None:
-        pictures = as_pictures(frames)
-        if not self.is_shown or not len(pictures):
-            return
-        rows = half_blocks(fit_picture(pictures[-1], *terminal_size(self._stream)))
-        back = f"\r\x1b[{self._num_rows}A\x1b[J" if self._num_rows else "\r\x1b[J"
-        self._num_rows = len(rows)
-        self._stream.write(back + "".join(f"{row}\x1b[0m\n" for row in rows))
-        self._stream.flush()
-
-    def close(self) -> None:
-        """The last picture stays; the stream is the caller's."""
+    def _begin(self, size: tuple[int, int]) -> tuple[int, int]:
+        """Write the header; the size is that of all pictures."""
+        require_even(size)
+        self._size = size
+        height, width = size
+        rate = f"{self._fps.numerator}:{self._fps.denominator}"
+        header = f"YUV4MPEG2 W{width} H{height} F{rate} Ip A1:1 C420jpeg XCOLORRANGE=LIMITED\n"
+        self._stream.write(header.encode())
+        return size
 
 
 def open_writer(out: str, fps: float, overwrite: bool = False) -> Writer:
@@ -294,14 +247,12 @@ def open_writer(out: str, fps: float, overwrite: bool = False) -> Writer:
     for a terminal as stdout.
     """
     if out == "-":
-        return RawWriter(own_stdout(), "y4m", fps)
+        return Y4mWriter(own_stdout(), fps)
     match Path(out).suffix.lower():
         case ".mp4":
             return Mp4Writer(out, fps, overwrite)
         case ".y4m":
-            return RawWriter(OutputFile(out, overwrite), "y4m", fps)
-        case ".rgb":
-            return RawWriter(OutputFile(out, overwrite), "rgb24", fps)
+            return Y4mWriter(OutputFile(out, overwrite), fps)
     raise OutputError(f"output {out!r} is not known; use {KNOWN_OUTPUTS}")
 
 
@@ -315,7 +266,8 @@ def own_stdout() -> BinaryIO:
         )
     if sys.stdout.isatty():
         raise OutputError(
-            "stdout is a terminal, which shows raw frames as noise; pipe them: ... --out - | ffplay -"
+            "stdout is a terminal, which shows raw frames as noise; "
+            "pipe them: ... --out - | ffplay -"
         )
     return os.fdopen(os.dup(sys.stdout.fileno()), "wb")
 
@@ -332,7 +284,8 @@ def require_even(size: tuple[int, int]) -> None:
     height, width = size
     if height % 2 or width % 2:
         raise OutputError(
-            f"video frames are {height}x{width} (height x width); 4:2:0 needs even sizes: crop or pad them, or write rgb24"
+            f"video frames are {height}x{width} (height x width); 4:2:0 needs even "
+            "sizes: crop or pad them"
         )
 
 
@@ -372,32 +325,3 @@ def offset_of_box(data: bytes, kind: bytes) -> int:
         assert offset < len(data), f"no {kind!r} box"
         offset += int.from_bytes(data[offset : offset + 4], "big")
     return offset
-
-
-def terminal_size(stream: TextIO) -> tuple[int, int]:
-    """Columns and lines of the terminal behind a stream; 80 x 24 if it does not know."""
-    columns, lines = os.get_terminal_size(stream.fileno())
-    return (columns, lines) if columns and lines else shutil.get_terminal_size((80, 24))
-
-
-def fit_picture(picture: np.ndarray, columns: int, lines: int) -> np.ndarray:
-    """Scale uint8 [H, W, 3] to a terminal's width, or to its height where that is less: a cell is 1
-    wide and 2 high.
-    """
-    height, width = picture.shape[:2]
-    scale = min(columns / width, 2 * max(lines - NUM_LINES_BELOW, 1) / height)
-    size = (2 * max(round(scale * height / 2), 1), max(int(scale * width), 1))
-    pixels = torch.from_numpy(np.ascontiguousarray(picture)).permute(2, 0, 1)[None].float()
-    return interpolate(pixels, size, mode="area")[0].permute(1, 2, 0).round().byte().numpy()
-
-
-def half_blocks(picture: np.ndarray) -> list[str]:
-    """A line of text for two rows of pixels: the upper one in the foreground colour, the lower one
-    in the background's.
-    """
-
-    def cell(upper: np.ndarray, lower: np.ndarray) -> str:
-        return "\x1b[38;2;{};{};{};48;2;{};{};{}m".format(*upper, *lower) + HALF_BLOCK
-
-    pairs = zip(picture[::2], picture[1::2], strict=True)
-    return ["".join(map(cell, upper, lower)) for upper, lower in pairs]

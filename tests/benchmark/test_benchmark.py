@@ -68,7 +68,6 @@ KEYS = {
         "convert_and_copy",
         "unattributed",
     },
-    "baseline_naive": {"ours_p50_ms", "naive_p50_ms", "ratio", "least_possible_ratio"},
     "peak_memory_bytes": {"resident"},
 }
 PLAIN = {
@@ -124,7 +123,7 @@ def quick(tmp_path_factory) -> tuple[str, Path]:
         "--window",
         "3",
     )
-    extras = ("--baseline", "naive", "--dit-only", "--peak-tflops", "0.5", "--out", str(out))
+    extras = ("--dit-only", "--peak-tflops", "0.5", "--out", str(out))
     status, printed, complaint = run(*options, *extras)
     assert status == 0, complaint
     return printed, out
@@ -203,25 +202,12 @@ def test_compare_shows_both_their_ratio_and_what_differs(quick, tmp_path):
 
 
 def test_fast_variants_say_what_they_are():
-    """Catches options that are taken and not used: 8-bit layers and a decoder elsewhere, against
-    the naive cache.
-    """
-    extras = (
-        "--fp8",
-        "--vae-device",
-        "cpu",
-        "--baseline",
-        "naive",
-        "--chunks",
-        "3",
-        "--threads",
-        "1",
-    )
+    """Catches options that are taken and not used: 8-bit layers and a decoder elsewhere."""
+    extras = ("--fp8", "--vae-device", "cpu", "--chunks", "3", "--threads", "1")
     status, printed, complaint = run("--quick", "--device", "cpu", *extras)
     assert status == 0, complaint
     result = json.loads(printed.splitlines()[-1])
     assert result["environment"]["fp8"]
-    assert result["baseline_naive"]["ratio"] > 0
 
 
 @pytest.mark.parametrize(
@@ -236,10 +222,6 @@ def test_fast_variants_say_what_they_are():
         (("--fps", "0"), "fps must be positive"),
         (("--attention", "fa3"), "needs a CUDA device"),
         (("--random-weights", "--checkpoint", "x"), "are of the tiny size"),
-        (
-            ("--positions", "absolute", "--quick", "--chunks", "1", "--baseline", "naive"),
-            "use sink_relative",
-        ),
     ],
 )
 def test_errors_say_what_to_do(arguments, message):
@@ -350,7 +332,6 @@ def test_a_peak_is_never_made_up(model):
     )
     assert {use["mfu"] for use in result["utilisation"].values()} == {None}
     assert result["prompt_to_photon_ms"] is None
-    assert result["baseline_naive"] is None
     assert result["syncs_per_chunk"] == "not applicable"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -27,14 +28,18 @@ class Obeying(Writer):
         line = self.commands.get(len(self.chunks))
         if line:
             assert self.player is not None
-            assert self.player.control.submit(line).startswith("ok")
+            assert not self.player.control.submit(line).startswith("error")
 
 
-def play(schedule: str, commands: dict[int, str], num_chunks: int) -> list[Frames]:
+def play(
+    schedule: str, commands: dict[int, str], num_chunks: int, said: TextIO | None = None
+) -> list[Frames]:
+    """The chunks of a stream; commands: line to give after so many chunks; said: for replies."""
     writer = Obeying(commands)
     prompts = PromptSchedule.parse(schedule, 16)
     session = StreamSession(load_stream_model(), prompts.first, load_settings("tiny"))
-    writer.player = Player(session, prompts, [writer], StatusLine(io.StringIO(), 16))
+    status = StatusLine(said or io.StringIO(), 16, every_s=1e9)
+    writer.player = Player(session, prompts, [writer], status)
     writer.player.play(num_chunks)
     return writer.chunks
 
@@ -56,6 +61,18 @@ def test_reset_keeps_a_prompt_that_was_asked_for():
     """Catches a reset that forgets the one prompt that someone typed."""
     chunks = play("0: a disc moves\n", {1: "a cross moves", 2: "/reset"}, 4)
     assert same(chunks[2:], play("0: a cross moves\n", {}, 2))
+
+
+def test_a_prompt_is_answered_by_the_model():
+    """Catches `ok` for a prompt that the model then refuses, and a refusal that changes the video."""
+    said = io.StringIO()
+    chunks = play("0: a disc moves\n", {1: "a lion"}, 3, said)
+    assert said.getvalue().count("error") == 1
+    assert "'a lion' names nothing of the tiny world" in said.getvalue()
+    assert "ok" not in said.getvalue()
+    assert same(chunks, play("0: a disc moves\n", {}, 3))
+    play("0: a disc moves\n", {1: "a cross moves"}, 2, said)
+    assert "ok prompt\n" in said.getvalue()
 
 
 def test_the_stream_ends_when_it_is_told():

@@ -14,6 +14,7 @@ import av
 import numpy as np
 import pytest
 import torch
+from y4m import y4m
 
 from selfforcing_dfd.data.sources.video import write_video
 from selfforcing_dfd.streaming.load import load_settings, load_stream_model
@@ -36,10 +37,6 @@ def frames_of(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def raw_frames(path: Path) -> np.ndarray:
-    return np.frombuffer(path.read_bytes(), np.uint8).reshape(-1, 64, 64, 3)
-
-
 def test_file_holds_what_the_session_makes(cli, tmp_path):
     """Catches frames that are lost, repeated or changed on their way to the file."""
     assert (
@@ -52,14 +49,14 @@ def test_file_holds_what_the_session_makes(cli, tmp_path):
                 "--seed",
                 "5",
                 "--out",
-                str(tmp_path / "s.rgb"),
+                str(tmp_path / "s.y4m"),
             ]
         )
         == 0
     )
     session = StreamSession(load_stream_model(), "a cross moves", load_settings("tiny", seed=5))
     wanted = torch.cat([session.next_chunk().frames for _ in range(3)])
-    assert np.array_equal(raw_frames(tmp_path / "s.rgb"), wanted.numpy())
+    assert (tmp_path / "s.y4m").read_bytes() == y4m(wanted)
     assert len(wanted) == 9 + 12 + 12
 
 
@@ -77,8 +74,8 @@ def test_schedule_changes_the_running_stream(cli, tmp_path):
         ("one", ["--prompt", "a disc moves"]),
         ("two", ["--prompts", str(tmp_path / "p.txt")]),
     ):
-        assert cli.main([*prompts, "--chunks", "5", "--out", str(tmp_path / f"{name}.rgb")]) == 0
-    one, two = raw_frames(tmp_path / "one.rgb"), raw_frames(tmp_path / "two.rgb")
+        assert cli.main([*prompts, "--chunks", "5", "--out", str(tmp_path / f"{name}.y4m")]) == 0
+    one, two = frames_of(tmp_path / "one.y4m"), frames_of(tmp_path / "two.y4m")
     before = 9 + 12 + 12
     assert np.array_equal(one[:before], two[:before])
     assert not np.array_equal(one[before:], two[before:])
@@ -86,14 +83,14 @@ def test_schedule_changes_the_running_stream(cli, tmp_path):
 
 def test_a_clip_and_a_picture_come_first(cli, tmp_path):
     """Catches a stream that ignores what it was given, or shows it twice."""
-    assert cli.main(["--chunks", "2", "--out", str(tmp_path / "a.rgb")]) == 0
-    clip = torch.from_numpy(raw_frames(tmp_path / "a.rgb").copy())
+    assert cli.main(["--chunks", "2", "--out", str(tmp_path / "a.y4m")]) == 0
+    clip = torch.from_numpy(frames_of(tmp_path / "a.y4m"))
     write_video(tmp_path / "a.mp4", clip, 16)
     for option, num_given in (("--video", 21), ("--image", 1)):
         source = tmp_path / "a.mp4"
-        out = tmp_path / f"{option[2:]}.rgb"
+        out = tmp_path / f"{option[2:]}.y4m"
         assert cli.main([option, str(source), "--chunks", "2", "--out", str(out)]) == 0
-        frames = raw_frames(out)
+        frames = frames_of(out)
         assert len(frames) == num_given + 24
         distance = np.abs(frames[:num_given].astype(float) - clip[21 - num_given :].numpy()).mean()
         assert distance < 4, "of 255: the codec's and x264's error on clips that both have seen"

@@ -1,4 +1,4 @@
-"""Files that play while they grow, pipes whose reader leaves, and pictures in a terminal."""
+"""Files that play while they grow, and pipes whose reader leaves."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import termios
 from contextlib import suppress
 from fractions import Fraction
 from pathlib import Path
@@ -17,14 +16,7 @@ import numpy as np
 import pytest
 import torch
 
-from selfforcing_dfd.live.writers import (
-    Mp4Writer,
-    OutputError,
-    PreviewWriter,
-    RawWriter,
-    ReaderGone,
-    open_writer,
-)
+from selfforcing_dfd.live.writers import Mp4Writer, OutputError, ReaderGone, Y4mWriter, open_writer
 
 ROOT = Path(__file__).parents[2]
 FPS = 16
@@ -213,7 +205,7 @@ def test_frames_that_do_not_fit_are_refused(tmp_path, frames, message):
     assert not (tmp_path / "v.mp4").exists()
 
 
-@pytest.mark.parametrize("name", ["v.mp4", "v.y4m", "v.rgb"])
+@pytest.mark.parametrize("name", ["v.mp4", "v.y4m"])
 def test_another_size_midway_is_refused(tmp_path, name):
     """Catches rows of one picture read as another's, or a silent rescale."""
     with open_writer(str(tmp_path / name), FPS) as writer:
@@ -225,7 +217,7 @@ def test_another_size_midway_is_refused(tmp_path, name):
 def test_y4m_has_one_header_and_all_frames():
     """Catches a header with each chunk, which a player takes for a picture."""
     stream = io.BytesIO()
-    writer = RawWriter(stream, "y4m", FPS)
+    writer = Y4mWriter(stream, FPS)
     for i, length in enumerate(LENGTHS):
         writer.write(flat_chunk(i, length))
     data = stream.getvalue()
@@ -237,21 +229,7 @@ def test_y4m_has_one_header_and_all_frames():
     assert times == [Fraction(i, FPS) for i in range(sum(LENGTHS))]
 
 
-def test_rgb24_is_the_bytes_of_the_pictures(tmp_path):
-    """Catches another order of axes or channels, and padding; odd sizes are fine here, and views
-    too.
-    """
-    generator = torch.Generator().manual_seed(2)
-    frames = (
-        torch.randint(0, 256, (2, 3, 7, 5), generator=generator).to(torch.uint8).permute(0, 2, 3, 1)
-    )
-    with open_writer(str(tmp_path / "v.rgb"), FPS) as writer:
-        writer.write(frames[:1])
-        writer.write(frames[1:])
-    assert (tmp_path / "v.rgb").read_bytes() == frames.contiguous().numpy().tobytes()
-
-
-@pytest.mark.parametrize("name", ["v.mp4", "v.y4m", "v.rgb"])
+@pytest.mark.parametrize("name", ["v.mp4", "v.y4m"])
 def test_no_frames_write_nothing(tmp_path, name):
     """Catches an empty fragment, or a header without a size, for the empty context of a stream from
     text.
@@ -264,7 +242,7 @@ def test_no_frames_write_nothing(tmp_path, name):
 def test_a_closed_pipe_is_a_reader_that_has_gone():
     """Catches BrokenPipeError at the user, from the write or from the close that follows it."""
     read_end, write_end = os.pipe()
-    writer = RawWriter(os.fdopen(write_end, "wb"), "rgb24", FPS)
+    writer = Y4mWriter(os.fdopen(write_end, "wb"), FPS)
     os.close(read_end)
     with writer, pytest.raises(ReaderGone):
         writer.write(flat_chunk(0, 9))
@@ -311,7 +289,7 @@ def test_stdout_stays_open(capfdbinary):
 @pytest.mark.parametrize("name", ["v.avi", "v", "mp4", ""])
 def test_unknown_outputs_are_refused_with_what_is_known(tmp_path, name):
     """Catches an mp4 under a name that no player opens."""
-    with pytest.raises(OutputError, match=r"not known.*\.mp4.*\.y4m.*\.rgb.*stdout"):
+    with pytest.raises(OutputError, match=r"not known.*\.mp4.*\.y4m.*stdout"):
         open_writer(str(tmp_path / name) if name else "", FPS)
 
 
@@ -320,66 +298,3 @@ def test_impossible_rates_are_refused(tmp_path, fps):
     """Catches a division by zero after the first chunk has been made."""
     with pytest.raises(OutputError, match="fps is"):
         open_writer(str(tmp_path / "v.mp4"), fps)
-
-
-class Terminal:
-    """A real terminal of a size; `shown` is what was written to it since the last call."""
-
-    def __init__(self, columns: int, lines: int) -> None:
-        self._master, slave = os.openpty()
-        termios.tcsetwinsize(slave, (lines, columns))
-        self.stream = os.fdopen(slave, "w", encoding="utf-8")
-
-    def shown(self) -> str:
-        # the kernel passes a write on piece by piece; this is the last one
-        os.write(self.stream.fileno(), b"\0")
-        data = b""
-        while not data.endswith(b"\0"):
-            data += os.read(self._master, 2**16)
-        return data[:-1].decode().replace("\r\n", "\n")
-
-
-@pytest.fixture
-def terminal(monkeypatch):
-    monkeypatch.setenv("TERM", "xterm-256color")
-    return Terminal(columns=8, lines=24)
-
-
-def test_preview_shows_the_newest_frame_in_half_blocks(terminal):
-    """Catches the chunk's first frame, and upper and lower pixels exchanged."""
-    frames = torch.zeros(3, 8, 8, 3, dtype=torch.uint8)
-    frames[-1, ::2] = torch.tensor([255, 0, 0], dtype=torch.uint8)
-    frames[-1, 1::2] = torch.tensor([0, 0, 255], dtype=torch.uint8)
-    PreviewWriter(terminal.stream).write(frames)
-    cell = "\x1b[38;2;255;0;0;48;2;0;0;255m▀"
-    assert terminal.shown() == "\r\x1b[J" + (8 * cell + "\x1b[0m\n") * 4
-
-
-def test_preview_is_drawn_over_the_one_before(terminal):
-    """Catches a terminal that scrolls away: the second picture begins where the first one did."""
-    writer = PreviewWriter(terminal.stream)
-    writer.write(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
-    num_rows = terminal.shown().count("\n")
-    writer.write(torch.zeros(1, 8, 8, 3, dtype=torch.uint8))
-    assert terminal.shown().startswith(f"\r\x1b[{num_rows}A")
-
-
-@pytest.mark.parametrize("size", [(480, 832), (832, 480), (16, 16)])
-@pytest.mark.parametrize(("columns", "lines"), [(20, 10), (7, 30), (2, 1)])
-def test_preview_fits_into_the_terminal(monkeypatch, size, columns, lines):
-    """Catches pictures wider than the line, which wrap, or so high that the cursor cannot come back
-    to their top.
-    """
-    monkeypatch.setenv("TERM", "xterm-256color")
-    terminal = Terminal(columns, lines)
-    PreviewWriter(terminal.stream).write(torch.zeros(1, *size, 3, dtype=torch.uint8))
-    rows = terminal.shown().split("\n")[:-1]
-    assert max(row.count("▀") for row in rows) <= columns
-    assert len(rows) <= max(lines - 1, 1)
-
-
-def test_preview_leaves_a_file_alone():
-    """Catches escape sequences in a log."""
-    stream = io.StringIO()
-    PreviewWriter(stream).write(flat_chunk(0, 9))
-    assert stream.getvalue() == ""

@@ -184,23 +184,6 @@ def test_noisy_steps_leave_nothing_and_touch_nothing_else(model):
     assert torch.equal(other.keys, after)
 
 
-def test_merged_commit_is_the_separate_one(model):
-    """Catches a clean chunk that sees the noisy one, or a noisy one that does not see the clean
-    one.
-    """
-    for settings in ({"sink_frames": 2, "positions": "absolute"}, {"sink_frames": 0}):
-        apart, merged = (
-            stream(model, 7, window_frames=4, merge_commit=merge, **settings)
-            for merge in (False, True)
-        )
-        assert (apart - merged).abs().max() < ROUNDING
-    with pytest.raises(
-        ValueError,
-        match=r"merge_commit does not go with positions 'sink_relative' and 2 sink_frames",
-    ):
-        StreamSettings(sink_frames=2, merge_commit=True)
-
-
 def test_text_keys_worked_out_once_are_the_same(model):
     """Catches text keys of another prompt or layer, to the bit."""
     text = conditioning(model)

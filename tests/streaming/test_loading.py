@@ -9,12 +9,12 @@ import json
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny_wan import HEIGHT, RECIPE, WIDTH, save_wan_folder, tiny_parts, tiny_student
+from y4m import y4m
 
 from selfforcing_dfd.config import ConfigError
 from selfforcing_dfd.models.hub import HubError, Recipe, mark_student, recipe_of, role_of
@@ -212,7 +212,7 @@ def test_mistakes_are_found_before_weights_are_read(tmp_path, options, message):
 
 def test_the_command_line_streams_an_export(export, tmp_path, capsys):
     """Catches options that do not arrive; the file holds what the session makes."""
-    out = tmp_path / "s.rgb"
+    out = tmp_path / "s.y4m"
     options = [
         "--model",
         str(export),
@@ -227,8 +227,7 @@ def test_the_command_line_streams_an_export(export, tmp_path, capsys):
         str(out),
     ]
     assert main(options) == 0
-    shown = np.frombuffer(out.read_bytes(), np.uint8).reshape(-1, HEIGHT, WIDTH, 3)
-    assert np.array_equal(shown, frames(load_wan_model(export, size=(HEIGHT, WIDTH))).numpy())
+    assert out.read_bytes() == y4m(frames(load_wan_model(export, size=(HEIGHT, WIDTH))))
     said = capsys.readouterr().err
     assert f"{WIDTH} x {HEIGHT} pixels, float32" in said
     assert "K = 12 latent frames (sink 3 + window 9" in said
@@ -247,7 +246,7 @@ def test_the_command_line_takes_a_dtype(export, tmp_path, capsys):
         "--chunks",
         "1",
     ]
-    assert main([*options, "--out", str(tmp_path / "s.rgb")]) == 0
+    assert main([*options, "--out", str(tmp_path / "s.y4m")]) == 0
     assert "bfloat16" in capsys.readouterr().err
 
 

@@ -96,12 +96,8 @@ def watched(session: StreamSession) -> Watcher:
 
 @pytest.mark.parametrize(
     "settings",
-    [
-        StreamSettings(),
-        StreamSettings(positions="absolute", sink_frames=0, window_frames=12),
-        StreamSettings(positions="absolute", merge_commit=True),
-    ],
-    ids=["moving sink", "no sink", "merged commit"],
+    [StreamSettings(), StreamSettings(positions="absolute", sink_frames=0, window_frames=12)],
+    ids=["moving sink", "no sink"],
 )
 def test_stored_keys_and_values_are_read_by_attention_only(model, settings):
     """Catches a cat, clone or contiguous of the past, which would cost memory and time that grow

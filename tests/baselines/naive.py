@@ -1,10 +1,9 @@
-"""What a stream costs with a plain cache: the benchmark's baseline. The same network, noise and
-video as `StreamSession`.
+"""A stream on a plain cache, to compare `StreamSession` with: same network, noise and video.
 
-The cache does what public streaming code does (survey of nine projects): past and present are
-concatenated in every layer of every call, keys are kept as they were before rotation and the whole
-window is rotated each time through a complex128 table, the text's keys and values are worked out in
-each call, and forgetting is slicing and cloning. Nothing is compiled.
+The cache does what public streaming code does (survey of nine projects). Past and present are
+concatenated in every layer of every call. Keys are stored before rotation, and the whole window is
+rotated in each call through a complex128 table. The text's K/V are computed in each call.
+Forgetting is slicing and cloning. Nothing is compiled.
 """
 
 from __future__ import annotations
@@ -13,6 +12,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from statistics import median
 from typing import Any
 
 import torch
@@ -21,7 +21,6 @@ from torch.autograd.profiler import record_function
 from torch.profiler import ProfilerActivity, profile
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.benchmark.statistics import percentile
 from selfforcing_dfd.context import Attention, ChunkKV, Conditioning, Context, NetworkOutput
 from selfforcing_dfd.models.rope import axis_dims, axis_frequencies
 from selfforcing_dfd.models.wan import WanBlock, WanTransformer, modulate
@@ -75,7 +74,7 @@ def rotate_by_table(
 
 @dataclass(frozen=True, slots=True)
 class NaivePast:
-    """Sink and history as keys before rotation, with their values, and the table to rotate them by."""
+    """Sink and history as keys before rotation, with their values, and the rotary table."""
 
     # [B, frames * tokens, heads, head_dim], the oldest first
     layers: tuple[tuple[Tensor, Tensor], ...]
@@ -187,8 +186,9 @@ class NaiveSession:
     def __init__(self, model: StreamModel, prompt: str, settings: StreamSettings) -> None:
         if settings.positions == "absolute" and settings.sink_frames:
             raise ValueError(
-                f"the naive baseline counts positions from the sink; positions {settings.positions!r} with "
-                f"{settings.sink_frames} sink_frames cannot be compared: use sink_relative, or sink_frames 0"
+                f"the naive cache counts positions from the sink; positions {settings.positions!r} "
+                f"with {settings.sink_frames} sink_frames cannot be compared: use sink_relative, "
+                "or sink_frames 0"
             )
         student, (rows, columns) = model.student, model.latent_size
         self.model, self.settings, self.chunk_index = model, settings, 0
@@ -233,15 +233,13 @@ class NaiveSession:
 def compare_with_naive(
     model: StreamModel, prompt: str, settings: StreamSettings, num_chunks: int
 ) -> dict[str, Any]:
-    """Both caches in one run, chunk by chunk in turn, once window and sink are full: medians, their
-    ratio, and its limits.
+    """Both caches in one run, one chunk each in turn, when window and sink are full: medians.
 
-    matrix_products_ms: what a profiler finds of them in a chunk of ours; both need it.
-    least_possible_ratio is that over the naive median: no cache could fall below. naive_costs_ms:
-    time in the naive cache's own work, as its share of the profiled time, which a profiler makes
-    longer where operators are small, of the median; ratio_without_naive_costs is what would be left
-    without any of it. A ring does not reach that either: it must still turn and store the chunk at
-    hand.
+    matrix_products_ms: time of matrix products in a chunk of ours, by a profiler; both need them.
+    least_possible_ratio: this over the naive median; no cache can be faster. naive_costs_ms: time
+    of the naive cache's own work, its share of the profiled time taken of the median, since a
+    profiler makes small operators slower. ratio_without_naive_costs: what would be left without
+    any of it. A ring does not reach that either, since it must rotate and store the current chunk.
     """
     ours, naive = StreamSession(model, prompt, settings), NaiveSession(model, prompt, settings)
     for _ in range(ours.visible_frames // model.chunk_frames + 1):
@@ -253,7 +251,7 @@ def compare_with_naive(
         # what one leaves warm or hot falls on either alike
         for sink, work in turns if i % 2 else reversed(turns):
             sink.append(wall_ms(work, model.device))
-    ours_ms, naive_ms = (percentile(times, 50) for times in samples)
+    ours_ms, naive_ms = (median(times) for times in samples)
     num_profiled = max(1, min(3, num_chunks // 10))
     found, _ = profiled_ms(ours.next_chunk, model.device, num_profiled, PRODUCTS.fullmatch)
     products = sum(found.values())
@@ -264,7 +262,7 @@ def compare_with_naive(
         "ours_p50_ms": ours_ms,
         "naive_p50_ms": naive_ms,
         "ratio": ours_ms / naive_ms,
-        "ratio_p50_of_pairs": percentile([a / b for a, b in zip(*samples, strict=True)], 50),
+        "ratio_p50_of_pairs": median(a / b for a, b in zip(*samples, strict=True)),
         "matrix_products_ms": products,
         "least_possible_ratio": products / naive_ms,
         "naive_costs_ms": {name: share * naive_ms for name, share in costs.items()},
@@ -273,7 +271,7 @@ def compare_with_naive(
 
 
 def wall_ms(work: Callable[[], object], device: torch.device) -> float:
-    """Until the device has nothing left to do: a commit pass that goes on belongs to its own chunk."""
+    """Time until the device is idle: a commit pass that goes on belongs to its own chunk."""
     begun = time.perf_counter()
     work()
     if device.type == "cuda":

@@ -4,16 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from naive import COSTS, NaiveCache, NaiveSession, compare_with_naive, rotary_table
 from tiny_models import LADDER, tiny_network
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.benchmark.naive import (
-    COSTS,
-    NaiveCache,
-    NaiveSession,
-    compare_with_naive,
-    rotary_table,
-)
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
