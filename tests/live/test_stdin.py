@@ -29,7 +29,7 @@ def test_piped_lines_change_and_end_the_stream(tmp_path, monkeypatch):
         replies.append(awaited in said.getvalue())
 
     def talk() -> None:
-        give("a lion\n", "error 'a lion' names nothing of the tiny world")
+        give("a lion\n", "error prompt 'a lion' names nothing of the tiny world")
         give("a cross moves\n", "ok prompt")
         give("/quit\n", "ok quit")
         os.close(write_end)
