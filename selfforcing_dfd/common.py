@@ -76,21 +76,30 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     An exception leaves `path` as it was and removes what was written.
     """
     path = Path(path)
-    partial, replaced = (path.with_name(f".{kind}-{path.name}") for kind in ("tmp", "old"))
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
+    partial = path.with_name(f".tmp-{path.name}")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        for written in (*partial.rglob("*"), partial):
-            sync(written)
-        if path.exists():
-            path.rename(replaced)
-        partial.rename(path)
-        sync(path.parent)
+        replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-        shutil.rmtree(replaced, ignore_errors=True)
+
+
+def replace_folder(partial: Path, path: Path) -> None:
+    """Rename the complete folder `partial` to `path`, in place of what was there.
+
+    Both lie in the same folder. What was there is deleted only after the rename.
+    """
+    replaced = path.with_name(f".old-{path.name}")
+    shutil.rmtree(replaced, ignore_errors=True)
+    for written in (*partial.rglob("*"), partial):
+        sync(written)
+    if path.exists():
+        path.rename(replaced)
+    partial.rename(path)
+    sync(path.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def tune_allocator() -> None:

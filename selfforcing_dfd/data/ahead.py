@@ -14,11 +14,11 @@ Made = TypeVar("Made")
 def in_order(
     make: Callable[[Given], Made], inputs: Iterable[Given], num_workers: int
 ) -> Iterator[Made]:
-    """`make` of each input, in their order; `inputs` may be endless. At most 2 num_workers + 1
-    results wait in memory.
+    """`make` of each input, in their order; `inputs` may be endless.
 
-    Threads and not processes: decoding, I/O, checksums and copies do not hold Python's lock,
-    threads need no shared memory, no fork beside a GPU, and pass an error on as it was raised.
+    At most 2 num_workers + 1 results wait in memory. Threads and not processes: decoding, I/O,
+    checksums and copies do not hold Python's lock; threads need no shared memory and no fork
+    beside a GPU, and they pass an error on as it was raised.
     """
     if num_workers == 0:
         yield from map(make, inputs)

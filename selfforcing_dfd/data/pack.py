@@ -1,343 +1,337 @@
-"""From clips with captions to a folder of shards.
+"""From a source to a folder of shards.
 
-A shard folder appears complete or not at all. A clip that cannot be used is left out by name, with
-the reason, in the summary and in the index. Threads decode ahead of the encoder; neither order nor
-bytes depend on how many.
+An item that cannot be used is left out by name, with the reason, in the summary and in the index.
+Threads may read ahead of the encoders; neither order nor bytes depend on how many.
 """
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
-import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, TypeVar
 
-import numpy as np
 import torch
+from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
 from selfforcing_dfd.data.ahead import in_order
-from selfforcing_dfd.data.publish import Unfinished, published
-from selfforcing_dfd.data.shards import INDEX_NAME, LATENT, NOISE, TEXT, ShardReader, pad_text
-from selfforcing_dfd.data.sources.files import Clip, PackError, list_clips, list_hash, share_of
-from selfforcing_dfd.data.sources.video import ClipError, Resize, read_video
-from selfforcing_dfd.data.writing import (
+from selfforcing_dfd.data.encoders import TextEncoder, VideoCodec
+from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, TEXT, PackError, load_npy, npy, trim
+from selfforcing_dfd.data.source import ClipError, Item, Source
+from selfforcing_dfd.data.write import (
     Job,
-    Journal,
     PackSummary,
     Record,
     Refusal,
     Refuse,
-    negative_files,
-    npy,
-    trim,
+    Unfinished,
+    check_target,
+    none_usable,
     write_folder,
-    write_index,
-    write_shards,
 )
 
-Invert = Callable[[Tensor, Tensor], Tensor]
-"""(latents [B, F, C, H, W], text [B, L, D]) -> noise [B, F, C, H, W]: the teacher's ODE, from data
-to noise.
-"""
+LATENT_STRIDE = 4  # video frames of each latent frame but the first, in all imported data sets
 
-
-class VideoCodec(Protocol):
-    """What the packer asks of a codec: the tiny world's linear one, or Wan's VAE."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def num_latent_frames(self, num_video_frames: int) -> int: ...
-
-    def encode(self, video: Tensor) -> Tensor:
-        """[B, T, H, W, 3] in [0, 1] -> [B, F, C, h, w]."""
-        ...
-
-
-class TextEncoder(Protocol):
-    """What the packer asks of a text encoder: the tiny world's word table, or UMT5."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def encode(self, captions: list[str]) -> Tensor:
-        """-> [B, L, D] with a fixed L, zeros past each caption's end."""
-        ...
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class PackOptions:
-    """How to read the clips and how to run.
+    """How to pack.
 
-    captions, recursive: see `list_clips`. resize, fps: see `read_video`. device: where the codec
-    is. num_workers: threads that decode ahead. part: i of n, counted from 1, for several machines
-    (see `merge`). negative_prompt: is encoded into `negative.safetensors`; None for none. settings:
-    more for the index that a resumed run must agree in, such as the codec's dtype. strict: the
-    first unusable clip is a PackError. unfinished: see `published`.
+    shard_size: samples in each shard. dtype: of the stored arrays. negative_prompt: is encoded
+    into `negative.safetensors`; None for none. device: where the codec is. num_workers: threads
+    that read ahead. part: i of n, counted from 1, for several machines (see `merge`). settings:
+    more for the index that a resumed run must share, such as the codec's dtype. strict: the first
+    item that cannot be used is a PackError. overwrite: replaces an earlier folder. unfinished: see
+    `write.Unfinished`. attach: writes further files, such as the codec's basis, into the folder.
     """
 
-    captions: Path | None = None
-    recursive: bool = False
-    resize: Resize = "none"
-    fps: Fraction | None = None
+    shard_size: int = 512
+    dtype: str = "float16"
+    negative_prompt: str | None = None
     device: torch.device | str = "cpu"
     num_workers: int = 0
     part: tuple[int, int] = (1, 1)
-    negative_prompt: str | None = None
     settings: Mapping[str, str] = field(default_factory=dict)
     strict: bool = False
+    overwrite: bool = False
     unfinished: Unfinished = "discard"
+    attach: Callable[[Path], None] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class _Recipe:
-    """How a clip becomes a record: `read` may run in any thread, `record` in the one that owns the
-    encoders.
-    """
-
-    codec: VideoCodec
-    text: TextEncoder
-    fingerprints: dict[str, str]  # of both; a codec may take a second to work out its own
-    num_video_frames: int
-    video_size: tuple[int, int]
-    dtype: str
-    options: PackOptions
-
-    def latent_shape(self) -> tuple[int, ...]:
-        """F, C, h, w of every sample, from a black clip: a length or size that the codec cannot
-        take fails first.
-        """
-        num_latent_frames = self.codec.num_latent_frames(self.num_video_frames)
-        black = torch.zeros(
-            1, self.num_video_frames, *self.video_size, 3, device=self.options.device
-        )
-        _, _, *rest = self.codec.encode(black).shape
-        return (num_latent_frames, *rest)
-
-    def read(self, clip: Clip) -> Tensor | ClipError:
-        """uint8 [T, H, W, 3], or why not; an error is a result here, so that threads that read
-        ahead go on.
-        """
-        if clip.problem:
-            return ClipError(f"{clip.path.name}: {clip.problem}")
-        options = self.options
-        try:
-            return read_video(
-                clip.path, self.num_video_frames, self.video_size, options.resize, options.fps
-            )
-        except ClipError as error:
-            return error
-
-    def record(self, clip: Clip, number: int, frames: Tensor) -> Record:
-        latents = self.codec.encode(frames.to(self.options.device)[None].float() / 255)[0]
-        try:
-            tokens = self.text.encode([clip.caption])[0]
-        except ValueError as error:
-            raise ClipError(f"{clip.path.name}: {error}") from error
-        about = {
-            "caption": clip.caption,
-            "source": clip.name,
-            "num_video_frames": self.num_video_frames,
-            **self.fingerprints,
-        }
-        members = {
-            LATENT: npy(latents, self.dtype, clip.name),
-            TEXT: npy(trim(tokens), self.dtype, clip.name),
-            "json": json.dumps(about, ensure_ascii=False, sort_keys=True).encode(),
-        }
-        return Record(number, clip.key, clip.caption, members)
-
-    def settings(self) -> dict[str, Any]:
-        height, width = self.video_size
-        fps = self.options.fps and str(self.options.fps)
-        taken = {
-            "num_video_frames": self.num_video_frames,
-            "height": height,
-            "width": width,
-            "fps": fps,
-        }
-        return {
-            **taken,
-            "resize": self.options.resize,
-            "dtype": self.dtype,
-            **self.options.settings,
-        }
+DEFAULTS = PackOptions()
 
 
 def pack(
-    source: Path | str,
+    source: Source,
     out: Path | str,
-    codec: VideoCodec,
-    text: TextEncoder,
-    *,
-    num_video_frames: int,
-    video_size: tuple[int, int],
-    caption_suffix: str = ".txt",
-    shard_size: int = 512,
-    dtype: str = "float16",
-    invert: Invert | None = None,
-    noise_fingerprint: str = "",
-    batch_size: int = 16,
-    overwrite: bool = False,
-    attach: Callable[[Path], None] | None = None,
-    options: PackOptions | None = None,
+    codec: VideoCodec | None = None,
+    text: TextEncoder | None = None,
+    options: PackOptions = DEFAULTS,
 ) -> PackSummary:
-    """Pack the clips of a folder or list (see `list_clips`), of each its first `num_video_frames`,
-    in their order.
+    """Encode what is not encoded yet, and write shards of all items in their order.
 
-    video_size: height, width; other clips are left out unless options.resize says otherwise.
-    shard_size: samples per shard. dtype: of the stored arrays. invert: adds noise members (see
-    `add_noise`), `batch_size` samples at a time. attach: writes further files, such as the codec's
-    basis, into the folder before it appears. PackError: `out` exists, no clip is usable, or the
-    interrupted run to go on with was another one.
+    codec: needed for a source of video. text: encodes the captions; without it the embeddings of
+    the source are taken. A sample that has an embedding and no caption gets a caption made of the
+    embedding's hash, so that samples of one prompt still count as such.
+
+    Raises PackError if `out` exists, if no item can be used, if the interrupted run to go on with
+    was another one, or if there are neither embeddings nor an encoder. Raises the codec's
+    ValueError for a video length or size that it cannot take.
     """
-    options = options or PackOptions()
-    if invert and options.unfinished != "discard":
-        raise PackError(
-            "a run that adds noise cannot be resumed; pack first, then run `python -m selfforcing_dfd invert`"
-        )
-    everything = list_clips(source, caption_suffix, options.captions, options.recursive)
-    clips = share_of(everything, options.part)
-    fingerprints = {"codec": codec.fingerprint, "text": text.fingerprint}
-    recipe = _Recipe(codec, text, fingerprints.copy(), num_video_frames, video_size, dtype, options)
-    latent_shape, text_shape = recipe.latent_shape(), tuple(text.encode([""]).shape[1:])
-    prompt = options.negative_prompt
-    negative = None if prompt is None else text.encode([prompt])[0]
-    files, about_negative = negative_files(negative, prompt or "", dtype)
-    about = {
-        "source": {"num_clips": len(everything), "sha256": list_hash(everything)},
-        "settings": {**recipe.settings(), "shard_size": shard_size},
-        **about_negative,
-    }
+    packer = _Packer(
+        source=source,
+        codec=codec,
+        text=text,
+        options=options,
+        numbers=share_of(range(len(source.names)), options.part),
+        names=share_of(source.names, options.part),
+        keys=share_of(source.keys, options.part),
+        text_shape=_text_shape(source, text),
+        fingerprints=_fingerprints(source, codec, text),
+    )
+    summary = write_folder(
+        out, packer.job(), packer.records, options.overwrite, options.unfinished, options.attach
+    )
+    return replace(summary, skipped=tuple(source.skipped))
+
+
+def check_early(source: Source, out: Path | str, options: PackOptions) -> None:
+    """What can be refused before encoders are loaded, which may take minutes.
+
+    Reads items up to the first that can be used. Raises PackError if there is none, or if `out`
+    is in the way.
+    """
+    if options.unfinished != "resume":
+        check_target(Path(out), options.overwrite, options.unfinished)
     if options.part != (1, 1):
-        about["part"] = "/".join(map(str, options.part))
-
-    def records(first: int, refuse: Refuse) -> Iterator[Record]:
-        found = _records(clips, recipe, first, refuse)
-        return _with_noise(found, invert, batch_size, text_shape[0]) if invert else found
-
-    if invert:
-        fingerprints["noise"] = noise_fingerprint
-    empty = options.part != (1, 1)
-    job = Job(
-        str(source),
-        len(clips),
-        latent_shape,
-        text_shape,
-        fingerprints,
-        about,
-        shard_size,
-        files,
-        empty,
-    )
-    return write_folder(out, job, records, overwrite, options.unfinished, attach)
-
-
-def add_noise(
-    folder: Path | str,
-    invert: Invert,
-    *,
-    batch_size: int = 16,
-    out: Path | str | None = None,
-    noise_fingerprint: str = "",
-) -> PackSummary:
-    """Give every sample of a shard folder its noise member; samples, their order and all other
-    bytes stay as they are.
-
-    noise_fingerprint: names the teacher and solver, kept in the index. The folder is replaced as a
-    whole at the end, or left alone if `out` names another, which must not exist.
-    """
-    reader = ShardReader(folder)
-    index = reader.index
-    shard_size = sum(entry.shard == index.samples[0].shard for entry in index.samples)
-    fingerprints = index.fingerprints | {"noise": noise_fingerprint}
-    job = Job(
-        str(folder),
-        len(reader),
-        index.latent_shape,
-        index.text_shape,
-        fingerprints,
-        index.about,
-        shard_size,
-    )
-    records = _with_noise(_stored_records(reader), invert, batch_size, index.text_shape[0])
-    with published(Path(out or folder), overwrite=out is None) as partial:
-        journal = Journal(partial, job)
-        for path in Path(folder).iterdir():
-            if path.name != INDEX_NAME and path.suffix != ".tar":
-                shutil.copyfile(path, partial / path.name)
-        write_shards(partial, records, journal)
-        shards, samples = tuple(journal.shards), tuple(journal.samples)
-        write_index(
-            partial, replace(index, shards=shards, samples=samples, fingerprints=fingerprints)
-        )
-    refused = tuple(Refusal(**refusal) for refusal in index.refused)
-    return PackSummary(Path(out or folder), len(samples), len(shards), refused)
-
-
-def _records(
-    clips: Sequence[Clip], recipe: _Recipe, first: int, refuse: Refuse
-) -> Iterator[Record]:
-    """A record for each usable clip from number `first` on; with options.strict the first unusable
-    one is a PackError.
-    """
-    numbers = range(first, len(clips))
-    frames = in_order(
-        lambda number: recipe.read(clips[number]), numbers, recipe.options.num_workers
-    )
-    bar = tqdm(numbers, "packing", len(clips), initial=first, unit="clip", disable=None)
-    num_refused = 0
-    for number, read in zip(bar, frames, strict=True):
-        clip = clips[number]
+        return  # a part may be empty
+    refused = []
+    for number, name in enumerate(source.names):
         try:
-            if isinstance(read, ClipError):
-                raise read
-            yield recipe.record(clip, number, read)
+            source.read(number)
+            return
         except ClipError as error:
-            refusal = Refusal(clip.name, str(error).removeprefix(f"{clip.path.name}: "))
-            if recipe.options.strict:
-                raise PackError(
-                    f"{refusal.file}: {refusal.reason}. Repair it, or pack without --strict"
-                ) from error
-            refuse(number, refusal)
-            num_refused += 1
-            bar.set_postfix(refused=num_refused)
+            refused.append(Refusal(name, error.reason))
+    raise none_usable(source.title, len(refused), refused)
 
 
-def _stored_records(reader: ShardReader) -> Iterator[Record]:
-    for number in tqdm(range(len(reader)), desc="adding noise", unit="clip", disable=None):
-        entry = reader.index.samples[number]
-        yield Record(number, entry.key, entry.caption, reader.members(number))
+def share_of(items: Sequence[T], part: tuple[int, int]) -> Sequence[T]:
+    """Part i of n, counted from 1: consecutive items, so that all parts in order are the whole."""
+    number, count = part
+    if not 1 <= number <= count:
+        raise PackError(f"part {number}/{count} does not exist; want 1/{count} to {count}/{count}")
+    first = len(items) * (number - 1) // count
+    end = len(items) * number // count
+    return items[first:end]
 
 
-def _with_noise(
-    records: Iterable[Record], invert: Invert, batch_size: int, text_length: int
-) -> Iterator[Record]:
-    """Each record with the noise of its *stored* latents, so that it does not matter when the noise
-    is added.
+@dataclass(frozen=True, slots=True)
+class _Packer:
+    """One call of `pack`. `_read` may run in any thread, all else in the encoders' own.
+
+    A position counts within this part. numbers, names, keys: the source's, by position.
     """
-    records = iter(records)
-    while group := list(islice(records, batch_size)):
-        latents = torch.stack([_tensor(record, LATENT) for record in group])
-        text = torch.stack([pad_text(_tensor(record, TEXT), text_length) for record in group])
-        noise = invert(latents, text)
-        if noise.shape != latents.shape:
-            raise PackError(
-                f"invert gave noise {list(noise.shape)} for latents {list(latents.shape)}; want the same shape"
-            )
-        for record, one in zip(group, noise, strict=True):
-            dtype = np.load(io.BytesIO(record.members[LATENT])).dtype.name
-            yield replace(
-                record, members=record.members | {NOISE: npy(one, dtype, f"{record.key}, noise")}
-            )
+
+    source: Source
+    codec: VideoCodec | None
+    text: TextEncoder | None
+    options: PackOptions
+    numbers: Sequence[int]
+    names: Sequence[str]
+    keys: Sequence[str]
+    text_shape: tuple[int, ...]
+    fingerprints: dict[str, str]
+
+    def job(self) -> Job:
+        options = self.options
+        settings = {
+            **self.source.settings,
+            "dtype": options.dtype,
+            **options.settings,
+            "shard_size": options.shard_size,
+        }
+        files, about_negative = self._negative()
+        about = {"source": self.source.about, "settings": settings, **about_negative}
+        is_part = options.part != (1, 1)
+        if is_part:
+            about["part"] = "{}/{}".format(*options.part)
+        return Job(
+            name=self.source.title,
+            num_items=len(self.numbers),
+            latent_shape=self._latent_shape(),
+            text_shape=self.text_shape,
+            fingerprints=self.fingerprints,
+            about=about,
+            shard_size=options.shard_size,
+            files=files,
+            may_be_empty=is_part,
+        )
+
+    def records(self, first: int, refuse: Refuse) -> Iterator[Record]:
+        """See `write.Records`."""
+        positions = range(first, len(self.numbers))
+        items = in_order(self._read, positions, self.options.num_workers)
+        bar = tqdm(
+            zip(positions, items, strict=True),
+            desc="packing",
+            total=len(self.numbers),
+            initial=first,
+            unit="item",
+            disable=None,
+        )
+        steps = iter(bar)
+        num_refused = 0
+        while group := list(islice(steps, self.source.batch_size)):
+            for position, result in self._encode(group):
+                if isinstance(result, Record):
+                    yield result
+                    continue
+                refusal = Refusal(self.names[position], result.reason)
+                if self.options.strict:
+                    raise PackError(
+                        f"{refusal.file}: {refusal.reason}. Repair it, or run without --strict"
+                    ) from result
+                refuse(position, refusal)
+                num_refused += 1
+                bar.set_postfix(refused=num_refused)
+
+    def _read(self, position: int) -> Item | ClipError:
+        """The item, or why not. An error is a result, so that threads that read ahead go on."""
+        try:
+            item = self.source.read(self.numbers[position])
+        except ClipError as error:
+            return error
+        if self.text and not item.caption:
+            return ClipError(self.names[position], "no caption")
+        return item
+
+    def _encode(
+        self, group: list[tuple[int, Item | ClipError]]
+    ) -> Iterator[tuple[int, Record | ClipError]]:
+        """The record of each item of a group, or why there is none."""
+        usable = [(position, item) for position, item in group if isinstance(item, Item)]
+        embeddings = iter(self._embeddings(usable))
+        for position, item in group:
+            if isinstance(item, ClipError):
+                yield position, item
+                continue
+            tokens = next(embeddings)
+            if isinstance(tokens, ClipError):
+                yield position, tokens
+            else:
+                yield position, self._record(position, item, tokens)
+
+    def _embeddings(self, items: list[tuple[int, Item]]) -> list[Tensor | ClipError]:
+        """[L, D] for each item; a caption that the encoder refuses takes no other with it."""
+        if self.text is None:
+            return [self._stored_embedding(position, item) for position, item in items]
+        if not items:
+            return []
+        try:
+            return list(self.text.encode([item.caption for _, item in items]))
+        except ValueError as error:
+            if len(items) == 1:
+                return [ClipError(self.names[items[0][0]], str(error))]
+        return [embedding for one in items for embedding in self._embeddings([one])]
+
+    def _stored_embedding(self, position: int, item: Item) -> Tensor | ClipError:
+        name = self.names[position]
+        if item.text is None:
+            problem = "no text embedding; name a text encoder with --text to encode the captions"
+            return ClipError(name, problem)
+        length, dim = self.text_shape
+        if item.text.shape[1:] != (dim,) or len(item.text) > length:
+            got = list(item.text.shape)
+            wanted = list(self.text_shape)
+            problem = f"its text embedding is {got}, that of the first sample {wanted}"
+            return ClipError(name, problem)
+        return item.text
+
+    def _record(self, position: int, item: Item, tokens: Tensor) -> Record:
+        name = self.names[position]
+        dtype = self.options.dtype
+        caption = item.caption or _made_up_caption(npy(tokens, dtype, name))
+        about: dict[str, Any] = {"caption": caption, "source": name}
+        members: dict[str, bytes] = {}
+        latents = self._latents(item)
+        if latents is not None:
+            members[LATENT] = npy(latents, dtype, name)
+            about |= {"num_video_frames": _num_video_frames(item), **self.fingerprints}
+        members[TEXT] = npy(trim(tokens), dtype, name)
+        members["json"] = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
+        return Record(position, self.keys[position], caption, members)
+
+    def _latents(self, item: Item) -> Tensor | None:
+        if item.video is None:
+            return item.latents
+        pixels = item.video.to(self.options.device)[None].float() / 255
+        return _needed(self.codec).encode(pixels)[0]
+
+    def _latent_shape(self) -> tuple[int, ...]:
+        """F, C, H, W of every sample; of video from a black clip.
+
+        So a length or size that the codec cannot take fails first.
+        """
+        if self.source.video_shape is None:
+            return self.source.latent_shape
+        codec = _needed(self.codec)
+        num_latent_frames = codec.num_latent_frames(self.source.video_shape[0])
+        black = torch.zeros(1, *self.source.video_shape, 3, device=self.options.device)
+        return (num_latent_frames, *codec.encode(black).shape[2:])
+
+    def _negative(self) -> tuple[dict[str, bytes], dict[str, Any]]:
+        """The file that `ShardReader.negative` reads, by name, and what the index says of it."""
+        prompt = self.options.negative_prompt
+        tokens = self.source.negative
+        if self.text:
+            tokens = None if prompt is None else self.text.encode([prompt])[0]
+        if tokens is None:
+            return {}, {}
+        rows = load_npy(npy(trim(tokens), self.options.dtype, "the negative prompt"))
+        content = save({"text": torch.from_numpy(rows).contiguous()}, {"prompt": prompt or ""})
+        about = {"prompt": prompt or "", "sha256": hashlib.sha256(content).hexdigest()}
+        return {NEGATIVE_NAME: content}, {"negative": about}
 
 
-def _tensor(record: Record, name: str) -> Tensor:
-    return torch.from_numpy(np.load(io.BytesIO(record.members[name]))).float()
+def _made_up_caption(embedding: bytes) -> str:
+    """Equal for equal embeddings."""
+    return f"embedding {hashlib.sha256(embedding).hexdigest()[:16]}"
+
+
+def _num_video_frames(item: Item) -> int:
+    if item.video is not None:
+        return len(item.video)
+    assert item.latents is not None
+    return 1 + LATENT_STRIDE * (len(item.latents) - 1)
+
+
+def _needed(codec: VideoCodec | None) -> VideoCodec:
+    if codec is None:
+        raise ValueError("this source holds video; pack needs a codec")
+    return codec
+
+
+def _text_shape(source: Source, text: TextEncoder | None) -> tuple[int, ...]:
+    if text:
+        return tuple(text.encode([""]).shape[1:])
+    if source.text_shape is None:
+        raise PackError(
+            f"{source.title} holds prompts without embeddings; name a text encoder with --text"
+        )
+    return source.text_shape
+
+
+def _fingerprints(
+    source: Source, codec: VideoCodec | None, text: TextEncoder | None
+) -> dict[str, str]:
+    """A codec may take a second to work out its own, so this is done once."""
+    of_latents = _needed(codec).fingerprint if source.video_shape else source.codec_fingerprint
+    of_text = text.fingerprint if text else f"{source.title}-stored"
+    return {"codec": of_latents, "text": of_text}

@@ -1,34 +1,22 @@
 """Latents and text embeddings in webdataset tar shards, read through an index.
 
-Tars are the storage: any webdataset tool reads them. The index is the dataset: it knows where each
-member lies, so samples are read in any order without parsing a tar, and the state of a data stream
-is one integer, the position in an endless order that is a function of (seed, epoch). Workers and
-ranks only decide who reads a position.
-
-    <key>.latent.npy   float16 or float32 [F, C, H, W]; none in a folder of prompts without clips
-    <key>.text.npy     float16 or float32 [n, D], trimmed to the valid tokens
-    <key>.noise.npy    optional: the noise to which the teacher's probability-flow ODE maps this
-      sample
-    <key>.json         caption, source, num_video_frames, fingerprints of codec and text encoder
-
-Beside the shards may lie `negative.safetensors`: key `text`, the negative prompt's embedding [n,
-D], trimmed likewise.
+Tars are the storage: any webdataset tool reads them. The index is the data set: it knows where
+each member lies, so samples are read in any order without parsing a tar. The state of a data
+stream is one integer, the position in an endless order that is a function of (seed, epoch).
+Workers and ranks only decide who reads a position. See `format` for the files.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import os
 import zlib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from threading import Lock
-from typing import Any
 
 import numpy as np
 import torch
@@ -38,107 +26,33 @@ from torch import Tensor
 from selfforcing_dfd import rng
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.data.ahead import in_order
-
-FORMAT_VERSION = 1
-INDEX_NAME, NEGATIVE_NAME = "index.json", "negative.safetensors"
-LATENT, TEXT, NOISE = "latent.npy", "text.npy", "noise.npy"
+from selfforcing_dfd.data.format import (
+    INDEX_NAME,
+    LATENT,
+    NEGATIVE_NAME,
+    NOISE,
+    TEXT,
+    Entry,
+    Index,
+    load_npy,
+    pad_text,
+    sha256_of,
+)
 
 
 class ShardError(UserError):
-    """A shard folder that cannot be trusted; the message says what was found, what was wanted and
-    how to repair it.
+    """A shard folder that cannot be trusted.
+
+    The message says what was found, what was wanted and how to repair it.
     """
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """name: file name within the folder; bytes: its size; sha256: of the whole file."""
-
-    name: str
-    bytes: int
-    sha256: str
-
-
-@dataclass(frozen=True, slots=True)
-class Member:
-    """Where one array lies in its shard, in bytes, and the CRC-32 that is checked on every read."""
-
-    offset: int
-    size: int
-    crc32: int
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One sample of the index. members: by name without the key, for example `latent.npy`."""
-
-    key: str
-    shard: str
-    caption: str
-    members: dict[str, Member]
-
-    def to_fields(self) -> dict[str, Any]:
-        members = {
-            name: [place.offset, place.size, place.crc32] for name, place in self.members.items()
-        }
-        return {"key": self.key, "shard": self.shard, "caption": self.caption, "members": members}
-
-    @classmethod
-    def from_fields(cls, fields: dict[str, Any]) -> Entry:
-        members = {name: Member(*place) for name, place in fields["members"].items()}
-        return cls(fields["key"], fields["shard"], fields["caption"], members)
-
-
-@dataclass(frozen=True, slots=True)
-class Index:
-    """All about a shard folder but the arrays. fingerprints: of `codec`, `text` and, where there is
-    noise, `noise`.
-
-    about: what was packed and how: `source` (number and SHA-256 of its list), `settings`,
-    `negative` (prompt and SHA-256 of its file) where there is one, `part` where it is one of
-    several. Empty in folders packed before there was any.
-    """
-
-    shards: tuple[Shard, ...]
-    samples: tuple[Entry, ...]
-    latent_shape: tuple[int, ...]  # F, C, H, W
-    text_shape: tuple[int, ...]  # padded length L, D
-    fingerprints: dict[str, str]
-    refused: tuple[dict[str, str], ...]  # file and reason of each clip that the packer left out
-    about: dict[str, Any] = field(default_factory=dict)
-
-    def to_json(self) -> str:
-        shards, samples = (
-            [asdict(s) for s in self.shards],
-            [entry.to_fields() for entry in self.samples],
-        )
-        rest = ("latent_shape", "text_shape", "fingerprints", "refused", "about")
-        fields = {"version": FORMAT_VERSION, "shards": shards, "samples": samples}
-        return json.dumps(fields | {name: getattr(self, name) for name in rest}, ensure_ascii=False)
-
-    @classmethod
-    def from_json(cls, text: str) -> Index:
-        fields = json.loads(text)
-        if fields["version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"format version {fields['version']}, this program reads version {FORMAT_VERSION}"
-            )
-        samples = tuple(Entry.from_fields(sample) for sample in fields["samples"])
-        return cls(
-            shards=tuple(Shard(**shard) for shard in fields["shards"]),
-            samples=samples,
-            latent_shape=tuple(fields["latent_shape"]),
-            text_shape=tuple(fields["text_shape"]),
-            fingerprints=fields["fingerprints"],
-            refused=tuple(fields["refused"]),
-            about=fields.get("about", {}),
-        )
 
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """latents, noise: [F, C, H, W] float32, zeros without clips; text: [L, D] float32, zeros past
-    the caption's end.
+    """One sample.
+
+    latents, noise: [F, C, H, W] float32; latents are zeros in a folder without clips. text: [L, D]
+    float32, zeros past the caption's end.
     """
 
     latents: Tensor
@@ -150,8 +64,10 @@ class Sample:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """latents, noise: [B, F, C, H, W] float32; text: [B, L, D] float32. Without clips latents are
-    zeros, of the right shape.
+    """Samples side by side.
+
+    latents, noise: [B, F, C, H, W] float32; latents are zeros where `has_clips` is False. text:
+    [B, L, D] float32.
     """
 
     latents: Tensor
@@ -162,23 +78,12 @@ class Batch:
     has_clips: bool = True
 
 
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def pad_text(tokens: Tensor, length: int) -> Tensor:
-    """[n, D] -> [length, D], zeros past n."""
-    return torch.nn.functional.pad(tokens, (0, 0, 0, length - len(tokens)))
-
-
 class ShardReader:
-    """The samples of a shard folder, by number. Safe to share between threads: every read carries
-    its own offset.
+    """The samples of a shard folder, by number. Safe to share between threads.
 
-    Opening checks the index, that each shard is there with its size, and the first sample; every
-    read checks checksum, dtype and shape; `verify` reads everything. index_hash: SHA-256 of the
-    index, which holds the shards' own.
+    Opening checks the index, that each shard is there with its size, and the first sample. Every
+    read checks checksum, dtype and shape; `verify` reads everything. All raise ShardError.
+    index_hash: SHA-256 of the index, which holds those of the shards.
     """
 
     def __init__(self, folder: Path | str):
@@ -195,17 +100,17 @@ class ShardReader:
 
     def __getitem__(self, number: int) -> Sample:
         entry = self.index.samples[number]
-        length, dim = self.index.text_shape
         tokens = self._array(entry, TEXT)
-        if tokens.shape[1:] != (dim,) or len(tokens) > length:
-            raise self._error(
-                entry, TEXT, f"is {list(tokens.shape)}, the index wants [at most {length}, {dim}]"
-            )
+        problem = self._text_problem(tokens)
+        if problem:
+            raise self._error(entry, TEXT, problem)
+        if self.has_clips:
+            latents = self._clip_array(entry, LATENT)
+        else:
+            latents = torch.zeros(self.index.latent_shape)
         return Sample(
-            latents=self._clip_array(entry, LATENT)
-            if self.has_clips
-            else torch.zeros(self.index.latent_shape),
-            text=pad_text(tokens, length),
+            latents=latents,
+            text=pad_text(tokens, self.index.text_shape[0]),
             caption=entry.caption,
             key=entry.key,
             noise=self._clip_array(entry, NOISE) if self.has_noise else None,
@@ -226,13 +131,14 @@ class ShardReader:
 
     @property
     def negative(self) -> Tensor | None:
-        """[L, D] float32: the negative prompt's embedding, zeros past its end; None if the folder
-        was packed without.
+        """[L, D] float32: the negative prompt's embedding, zeros past its end.
+
+        None if the folder was packed without one.
         """
         packed = self.index.about.get("negative")
         if not packed:
             return None
-        path, (length, dim) = self.folder / NEGATIVE_NAME, self.index.text_shape
+        path = self.folder / NEGATIVE_NAME
         if not path.is_file() or sha256_of(path) != packed["sha256"]:
             state = "not as packed (SHA-256 differs)" if path.is_file() else "missing"
             raise ShardError(f"{path}: {state}; it holds the negative prompt. {self._remedy}")
@@ -241,11 +147,10 @@ class ShardReader:
                 tokens = file.get_tensor("text").float()
         except SafetensorError as error:
             raise ShardError(f"{path}: cannot be read ({error}). {self._remedy}") from error
-        if tokens.shape[1:] != (dim,) or len(tokens) > length:
-            raise ShardError(
-                f"{path}: is {list(tokens.shape)}, the index wants [at most {length}, {dim}]"
-            )
-        return pad_text(tokens, length)
+        problem = self._text_problem(tokens)
+        if problem:
+            raise ShardError(f"{path}: {problem}")
+        return pad_text(tokens, self.index.text_shape[0])
 
     @property
     def captions(self) -> list[str]:
@@ -263,9 +168,7 @@ class ShardReader:
         return {name: self._read(entry, name) for name in entry.members}
 
     def verify(self) -> None:
-        """Recompute every checksum and read every sample; the ShardError names all shards that
-        differ.
-        """
+        """Recompute every checksum and read every sample. The error names all damaged shards."""
         changed = [
             shard.name
             for shard in self.index.shards
@@ -273,7 +176,8 @@ class ShardReader:
         ]
         if changed:
             raise ShardError(
-                f"{self.folder}: {', '.join(changed)}: not as packed (SHA-256 differs). {self._remedy}"
+                f"{self.folder}: {', '.join(changed)}: not as packed (SHA-256 differs). "
+                f"{self._remedy}"
             )
         for number in range(len(self)):
             self[number]
@@ -293,7 +197,8 @@ class ShardReader:
         path = self.folder / INDEX_NAME
         if not path.is_file():
             raise ShardError(
-                f"{self.folder}: no {INDEX_NAME}, so this is no finished shard folder. {self._remedy}"
+                f"{self.folder}: no {INDEX_NAME}, so this is no finished shard folder. "
+                f"{self._remedy}"
             )
         data = path.read_bytes()
         try:
@@ -322,21 +227,17 @@ class ShardReader:
         sizes = {shard.name: shard.bytes for shard in self.index.shards}
         if not self.index.samples:
             raise ShardError(f"{self.folder}: the index lists no samples. {self._remedy}")
-        wanted = {TEXT, *([LATENT] if self.has_clips else []), *([NOISE] if self.has_noise else [])}
+        wanted = {TEXT} | (_arrays_of(self.index.samples[0]) & {LATENT, NOISE})
         for entry in self.index.samples:
-            arrays = {name for name in entry.members if name.endswith(".npy")}
+            arrays = _arrays_of(entry)
             if arrays != wanted:
-                raise self._error(
-                    entry,
-                    "*",
-                    f"has members {sorted(arrays)}, the first sample has {sorted(wanted)}",
-                )
+                problem = f"has members {sorted(arrays)}, the first sample has {sorted(wanted)}"
+                raise self._error(entry, "*", problem)
             for name, member in entry.members.items():
                 end = member.offset + member.size
                 if member.offset < 0 or end > sizes.get(entry.shard, 0):
-                    raise self._error(
-                        entry, name, f"would end at byte {end}, past the end of its shard"
-                    )
+                    problem = f"would end at byte {end}, past the end of its shard"
+                    raise self._error(entry, name, problem)
 
     def _read(self, entry: Entry, name: str) -> bytes:
         member = entry.members[name]
@@ -350,7 +251,7 @@ class ShardReader:
 
     def _array(self, entry: Entry, name: str) -> Tensor:
         try:
-            array = np.load(io.BytesIO(self._read(entry, name)), allow_pickle=False)
+            array = load_npy(self._read(entry, name))
         except (ValueError, EOFError) as error:
             raise self._error(entry, name, f"is no .npy array ({error})") from error
         if array.dtype not in (np.float16, np.float32):
@@ -358,12 +259,23 @@ class ShardReader:
         return torch.from_numpy(array).float()
 
     def _clip_array(self, entry: Entry, name: str) -> Tensor:
-        array, wanted = self._array(entry, name), self.index.latent_shape
+        array = self._array(entry, name)
+        wanted = self.index.latent_shape
         if tuple(array.shape) != wanted:
-            raise self._error(
-                entry, name, f"is {list(array.shape)}, the index wants {list(wanted)}"
-            )
+            problem = f"is {list(array.shape)}, the index wants {list(wanted)}"
+            raise self._error(entry, name, problem)
         return array
+
+    def _text_problem(self, tokens: Tensor) -> str:
+        """What is wrong with the shape of [n, D]; empty if nothing is."""
+        length, dim = self.index.text_shape
+        if tokens.shape[1:] == (dim,) and len(tokens) <= length:
+            return ""
+        return f"is {list(tokens.shape)}, the index wants [at most {length}, {dim}]"
+
+
+def _arrays_of(entry: Entry) -> set[str]:
+    return {name for name in entry.members if name.endswith(".npy")}
 
 
 class SampleOrder:
@@ -380,22 +292,26 @@ class SampleOrder:
     ):
         if num_samples < 1 or group_size < 1:
             raise ValueError(
-                f"num_samples is {num_samples} and group_size {group_size}; want both to be at least 1"
+                f"num_samples is {num_samples} and group_size {group_size}; "
+                "want both to be at least 1"
             )
         if group_size > 1 and (group is None or len(group) != num_samples):
             got = "no ids" if group is None else f"{len(group)} ids"
             raise ValueError(
-                f"group_size {group_size} needs {num_samples} caption ids, one per sample; got {got}"
+                f"group_size {group_size} needs {num_samples} caption ids, one per sample; "
+                f"got {got}"
             )
-        self.num_samples, self.seed, self.group_size = num_samples, seed, group_size
+        self.num_samples = num_samples
+        self.seed = seed
+        self.group_size = group_size
         self._group = group or [0] * num_samples
         # two, as a batch may straddle epochs
         self._arrangement = lru_cache(maxsize=2)(self.arrangement)
 
     def sample_at(self, position: int) -> int:
         """The sample number at a position of the stream, 0 <= position without end."""
-        epoch, place = divmod(position, self.num_samples)
-        return self._arrangement(epoch)[place]
+        epoch, rest = divmod(position, self.num_samples)
+        return self._arrangement(epoch)[rest]
 
     def arrangement(self, epoch: int) -> list[int]:
         """All sample numbers in the order of one epoch."""
@@ -406,32 +322,29 @@ class SampleOrder:
         by_caption: dict[int, list[int]] = defaultdict(list)
         for sample in shuffled:
             by_caption[self._group[sample]].append(sample)
-        g = self.group_size
-        runs = [
-            members[i : i + g] for members in by_caption.values() for i in range(0, len(members), g)
-        ]
-        full = [run for run in runs if len(run) == g]
-        left = [sample for run in runs if len(run) < g for sample in run]
+        size = self.group_size
+        full: list[list[int]] = []
+        left: list[int] = []
+        for members in by_caption.values():
+            num_grouped = len(members) - len(members) % size
+            full += [members[i : i + size] for i in range(0, num_grouped, size)]
+            left += members[num_grouped:]
         full = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
-        num_first = -epoch * self.num_samples % g
+        num_first = -epoch * self.num_samples % size
         while len(left) < num_first and full:
             left += full.pop()
         return left[:num_first] + [sample for run in full for sample in run] + left[num_first:]
 
 
-def load_batch(
-    reader: ShardReader, order: SampleOrder, start: int, size: int, stride: int = 1, offset: int = 0
-) -> Batch:
-    """The samples at positions start + offset + stride i, i < size.
-
-    Rank r of R reads stride R and offset r, or stride 1 and offset r * size where a group must stay
-    on one rank.
-    """
-    samples = [reader[order.sample_at(start + offset + stride * i)] for i in range(size)]
+def load_batch(reader: ShardReader, order: SampleOrder, start: int, size: int) -> Batch:
+    """The samples at positions start, start + 1, ... start + size - 1."""
+    samples = [reader[order.sample_at(start + i)] for i in range(size)]
+    latents = torch.stack([sample.latents for sample in samples])
+    text = torch.stack([sample.text for sample in samples])
     noise = [sample.noise for sample in samples if sample.noise is not None]
     return Batch(
-        latents=torch.stack([sample.latents for sample in samples]),
-        text=torch.stack([sample.text for sample in samples]),
+        latents=latents,
+        text=text,
         captions=tuple(sample.caption for sample in samples),
         keys=tuple(sample.key for sample in samples),
         noise=torch.stack(noise) if noise else None,
@@ -440,19 +353,10 @@ def load_batch(
 
 
 def batches(
-    reader: ShardReader,
-    order: SampleOrder,
-    starts: Iterable[int],
-    size: int,
-    num_workers: int = 0,
-    stride: int = 1,
-    offset: int = 0,
+    reader: ShardReader, order: SampleOrder, starts: Iterable[int], size: int, num_workers: int = 0
 ) -> Iterator[Batch]:
-    """`load_batch` for each of `starts` (may be endless), in order. Workers only read ahead and
-    change nothing.
+    """`load_batch` for each of `starts`, in order; they may be endless.
+
+    Rank r of R with batches of B starts at r B, r B + R B, ... Workers only read ahead.
     """
-
-    def load(start: int) -> Batch:
-        return load_batch(reader, order, start, size, stride, offset)
-
-    return in_order(load, starts, num_workers)
+    return in_order(lambda start: load_batch(reader, order, start, size), starts, num_workers)

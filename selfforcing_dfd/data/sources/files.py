@@ -1,6 +1,4 @@
-"""What is to be packed: clips with captions, from a folder or a list file, in a fixed order and
-with a hash of the list.
-"""
+"""Clips with captions, from a folder or a list file, in a fixed order."""
 
 from __future__ import annotations
 
@@ -8,26 +6,28 @@ import csv
 import hashlib
 import io
 import json
-import re
-from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from selfforcing_dfd.common import UserError
+from selfforcing_dfd.data.format import PackError
+from selfforcing_dfd.data.source import ClipError, Item, Source, keys_of, one_line
+from selfforcing_dfd.data.sources.video import Resize, read_video
 
-MAX_KEY = 64
+CLIP = ".mp4"
 TABLES = (".csv", ".jsonl")
-
-
-class PackError(UserError):
-    """Packing cannot go on, or must not; the message says how to go on."""
+TEXTS = (".txt", ".json", *TABLES)  # captions and lists; no clips that were forgotten
 
 
 @dataclass(frozen=True, slots=True)
 class Clip:
-    """name: within the source, as the index gives it. caption: one line. problem: why it cannot be
-    used, or empty.
+    """A video file with its caption.
+
+    name: within the source, as the index gives it. caption: one line. problem: why the clip cannot
+    be used; empty if it can.
     """
 
     path: Path
@@ -37,23 +37,101 @@ class Clip:
     problem: str = ""
 
 
+class FileSource(Source):
+    """Video files, of each its first frames. See `list_clips` for where clips and captions lie."""
+
+    def __init__(
+        self,
+        path: Path | str,
+        num_video_frames: int,
+        video_size: tuple[int, int],
+        *,
+        resize: Resize = "none",
+        fps: Fraction | None = None,
+        caption_suffix: str = ".txt",
+        captions: Path | None = None,
+        recursive: bool = False,
+    ) -> None:
+        """video_size: height and width. resize, fps: see `read_video`. PackError: no clips."""
+        self.path = Path(path)
+        self.num_video_frames = num_video_frames
+        self.video_size = video_size
+        self.resize = resize
+        self.fps = fps
+        self.recursive = recursive
+        self.clips = list_clips(path, caption_suffix, captions, recursive)
+
+    @property
+    def title(self) -> str:
+        return str(self.path)
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [clip.name for clip in self.clips]
+
+    @property
+    def keys(self) -> list[str]:
+        return [clip.key for clip in self.clips]
+
+    @cached_property
+    def about(self) -> dict[str, Any]:
+        return {"num_clips": len(self.clips), "sha256": list_hash(self.clips)}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        height, width = self.video_size
+        return {
+            "num_video_frames": self.num_video_frames,
+            "height": height,
+            "width": width,
+            "fps": None if self.fps is None else str(self.fps),
+            "resize": self.resize,
+        }
+
+    @property
+    def video_shape(self) -> tuple[int, int, int]:
+        return (self.num_video_frames, *self.video_size)
+
+    @cached_property
+    def skipped(self) -> list[str]:
+        """Files of a folder that are neither clips nor text, such as videos in other formats."""
+        if not self.path.is_dir():
+            return []
+        return sorted(
+            path.relative_to(self.path).as_posix()
+            for path in _files_in(self.path, self.recursive)
+            if path.suffix.lower() not in (CLIP, *TEXTS)
+        )
+
+    def read(self, number: int) -> Item:
+        clip = self.clips[number]
+        if clip.problem:
+            raise ClipError(clip.name, clip.problem)
+        size = self.video_size
+        video = read_video(clip.path, self.num_video_frames, size, self.resize, self.fps)
+        return Item(clip.caption, video)
+
+
 def find_clips(folder: Path | str, recursive: bool = False) -> list[Path]:
-    """The `.mp4` files of a folder, and below it if `recursive`, in order of name; PackError if
-    there are none.
-    """
+    """The `.mp4` files of a folder, and below it if `recursive`, by name. PackError: no clips."""
     folder = Path(folder)
     if not folder.is_dir():
         raise PackError(
             f"{folder}: no such folder; want one with .mp4 clips and a caption file beside each"
         )
-    found = folder.rglob("*") if recursive else folder.iterdir()
-    clips = sorted(path for path in found if path.suffix.lower() == ".mp4")
+    clips = sorted(path for path in _files_in(folder, recursive) if path.suffix.lower() == CLIP)
     if not clips:
         deeper = "" if recursive else ", or --recursive if they lie in folders below"
         raise PackError(
             f"{folder}: no .mp4 files in it; want clips with a caption file beside each{deeper}"
         )
     return clips
+
+
+def _files_in(folder: Path, recursive: bool) -> Iterator[Path]:
+    """All files but hidden ones."""
+    found = folder.rglob("*") if recursive else folder.iterdir()
+    return (path for path in found if path.is_file() and not path.name.startswith("."))
 
 
 def list_clips(
@@ -65,12 +143,14 @@ def list_clips(
     """All clips of a source with their captions; those without one have a `problem`.
 
     source: a folder (see `find_clips`), or a list: a .csv or .jsonl file with columns or keys
-    `video` and, if wanted, `caption`, or a .txt file with one video per line; paths in it are
-    relative to the list's folder, and any file that PyAV reads will do. Captions come from the
-    list, else from `captions`, else from NAME + caption_suffix beside each. captions: a .csv or
-    .jsonl file as above, matched by the clips' names within the source, or a .txt file with one
-    caption per line in the order of the clips. PackError: a list that cannot be read, is empty or
-    fits no clip.
+    `video` and, if wanted, `caption`, or a .txt file with one video per line. Paths in it are
+    relative to the list's folder, and any file that PyAV reads will do.
+
+    Captions come from the list, else from `captions`, else from NAME + caption_suffix beside each.
+    captions: a .csv or .jsonl file as above, matched by the clips' names within the source, or a
+    .txt file with one caption per line in the order of the clips.
+
+    Raises PackError for a list that cannot be read, is empty or fits no clip.
     """
     source = Path(source)
     rows = _rows(source, recursive)
@@ -84,31 +164,8 @@ def list_clips(
     ]
 
 
-def keys_of(names: Iterable[str]) -> list[str]:
-    """The names without ending, fit for webdataset: ASCII, no dots or slashes, short enough for a
-    tar, and unique.
-
-    A key depends on the whole list and not on which clips are usable, so that parts and resumed
-    runs agree on it.
-    """
-    keys: list[str] = []
-    seen: set[str] = set()
-    numbers: dict[str, int] = defaultdict(lambda: 1)
-    for name in names:
-        stem = re.sub(r"[^A-Za-z0-9_-]", "_", re.sub(r"\.[^./]*$", "", name))[-MAX_KEY:]
-        key = stem
-        while key in seen:
-            numbers[stem] += 1
-            key = f"{stem}_{numbers[stem]}"
-        seen.add(key)
-        keys.append(key)
-    return keys
-
-
 def list_hash(clips: Sequence[Clip]) -> str:
-    """SHA-256 of names, captions, problems and file sizes: what a list must not change in while it
-    is packed.
-    """
+    """SHA-256 of names, captions, problems and file sizes, which a resumed run must find again."""
     digest = hashlib.sha256()
     for clip in clips:
         size = clip.path.stat().st_size if clip.path.is_file() else -1
@@ -116,23 +173,13 @@ def list_hash(clips: Sequence[Clip]) -> str:
     return digest.hexdigest()
 
 
-def share_of(clips: Sequence[Clip], part: tuple[int, int]) -> Sequence[Clip]:
-    """Part i of n, counted from 1: consecutive clips, so that the parts in order are the whole list
-    in order.
-    """
-    number, count = part
-    if not 1 <= number <= count:
-        raise PackError(f"part {number}/{count} does not exist; want 1/{count} to {count}/{count}")
-    first, last = (len(clips) * (number - 1) // count, len(clips) * number // count)
-    return clips[first:last]
-
-
 def _rows(source: Path, recursive: bool) -> list[tuple[str, str | None]]:
     """Name and caption, if the source has it, of every clip."""
     if source.suffix.lower() in TABLES and source.is_file():
         rows = [(row.get("video") or "", row.get("caption")) for row in read_table(source, "video")]
-        if blank := next((number for number, (name, _) in enumerate(rows, 1) if not name), None):
-            raise PackError(f"{source}: row {blank} names no video")
+        blank = [number for number, (name, _) in enumerate(rows, 1) if not name]
+        if blank:
+            raise PackError(f"{source}: row {blank[0]} names no video")
         return rows
     if source.suffix.lower() == ".txt" and source.is_file():
         return [(line.strip(), None) for line in _lines(source) if line.strip()]
@@ -154,13 +201,15 @@ def _with_captions(
         }
         if not set(names) & set(table):
             raise PackError(
-                f"{captions}: names none of the clips; it begins with {next(iter(table))}, they {names[0]}"
+                f"{captions}: names none of the clips; "
+                f"it begins with {next(iter(table))}, they {names[0]}"
             )
         return [(name, table.get(name, "")) for name in names]
     lines = _lines(captions)
     if len(lines) != len(rows):
         raise PackError(
-            f"{captions}: {len(lines)} lines for {len(rows)} clips; want one caption per clip, in order"
+            f"{captions}: {len(lines)} lines for {len(rows)} clips; "
+            "want one caption per clip, in order"
         )
     return list(zip(names, lines, strict=True))
 
@@ -180,16 +229,15 @@ def _captioned(source: Path, name: str, caption: str | None, suffix: str) -> tup
         return path, "", f"no caption; write one into {beside.name} beside it"
     except UnicodeDecodeError as error:
         return path, "", f"{beside.name} is not UTF-8 ({error.reason}); save it as UTF-8"
+    except OSError as error:
+        return path, "", f"its caption {beside.name} cannot be read ({error.strerror})"
     return path, caption, "" if caption else f"the caption in {beside.name} is empty; write one"
 
 
-def one_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def read_table(path: Path, *wanted: str) -> list[dict[str, str]]:
-    """Rows of a .csv file with a header, or of a .jsonl file of objects. PackError: no rows, or a
-    column missing.
+    """Rows of a .csv file with a header, or of a .jsonl file of objects.
+
+    PackError: no rows, or one of the wanted columns is missing.
     """
     rows: list[dict[str, str]]
     if path.suffix.lower() == ".csv":
@@ -209,7 +257,8 @@ def read_table(path: Path, *wanted: str) -> list[dict[str, str]]:
             f"{path}: no rows; want a column or key {' and '.join(wanted)} and a row for each clip"
         )
     for number, row in enumerate(rows, 1):
-        if missing := [name for name in wanted if row.get(name) is None]:
+        missing = [name for name in wanted if row.get(name) is None]
+        if missing:
             found = ", ".join(str(name) for name in row)
             raise PackError(f"{path}: row {number} has no {' and '.join(missing)}; it has {found}")
     return rows
@@ -222,15 +271,14 @@ def _object(path: Path, number: int, line: str) -> dict[str, str]:
         raise PackError(f"{path}: line {number} is no JSON ({error})") from error
     if not isinstance(row, dict):
         raise PackError(
-            f'{path}: line {number} is {line[:40]}, want an object such as {{"video": ..., "caption": ...}}'
+            f"{path}: line {number} is {line[:40]}, "
+            'want an object such as {"video": ..., "caption": ...}'
         )
     return {name: value for name, value in row.items() if isinstance(value, str)}
 
 
 def _lines(path: Path) -> list[str]:
-    """Without their ends; only line feeds end a line, as captions may hold Unicode's other
-    separators.
-    """
+    """Lines without their ends. Only line feeds end one: captions may hold other separators."""
     lines = [line.removesuffix("\r") for line in _text(path).split("\n")]
     return lines if lines[-1] else lines[:-1]
 

@@ -2,13 +2,12 @@
 
 One environment, or a folder of several, each with the keys
 
-    latents_shape        ASCII numbers: N [S] F C H W; S latents of a trajectory from noise to
-      clean, where there are any
+    latents_shape        ASCII numbers: N [S] F C H W
     latents_<i>_data     float16 [S] F C H W, raw bytes
     prompts_<i>_data     UTF-8
 
-(`prompts_shape` and, for image to video, `img_<i>_data` are not read.) Latents are Wan's,
-normalised.
+S is there in data of trajectories: S latents from noise to clean. Latents are Wan's, normalised.
+`prompts_shape` and, for image to video, `img_<i>_data` are not read.
 """
 
 from __future__ import annotations
@@ -24,67 +23,52 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.data.imports import Imported
-from selfforcing_dfd.data.sources.files import PackError, one_line
-from selfforcing_dfd.data.sources.video import ClipError
+from selfforcing_dfd.data.format import PackError
+from selfforcing_dfd.data.source import IMPORTED_CODEC, ClipError, Item, Source, one_line
 
-SHAPE, DATA_FILE = b"latents_shape", "data.mdb"
-
-
-def find_environments(source: Path) -> list[Path]:
-    """LMDB environments of a folder in order of name: itself, or those directly in it; or a
-    single-file one.
-    """
-    if source.is_file() or (source / DATA_FILE).is_file():
-        return [source]
-    return sorted(path.parent for path in source.glob(f"*/{DATA_FILE}"))
+SHAPE = b"latents_shape"
+DATA_FILE = "data.mdb"
 
 
-class LmdbSource:
-    """`imports.ImportSource`. step: which latent of a trajectory; the default is its end, the clean
-    one.
-    """
+def find_environments(path: Path) -> list[Path]:
+    """A folder or file that is an environment; else the environments directly in it, by name."""
+    if path.is_file() or (path / DATA_FILE).is_file():
+        return [path]
+    return sorted(found.parent for found in path.glob(f"*/{DATA_FILE}"))
 
-    text_shape: tuple[int, ...] | None = None
-    negative: Tensor | None = None
+
+class LmdbSource(Source):
+    """Latents with prompts. step: which latent of a trajectory; by default its clean end."""
+
+    title = "lmdb"
+    codec_fingerprint = IMPORTED_CODEC
 
     def __init__(
-        self, source: Path | str, step: int = -1, row_shape: tuple[int, ...] | None = None
+        self, path: Path | str, step: int = -1, row_shape: tuple[int, ...] | None = None
     ) -> None:
-        """row_shape: [S] F C H W where latents_shape lacks it, as scripts leave it whose last file
-        held nothing new.
+        """row_shape: [S] F C H W where latents_shape lacks it.
 
-        PackError: no environment, no `lmdb` package, shapes that say nothing or disagree, or a step
-        that there is not.
+        Scripts leave it out whose last file held nothing new. Raises PackError if there is no
+        environment, no `lmdb` package or no such step, or if shapes are missing or disagree.
         """
-        self.source, self.step = Path(source), step
-        paths = find_environments(self.source)
+        self.path = Path(path)
+        self.step = step
+        paths = find_environments(self.path)
         if not paths:
             raise PackError(
-                f"{source}: no LMDB here; want a folder with {DATA_FILE}, or with such folders"
+                f"{path}: no LMDB here; want a folder with {DATA_FILE}, or with such folders"
             )
-        self._environments = [_open(path) for path in paths]
-        sizes = [
-            _shape(path, environment)
-            for path, environment in zip(paths, self._environments, strict=True)
+        self._environments = [_open(found) for found in paths]
+        shapes = [_shape(*both) for both in zip(paths, self._environments, strict=True)]
+        self._folders = [found.name for found in paths]
+        self._rows = [
+            (number, row) for number, shape in enumerate(shapes) for row in range(shape[0])
         ]
-        self._rows = [(number, row) for number, size in enumerate(sizes) for row in range(size[0])]
-        self._folders = [path.name for path in paths]
-        shapes = {row_shape or size[1:] for size in sizes}
-        self._row_shape = shapes.pop()
-        if shapes or len(self._row_shape) not in (4, 5):
-            stated = "; ".join(
-                f"{path.name}: {' '.join(map(str, s))}"
-                for path, s in zip(paths, sizes, strict=True)
-            )
+        self._row_shape = row_shape or self._common_row_shape(shapes)
+        if not -self.num_steps <= step < self.num_steps:
             raise PackError(
-                f"{source}: latents_shape is {stated}; want the same N [S] F C H W everywhere. Name the shape of a row with "
-                "--row-shape, such as 21x16x60x104, if the script that wrote it ended on a file with nothing new"
-            )
-        num_steps = self.num_steps
-        if not -num_steps <= step < num_steps:
-            raise PackError(
-                f"--step {step}: a sample of {source} has {num_steps} latents, 0 to {num_steps - 1} or -1"
+                f"--step {step}: a sample of {path} has {self.num_steps} latents, "
+                f"0 to {self.num_steps - 1} or -1"
             )
 
     @property
@@ -98,52 +82,66 @@ class LmdbSource:
     @cached_property
     def names(self) -> list[str]:
         """`row-000012`, with the environment's name before it where there are several."""
-        several = len(self._environments) > 1
-        return [
-            (f"{self._folders[number]}/" if several else "") + f"row-{row:06d}"
-            for number, row in self._rows
-        ]
+        if len(self._environments) == 1:
+            return [f"row-{row:06d}" for _, row in self._rows]
+        return [f"{self._folders[number]}/row-{row:06d}" for number, row in self._rows]
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        digest, shape = hashlib.sha256(), "x".join(map(str, self._row_shape))
-        for name, (environment, row) in zip(self.names, self._rows, strict=True):
-            with self._environments[environment].begin() as transaction:
-                digest.update(
-                    f"{name}\n".encode()
-                    + (transaction.get(f"prompts_{row}_data".encode()) or b"")
-                    + b"\n"
-                )
-        read = {"row": shape, "step": self.step % self.num_steps, "sha256": digest.hexdigest()}
-        return {"kind": "lmdb", "num_clips": len(self._rows), **read}
+        digest = hashlib.sha256()
+        for name, (number, row) in zip(self.names, self._rows, strict=True):
+            with self._environments[number].begin() as transaction:
+                prompt = transaction.get(f"prompts_{row}_data".encode()) or b""
+                digest.update(f"{name}\n".encode() + prompt + b"\n")
+        return {
+            "kind": "lmdb",
+            "num_clips": len(self._rows),
+            "row": "x".join(map(str, self._row_shape)),
+            "step": self.step % self.num_steps,
+            "sha256": digest.hexdigest(),
+        }
 
-    def read(self, number: int) -> Imported:
-        name, (environment, row) = self.names[number], self._rows[number]
+    def read(self, number: int) -> Item:
+        name = self.names[number]
+        environment, row = self._rows[number]
         with self._environments[environment].begin(buffers=True) as transaction:
-            data, prompt = (
-                transaction.get(f"{kind}_{row}_data".encode()) for kind in ("latents", "prompts")
-            )
-            if data is None or prompt is None:
-                raise ClipError(
-                    f"{name}: no {'latents' if data is None else 'prompts'}_{row}_data in the LMDB"
-                )
-            if len(data) != (wanted := 2 * math.prod(self._row_shape)):
-                shape = " ".join(map(str, self._row_shape))
-                raise ClipError(
-                    f"{name}: latents have {len(data)} bytes, want {wanted} for float16 {shape}"
-                )
-            latents = (
-                np.frombuffer(data, np.float16)
-                .reshape(-1, *self.latent_shape)[self.step]
-                .astype(np.float32)
-            )
+            data = transaction.get(f"latents_{row}_data".encode())
+            prompt = transaction.get(f"prompts_{row}_data".encode())
+            for kind, found in (("latents", data), ("prompts", prompt)):
+                if found is None:
+                    raise ClipError(name, f"no {kind}_{row}_data in the LMDB")
+            latents = self._latents(name, data)
             try:
                 caption = one_line(bytes(prompt).decode("utf-8"))
             except UnicodeDecodeError as error:
-                raise ClipError(f"{name}: its prompt is not UTF-8 ({error.reason})") from error
+                raise ClipError(name, f"its prompt is not UTF-8 ({error.reason})") from error
+        return Item(caption, latents=latents)
+
+    def _latents(self, name: str, data: memoryview) -> Tensor:
+        """[F, C, H, W] float32 from a row's bytes."""
+        wanted = 2 * math.prod(self._row_shape)
+        if len(data) != wanted:
+            shape = " ".join(map(str, self._row_shape))
+            problem = f"latents have {len(data)} bytes, want {wanted} for float16 {shape}"
+            raise ClipError(name, problem)
+        steps = np.frombuffer(data, np.float16).reshape(-1, *self.latent_shape)
+        latents = steps[self.step].astype(np.float32)
         if not np.isfinite(latents).all():
-            raise ClipError(f"{name}: its latents hold NaN or infinity")
-        return Imported(torch.from_numpy(latents), caption)
+            raise ClipError(name, "its latents hold NaN or infinity")
+        return torch.from_numpy(latents)
+
+    def _common_row_shape(self, shapes: list[tuple[int, ...]]) -> tuple[int, ...]:
+        rows = {shape[1:] for shape in shapes}
+        row = rows.pop()
+        if rows or len(row) not in (4, 5):
+            named = zip(self._folders, shapes, strict=True)
+            stated = "; ".join(f"{folder}: {' '.join(map(str, shape))}" for folder, shape in named)
+            raise PackError(
+                f"{self.path}: latents_shape is {stated}; want the same N [S] F C H W everywhere. "
+                "Name the shape of a row with --row-shape, such as 21x16x60x104, if the script "
+                "that wrote it ended on a file with nothing new"
+            )
+        return row
 
 
 def _open(path: Path) -> Any:

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 
 from selfforcing_dfd.data.pack import pack
+from selfforcing_dfd.data.sources.files import FileSource
 from selfforcing_dfd.tiny.codec import TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, Level, write_clips
@@ -23,11 +24,5 @@ def make_tiny_shards(
     with tempfile.TemporaryDirectory() as clips:
         write_clips(clips, num_clips, seed, level, num_video_frames)
         folder.parent.mkdir(parents=True, exist_ok=True)
-        pack(
-            clips,
-            folder,
-            TinyCodec.load(basis),
-            TinyText(),
-            num_video_frames=num_video_frames,
-            video_size=(SIDE, SIDE),
-        )
+        source = FileSource(clips, num_video_frames, (SIDE, SIDE))
+        pack(source, folder, TinyCodec.load(basis), TinyText())

@@ -1,0 +1,136 @@
+"""Codecs and text encoders for packing, by the names that the command line uses.
+
+What needs diffusers or transformers is imported where it is asked for: that takes seconds.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+from torch import Tensor
+
+from selfforcing_dfd.data.format import PackError
+from selfforcing_dfd.data.source import ClipError, Source
+from selfforcing_dfd.tiny.codec import CHANNELS, SPACE, TIME, TinyCodec
+from selfforcing_dfd.tiny.text import TinyText
+
+if TYPE_CHECKING:
+    from selfforcing_dfd.codecs.wan_vae import WanCodec
+
+MAX_CLIPS_TO_FIT = 64  # 33,000 blocks of 4x8x8 pixels at the default size: plenty for a basis of 16
+PATCH = 2 * SPACE  # pixels that a token stands for, in height and in width
+
+
+class VideoCodec(Protocol):
+    """What packing asks of a codec: the tiny world's linear one, or Wan's VAE."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def num_latent_frames(self, num_video_frames: int) -> int: ...
+
+    def encode(self, video: Tensor) -> Tensor:
+        """[B, T, H, W, 3] in [0, 1] -> [B, F, C, h, w]."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """What packing asks of a text encoder: the tiny world's word table, or UMT5."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """-> [B, L, D] with a fixed L, zeros past each caption's end.
+
+        Raises ValueError for a caption that it cannot take.
+        """
+        ...
+
+
+def load_wan_codec(model: Path | None, device: str, dtype: str) -> WanCodec:
+    """Raises PackError without a folder, CodecError if there is no VAE in it."""
+    from selfforcing_dfd.codecs.wan_vae import WanCodec
+
+    folder = _named(model, "--codec wan", "vae")
+    return WanCodec.from_pretrained(folder, device, getattr(torch, dtype))
+
+
+def load_tiny_codec(path: Path) -> TinyCodec:
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no codec basis; name one with --basis FILE or fit one to the clips with --fit"
+        )
+    return TinyCodec.load(path)
+
+
+def fit_tiny_codec(source: Source) -> TinyCodec:
+    """Fit to at most MAX_CLIPS_TO_FIT clips, evenly chosen; those that cannot be used are left out.
+
+    Raises PackError if none of the chosen can be used.
+    """
+    numbers = range(len(source.names))
+    videos = []
+    problems = []
+    for number in numbers[:: math.ceil(len(numbers) / MAX_CLIPS_TO_FIT)]:
+        try:
+            video = source.read(number).video
+        except ClipError as error:
+            problems.append(f"\n  {error}")
+            continue
+        assert video is not None
+        videos.append(video)
+    if not videos:
+        raise PackError(f"no clip to fit the codec to; the first tried:{''.join(problems[:5])}")
+    return TinyCodec.fit(torch.stack(videos).float() / 255)
+
+
+def load_text(name: str, model: Path | None, device: str, cache: Path | None) -> TextEncoder:
+    """tiny: the word table. umt5: Wan's, in bfloat16.
+
+    With `cache`, UMT5's weights are read only for a prompt that is not in it.
+    """
+    if name == "tiny":
+        return TinyText()
+    from selfforcing_dfd.codecs.text import WanText
+
+    folder = _named(model, "--text umt5", "text_encoder and tokenizer")
+    if cache:
+        return WanText.cached(folder, cache, device)
+    return WanText.from_pretrained(folder, device)
+
+
+def default_negative_prompt(name: str) -> str | None:
+    """Wan's own for umt5; none for the tiny world, whose empty caption is all zeros."""
+    if name == "tiny":
+        return None
+    from selfforcing_dfd.codecs.text import NEGATIVE_PROMPT
+
+    return NEGATIVE_PROMPT
+
+
+def latent_shape(num_video_frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """F, C, H, W of a video's latents; the tiny codec has the shape of Wan's VAE.
+
+    size: height and width in pixels. Raises PackError for a video that the model cannot make.
+    """
+    height, width = size
+    fits_time = num_video_frames >= 1 and (num_video_frames - 1) % TIME == 0
+    fits_space = min(size) >= PATCH and height % PATCH == 0 and width % PATCH == 0
+    if not fits_time or not fits_space:
+        raise PackError(
+            f"a video of {num_video_frames} frames of {height}x{width}; want 1 + {TIME} n frames, "
+            f"and height and width that are multiples of {PATCH}, such as 81 frames of 480x832"
+        )
+    return 1 + (num_video_frames - 1) // TIME, CHANNELS, height // SPACE, width // SPACE
+
+
+def _named(model: Path | None, option: str, parts: str) -> Path:
+    if model is None:
+        raise PackError(
+            f"{option} needs --model DIR, a diffusers folder of Wan2.1 with its subfolder {parts}"
+        )
+    return model

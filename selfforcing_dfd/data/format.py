@@ -1,0 +1,174 @@
+"""What a shard folder consists of: file names, the index, and arrays as bytes.
+
+    <key>.latent.npy   float16 or float32 [F, C, H, W]; none in a folder of prompts without clips
+    <key>.text.npy     float16 or float32 [n, D], without the zeros past the caption's end
+    <key>.noise.npy    optional: the noise that the teacher's ODE maps to this sample
+    <key>.json         caption, source, and for clips num_video_frames and the fingerprints
+
+All of these are members of `shard-%06d.tar`. Beside the shards lie `index.json` and, where a
+negative prompt was encoded, `negative.safetensors`: key `text`, [n, D].
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from selfforcing_dfd.common import UserError
+
+FORMAT_VERSION = 1
+INDEX_NAME = "index.json"
+NEGATIVE_NAME = "negative.safetensors"
+LATENT = "latent.npy"
+TEXT = "text.npy"
+NOISE = "noise.npy"
+
+
+class PackError(UserError):
+    """Shards cannot be written; the message says how to go on."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """name: file name within the folder. bytes: its size. sha256: of the whole file."""
+
+    name: str
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """Where one array lies in its shard, in bytes, and the CRC-32 that every read checks."""
+
+    offset: int
+    size: int
+    crc32: int
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One sample of the index. members: by name without the key, for example `latent.npy`."""
+
+    key: str
+    shard: str
+    caption: str
+    members: dict[str, Member]
+
+    def to_fields(self) -> dict[str, Any]:
+        members = {
+            name: [member.offset, member.size, member.crc32]
+            for name, member in self.members.items()
+        }
+        return {"key": self.key, "shard": self.shard, "caption": self.caption, "members": members}
+
+    @classmethod
+    def from_fields(cls, fields: dict[str, Any]) -> Entry:
+        members = {name: Member(*numbers) for name, numbers in fields["members"].items()}
+        return cls(fields["key"], fields["shard"], fields["caption"], members)
+
+
+@dataclass(frozen=True, slots=True)
+class Index:
+    """All about a shard folder except the arrays.
+
+    fingerprints: of `codec`, `text` and, where there is noise, `noise`. refused: file and reason
+    of each clip that could not be used. about: what was packed and how: `source` (its size and
+    SHA-256), `settings`, `negative` (prompt and SHA-256 of its file) where there is one, `part`
+    where the folder is one of several. `about` is empty in folders of the first version.
+    """
+
+    shards: tuple[Shard, ...]
+    samples: tuple[Entry, ...]
+    latent_shape: tuple[int, ...]  # F, C, H, W
+    text_shape: tuple[int, ...]  # padded length L, D
+    fingerprints: dict[str, str]
+    refused: tuple[dict[str, str], ...]
+    about: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> str:
+        fields = {
+            "version": FORMAT_VERSION,
+            "shards": [asdict(shard) for shard in self.shards],
+            "samples": [entry.to_fields() for entry in self.samples],
+            "latent_shape": self.latent_shape,
+            "text_shape": self.text_shape,
+            "fingerprints": self.fingerprints,
+            "refused": self.refused,
+            "about": self.about,
+        }
+        return json.dumps(fields, ensure_ascii=False)
+
+    @classmethod
+    def from_json(cls, text: str) -> Index:
+        """Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
+        fields = json.loads(text)
+        version = fields["version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"format version {version}, this program reads version {FORMAT_VERSION}"
+            )
+        return cls(
+            shards=tuple(Shard(**shard) for shard in fields["shards"]),
+            samples=tuple(Entry.from_fields(sample) for sample in fields["samples"]),
+            latent_shape=tuple(fields["latent_shape"]),
+            text_shape=tuple(fields["text_shape"]),
+            fingerprints=fields["fingerprints"],
+            refused=tuple(fields["refused"]),
+            about=fields.get("about", {}),
+        )
+
+
+def write_index(folder: Path, index: Index) -> None:
+    (folder / INDEX_NAME).write_text(index.to_json(), encoding="utf-8")
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def npy(tensor: Tensor, dtype: str, name: str) -> bytes:
+    """The bytes of a .npy file. PackError if a value is not finite in `dtype`.
+
+    name: of the clip, for the message.
+    """
+    with np.errstate(over="ignore"):  # an overflow becomes an infinity, which is reported below
+        array = tensor.detach().float().cpu().numpy().astype(dtype)
+    if not np.isfinite(array).all():
+        raise PackError(
+            f"{name}: NaN, infinity or too large for {dtype}; check the clip and the codec, "
+            "or store float32"
+        )
+    buffer = io.BytesIO()
+    np.save(buffer, array)
+    return buffer.getvalue()
+
+
+def load_npy(data: bytes) -> np.ndarray:
+    """The array in the bytes of a .npy file. Raises ValueError or EOFError for anything else."""
+    return np.load(io.BytesIO(data), allow_pickle=False)
+
+
+def from_npy(data: bytes) -> Tensor:
+    """The array in the bytes of a .npy file, as float32."""
+    return torch.from_numpy(load_npy(data)).float()
+
+
+def trim(tokens: Tensor) -> Tensor:
+    """[L, D] -> [n, D]: without the zeros past the caption's end."""
+    valid = tokens.ne(0).any(-1).nonzero()
+    return tokens[: int(valid.max()) + 1] if len(valid) else tokens[:0]
+
+
+def pad_text(tokens: Tensor, length: int) -> Tensor:
+    """[n, D] -> [length, D], zeros past n."""
+    return torch.nn.functional.pad(tokens, (0, 0, 0, length - len(tokens)))

@@ -1,0 +1,103 @@
+"""Noise for the samples of a shard folder: what the teacher's ODE maps each of them to."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from selfforcing_dfd.data.format import (
+    INDEX_NAME,
+    LATENT,
+    NOISE,
+    TEXT,
+    PackError,
+    from_npy,
+    load_npy,
+    npy,
+    pad_text,
+    write_index,
+)
+from selfforcing_dfd.data.journal import Job, Journal
+from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.data.write import PackSummary, Record, shard_folder, summary_of, write_shards
+
+Invert = Callable[[Tensor, Tensor], Tensor]
+"""(latents [B, F, C, H, W], text [B, L, D]) -> noise [B, F, C, H, W]: the teacher's ODE, from data
+to noise.
+"""
+
+
+def store_noise(
+    folder: Path | str,
+    invert: Invert,
+    *,
+    batch_size: int = 16,
+    out: Path | str | None = None,
+    noise_fingerprint: str = "",
+) -> PackSummary:
+    """Give every sample of a shard folder its noise member, `batch_size` samples at a time.
+
+    Samples, their order and all other bytes stay as they are. noise_fingerprint: names the teacher
+    and solver, for the index. The folder is replaced as a whole at the end; or left alone if `out`
+    names another, which must not exist. Raises PackError for noise of another shape or not finite.
+    """
+    reader = ShardReader(folder)
+    index = reader.index
+    fingerprints = index.fingerprints | {"noise": noise_fingerprint}
+    job = Job(
+        name=str(folder),
+        num_items=len(reader),
+        latent_shape=index.latent_shape,
+        text_shape=index.text_shape,
+        fingerprints=fingerprints,
+        about=index.about,
+        shard_size=sum(entry.shard == index.samples[0].shard for entry in index.samples),
+    )
+    records = _with_noise(_stored_records(reader), invert, batch_size, index.text_shape[0])
+    with shard_folder(Path(out or folder), overwrite=out is None) as partial:
+        journal = Journal(partial, job)
+        for path in Path(folder).iterdir():
+            if path.name != INDEX_NAME and path.suffix != ".tar":
+                shutil.copyfile(path, partial / path.name)
+        write_shards(partial, records, journal, refused={})
+        index = replace(
+            index,
+            shards=tuple(journal.shards),
+            samples=tuple(journal.samples),
+            fingerprints=fingerprints,
+        )
+        write_index(partial, index)
+    return summary_of(Path(out or folder), index)
+
+
+def _stored_records(reader: ShardReader) -> Iterator[Record]:
+    for number in tqdm(range(len(reader)), desc="finding noise", unit="clip", disable=None):
+        entry = reader.index.samples[number]
+        yield Record(number, entry.key, entry.caption, reader.members(number))
+
+
+def _with_noise(
+    records: Iterable[Record], invert: Invert, batch_size: int, text_length: int
+) -> Iterator[Record]:
+    """Each record with the noise of its *stored* latents, which are what training reads."""
+    records = iter(records)
+    while group := list(islice(records, batch_size)):
+        latents = torch.stack([from_npy(record.members[LATENT]) for record in group])
+        tokens = [from_npy(record.members[TEXT]) for record in group]
+        noise = invert(latents, torch.stack([pad_text(one, text_length) for one in tokens]))
+        if noise.shape != latents.shape:
+            raise PackError(
+                f"invert gave noise {list(noise.shape)} for latents {list(latents.shape)}; "
+                "want the same shape"
+            )
+        for record, one in zip(group, noise, strict=True):
+            dtype = load_npy(record.members[LATENT]).dtype.name
+            member = npy(one, dtype, f"{record.key}, noise")
+            yield replace(record, members=record.members | {NOISE: member})

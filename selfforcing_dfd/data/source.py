@@ -1,0 +1,131 @@
+"""What can be packed: clips, latents of other projects, or prompts, each item with a key."""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from selfforcing_dfd.common import UserError
+
+MAX_KEY = 64
+IMPORTED_CODEC = "wan-vae, as imported"
+"""Fingerprint for latents of other projects, none of which says which VAE they come from."""
+
+
+class ClipError(UserError):
+    """A clip that cannot be used. The message begins with its name; `reason` is without it."""
+
+    def __init__(self, name: str, reason: str) -> None:
+        super().__init__(f"{name}: {reason}")
+        self.reason = reason
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One item of a source. It holds video or latents, or a caption alone.
+
+    caption: one line; empty if there is none. video: uint8 [T, H, W, 3]. latents: [F, C, H, W].
+    text: [L, D], the caption's embedding, where the source stores one.
+    """
+
+    caption: str
+    video: Tensor | None = None
+    latents: Tensor | None = None
+    text: Tensor | None = None
+
+
+class Source(ABC):
+    """Items in a fixed order, read by number. `read` may be called from several threads."""
+
+    batch_size = 1
+    """How many captions are encoded together. Their number can change the last bits."""
+
+    @property
+    @abstractmethod
+    def title(self) -> str:
+        """How messages call the source."""
+
+    @property
+    @abstractmethod
+    def names(self) -> list[str]:
+        """Names of all items, in order, as the index gives them."""
+
+    @property
+    @abstractmethod
+    def about(self) -> dict[str, Any]:
+        """What identifies the content. A resumed run must find the same."""
+
+    @abstractmethod
+    def read(self, number: int) -> Item:
+        """Item `number`. Raises ClipError if it cannot be used."""
+
+    @property
+    def keys(self) -> list[str]:
+        """Keys of all items: unique, and fit for webdataset."""
+        return keys_of(self.names)
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """How items are read, for the index. A resumed run must find the same."""
+        return {}
+
+    @property
+    def skipped(self) -> list[str]:
+        """Names of files that lie in the source and are no items because of their suffix."""
+        return []
+
+    @property
+    def video_shape(self) -> tuple[int, int, int] | None:
+        """T, H, W of the video of every item; None if items hold no video."""
+        return None
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
+        """F, C, H, W of every item, or of what is to be generated. Not asked if there is video."""
+        raise NotImplementedError
+
+    @property
+    def codec_fingerprint(self) -> str:
+        """Where the latents come from. Not asked if there is video."""
+        raise NotImplementedError
+
+    @property
+    def text_shape(self) -> tuple[int, ...] | None:
+        """L, D of the stored text embeddings; None if there are none."""
+        return None
+
+    @property
+    def negative(self) -> Tensor | None:
+        """[L, D]: the stored embedding of the negative prompt, if there is one."""
+        return None
+
+
+def keys_of(names: Iterable[str]) -> list[str]:
+    """Names without their suffix, made fit for webdataset and unique.
+
+    ASCII, no dots or slashes, at most MAX_KEY characters. A key depends on the whole list and not
+    on which clips are usable, so parts and resumed runs agree on it.
+    """
+    keys: list[str] = []
+    taken: set[str] = set()
+    numbers: dict[str, int] = defaultdict(lambda: 1)
+    for name in names:
+        without_suffix = re.sub(r"\.[^./]*$", "", name)
+        stem = re.sub(r"[^A-Za-z0-9_-]", "_", without_suffix)[-MAX_KEY:]
+        key = stem
+        while key in taken:
+            numbers[stem] += 1
+            key = f"{stem}_{numbers[stem]}"
+        taken.add(key)
+        keys.append(key)
+    return keys
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
