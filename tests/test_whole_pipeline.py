@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from clip_files import write_clip
 from diffusers import WanTransformer3DModel
 from tiny_models import fill_weights
 from tiny_text import DIM
@@ -25,7 +26,7 @@ from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.config import ConfigError, load_config
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.sources.video import read_video, write_video
+from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
 from selfforcing_dfd.weights.read import load_transformer
@@ -86,7 +87,7 @@ def shards(place: Path, wan: Path) -> Path:
             .repeat_interleave(8, 1)
             .repeat_interleave(8, 2)
         )
-        write_video(clips / f"clip{number}.mp4", (colours * 255).to(torch.uint8), 16)
+        write_clip(clips / f"clip{number}.mp4", (colours * 255).to(torch.uint8), 16)
         (clips / f"clip{number}.txt").write_text(f"colours number {number // 2}")
     size = ("--frames", str(VIDEO_FRAMES), "--height", str(HEIGHT), "--width", str(WIDTH))
     cache = ("--text-cache", str(place / "texts"))

@@ -10,21 +10,23 @@ import argparse
 import re
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from selfforcing_dfd.cli import run_commands as commands
 
 if TYPE_CHECKING:
-    from selfforcing_dfd.data.pack import PackOptions, PackSummary, TextEncoder, VideoCodec
+    from selfforcing_dfd.data.encoders import TextEncoder, VideoCodec
+    from selfforcing_dfd.data.pack import PackOptions, PackSummary
+    from selfforcing_dfd.data.source import Source
 
 Run = Callable[[argparse.Namespace], None]
 
 CODEC_FILE = "codec.safetensors"
 TINY_BASIS = Path(__file__).parents[2] / "assets" / "tiny" / CODEC_FILE
 DTYPES = ("float32", "bfloat16", "float16")
-IMPORTED_CODEC = "wan-vae, as imported"
 NUM_PRINTED = 20
 
 
@@ -90,37 +92,36 @@ def pack(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.data.pack import pack
+        from selfforcing_dfd.data.pack import check_early, pack
+        from selfforcing_dfd.data.sources.files import FileSource
 
         if args.size and (args.height or args.width):
             raise ValueError("--size says height and width already; leave out --height and --width")
-        tiny, source, suffix = (
-            args.codec == "tiny",
+        is_tiny = args.codec == "tiny"
+        height, width = args.size or ((64, 64) if is_tiny else (480, 832))
+        suffix = _caption_suffix(args.captions)
+        source = FileSource(
             args.source.resolve(),
-            _caption_suffix(args.captions),
-        )
-        height, width = args.size or ((64, 64) if tiny else (480, 832))
-        args.size, args.frames = (
+            args.frames or (33 if is_tiny else 81),
             (args.height or height, args.width or width),
-            args.frames or (33 if tiny else 81),
-        )
-        args.text = args.text or ("tiny" if tiny else "umt5")
-        codec, attach = _load_codec(args, suffix)
-        summary = pack(
-            source,
-            _out_folder(args, source),
-            codec,
-            _load_text(args),
-            num_video_frames=args.frames,
-            video_size=args.size,
+            resize=args.resize,
+            fps=args.fps,
             caption_suffix=suffix or ".txt",
-            shard_size=args.shard_size or (512 if tiny else 128),
-            dtype="float32" if args.float32 else "float16",
-            overwrite=args.overwrite,
-            attach=attach,
-            options=_pack_options(args, suffix),
+            captions=None if suffix else Path(args.captions),
+            recursive=args.recursive,
         )
-        _print_summary(summary, f", {CODEC_FILE}" if tiny else "")
+        args.text = args.text or ("tiny" if is_tiny else "umt5")
+        out = _out_folder(args, source.path)
+        options = replace(
+            _pack_options(args, 512 if is_tiny else 128),
+            num_workers=args.workers,
+            part=args.part,
+            settings={"codec_dtype": args.dtype},
+        )
+        check_early(source, out, options)
+        codec, attach = _load_codec(args, source)
+        summary = pack(source, out, codec, _load_text(args), replace(options, attach=attach))
+        _print_summary(summary, f", {CODEC_FILE}" if is_tiny else "")
 
     return run
 
@@ -149,20 +150,15 @@ def prompts(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.data.choices import latent_shape
-        from selfforcing_dfd.data.prompts import pack_prompts
+        from selfforcing_dfd.data.encoders import latent_shape
+        from selfforcing_dfd.data.pack import check_early, pack
+        from selfforcing_dfd.data.sources.prompts import PromptSource
 
         args.text = args.text or "umt5"
-        summary = pack_prompts(
-            args.source,
-            args.out,
-            _load_text(args),
-            latent_shape(args.frames, args.size),
-            negative_prompt=_negative_prompt(args),
-            shard_size=args.shard_size or 4096,
-            **_output_options(args),
-        )
-        _print_summary(summary)
+        source = PromptSource(args.source, latent_shape(args.frames, args.size))
+        options = _pack_options(args, 4096)
+        check_early(source, args.out, options)
+        _print_summary(pack(source, args.out, None, _load_text(args), options))
 
     return run
 
@@ -226,22 +222,22 @@ def import_(parser: argparse.ArgumentParser) -> Run:
     _add_output_arguments(parser)
 
     def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.data.choices import open_source
-        from selfforcing_dfd.data.imports import import_folder
+        from selfforcing_dfd.data.pack import check_early, pack
+        from selfforcing_dfd.data.sources.imported import open_import
 
-        shape, negative = args.row_shape, args.negative_file
-        source = open_source(args.source, args.kind, args.step, shape, args.layout, negative)
-        args.text = args.text or (None if source.text_shape else "umt5")
-        summary = import_folder(
-            source,
-            args.out,
-            _load_text(args) if args.text else None,
-            codec_fingerprint=IMPORTED_CODEC,
-            negative_prompt=_negative_prompt(args) if args.text else None,
-            shard_size=args.shard_size or 128,
-            **_output_options(args),
+        source = open_import(
+            args.source,
+            args.kind,
+            step=args.step,
+            row_shape=args.row_shape,
+            layout=args.layout,
+            negative=args.negative_file,
         )
-        _print_summary(summary)
+        args.text = args.text or (None if source.text_shape else "umt5")
+        options = _pack_options(args, 128)
+        check_early(source, args.out, options)
+        text = _load_text(args) if args.text else None
+        _print_summary(pack(source, args.out, None, text, options))
 
     return run
 
@@ -353,16 +349,6 @@ def _add_output_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _output_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `_add_output_arguments` asked for, but for the size of shards, whose default differs."""
-    return {
-        "dtype": "float32" if args.float32 else "float16",
-        "strict": args.strict,
-        "overwrite": args.overwrite,
-        "unfinished": "resume" if args.resume else "keep",
-    }
-
-
 def _size(text: str) -> tuple[int, int]:
     if not re.fullmatch(r"\d+x\d+", text):
         raise argparse.ArgumentTypeError(f"{text!r}, want HEIGHTxWIDTH such as 64x64")
@@ -409,55 +395,44 @@ def _out_folder(args: argparse.Namespace, source: Path) -> Path:
     return out if count == 1 else out.with_name(f"{out.name}.part-{number}-of-{count}")
 
 
-def _pack_options(args: argparse.Namespace, suffix: str | None) -> PackOptions:
+def _pack_options(args: argparse.Namespace, shard_size: int) -> PackOptions:
+    """What `_add_text_arguments` and `_add_output_arguments` asked for."""
+    from selfforcing_dfd.data.encoders import default_negative_prompt
     from selfforcing_dfd.data.pack import PackOptions
 
+    prompt = args.negative_prompt
+    if prompt is None and args.text:
+        prompt = default_negative_prompt(args.text)
     return PackOptions(
-        captions=None if suffix else Path(args.captions),
-        recursive=args.recursive,
-        resize=args.resize,
-        fps=args.fps,
+        shard_size=args.shard_size or shard_size,
+        dtype="float32" if args.float32 else "float16",
+        negative_prompt=prompt,
         device=args.device,
-        num_workers=args.workers,
-        part=args.part,
-        negative_prompt=_negative_prompt(args),
-        settings={"codec_dtype": args.dtype},
         strict=args.strict,
+        overwrite=args.overwrite,
         unfinished="resume" if args.resume else "keep",
     )
 
 
 def _load_codec(
-    args: argparse.Namespace, suffix: str | None
+    args: argparse.Namespace, source: Source
 ) -> tuple[VideoCodec, Callable[[Path], None] | None]:
     """The codec, and what writes its basis beside the shards."""
-    from selfforcing_dfd.data import choices
-    from selfforcing_dfd.data.sources.files import list_clips
+    from selfforcing_dfd.data import encoders
 
     if args.codec == "wan":
-        return choices.load_wan_codec(args.model, args.device, args.dtype), None
+        return encoders.load_wan_codec(args.model, args.device, args.dtype), None
     if args.fit:
-        found = list_clips(args.source.resolve(), suffix or ".txt", None, args.recursive)
-        codec = choices.fit_tiny_codec(found, args.frames, args.size, args.resize, args.fps)
+        codec = encoders.fit_tiny_codec(source)
     else:
-        codec = choices.load_tiny_codec(args.basis)
+        codec = encoders.load_tiny_codec(args.basis)
     return codec.to(args.device), lambda out: codec.save(out / CODEC_FILE)
 
 
 def _load_text(args: argparse.Namespace) -> TextEncoder:
-    from selfforcing_dfd.data.choices import load_text
+    from selfforcing_dfd.data.encoders import load_text
 
     return load_text(args.text, args.model, args.device, args.text_cache)
-
-
-def _negative_prompt(args: argparse.Namespace) -> str | None:
-    from selfforcing_dfd.data.choices import default_negative_prompt
-
-    return (
-        default_negative_prompt(args.text)
-        if args.negative_prompt is None
-        else str(args.negative_prompt)
-    )
 
 
 def _print_summary(summary: PackSummary, more: str = "") -> None:
@@ -466,6 +441,12 @@ def _print_summary(summary: PackSummary, more: str = "") -> None:
     if (rest := len(summary.refused) - NUM_PRINTED) > 0:
         print(
             f"left out {rest} more; all of them are in {summary.folder / 'index.json'}, under refused"
+        )
+    if summary.skipped:
+        print(
+            f"skipped {len(summary.skipped)} files that are not .mp4: "
+            f"{', '.join(summary.skipped[:NUM_PRINTED])}; videos in other formats can be named in "
+            "a list (.txt or .csv)"
         )
     left_out = f", {len(summary.refused)} clips left out" if summary.refused else ""
     print(

@@ -43,14 +43,14 @@ def invert(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.config import load_config
-        from selfforcing_dfd.data.pack import add_noise
+        from selfforcing_dfd.data.noise import store_noise
         from selfforcing_dfd.training.build import build_invert, build_teacher
         from selfforcing_dfd.training.ema import model_fingerprint
 
         config = load_config(args.config)
         teacher = model_fingerprint(build_teacher(config))
         fingerprint = f"{teacher}-{args.steps}"
-        summary = add_noise(
+        summary = store_noise(
             args.folder, build_invert(config, args.steps), noise_fingerprint=fingerprint
         )
         print(f"{summary.folder}: {summary.num_samples} samples now have their noise")

@@ -19,10 +19,11 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.common import find_device
 from selfforcing_dfd.config import Config, ConfigError, find_file, require, to_yaml
 from selfforcing_dfd.context import Conditioning
-from selfforcing_dfd.data.pack import PackError, add_noise
-from selfforcing_dfd.data.shards import LATENT, NEGATIVE_NAME, NOISE, TEXT, ShardError, ShardReader
+from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, NOISE, TEXT, PackError, npy
+from selfforcing_dfd.data.noise import store_noise
+from selfforcing_dfd.data.shards import ShardError, ShardReader
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
-from selfforcing_dfd.data.writing import Job, Record, Refuse, npy, write_folder
+from selfforcing_dfd.data.write import Job, Record, Refuse, write_folder
 from selfforcing_dfd.models.hub import CAUSAL, RECIPE, Recipe
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.ode import sample
@@ -107,7 +108,7 @@ def prepare_data(config: Config) -> None:
     if tiny.noise_steps and not ShardReader(folder).has_noise:
         print(f"finding the noise of {tiny.clips} clips with the teacher's ODE")
         teacher = model_fingerprint(build_teacher(config))
-        add_noise(
+        store_noise(
             folder,
             build_invert(config, tiny.noise_steps),
             noise_fingerprint=f"{teacher}-{tiny.noise_steps}",

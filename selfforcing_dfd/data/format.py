@@ -116,9 +116,10 @@ class Index:
             raise ValueError(
                 f"format version {version}, this program reads version {FORMAT_VERSION}"
             )
+        samples = tuple(Entry.from_fields(sample) for sample in fields["samples"])
         return cls(
             shards=tuple(Shard(**shard) for shard in fields["shards"]),
-            samples=tuple(Entry.from_fields(sample) for sample in fields["samples"]),
+            samples=samples,
             latent_shape=tuple(fields["latent_shape"]),
             text_shape=tuple(fields["text_shape"]),
             fingerprints=fields["fingerprints"],

@@ -342,14 +342,10 @@ def load_batch(reader: ShardReader, order: SampleOrder, start: int, size: int) -
     latents = torch.stack([sample.latents for sample in samples])
     text = torch.stack([sample.text for sample in samples])
     noise = [sample.noise for sample in samples if sample.noise is not None]
-    return Batch(
-        latents=latents,
-        text=text,
-        captions=tuple(sample.caption for sample in samples),
-        keys=tuple(sample.key for sample in samples),
-        noise=torch.stack(noise) if noise else None,
-        has_clips=reader.has_clips,
-    )
+    captions = tuple(sample.caption for sample in samples)
+    keys = tuple(sample.key for sample in samples)
+    stacked_noise = torch.stack(noise) if noise else None
+    return Batch(latents, text, captions, keys, stacked_noise, reader.has_clips)
 
 
 def batches(

@@ -26,7 +26,7 @@ from selfforcing_dfd.config import (
     require,
 )
 from selfforcing_dfd.context import Conditioning, KVCache
-from selfforcing_dfd.data.pack import Invert
+from selfforcing_dfd.data.noise import Invert
 from selfforcing_dfd.flow import few_step_ladder
 from selfforcing_dfd.forcing import PAIRINGS, Forcing
 from selfforcing_dfd.models.wan import WanTransformer

@@ -44,6 +44,7 @@ from selfforcing_dfd.codecs.text import (
 )
 from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.data.sources.files import FileSource
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
@@ -460,14 +461,8 @@ def test_packs_and_streams(text, tmp_path):
         for size in (192, 768)
     ]
     codec, cached = TinyCodec(*basis, 1.0), CachedText(text, tmp_path / "cache")
-    pack(
-        tmp_path / "clips",
-        tmp_path / "shards",
-        codec,
-        cached,
-        num_video_frames=9,
-        video_size=(64, 64),
-    )
+    source = FileSource(tmp_path / "clips", 9, (64, 64))
+    pack(source, tmp_path / "shards", codec, cached)
     assert ShardReader(tmp_path / "shards").index.fingerprints["text"] == text.fingerprint
     student = tiny_network(
         dtype=torch.float32, in_channels=16, out_channels=16, text_dim=DIM

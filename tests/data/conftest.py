@@ -9,14 +9,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_pack import pack_tiny
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.tiny import world
 from selfforcing_dfd.tiny.codec import TinyCodec
-from selfforcing_dfd.tiny.text import TinyText
 
 NUM_CLIPS, NUM_VIDEO_FRAMES, SIZE = 12, 9, (64, 64)
 
@@ -38,15 +37,7 @@ def codec(clips: Path) -> TinyCodec:
 def packed(clips: Path, codec: TinyCodec) -> Path:
     """12 samples in shards of 5, 5 and 2."""
     out = clips.parent / "shards"
-    pack(
-        clips,
-        out,
-        codec,
-        TinyText(),
-        num_video_frames=NUM_VIDEO_FRAMES,
-        video_size=SIZE,
-        shard_size=5,
-    )
+    pack_tiny(clips, out, codec, shard_size=5)
     return out
 
 

@@ -108,13 +108,13 @@ def test_refused_clips_are_printed(
     ("arguments", "message"),
     [
         (
-            ["--basis", "missing.safetensors"],
+            ["--basis", "missing.safetensors", "--frames", "9"],
             "missing.safetensors: no codec basis; name one with --basis FILE or",
         ),
         (["--frames", "8"], "8 video frames are not 1 + 4 n; use 5 or 9"),
         (
             ["--fit", "--size", "32x64", "--frames", "9"],
-            "no clip to fit the codec to; the first tried:\n  000000.mp4: is",
+            "none of its 4 clips can be used; the first of them:\n  000000.mp4: is",
         ),
         (["--frames", "13"], "none of its 4 clips can be used"),
     ],

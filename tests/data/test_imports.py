@@ -22,10 +22,10 @@ from webdataset import ShardWriter
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.cli.main import main
-from selfforcing_dfd.data.imports import import_folder
+from selfforcing_dfd.data.format import PackError
+from selfforcing_dfd.data.pack import PackOptions, pack
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.fastgen import FastGenSource
-from selfforcing_dfd.data.sources.files import PackError
 from selfforcing_dfd.data.sources.lmdb import LmdbSource
 from selfforcing_dfd.tiny.text import TinyText
 
@@ -56,7 +56,7 @@ def write_lmdb(
 
 
 def import_lmdb(source: LmdbSource, out: Path, **settings: Any) -> ShardReader:
-    import_folder(source, out, TinyText(), codec_fingerprint="wan", **settings)
+    pack(source, out, None, TinyText(), PackOptions(**settings))
     return ShardReader(out)
 
 
@@ -157,7 +157,7 @@ def test_what_is_no_such_lmdb_is_explained(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(
         PackError, match=r"prompts without embeddings; name a text encoder with --text"
     ):
-        import_folder(LmdbSource(folder), tmp_path / "out", codec_fingerprint="wan")
+        pack(LmdbSource(folder), tmp_path / "out")
     monkeypatch.setitem(sys.modules, "lmdb", None)
     with pytest.raises(PackError, match="pip install lmdb"):
         LmdbSource(folder)
@@ -241,7 +241,7 @@ def write_tars(folder: Path, samples: list[dict[str, bytes]], size: int = 2) -> 
 
 
 def import_fastgen(source: FastGenSource, out: Path, text: TinyText | None = None) -> ShardReader:
-    import_folder(source, out, text, codec_fingerprint="wan")
+    pack(source, out, None, text)
     return ShardReader(out)
 
 

@@ -9,20 +9,17 @@ from typing import Any
 
 import pytest
 import torch
+from clip_files import write_clip
 from tiny_pack import FailingCodec, pack_and_die, pack_tiny, stop_with
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.data.pack import PackError, add_noise, pack
-from selfforcing_dfd.data.shards import SampleOrder, ShardError, ShardReader, load_batch
-from selfforcing_dfd.data.sources.video import write_video
+from selfforcing_dfd.data.format import PackError
+from selfforcing_dfd.data.pack import PackOptions, pack
+from selfforcing_dfd.data.shards import ShardError, ShardReader
+from selfforcing_dfd.data.sources.files import FileSource
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
-
-
-def rotate_noise(latents: Tensor, text: Tensor) -> Tensor:
-    """Stands in for the teacher's ODE: depends on every argument, sample by sample."""
-    return latents.flip(1) * 0.5 + text.mean(dim=(1, 2))[:, None, None, None, None]
 
 
 def test_packing_twice_gives_the_same_bytes(
@@ -64,11 +61,11 @@ def damage(clips: Path, frames: Tensor, kind: str) -> None:
                 "one two three four five six seven eight nine ten eleven twelve thirteen"
             )
         case "short":
-            write_video(clip, frames[:8], fps=16)
+            write_clip(clip, frames[:8], fps=16)
         case "unreadable":
             clip.write_bytes(b"not a video")
         case "size":
-            write_video(clip, frames[:, :48], fps=16)
+            write_clip(clip, frames[:, :48], fps=16)
 
 
 @pytest.mark.parametrize(
@@ -124,24 +121,18 @@ def test_a_folder_without_clips_is_named(
 
 
 @pytest.mark.parametrize(
-    ("settings", "message"),
+    ("shape", "message"),
     [
-        (
-            {"num_video_frames": 10, "video_size": (64, 64)},
-            r"10 video frames are not 1 \+ 4 n; use 9 or 13",
-        ),
-        (
-            {"num_video_frames": 9, "video_size": (64, 60)},
-            r"64 x 60; height and width must be multiples of 8",
-        ),
+        ((10, (64, 64)), r"10 video frames are not 1 \+ 4 n; use 9 or 13"),
+        ((9, (64, 60)), r"64 x 60; height and width must be multiples of 8"),
     ],
 )
 def test_a_length_or_size_that_the_codec_cannot_take_fails_at_once(
-    clips: Path, codec: TinyCodec, tmp_path: Path, settings: dict[str, Any], message: str
+    clips: Path, codec: TinyCodec, tmp_path: Path, shape: Any, message: str
 ) -> None:
     """Would catch a whole folder refused clip by clip for a mistake in the command."""
     with pytest.raises(ValueError, match=message):
-        pack(clips, tmp_path / "shards", codec, TinyText(), **settings)
+        pack(FileSource(clips, *shape), tmp_path / "shards", codec, TinyText())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -240,7 +231,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(
     """While one folder replaces another there is a moment with neither in place; the next pack must
     cope with it.
     """
-    replaced = own_shards.with_name("shards.replaced")
+    replaced = own_shards.with_name(".old-shards")
     own_shards.rename(replaced)
     ShardReader(replaced).verify()
     pack_tiny(clips, own_shards, codec, shard_size=5)
@@ -275,108 +266,6 @@ def test_a_folder_with_other_things_in_it_is_never_replaced(
     assert sorted(path.name for path in own_clips.iterdir()) == before
 
 
-@pytest.mark.parametrize("batch_size", [1, 5, 16])
-def test_noise_comes_back_bit_for_bit(
-    clips: Path, codec: TinyCodec, tmp_path: Path, batch_size: int
-) -> None:
-    """Would catch noise that belongs to another sample, at whatever batch size it was computed.
-
-    Exact: the inversion sees the stored latents and text, and its result is rounded to the stored
-    type once.
-    """
-    out = tmp_path / "shards"
-    settings = {"invert": rotate_noise, "noise_fingerprint": "rotation", "batch_size": batch_size}
-    pack_tiny(clips, out, codec, shard_size=5, **settings)
-    reader = ShardReader(out)
-    for number in range(len(reader)):
-        sample = reader[number]
-        assert sample.noise is not None
-        noise = rotate_noise(sample.latents[None], sample.text[None])[0]
-        assert torch.equal(sample.noise, noise.half().float())
-    assert reader.index.fingerprints["noise"] == "rotation"
-
-
-def test_a_batch_carries_the_noise_of_its_samples(
-    clips: Path, codec: TinyCodec, tmp_path: Path
-) -> None:
-    """`inversion` pairing needs noise and sample side by side, in the order of the batch."""
-    pack_tiny(clips, tmp_path / "shards", codec, invert=rotate_noise)
-    reader = ShardReader(tmp_path / "shards")
-    batch = load_batch(reader, SampleOrder(len(reader), 0), start=3, size=6)
-    assert batch.noise is not None
-    assert torch.equal(batch.noise, rotate_noise(batch.latents, batch.text).half().float())
-
-
-def test_noise_added_later_equals_noise_added_while_packing(
-    clips: Path, codec: TinyCodec, own_shards: Path, tmp_path: Path
-) -> None:
-    """Would catch samples reordered, re-rounded or lost, and shards cut elsewhere, when noise is
-    added to a folder.
-    """
-    pack_tiny(
-        clips, tmp_path / "at-once", codec, shard_size=5, invert=rotate_noise, noise_fingerprint="x"
-    )
-    add_noise(own_shards, rotate_noise, batch_size=5, noise_fingerprint="x")
-    assert ShardReader(own_shards).index_hash == ShardReader(tmp_path / "at-once").index_hash
-    add_noise(own_shards, rotate_noise, batch_size=3, noise_fingerprint="x")
-    assert ShardReader(own_shards).index_hash == ShardReader(tmp_path / "at-once").index_hash
-
-
-def test_adding_noise_into_another_folder_keeps_the_first_and_what_lies_beside_the_shards(
-    clips: Path, codec: TinyCodec, tmp_path: Path
-) -> None:
-    """Would catch the codec's refitted basis lost on the way, without which the latents cannot be
-    decoded.
-    """
-    shards, out = tmp_path / "shards", tmp_path / "with-noise"
-    pack_tiny(clips, shards, codec, attach=lambda folder: codec.save(folder / "codec.safetensors"))
-    before = ShardReader(shards).index_hash
-    add_noise(shards, rotate_noise, out=out)
-    assert ShardReader(shards).index_hash == before
-    assert ShardReader(out).has_noise
-    assert (
-        TinyCodec.load(out / "codec.safetensors").fingerprint
-        == ShardReader(out).index.fingerprints["codec"]
-    )
-    with pytest.raises(PackError, match="with-noise exists"):
-        add_noise(shards, rotate_noise, out=out)
-
-
-def test_interrupted_noise_leaves_the_shards_as_they_were(own_shards: Path) -> None:
-    """Would catch a folder half with noise and half without."""
-    before = ShardReader(own_shards).index_hash
-
-    def fail_later(latents: Tensor, text: Tensor) -> Tensor:
-        if len(latents) < 5:
-            raise RuntimeError
-        return latents
-
-    with pytest.raises(RuntimeError):
-        add_noise(own_shards, fail_later, batch_size=5)
-    assert ShardReader(own_shards).index_hash == before
-    assert [path.name for path in own_shards.parent.iterdir()] == [own_shards.name]
-
-
-@pytest.mark.parametrize(
-    ("invert", "message"),
-    [
-        (
-            lambda latents, text: latents[:, :1],
-            r"invert gave noise \[12, 1, 16, 8, 8\] for latents \[12, 3, 16, 8, 8\]",
-        ),
-        (
-            lambda latents, text: latents / 0,
-            r"000000, noise: NaN, infinity or too large for float16",
-        ),
-    ],
-)
-def test_noise_that_fits_no_sample_is_refused(own_shards: Path, invert: Any, message: str) -> None:
-    """Would catch an ODE that diverged, stored as the start of every student rollout."""
-    with pytest.raises(PackError, match=message):
-        add_noise(own_shards, invert)
-    assert not ShardReader(own_shards).has_noise
-
-
 def test_the_index_is_plain_json_with_the_documented_fields(packed: Path) -> None:
     """Other tools read the index; would catch a field renamed by a refactoring."""
     index = json.loads((packed / "index.json").read_text())
@@ -401,15 +290,8 @@ def test_zeros_inside_a_caption_are_not_cut_off(
             text[:, 1] = 0
             return text
 
-    pack(
-        own_clips,
-        tmp_path / "shards",
-        codec,
-        Holes(),
-        num_video_frames=9,
-        video_size=(64, 64),
-        dtype="float32",
-    )
+    source = FileSource(own_clips, 9, (64, 64))
+    pack(source, tmp_path / "shards", codec, Holes(), PackOptions(dtype="float32"))
     reader = ShardReader(tmp_path / "shards")
     for number in range(len(reader)):
         assert torch.equal(reader[number].text, Holes().encode([reader.captions[number]])[0])

@@ -8,12 +8,17 @@ import pytest
 import torch
 
 from selfforcing_dfd.cli.main import main
-from selfforcing_dfd.data.prompts import pack_prompts
+from selfforcing_dfd.data.format import PackError
+from selfforcing_dfd.data.pack import PackOptions, pack
 from selfforcing_dfd.data.shards import SampleOrder, ShardReader, load_batch
-from selfforcing_dfd.data.sources.files import PackError
+from selfforcing_dfd.data.sources.prompts import PromptSource
 from selfforcing_dfd.tiny.text import TinyText
 
 SHAPE = (9, 16, 8, 8)
+
+
+def pack_prompts(path, out, **options):
+    return pack(PromptSource(path, SHAPE), out, None, TinyText(), PackOptions(**options))
 
 
 @pytest.fixture
@@ -30,7 +35,7 @@ def test_prompts_become_samples_of_zeros(prompts, tmp_path):
     """Catches blank lines, prompts out of order, and text that is not what `pack` would have
     stored.
     """
-    summary = pack_prompts(prompts, tmp_path / "out", TinyText(), SHAPE)
+    summary = pack_prompts(prompts, tmp_path / "out")
     reader = ShardReader(tmp_path / "out")
     assert not reader.has_clips
     assert reader.captions[:2] == ["a disc moves", "a cross moves"]
@@ -44,11 +49,11 @@ def test_prompts_become_samples_of_zeros(prompts, tmp_path):
 
 def test_a_prompt_that_is_refused_takes_no_other_with_it(prompts, tmp_path):
     """Catches a batch of sixteen that is lost for one word; --strict names the line."""
-    summary = pack_prompts(prompts, tmp_path / "out", TinyText(), SHAPE)
-    assert [refusal.file for refusal in summary.refused] == ["line 3"]
+    summary = pack_prompts(prompts, tmp_path / "out")
+    assert [refusal.file for refusal in summary.refused] == ["line 4"]
     assert summary.num_samples == 22
-    with pytest.raises(PackError, match="line 3: caption has 13 words"):
-        pack_prompts(prompts, tmp_path / "strict", TinyText(), SHAPE, strict=True)
+    with pytest.raises(PackError, match="line 4: caption has 13 words"):
+        pack_prompts(prompts, tmp_path / "strict", strict=True)
 
 
 def test_the_command_says_what_it_cannot_use(prompts, tmp_path, capsys):
@@ -58,10 +63,10 @@ def test_the_command_says_what_it_cannot_use(prompts, tmp_path, capsys):
         assert main(["prompts", str(prompts), *out, "--size", size, "--frames", frames]) == 1
         assert "such as 81 frames of 480x832" in capsys.readouterr().err
     assert main(["prompts", str(prompts), *out, "--size", "64x64", "--frames", "33"]) == 0
-    assert "left out line 3: caption has 13 words" in capsys.readouterr().out
+    assert "left out line 4: caption has 13 words" in capsys.readouterr().out
     assert ShardReader(tmp_path / "out").index.latent_shape == SHAPE
     with pytest.raises(PackError, match="no such file"):
-        pack_prompts(tmp_path / "none.txt", tmp_path / "other", TinyText(), SHAPE)
+        pack_prompts(tmp_path / "none.txt", tmp_path / "other")
 
 
 def test_output_options_reach_the_shards(prompts, tmp_path, capsys):
@@ -79,7 +84,7 @@ def test_output_options_reach_the_shards(prompts, tmp_path, capsys):
         "33",
     ]
     assert main([*command, "--strict"]) == 1
-    assert "line 3: caption has 13 words" in capsys.readouterr().err
+    assert "line 4: caption has 13 words" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(command) == 0
     assert main(command) == 1

@@ -17,7 +17,7 @@ from tiny_text import DIM, save_text_folder
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.codecs.text import MAX_LENGTH, WanText
 from selfforcing_dfd.codecs.wan_vae import WanCodec
-from selfforcing_dfd.data.choices import default_negative_prompt
+from selfforcing_dfd.data.encoders import default_negative_prompt
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.video import read_video
 
@@ -175,6 +175,10 @@ def test_missing_parts_of_the_model_are_named(
         codec,
         "--text",
         "umt5",
+        "--frames",
+        "9",
+        "--size",
+        "64x64",
         "--out",
         str(tmp_path / "shards"),
     ]

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -18,13 +16,12 @@ from torch import Tensor
 
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.data.ahead import in_order
+from selfforcing_dfd.data.format import PackError
 from selfforcing_dfd.data.merge import merge
-from selfforcing_dfd.data.pack import PackError, PackOptions, add_noise
+from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.shards import ShardError, ShardReader
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
-
-KEEP, RESUME = PackOptions(unfinished="keep"), PackOptions(unfinished="resume")
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -58,8 +55,8 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     """Would catch clips lost or doubled at the seam, refusals forgotten or named twice, and shards
     cut elsewhere.
     """
-    pack_and_die(num_clips, mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
-    pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, options=RESUME)
+    pack_and_die(num_clips, mixed, tmp_path / "shards", codec, shard_size=3, unfinished="keep")
+    pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, unfinished="resume")
     assert contents(tmp_path / "shards") == whole
     assert not (tmp_path / "shards.partial").exists()
 
@@ -69,11 +66,11 @@ def test_a_run_may_be_interrupted_again_and_again(
 ) -> None:
     """Would catch a journal that a second interruption overwrites."""
     out = tmp_path / "shards"
-    pack_and_die(4, mixed, out, codec, shard_size=3, options=KEEP)
+    pack_and_die(4, mixed, out, codec, shard_size=3, unfinished="keep")
     with pytest.raises(KeyboardInterrupt):
         failing = FailingCodec(codec, 4, stop_with(KeyboardInterrupt()))
-        pack_tiny(mixed, out, failing, shard_size=3, options=RESUME)
-    pack_tiny(mixed, out, codec, shard_size=3, options=RESUME)
+        pack_tiny(mixed, out, failing, shard_size=3, unfinished="resume")
+    pack_tiny(mixed, out, codec, shard_size=3, unfinished="resume")
     assert contents(out) == whole
 
 
@@ -84,9 +81,9 @@ def test_complete_shards_are_not_encoded_again(
     the black clip counts.
     """
     out = tmp_path / "shards"
-    pack_and_die(7, mixed, out, codec, shard_size=3, options=KEEP)
+    pack_and_die(7, mixed, out, codec, shard_size=3, unfinished="keep")
     counting = FailingCodec(codec, 100, stop_with(AssertionError()))
-    pack_tiny(mixed, out, counting, shard_size=3, options=RESUME)
+    pack_tiny(mixed, out, counting, shard_size=3, unfinished="resume")
     assert 101 - counting.left == 1 + 2
 
 
@@ -96,11 +93,11 @@ def test_a_journal_line_without_its_end_does_not_count(
     """A process may die while it writes the journal; its shard is then written again. Killed once
     more, so that would be caught a new line that goes on where the cut one ends.
     """
-    pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
+    pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, unfinished="keep")
     journal = tmp_path / "shards.partial" / "progress.jsonl"
     journal.write_bytes(journal.read_bytes()[:-40])
-    pack_and_die(4, mixed, tmp_path / "shards", codec, shard_size=3, options=RESUME)
-    pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, options=RESUME)
+    pack_and_die(4, mixed, tmp_path / "shards", codec, shard_size=3, unfinished="resume")
+    pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, unfinished="resume")
     assert contents(tmp_path / "shards") == whole
 
 
@@ -110,10 +107,10 @@ def test_a_kill_between_the_index_and_the_rename_loses_nothing(
     """Would catch a journal that is removed before the folder has its name: all work would be done
     again.
     """
-    pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
+    pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, unfinished="keep")
     (tmp_path / "shards.partial" / "index.json").write_text("left over")
     counting = FailingCodec(codec, 3, stop_with(AssertionError()))
-    pack_tiny(mixed, tmp_path / "shards", counting, shard_size=3, options=RESUME)
+    pack_tiny(mixed, tmp_path / "shards", counting, shard_size=3, unfinished="resume")
     assert contents(tmp_path / "shards") == whole
 
 
@@ -127,12 +124,12 @@ def test_resuming_what_is_finished_changes_nothing(
         out,
         FailingCodec(codec, 0, stop_with(AssertionError())),
         shard_size=3,
-        options=RESUME,
+        unfinished="resume",
     )
     assert (summary.num_samples, summary.num_shards, len(summary.refused)) == (8, 3, 4)
     assert contents(out) == whole
     with pytest.raises(PackError, match="whole exists; choose another folder"):
-        pack_tiny(mixed, out, codec, shard_size=4, options=RESUME)
+        pack_tiny(mixed, out, codec, shard_size=4, unfinished="resume")
 
 
 def other_codec(codec: TinyCodec) -> TinyCodec:
@@ -144,42 +141,44 @@ def edit_caption(clips: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "options", "message"),
+    ("change", "settings", "message"),
     [
-        ("codec", RESUME, "fingerprints.codec was tiny-codec-"),
-        ("captions", RESUME, "about.source.sha256 was"),
-        ("list", RESUME, "about.source.num_clips was 12, is 11"),
-        ("dtype", RESUME, "about.settings.dtype was float16, is float32"),
-        ("shard_size", RESUME, "about.settings.shard_size was 3, is 4"),
-        ("", replace(RESUME, resize="cover"), "about.settings.resize was none, is cover"),
-        ("", replace(RESUME, fps=Fraction(8)), "about.settings.fps was None, is 8"),
-        ("", replace(RESUME, negative_prompt="grey"), "about.negative was None"),
+        ("codec", {}, "fingerprints.codec was tiny-codec-"),
+        ("captions", {}, "about.source.sha256 was"),
+        ("list", {}, "about.source.num_clips was 12, is 11"),
+        ("", {"dtype": "float32"}, "about.settings.dtype was float16, is float32"),
+        ("", {"shard_size": 4}, "about.settings.shard_size was 3, is 4"),
+        ("", {"resize": "cover"}, "about.settings.resize was none, is cover"),
+        ("", {"fps": Fraction(8)}, "about.settings.fps was None, is 8"),
+        ("", {"negative_prompt": "grey"}, "about.negative was None"),
         (
             "",
-            replace(RESUME, settings={"codec_dtype": "bfloat16"}),
+            {"settings": {"codec_dtype": "bfloat16"}},
             "about.settings.codec_dtype was None, is bfloat16",
         ),
     ],
 )
 def test_what_does_not_match_is_not_continued(
-    mixed: Path, codec: TinyCodec, tmp_path: Path, change: str, options: PackOptions, message: str
+    mixed: Path,
+    codec: TinyCodec,
+    tmp_path: Path,
+    change: str,
+    settings: dict[str, Any],
+    message: str,
 ) -> None:
-    """Would catch a data set whose first half was made otherwise than its second."""
-    pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
+    """Catches a data set whose first half was made otherwise than its second."""
+    out = tmp_path / "shards"
+    pack_and_die(7, mixed, out, codec, shard_size=3, unfinished="keep")
     before = contents(tmp_path / "shards.partial")
-    settings: dict[str, Any] = {"shard_size": 3}
-    changes: dict[str, Callable[[], Any]] = {
-        "captions": lambda: edit_caption(mixed),
-        "list": (mixed / "000010.mp4").unlink,
-        "dtype": lambda: settings.update(dtype="float32"),
-        "shard_size": lambda: settings.update(shard_size=4),
-    }
-    changes.get(change, lambda: None)()
+    if change == "captions":
+        edit_caption(mixed)
+    if change == "list":
+        (mixed / "000010.mp4").unlink()
+    used = other_codec(codec) if change == "codec" else codec
     with pytest.raises(
-        PackError, match=rf"begun otherwise: .*{message}.*start anew with --overwrite"
+        PackError, match=rf"other settings or clips: .*{message}.*start again with --overwrite"
     ):
-        used = other_codec(codec) if change == "codec" else codec
-        pack_tiny(mixed, tmp_path / "shards", used, options=options, **settings)
+        pack_tiny(mixed, out, used, unfinished="resume", **{"shard_size": 3, **settings})
     assert contents(tmp_path / "shards.partial") == before
 
 
@@ -187,24 +186,24 @@ def test_a_shard_that_changed_since_is_not_continued(
     mixed: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
     """Would catch an index that says what a file no longer holds."""
-    pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
+    pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, unfinished="keep")
     with (tmp_path / "shards.partial" / "shard-000001.tar").open("ab") as shard:
         shard.write(b"more")
-    with pytest.raises(PackError, match=r"shard-000001\.tar is not as it was left"):
-        pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, options=RESUME)
+    with pytest.raises(PackError, match=r"shard-000001\.tar has changed since it was written"):
+        pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, unfinished="resume")
 
 
 def test_complete_shards_are_thrown_away_only_on_request(
     mixed: Path, whole: dict[str, bytes], codec: TinyCodec, tmp_path: Path
 ) -> None:
     """Would catch hours of encoding lost to a command repeated without --resume."""
-    pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
+    pack_and_die(7, mixed, tmp_path / "shards", codec, shard_size=3, unfinished="keep")
     with pytest.raises(
         PackError,
         match=r"holds 2 complete shards of an interrupted run; go on with them with --resume",
     ):
-        pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP)
-    pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, options=KEEP, overwrite=True)
+        pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, unfinished="keep")
+    pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, unfinished="keep", overwrite=True)
     assert contents(tmp_path / "shards") == whole
 
 
@@ -242,13 +241,7 @@ def test_workers_change_no_byte(
     """Would catch samples or refusals in the order in which threads finish, and the number of
     workers in the index.
     """
-    pack_tiny(
-        mixed,
-        tmp_path / "shards",
-        codec,
-        shard_size=3,
-        options=PackOptions(num_workers=num_workers),
-    )
+    pack_tiny(mixed, tmp_path / "shards", codec, shard_size=3, num_workers=num_workers)
     assert contents(tmp_path / "shards") == whole
 
 
@@ -270,17 +263,24 @@ def test_strict_stops_at_the_first(mixed: Path, codec: TinyCodec, tmp_path: Path
         PackError,
         match=r"000001\.mp4: no caption; write one into 000001\.txt beside it\. Repair it",
     ):
-        pack_tiny(
-            mixed, tmp_path / "shards", codec, options=PackOptions(strict=True, num_workers=2)
-        )
+        pack_tiny(mixed, tmp_path / "shards", codec, strict=True, num_workers=2)
     assert not (tmp_path / "shards").exists()
 
 
 def pack_parts(clips: Path, out: Path, codec: TinyCodec, count: int, **settings: Any) -> list[Path]:
     parts = [out.with_name(f"{out.name}-{number}") for number in range(1, count + 1)]
     for number, folder in enumerate(parts, 1):
-        options = replace(KEEP, part=(number, count), negative_prompt="grey")
-        pack_tiny(clips, folder, codec, shard_size=2, options=options, **settings)
+        part = (number, count)
+        pack_tiny(
+            clips,
+            folder,
+            codec,
+            shard_size=2,
+            unfinished="keep",
+            part=part,
+            negative_prompt="grey",
+            **settings,
+        )
     return parts
 
 
@@ -296,7 +296,7 @@ def test_parts_merge_to_the_samples_of_one_run(
     merge([parts[2], parts[0], parts[1]], tmp_path / "merged")
     for folder in parts:
         shutil.rmtree(folder)
-    pack_tiny(mixed, tmp_path / "one", codec, options=PackOptions(negative_prompt="grey"))
+    pack_tiny(mixed, tmp_path / "one", codec, negative_prompt="grey")
     merged, one = ShardReader(tmp_path / "merged"), ShardReader(tmp_path / "one")
     merged.verify()
     assert [merged.members(number) for number in range(8)] == [
@@ -355,7 +355,7 @@ def test_a_part_that_does_not_exist_is_refused(
     """Would catch part 0 of 2, which packs nothing or everything."""
     for part in ((0, 2), (3, 2)):
         with pytest.raises(PackError, match=rf"part {part[0]}/2 does not exist; want 1/2 to 2/2"):
-            pack_tiny(clips, tmp_path / "shards", codec, options=PackOptions(part=part))
+            pack_tiny(clips, tmp_path / "shards", codec, part=part)
 
 
 @pytest.mark.parametrize(("prompt", "num_rows"), [("a red disc", 3), ("", 0)])
@@ -365,14 +365,14 @@ def test_the_negative_prompt_comes_back(
     """Training must need no text encoder. Would catch padding stored, or missing where it is read.
     Rounded to half once.
     """
-    pack_tiny(clips, tmp_path / "shards", codec, options=PackOptions(negative_prompt=prompt))
+    pack_tiny(clips, tmp_path / "shards", codec, negative_prompt=prompt)
     reader = ShardReader(tmp_path / "shards")
     assert reader.negative is not None and reader.negative.equal(
         TinyText().encode([prompt])[0].half().float()
     )
     assert load_file(tmp_path / "shards" / "negative.safetensors")["text"].shape == (num_rows, 32)
     assert reader.index.about["negative"]["prompt"] == prompt
-    add_noise(tmp_path / "shards", lambda latents, text: latents)
+    store_noise(tmp_path / "shards", lambda latents, text: latents)
     again = ShardReader(tmp_path / "shards").negative
     assert again is not None and torch.equal(again, reader.negative)
 
@@ -387,7 +387,7 @@ def test_a_negative_prompt_that_changed_is_not_used(
     clips: Path, codec: TinyCodec, tmp_path: Path, damage: bytes | None, message: str
 ) -> None:
     """Guidance with another data set's negative prompt would go unnoticed."""
-    pack_tiny(clips, tmp_path / "shards", codec, options=PackOptions(negative_prompt="grey"))
+    pack_tiny(clips, tmp_path / "shards", codec, negative_prompt="grey")
     path = tmp_path / "shards" / "negative.safetensors"
     path.unlink()
     if damage:
@@ -404,11 +404,3 @@ def test_folders_packed_before_there_was_a_manifest_are_read(own_shards: Path) -
     path.write_text(json.dumps(index))
     reader = ShardReader(own_shards)
     assert (len(reader), reader.negative, reader.index.about) == (12, None, {})
-
-
-def test_noise_is_not_added_by_halves(clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
-    """Batches of the ODE would begin elsewhere after a seam, and with them the last bits."""
-    with pytest.raises(PackError, match="a run that adds noise cannot be resumed; pack first"):
-        pack_tiny(
-            clips, tmp_path / "shards", codec, invert=lambda latents, text: latents, options=RESUME
-        )

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 import torch
 import webdataset
+from tiny_pack import pack_tiny
 
-from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import SampleOrder, ShardError, ShardReader, batches
 from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.tiny import world
@@ -65,16 +65,7 @@ def test_latents_and_text_come_back_bit_for_bit(
     Exact: what is stored is what the codec gave, rounded to the stored type and to nothing else.
     """
     out = tmp_path / "shards"
-    pack(
-        clips,
-        out,
-        codec,
-        TinyText(),
-        num_video_frames=9,
-        video_size=(64, 64),
-        shard_size=5,
-        dtype=dtype,
-    )
+    pack_tiny(clips, out, codec, shard_size=5, dtype=dtype)
     reader = ShardReader(out)
     assert len(reader) == 12
     for number, path in enumerate(sorted(clips.glob("*.mp4"))):
@@ -209,15 +200,7 @@ def test_an_index_of_other_clips_is_found_when_opening(
     """
     world.write_clips(tmp_path / "others", 12, seed=1, level="short", num_frames=9)
     out = tmp_path / "other-shards"
-    pack(
-        tmp_path / "others",
-        out,
-        codec,
-        TinyText(),
-        num_video_frames=9,
-        video_size=(64, 64),
-        shard_size=5,
-    )
+    pack_tiny(tmp_path / "others", out, codec, shard_size=5)
     (own_shards / "index.json").write_bytes((out / "index.json").read_bytes())
     with pytest.raises(
         ShardError,

@@ -14,14 +14,17 @@ import av
 import imageio_ffmpeg
 import pytest
 import torch
+from clip_files import write_clip
 from tiny_pack import pack_tiny
 from torch import Tensor
 
 from selfforcing_dfd.cli.main import main
-from selfforcing_dfd.data.pack import PackOptions
+from selfforcing_dfd.data.format import PackError
+from selfforcing_dfd.data.pack import share_of
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.sources.files import PackError, keys_of, list_clips, list_hash, share_of
-from selfforcing_dfd.data.sources.video import ClipError, read_video, write_video
+from selfforcing_dfd.data.source import ClipError, keys_of
+from selfforcing_dfd.data.sources.files import list_clips, list_hash
+from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.tiny.codec import TinyCodec
 
 
@@ -95,7 +98,7 @@ def test_folders_below_are_searched_on_request(
         PackError, match=r"no \.mp4 files in it; .* or --recursive if they lie in folders below"
     ):
         list_clips(tmp_path / "all")
-    pack_tiny(tmp_path / "all", tmp_path / "shards", codec, options=PackOptions(recursive=True))
+    pack_tiny(tmp_path / "all", tmp_path / "shards", codec, recursive=True)
     keys = [entry.key for entry in ShardReader(tmp_path / "shards").index.samples]
     assert keys == [f"{folder}_00000{number}" for folder in ("a", "b_c") for number in range(4)]
 
@@ -299,7 +302,7 @@ def test_cover_keeps_proportions_and_the_middle(tmp_path: Path) -> None:
     """
     frames = torch.zeros(1, 64, 128, 3, dtype=torch.uint8)
     frames[:, 24:40, 56:72] = 255
-    write_video(tmp_path / "clip.mp4", frames, fps=16)
+    write_clip(tmp_path / "clip.mp4", frames, fps=16)
     bright = read_video(tmp_path / "clip.mp4", 1, (32, 32), "cover")[0].float().mean(-1) > 127
     rows, columns = bright.any(1).nonzero().flatten(), bright.any(0).nonzero().flatten()
     assert (int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])) == (12, 19, 12, 19)
@@ -315,7 +318,7 @@ def test_a_clip_turned_by_its_metadata_is_named(tmp_path: Path, frames: Tensor) 
     """Telephones store upright films lying down, with a note; would catch a data set of which half
     lies on its side.
     """
-    write_video(tmp_path / "lying.mp4", frames, fps=16)
+    write_clip(tmp_path / "lying.mp4", frames, fps=16)
     ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()
     turn = [ffmpeg, "-display_rotation", "90", "-i", "lying.mp4", "-c", "copy", "turned.mp4"]
     subprocess.run(turn, cwd=tmp_path, check=True, capture_output=True)

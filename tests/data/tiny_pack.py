@@ -10,13 +10,20 @@ from typing import Any
 
 from torch import Tensor
 
-from selfforcing_dfd.data.pack import PackSummary, pack
+from selfforcing_dfd.data.pack import PackOptions, pack
+from selfforcing_dfd.data.sources.files import FileSource
+from selfforcing_dfd.data.write import PackSummary
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
+OF_SOURCE = {"resize", "fps", "caption_suffix", "captions", "recursive"}
+
 
 def pack_tiny(clips: Path, out: Path, codec: Any, **settings: Any) -> PackSummary:
-    return pack(clips, out, codec, TinyText(), num_video_frames=9, video_size=(64, 64), **settings)
+    """`pack` of 9 video frames of 64x64. settings: of FileSource and PackOptions."""
+    of_source = {name: settings.pop(name) for name in OF_SOURCE & settings.keys()}
+    source = FileSource(clips, 9, (64, 64), **of_source)
+    return pack(source, out, codec, TinyText(), PackOptions(**settings))
 
 
 class FailingCodec:

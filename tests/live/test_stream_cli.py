@@ -14,9 +14,9 @@ import av
 import numpy as np
 import pytest
 import torch
+from clip_files import write_clip
 from y4m import y4m
 
-from selfforcing_dfd.data.sources.video import write_video
 from selfforcing_dfd.streaming.load import load_settings, load_stream_model
 from selfforcing_dfd.streaming.session import StreamSession
 
@@ -85,7 +85,7 @@ def test_a_clip_and_a_picture_come_first(cli, tmp_path):
     """Catches a stream that ignores what it was given, or shows it twice."""
     assert cli.main(["--chunks", "2", "--out", str(tmp_path / "a.y4m")]) == 0
     clip = torch.from_numpy(frames_of(tmp_path / "a.y4m"))
-    write_video(tmp_path / "a.mp4", clip, 16)
+    write_clip(tmp_path / "a.mp4", clip, 16)
     for option, num_given in (("--video", 21), ("--image", 1)):
         source = tmp_path / "a.mp4"
         out = tmp_path / f"{option[2:]}.y4m"

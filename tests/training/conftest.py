@@ -10,7 +10,7 @@ import pytest
 
 from selfforcing_dfd.config import REPOSITORY, Config, ModelConfig, load_config
 from selfforcing_dfd.context import Conditioning
-from selfforcing_dfd.data.pack import add_noise
+from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
 from selfforcing_dfd.ode import invert
 from selfforcing_dfd.training.build import build_network
@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_weights(folder / "teacher.safetensors", teacher)
     basis = REPOSITORY / "assets" / "tiny" / "codec.safetensors"
     make_tiny_shards(folder / "shards", 24, 0, "short", 9, basis)
-    add_noise(
+    store_noise(
         folder / "shards",
         lambda x, text: invert(teacher, x, Conditioning(text), 2, 3.0),
         noise_fingerprint="t",

@@ -18,8 +18,11 @@ from safetensors.torch import load_file
 from selfforcing_dfd.cli.train import build_guards, run
 from selfforcing_dfd.config import REPOSITORY, Config, ConfigError, ModelConfig
 from selfforcing_dfd.context import Conditioning
-from selfforcing_dfd.data.pack import PackOptions, add_noise, pack
-from selfforcing_dfd.data.shards import INDEX_NAME, Index, ShardReader
+from selfforcing_dfd.data.format import INDEX_NAME, Index
+from selfforcing_dfd.data.noise import store_noise
+from selfforcing_dfd.data.pack import PackOptions, pack
+from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.data.sources.files import FileSource
 from selfforcing_dfd.ode import sample
 from selfforcing_dfd.rng import normal
 from selfforcing_dfd.stages.init import InitStage
@@ -50,15 +53,8 @@ def with_negative(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_clips(folder / "clips", 8, 0, "short", 33)
     codec = TinyCodec.load(REPOSITORY / "assets" / "tiny" / "codec.safetensors")
     options = PackOptions(negative_prompt="a grey disc stands still")
-    pack(
-        folder / "clips",
-        folder / "shards",
-        codec,
-        TinyText(),
-        num_video_frames=33,
-        video_size=(64, 64),
-        options=options,
-    )
+    source = FileSource(folder / "clips", 33, (64, 64))
+    pack(source, folder / "shards", codec, TinyText(), options)
     return folder / "shards"
 
 
@@ -334,7 +330,7 @@ def test_causal_pairs_start_every_chunk(
     first = by_chunks(latents, text)
     assert torch.equal(first[:, :6], by_chunks(changed, text)[:, :6])
     assert not torch.equal(whole(latents, text)[:, :6], whole(changed, text)[:, :6])
-    add_noise(with_negative, by_chunks, out=tmp_path / "noised", noise_fingerprint="causal")
+    store_noise(with_negative, by_chunks, out=tmp_path / "noised", noise_fingerprint="causal")
     stage = build_trainer(
         settings("run.stage=init", "flow.paired=all", f"data.shards={tmp_path / 'noised'}")
     ).stage
