@@ -1,4 +1,7 @@
-"""What every room may use: one class of user errors, dtypes by name, atomic files, the device."""
+"""What every room may use: user errors, shipped files, atomic files, dtypes by name, the device.
+
+Importing this module does not import torch, so that command lines can use it and start at once.
+"""
 
 from __future__ import annotations
 
@@ -9,27 +12,70 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+    DTYPES: dict[str, torch.dtype]
 
 EXIT_USER_ERROR = 2
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+EXIT_INTERRUPTED = 130
 
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # names of glibc's mallopt
+PACKAGE = Path(__file__).resolve().parent
+PRESETS = PACKAGE / "presets"  # only in an installed package; see pyproject.toml
+
+M_TRIM_THRESHOLD = -1  # a name of glibc's mallopt
+M_MMAP_THRESHOLD = -3  # another one
 KEEP_BYTES = 32 << 20  # the largest that glibc accepts for mmap
 
 
+def __getattr__(name: str) -> Any:
+    """DTYPES: torch's floating-point types by name, made when it is first asked for."""
+    if name != "DTYPES":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    import torch
+
+    globals()["DTYPES"] = {
+        "float32": torch.float32,
+        "bfloat16": torch.bfloat16,
+        "float16": torch.float16,
+    }
+    return globals()["DTYPES"]
+
+
 class UserError(ValueError):
-    """A mistake that the user can mend. The message says what was got, what was wanted and how to
-    fix it; every command prints it as one line and ends with EXIT_USER_ERROR.
+    """A mistake that the user can mend.
+
+    The message says what was got, what was wanted and how to fix it. Every command prints it as
+    one line and ends with EXIT_USER_ERROR.
     """
+
+
+class Interrupted(Exception):
+    """A command was asked to stop and has saved its state; the message says how to go on.
+
+    Every command prints the message and ends with EXIT_INTERRUPTED.
+    """
+
+
+def shipped(name: str) -> Path:
+    """Where a file or folder that comes with the package lies.
+
+    name: as in the repository, such as `configs` or `assets/tiny/student.safetensors`. A checkout
+    has these folders beside the package, a wheel carries them inside it. The path need not exist.
+    """
+    return (PRESETS if PRESETS.is_dir() else PACKAGE.parent) / name
 
 
 def find_device(name: str, setting: str = "device") -> torch.device:
-    """`auto` takes a GPU where there is one. `setting` is how the user calls it, for the message.
+    """The device of that name; `auto` is a GPU where there is one, else the CPU.
 
+    setting: how the user calls it, for the message.
     Raises UserError for a name that torch does not know and for a GPU that is not there.
     """
+    import torch
+
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

@@ -18,11 +18,9 @@ from typing import Any, Literal
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from selfforcing_dfd.common import UserError
+from selfforcing_dfd.common import UserError, shipped
 from selfforcing_dfd.context import check_frames
 from selfforcing_dfd.flow import few_step_ladder
-
-REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 class ConfigError(UserError):
@@ -363,22 +361,24 @@ class Config:
 
 
 def find_config(name: str) -> Path:
-    """The file itself, or a bare name looked up in `configs/`."""
-    for path in (Path(name), REPOSITORY / "configs" / name):
+    """The config file of that name, in the current folder or in `configs/`; `.yaml` may be left out.
+
+    Raises ConfigError with the names of all shipped configs.
+    """
+    configs = shipped("configs")
+    for path in (Path(name), configs / name, Path(f"{name}.yaml"), configs / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = sorted(
-        str(p.relative_to(REPOSITORY / "configs")) for p in (REPOSITORY / "configs").rglob("*.yaml")
-    )
+    known = sorted(path.relative_to(configs).as_posix() for path in configs.rglob("*.yaml"))
     raise ConfigError(
         f"no config file {name}, neither here nor in configs/; there are {', '.join(known)}"
     )
 
 
 def find_file(name: str) -> Path:
-    """A path from a config: as it is, or, where it names a shipped asset, beside the package."""
+    """A path from a config: as it is, or, where it names a shipped asset, where that lies."""
     path = Path(name)
-    return path if path.exists() or not (REPOSITORY / path).exists() else REPOSITORY / path
+    return path if path.exists() or not shipped(name).exists() else shipped(name)
 
 
 def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:

@@ -6,19 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from selfforcing_dfd.config import (
-    REPOSITORY,
-    ConfigError,
-    as_dict,
-    change,
-    find_file,
-    load_config,
-    to_yaml,
-)
+from selfforcing_dfd.common import shipped
+from selfforcing_dfd.config import ConfigError, as_dict, change, find_file, load_config, to_yaml
 from selfforcing_dfd.streaming.load import load_settings
 
-STREAM_CONFIGS = sorted((REPOSITORY / "configs" / "stream").glob("*.yaml"))
-CONFIGS = sorted(set((REPOSITORY / "configs").rglob("*.yaml")) - set(STREAM_CONFIGS))
+STREAM_CONFIGS = sorted(shipped("configs/stream").glob("*.yaml"))
+CONFIGS = sorted(set(shipped("configs").rglob("*.yaml")) - set(STREAM_CONFIGS))
 
 MINIMAL = """
 run: {name: tried, stage: dmd}
@@ -34,11 +27,11 @@ def minimal(tmp_path: Path) -> str:
 
 
 @pytest.mark.parametrize(
-    "path", CONFIGS, ids=lambda path: str(path.relative_to(REPOSITORY / "configs"))
+    "path", CONFIGS, ids=lambda path: str(path.relative_to(shipped("configs")))
 )
 def test_shipped_config_loads(path: Path) -> None:
     """A renamed setting must not leave a shipped file behind; nobody runs all of them by hand."""
-    config = load_config(str(path.relative_to(REPOSITORY / "configs")))
+    config = load_config(str(path.relative_to(shipped("configs"))))
     for overrides in config.arms.values():
         change(config, overrides)
 

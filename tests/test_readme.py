@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import re
-import runpy
 import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from selfforcing_dfd.cli.main import COMMANDS
+from selfforcing_dfd.cli.main import COMMANDS, parse
 from selfforcing_dfd.config import load_config
 
 ROOT = Path(__file__).parents[1]
@@ -21,7 +20,7 @@ BLOCKS = "\n".join(re.findall(r"```\n(.*?)```", README, re.S))
 def test_commands_exist() -> None:
     """Catches a command that was renamed and left behind where a newcomer meets it first."""
     named = set(re.findall(r"python -m selfforcing_dfd (\w+)", README))
-    assert named == {command.__name__ for command in COMMANDS}
+    assert named == set(COMMANDS) - {"train", "stream", "benchmark"}
 
 
 def test_make_targets_exist() -> None:
@@ -40,11 +39,10 @@ def test_training_commands_load(command: str) -> None:
 @pytest.mark.parametrize("script", ["stream", "benchmark"])
 def test_inference_commands_parse(script: str) -> None:
     """Catches an option in an example that was renamed."""
-    parse_arguments = runpy.run_path(str(ROOT / "inference" / f"{script}.py"))["parse_arguments"]
     commands = re.findall(rf"inference/{script}\.py ([^#|\n]*)", BLOCKS)
     assert commands
     for command in commands:
-        parse_arguments(shlex.split(command))
+        parse([script, *shlex.split(command)])
 
 
 def test_python_example_runs() -> None:

@@ -20,7 +20,6 @@ from tiny_text import DIM
 from tiny_wan import HEIGHT, WIDTH, save_wan_folder
 from y4m import y4m
 
-from inference import stream
 from selfforcing_dfd import rng
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.cli.train import run
@@ -89,7 +88,7 @@ def shards(place: Path, wan: Path) -> Path:
         )
         write_clip(clips / f"clip{number}.mp4", (colours * 255).to(torch.uint8), 16)
         (clips / f"clip{number}.txt").write_text(f"colours number {number // 2}")
-    size = ("--frames", str(VIDEO_FRAMES), "--height", str(HEIGHT), "--width", str(WIDTH))
+    size = ("--frames", str(VIDEO_FRAMES), "--size", f"{HEIGHT}x{WIDTH}")
     cache = ("--text-cache", str(place / "texts"))
     out = place / "shards"
     assert (
@@ -220,7 +219,7 @@ def test_an_export_streams(place, exported, capsys):
     makes.
     """
     out = place / "stream.y4m"
-    size = ("--height", str(HEIGHT), "--width", str(WIDTH))
+    size = ("--size", f"{HEIGHT}x{WIDTH}")
     options = (
         "--chunks",
         "2",
@@ -238,8 +237,9 @@ def test_an_export_streams(place, exported, capsys):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(place / "cache"))
         assert (
-            stream.main(
+            main(
                 [
+                    "stream",
                     "--model",
                     str(exported),
                     "--prompt",

@@ -42,19 +42,19 @@ def build_model(options: argparse.Namespace) -> StreamModel:
         raise ValueError(f"--dtype is {options.dtype}; use float32, bfloat16 or float16")
     dtype = DTYPES[options.dtype]
     if options.random_weights:
-        if options.run or options.checkpoint:
+        if options.run or options.weights:
             raise ValueError(
-                "--run and --checkpoint are of the tiny size; drop --size and --random-weights, or them"
+                "--random-weights goes without --run and --weights; drop it, or drop them"
             )
-        model = random_stream_model(options.size, options.device, dtype)
+        model = random_stream_model(options.random_weights, options.device, dtype)
     else:
-        model = load_stream_model(options.run, options.checkpoint, options.device)
+        model = load_stream_model(options.run, options.weights, options.device)
         torch.nn.Module.to(model.student, dtype or model.dtype)
-    height, width = options.height or model.video_size[0], options.width or model.video_size[1]
+    height, width = options.size or model.video_size
     stride = model.codec.strides[1] * model.student.patch[1]
     if height % stride or width % stride or height < stride or width < stride:
         raise ValueError(
-            f"--height {height} and --width {width} must be positive multiples of {stride}"
+            f"--size {height}x{width}: height and width must be positive multiples of {stride}"
         )
     if options.vae_device:
         model = decode_on(model, find_device(options.vae_device))
@@ -87,9 +87,12 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         "sink_frames": options.sink,
         "positions": options.positions,
     }
-    settings, model = load_settings(options.stream, seed=options.seed, **past), build_model(options)
+    settings, model = (
+        load_settings(options.settings or "default", seed=options.seed, **past),
+        build_model(options),
+    )
     choices = {
-        "size": options.size,
+        "size": options.random_weights or "tiny",
         "weights": "random" if options.random_weights else "trained",
         "fp8": options.fp8,
     }

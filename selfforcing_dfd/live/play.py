@@ -204,8 +204,7 @@ def load_model(options: argparse.Namespace) -> StreamModel:
     """Real Wan for --model, else the tiny world. Raises UserError for options that exclude others."""
     if options.model is None:
         only_with_model = {
-            "--height": options.height,
-            "--width": options.width,
+            "--size": options.size,
             "--dtype": options.dtype,
             "--vae-device": options.vae_device,
         }
@@ -214,19 +213,19 @@ def load_model(options: argparse.Namespace) -> StreamModel:
             raise UserError(
                 f"{', '.join(given)} without --model: the tiny world has one size; add --model DIR"
             )
-        return load_stream_model(options.run, options.checkpoint, options.device)
+        return load_stream_model(options.run, options.weights, options.device)
     if options.run is not None:
         raise UserError(
             "both --model and --run are given; "
-            "name the run's student by --checkpoint instead of --run"
+            "name the run's student by --weights instead of --run"
         )
     return load_wan_model(
         options.model,
-        options.checkpoint,
+        options.weights,
         options.device,
         options.dtype or "auto",
         options.vae_device or "",
-        (options.height or WAN_SIZE[0], options.width or WAN_SIZE[1]),
+        options.size or WAN_SIZE,
     )
 
 
@@ -269,7 +268,7 @@ def describe(options: argparse.Namespace, model: StreamModel, session: StreamSes
     """What is about to run: the model, and the session's context and length if there is one."""
     height, width = model.video_size
     parameters = sum(parameter.numel() for parameter in model.student.parameters())
-    weights = options.run or options.checkpoint or options.model or "the tiny world's student"
+    weights = options.run or options.weights or options.model or "the tiny world's student"
     line = (
         f"{weights}: {parameters / 1e6:.1f} M parameters on {model.device}, "
         f"{len(model.ladder)} steps a chunk, {width} x {height} pixels, "

@@ -134,7 +134,7 @@ def require_student(config: Mapping[str, Any], where: str) -> None:
         "unknown": "does not say whether it holds a causal student or a bidirectional teacher",
     }[role]
     raise HubError(
-        f"{where} {what}. Name a student: student=PATH for the pipeline, --checkpoint PATH for inference/stream.py; or, "
+        f"{where} {what}. Name a student: student=PATH for the pipeline, --weights PATH for inference/stream.py; or, "
         "if these weights are a causal student's, add \"causal\": true to the transformer's config.json; or, to get the "
         "bidirectional transformer on purpose, WanTransformer.from_pretrained(..., teacher=True)"
     )

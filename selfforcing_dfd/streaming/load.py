@@ -19,15 +19,8 @@ from torch import Tensor, nn
 
 from selfforcing_dfd.codecs.text import WanText
 from selfforcing_dfd.codecs.wan_vae import WanCodec
-from selfforcing_dfd.common import DTYPES, find_device
-from selfforcing_dfd.config import (
-    REPOSITORY,
-    ConfigError,
-    ModelConfig,
-    find_file,
-    load_config,
-    require,
-)
+from selfforcing_dfd.common import DTYPES, find_device, shipped
+from selfforcing_dfd.config import ConfigError, ModelConfig, find_file, load_config, require
 from selfforcing_dfd.models.hub import (
     mark_student,
     read_config,
@@ -46,7 +39,7 @@ from selfforcing_dfd.weights.read import load_transformer, read_weights
 
 TINY_STUDENT = "assets/tiny/student.safetensors"
 WAN_SIZE = (480, 832)
-STREAM_CONFIGS = REPOSITORY / "configs" / "stream"
+STREAM_CONFIGS = shipped("configs/stream")
 # 480 x 832
 LATENT_SIZES = {"tiny": (SIDE // SPACE, SIDE // SPACE), "wan1.3b": (60, 104), "wan14b": (60, 104)}
 MODELS = {
@@ -89,7 +82,7 @@ def load_stream_model(
     Raises ConfigError where files are missing or hold another model.
     """
     if run is not None and checkpoint:
-        raise ConfigError("both a run and a checkpoint are given; drop --run or --checkpoint")
+        raise ConfigError("both a run and weights are given; drop --run or --weights")
     config, weights = (
         student_of(run) if run else (load_config("dfd_ar.yaml"), Path(checkpoint or TINY_STUDENT))
     )
@@ -247,7 +240,7 @@ def fetch_student(folder: Path) -> str:
     place = shlex.quote(str(folder))
     return (
         f"hf download {STUDENT_REPOSITORY} {STUDENT_FILE} --local-dir {place}\n"
-        f"    and name it: --checkpoint {shlex.quote(str(folder / STUDENT_FILE))}"
+        f"    and name it: --weights {shlex.quote(str(folder / STUDENT_FILE))}"
     )
 
 

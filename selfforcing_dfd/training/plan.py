@@ -8,8 +8,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from selfforcing_dfd.common import find_device
-from selfforcing_dfd.config import REPOSITORY, Config, find_file, to_yaml
+from selfforcing_dfd.common import find_device, shipped
+from selfforcing_dfd.config import Config, find_file, to_yaml
 from selfforcing_dfd.data.shards import INDEX_NAME, ShardReader
 from selfforcing_dfd.training.build import arms, build_chunks, build_ladder, run_folder, sources
 from selfforcing_dfd.training.build_data import NEED_NO_CLIPS, noise_wish
@@ -191,7 +191,7 @@ def how_to_make_shards(config: Config, prompts_do: bool) -> Iterator[str]:
 
 def maker_of(folder: str, what: str) -> str:
     """The shipped config whose run's folder (`run`) or pairs (`pairs`) this is; empty for none."""
-    for path in sorted((REPOSITORY / "configs").rglob("*.yaml")):
+    for path in sorted((shipped("configs")).rglob("*.yaml")):
         own = OmegaConf.to_container(OmegaConf.load(path))
         settings = own if isinstance(own, dict) else {}
         run, pairs = settings.get("run") or {}, settings.get("pairs") or {}
@@ -201,7 +201,7 @@ def maker_of(folder: str, what: str) -> str:
             else pairs.get("out", "")
         )
         if made == folder:
-            return path.relative_to(REPOSITORY / "configs").as_posix()
+            return path.relative_to(shipped("configs")).as_posix()
     return ""
 
 

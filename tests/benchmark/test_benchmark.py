@@ -6,9 +6,6 @@ from __future__ import annotations
 
 import io
 import json
-import subprocess
-import sys
-import time
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -17,11 +14,11 @@ import pytest
 import torch
 from tiny_models import LADDER, tiny_network
 
-from inference import benchmark
 from selfforcing_dfd import rng
 from selfforcing_dfd.benchmark.measure import Bench, Plan, measure, timed_calls
 from selfforcing_dfd.benchmark.statistics import Recording, stage_breakdown, steady_state
 from selfforcing_dfd.benchmark.table import comparison, differences, ratios, read_result
+from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
@@ -102,7 +99,7 @@ def run(*arguments: str) -> tuple[int, str, str]:
     """The program in this process, where torch is imported already: status, stdout, stderr."""
     out, err = io.StringIO(), io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
-        status = benchmark.main(list(arguments))
+        status = main(["benchmark", *arguments])
     return status, out.getvalue(), err.getvalue()
 
 
@@ -213,15 +210,15 @@ def test_fast_variants_say_what_they_are():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--size", "huge"), "use one of tiny, wan1.3b, wan14b"),
-        (("--dtype", "int8"), "use float32, bfloat16 or float16"),
-        (("--stream", "slow"), "no stream settings 'slow'"),
+        (("--random-weights", "huge"), "invalid choice: 'huge'"),
+        (("--dtype", "int8"), "invalid choice: 'int8'"),
+        (("--settings", "slow"), "no stream settings 'slow'"),
         (("--window", "4", "--quick"), "use 3 or 6"),
-        (("--height", "100"), "multiples of 16"),
-        (("--chunks", "0"), "at least 1 must be measured"),
+        (("--size", "100x64"), "multiples of 16"),
+        (("--chunks", "0"), "want a whole number of at least 1"),
         (("--fps", "0"), "fps must be positive"),
         (("--attention", "fa3"), "needs a CUDA device"),
-        (("--random-weights", "--checkpoint", "x"), "are of the tiny size"),
+        (("--random-weights", "tiny", "--weights", "x"), "goes without --run and --weights"),
     ],
 )
 def test_errors_say_what_to_do(arguments, message):
@@ -240,20 +237,6 @@ def test_a_file_without_a_result_is_refused(content, tmp_path):
     path.write_text(content)
     with pytest.raises(ValueError, match="holds no benchmark result"):
         read_result(path)
-
-
-def test_help_does_not_wait_for_torch():
-    """Catches a heavy import at the top of the program: a second is what torch alone takes. The
-    best of three counts.
-    """
-    times = []
-    for _ in range(3):
-        begun = time.perf_counter()
-        subprocess.run(
-            [sys.executable, benchmark.__file__, "--help"], capture_output=True, check=True
-        )
-        times.append(time.perf_counter() - begun)
-    assert min(times) < 1
 
 
 @pytest.fixture(scope="module")

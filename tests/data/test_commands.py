@@ -1,28 +1,17 @@
-"""`python -m selfforcing_dfd clips | pack | verify`."""
+"""The commands `clips`, `pack` and `verify` as a user types them."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-import selfforcing_dfd
 from selfforcing_dfd.cli.main import main
+from selfforcing_dfd.common import shipped
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.tiny.codec import TinyCodec
-
-ROOT = Path(selfforcing_dfd.__file__).parents[1]
-
-
-def test_help_imports_nothing_heavy() -> None:
-    """--help must be immediate: torch alone takes seconds."""
-    program = "import sys, selfforcing_dfd.__main__ as m\ntry: m.main(['pack', '--help'])\nexcept SystemExit: pass\n"
-    program += "raise SystemExit(bool({'torch', 'numpy', 'av', 'webdataset'} & set(sys.modules)))"
-    assert subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=False).returncode == 0
 
 
 def test_clips_to_shards_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -34,8 +23,8 @@ def test_clips_to_shards_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture
     assert "3 samples in 1 shards, as packed" in capsys.readouterr().out
     reader = ShardReader(tmp_path / "clips-shards")
     assert reader.index.latent_shape == (9, 16, 8, 8)
-    shipped = TinyCodec.load(ROOT / "assets" / "tiny" / "codec.safetensors")
-    assert reader.index.fingerprints["codec"] == shipped.fingerprint
+    basis = TinyCodec.load(shipped("assets/tiny/codec.safetensors"))
+    assert reader.index.fingerprints["codec"] == basis.fingerprint
 
 
 def test_a_fitted_basis_lies_beside_the_shards_and_decodes_them(
@@ -79,7 +68,7 @@ def test_verify_reports_a_changed_shard(
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1
     shard.write_bytes(data)
-    assert main(["verify", str(own_shards)]) == 1
+    assert main(["verify", str(own_shards)]) == 2
     assert "error: " in (message := capsys.readouterr().err)
     assert "shard-000001.tar: not as packed" in message
 
@@ -139,7 +128,7 @@ def test_mistakes_end_in_one_message_and_a_failure(
                 *arguments,
             ]
         )
-        == 1
+        == 2
     )
     printed = capsys.readouterr().err
     assert printed.startswith("error: ")
@@ -150,12 +139,5 @@ def test_mistakes_end_in_one_message_and_a_failure(
 @pytest.mark.parametrize("size", ["64", "64x", "axb", "64x64x3"])
 def test_a_malformed_size_is_explained(capsys: pytest.CaptureFixture[str], size: str) -> None:
     """Would catch argparse's own words, which name a private function."""
-    with pytest.raises(SystemExit):
-        main(["pack", "clips", "--codec", "tiny", "--size", size])
-    assert f"'{size}', want HEIGHTxWIDTH such as 64x64" in capsys.readouterr().err
-
-
-def test_traceback_on_request(tmp_path: Path) -> None:
-    """Would catch errors that can never be traced to their place."""
-    with pytest.raises(ValueError, match=r"no index\.json"):
-        main(["--traceback", "verify", str(tmp_path)])
+    assert main(["pack", "clips", "--codec", "tiny", "--size", size]) == 2
+    assert f"'{size}', want HEIGHTxWIDTH such as 480x832" in capsys.readouterr().err

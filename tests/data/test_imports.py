@@ -190,9 +190,9 @@ def test_an_interrupted_import_goes_on_to_the_same_bytes(
         return encode(self, captions)
 
     monkeypatch.setattr(TinyText, "encode", failing)
-    assert main([*arguments, "--out", str(tmp_path / "twice")]) == 1
+    assert main([*arguments, "--out", str(tmp_path / "twice")]) == 2
     monkeypatch.undo()
-    assert main([*arguments, "--out", str(tmp_path / "twice"), "--resume", "--step", "0"]) == 1
+    assert main([*arguments, "--out", str(tmp_path / "twice"), "--resume", "--step", "0"]) == 2
     assert main([*arguments, "--out", str(tmp_path / "twice"), "--resume"]) == 0
     assert {p.name: p.read_bytes() for p in (tmp_path / "twice").iterdir()} == {
         p.name: p.read_bytes() for p in (tmp_path / "once").iterdir()
@@ -390,11 +390,11 @@ def test_the_command_tells_the_kinds_apart(
     assert ShardReader(tmp_path / "a").index.about["source"]["kind"] == "fastgen"
     assert ShardReader(tmp_path / "b").index.about["source"]["kind"] == "lmdb"
     capsys.readouterr()
-    assert main(["import", str(rows), "--out", str(tmp_path / "c")]) == 1
+    assert main(["import", str(rows), "--out", str(tmp_path / "c")]) == 2
     assert "--text umt5 needs --model DIR" in capsys.readouterr().err
     (tmp_path / "none").mkdir()
-    assert main(["import", str(tmp_path / "none"), "--out", str(tmp_path / "c")]) == 1
+    assert main(["import", str(tmp_path / "none"), "--out", str(tmp_path / "c")]) == 2
     assert "want a folder with data.mdb (LMDB)" in capsys.readouterr().err
     with tarfile.open(tmp_path / "none" / "0.tar", "w:gz"):
-        assert main(["import", str(tmp_path / "none"), "--out", str(tmp_path / "c")]) == 1
+        assert main(["import", str(tmp_path / "none"), "--out", str(tmp_path / "c")]) == 2
     assert "cannot be read as an uncompressed tar" in capsys.readouterr().err

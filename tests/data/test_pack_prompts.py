@@ -60,7 +60,7 @@ def test_the_command_says_what_it_cannot_use(prompts, tmp_path, capsys):
     """Catches a size that the model cannot make being found out at the first update, hours later."""
     out = ("--out", str(tmp_path / "out"), "--text", "tiny")
     for size, frames in (("64x60", "33"), ("64x64", "32")):
-        assert main(["prompts", str(prompts), *out, "--size", size, "--frames", frames]) == 1
+        assert main(["prompts", str(prompts), *out, "--size", size, "--frames", frames]) == 2
         assert "such as 81 frames of 480x832" in capsys.readouterr().err
     assert main(["prompts", str(prompts), *out, "--size", "64x64", "--frames", "33"]) == 0
     assert "left out line 4: caption has 13 words" in capsys.readouterr().out
@@ -83,11 +83,11 @@ def test_output_options_reach_the_shards(prompts, tmp_path, capsys):
         "--frames",
         "33",
     ]
-    assert main([*command, "--strict"]) == 1
+    assert main([*command, "--strict"]) == 2
     assert "line 4: caption has 13 words" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
     assert main(command) == 0
-    assert main(command) == 1
+    assert main(command) == 2
     assert "exists" in capsys.readouterr().err
     assert main([*command, "--resume"]) == 0  # it is finished: nothing to do
     assert main([*command, "--overwrite", "--float32"]) == 0

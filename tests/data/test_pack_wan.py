@@ -186,6 +186,6 @@ def test_missing_parts_of_the_model_are_named(
         folder = Path(shutil.copytree(model, tmp_path / "model"))
         shutil.rmtree(folder / part)
         arguments += ["--model", str(folder)]
-    assert main(arguments) == 1
+    assert main(arguments) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "shards").exists()

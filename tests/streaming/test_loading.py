@@ -4,7 +4,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import shutil
 from pathlib import Path
@@ -16,6 +15,7 @@ from safetensors.torch import save_file
 from tiny_wan import HEIGHT, RECIPE, WIDTH, save_wan_folder, tiny_parts, tiny_student
 from y4m import y4m
 
+from selfforcing_dfd.cli.main import main as command_line
 from selfforcing_dfd.config import ConfigError
 from selfforcing_dfd.models.hub import HubError, Recipe, mark_student, recipe_of, role_of
 from selfforcing_dfd.streaming.load import absent, load_settings, load_student, load_wan_model
@@ -24,17 +24,12 @@ from selfforcing_dfd.streaming.session import StreamModel, StreamSession
 from selfforcing_dfd.weights.write import convert
 
 PROMPT = "a red disc moves left"
-SCRIPT = Path(__file__).parents[2] / "inference" / "stream.py"
-SIZE = ["--height", str(HEIGHT), "--width", str(WIDTH)]
+SIZE = ["--size", f"{HEIGHT}x{WIDTH}"]
 
 
 def main(arguments: list[str]) -> int:
-    """What the script does with a command line."""
-    spec = importlib.util.spec_from_file_location("stream_of_wan", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.main(arguments)
+    """The exit code of `selfforcing-dfd stream` with these arguments."""
+    return command_line(["stream", *arguments])
 
 
 @pytest.fixture(scope="module")
@@ -147,12 +142,12 @@ def test_wans_folder_alone_is_no_student(wan):
     message = str(error.value)
     assert "student: Wan's own transformer is bidirectional" in message
     assert "hf download gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt --local-dir" in message
-    assert "--checkpoint" in message
+    assert "--weights" in message
     assert "--include" not in message, "nothing else is missing"
 
 
 def test_a_teachers_folder_named_as_student_is_refused(wan, export):
-    """Catches `--checkpoint WAN`, which fits tensor by tensor."""
+    """Catches `--weights WAN`, which fits tensor by tensor."""
     with pytest.raises(HubError, match="bidirectional"):
         load_wan_model(export, str(wan / "transformer"), size=(HEIGHT, WIDTH))
 
@@ -253,7 +248,7 @@ def test_the_command_line_takes_a_dtype(export, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--height", "64", "--dtype", "float32"], "--height, --dtype without --model"),
+        (["--size", "64x64", "--dtype", "float32"], "--size, --dtype without --model"),
         (["--model", "nowhere", "--run", "x"], "both --model and --run"),
         (["--model", "nowhere"], "nowhere cannot be streamed from yet; it lacks"),
     ],

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from selfforcing_dfd.config import REPOSITORY, Config, ModelConfig, load_config
+from selfforcing_dfd.common import shipped
+from selfforcing_dfd.config import Config, ModelConfig, load_config
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
@@ -34,7 +35,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     teacher = build_network(MODEL)
     fill_weights(teacher, seed=1)
     save_weights(folder / "teacher.safetensors", teacher)
-    basis = REPOSITORY / "assets" / "tiny" / "codec.safetensors"
+    basis = shipped("assets/tiny/codec.safetensors")
     make_tiny_shards(folder / "shards", 24, 0, "short", 9, basis)
     store_noise(
         folder / "shards",

@@ -10,14 +10,15 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save_file
 
-from selfforcing_dfd.config import REPOSITORY, Config, load_config
+from selfforcing_dfd.common import shipped
+from selfforcing_dfd.config import Config, load_config
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
 from selfforcing_dfd.training.build import build_network
 from selfforcing_dfd.training.plan import plan
 
 CONFIGS = sorted(
-    path.relative_to(REPOSITORY / "configs").as_posix()
-    for path in (REPOSITORY / "configs").rglob("*.yaml")
+    path.relative_toshipped("configs").as_posix()
+    for path in shipped("configs").rglob("*.yaml")
     if path.parent.name != "stream"
 )
 
@@ -60,9 +61,7 @@ def test_every_named_config_exists() -> None:
                 if line.strip().startswith("python train.py")
                 else []
             )
-            assert (
-                not words or (REPOSITORY / "configs" / words[words.index("--config") + 1]).is_file()
-            )
+            assert not words or (shipped("configs") / words[words.index("--config") + 1]).is_file()
 
 
 def test_commands_for_weights_and_data() -> None:
@@ -142,12 +141,7 @@ def test_gpus_share_the_memory() -> None:
 def test_shards_that_are_there_are_measured_not_assumed(nowhere: Path) -> None:
     """Catches the default size of clips, or of text, taken for that of the data at hand."""
     make_tiny_shards(
-        nowhere / "data" / "tiny-dfd",
-        4,
-        0,
-        "short",
-        9,
-        REPOSITORY / "assets" / "tiny" / "codec.safetensors",
+        nowhere / "data" / "tiny-dfd", 4, 0, "short", 9, shipped("assets/tiny/codec.safetensors")
     )
     text = table(load_config("dfd_ar.yaml", ["data.video_size=[480,832]"]))
     assert "[16, 9, 16, 8, 8] in 3 chunks of 3 latent frames; text [12, 32]" in text
@@ -157,9 +151,7 @@ def test_shards_that_are_there_are_measured_not_assumed(nowhere: Path) -> None:
 
 def test_missing_noise_is_named_with_its_command(nowhere: Path) -> None:
     """Catches a pairing that needs stored noise and would stop only after the weights are loaded."""
-    make_tiny_shards(
-        nowhere / "shards", 4, 0, "short", 9, REPOSITORY / "assets" / "tiny" / "codec.safetensors"
-    )
+    make_tiny_shards(nowhere / "shards", 4, 0, "short", 9, shipped("assets/tiny/codec.safetensors"))
     config = load_config(
         "tiny/dmd.yaml", ["run.stage=dfd", "dfd.pairing=prefix", "data.shards=shards"]
     )

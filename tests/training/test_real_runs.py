@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 from selfforcing_dfd.cli.train import build_guards, run
-from selfforcing_dfd.config import REPOSITORY, Config, ConfigError, ModelConfig
+from selfforcing_dfd.common import shipped
+from selfforcing_dfd.config import Config, ConfigError, ModelConfig
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.data.format import INDEX_NAME, Index
 from selfforcing_dfd.data.noise import store_noise
@@ -51,7 +52,7 @@ def with_negative(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Eight clips in shards that hold a negative prompt, as Wan's do."""
     folder = tmp_path_factory.mktemp("negative")
     write_clips(folder / "clips", 8, 0, "short", 33)
-    codec = TinyCodec.load(REPOSITORY / "assets" / "tiny" / "codec.safetensors")
+    codec = TinyCodec.load(shipped("assets/tiny/codec.safetensors"))
     options = PackOptions(negative_prompt="a grey disc stands still")
     source = FileSource(folder / "clips", 33, (64, 64))
     pack(source, folder / "shards", codec, TinyText(), options)

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from selfforcing_dfd.cli.train import run
-from selfforcing_dfd.common import UserError
-from selfforcing_dfd.config import REPOSITORY, Config, ConfigError
+from selfforcing_dfd.common import UserError, shipped
+from selfforcing_dfd.config import Config, ConfigError
 from selfforcing_dfd.training.build import build_trainer, run_folder
 from selfforcing_dfd.training.checkpoint import CheckpointError
 from selfforcing_dfd.training.finite import NonFiniteError
@@ -134,7 +134,7 @@ def start(world: Path, out: Path, *overrides: str) -> subprocess.Popen[str]:
             *arguments(world, out),
             *overrides,
         ],
-        cwd=REPOSITORY,
+        cwd=shipped("."),
         env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -252,9 +252,7 @@ def test_inversion_needs_noise(settings: Settings, world: Path, tmp_path: Path) 
     """Without stored noise, inversion pairing would silently be caption pairing."""
     from selfforcing_dfd.data.sources.tiny import make_tiny_shards
 
-    make_tiny_shards(
-        tmp_path / "bare", 4, 0, "short", 9, REPOSITORY / "assets" / "tiny" / "codec.safetensors"
-    )
+    make_tiny_shards(tmp_path / "bare", 4, 0, "short", 9, shipped("assets/tiny/codec.safetensors"))
     with pytest.raises(ConfigError, match=r"dfd\.pairing is inversion, but .* holds no noise"):
         run(settings("dfd.pairing=inversion", f"data.shards={tmp_path / 'bare'}"))
 
@@ -287,14 +285,14 @@ def test_cli_says_what_is_wrong(tmp_path: Path) -> None:
     """One line and exit code 2 for a mistake, no traceback; --dry-run trains nothing."""
     command = [sys.executable, "train.py", "--config", "dfd_ar.yaml"]
     wrong = subprocess.run(
-        [*command, "dfd.pp=1"], cwd=REPOSITORY, capture_output=True, text=True, check=False
+        [*command, "dfd.pp=1"], cwd=shipped("."), capture_output=True, text=True, check=False
     )
     assert wrong.returncode == 2
     assert "Did you mean: 'p'" in wrong.stderr
     assert "Traceback" not in wrong.stderr
     dry = subprocess.run(
         [*command, "--dry-run", f"run.out={tmp_path}"],
-        cwd=REPOSITORY,
+        cwd=shipped("."),
         capture_output=True,
         text=True,
         check=True,

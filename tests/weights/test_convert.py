@@ -260,7 +260,7 @@ def test_the_command(original, tmp_path, capsys):
         load_transformer(tmp_path / "s"),
         {name: tensor.bfloat16() for name, tensor in wan_state(1).items()},
     )
-    assert main(["convert", str(original), str(tmp_path / "d"), "--to", "wan"]) == 1
+    assert main(["convert", str(original), str(tmp_path / "d"), "--to", "wan"]) == 2
     assert "error: " in capsys.readouterr().err
 
 

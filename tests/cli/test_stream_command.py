@@ -1,14 +1,12 @@
-"""`python inference/stream.py` as a user starts it, on the tiny assets."""
+"""The command `stream` and `inference/stream.py` as users start them, on the tiny assets."""
 
 from __future__ import annotations
 
-import importlib.util
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from types import ModuleType
 
 import av
 import numpy as np
@@ -17,19 +15,16 @@ import torch
 from clip_files import write_clip
 from y4m import y4m
 
+from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.streaming.load import load_settings, load_stream_model
 from selfforcing_dfd.streaming.session import StreamSession
 
 SCRIPT = Path(__file__).parents[2] / "inference" / "stream.py"
 
 
-@pytest.fixture(scope="module")
-def cli() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("stream_cli", SCRIPT)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def stream(*arguments: str) -> int:
+    """The exit code of the command, run in this process."""
+    return main(["stream", *arguments])
 
 
 def frames_of(path: Path) -> np.ndarray:
@@ -37,20 +32,18 @@ def frames_of(path: Path) -> np.ndarray:
         return np.stack([frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)])
 
 
-def test_file_holds_what_the_session_makes(cli, tmp_path):
+def test_file_holds_what_the_session_makes(tmp_path):
     """Catches frames that are lost, repeated or changed on their way to the file."""
     assert (
-        cli.main(
-            [
-                "--prompt",
-                "a cross moves",
-                "--chunks",
-                "3",
-                "--seed",
-                "5",
-                "--out",
-                str(tmp_path / "s.y4m"),
-            ]
+        stream(
+            "--prompt",
+            "a cross moves",
+            "--chunks",
+            "3",
+            "--seed",
+            "5",
+            "--out",
+            str(tmp_path / "s.y4m"),
         )
         == 0
     )
@@ -60,36 +53,36 @@ def test_file_holds_what_the_session_makes(cli, tmp_path):
     assert len(wanted) == 9 + 12 + 12
 
 
-def test_mp4_has_every_frame(cli, tmp_path, capsys):
+def test_mp4_has_every_frame(tmp_path, capsys):
     """Catches frames that stay in the encoder; and a run that does not say how far it looks back."""
-    assert cli.main(["--chunks", "4", "--out", str(tmp_path / "s.mp4")]) == 0
+    assert stream("--chunks", "4", "--out", str(tmp_path / "s.mp4")) == 0
     assert frames_of(tmp_path / "s.mp4").shape == (9 + 3 * 12, 64, 64, 3)
     assert "K = 9 latent frames (sink 3 + window 6, sink_relative)" in capsys.readouterr().err
 
 
-def test_schedule_changes_the_running_stream(cli, tmp_path):
+def test_schedule_changes_the_running_stream(tmp_path):
     """Catches a prompt that comes a chunk early or late, and a restart in place of a change."""
     (tmp_path / "p.txt").write_text("0: a disc moves\n3: a cross moves\n")
     for name, prompts in (
         ("one", ["--prompt", "a disc moves"]),
         ("two", ["--prompts", str(tmp_path / "p.txt")]),
     ):
-        assert cli.main([*prompts, "--chunks", "5", "--out", str(tmp_path / f"{name}.y4m")]) == 0
+        assert stream(*prompts, "--chunks", "5", "--out", str(tmp_path / f"{name}.y4m")) == 0
     one, two = frames_of(tmp_path / "one.y4m"), frames_of(tmp_path / "two.y4m")
     before = 9 + 12 + 12
     assert np.array_equal(one[:before], two[:before])
     assert not np.array_equal(one[before:], two[before:])
 
 
-def test_a_clip_and_a_picture_come_first(cli, tmp_path):
+def test_a_clip_and_a_picture_come_first(tmp_path):
     """Catches a stream that ignores what it was given, or shows it twice."""
-    assert cli.main(["--chunks", "2", "--out", str(tmp_path / "a.y4m")]) == 0
+    assert stream("--chunks", "2", "--out", str(tmp_path / "a.y4m")) == 0
     clip = torch.from_numpy(frames_of(tmp_path / "a.y4m"))
     write_clip(tmp_path / "a.mp4", clip, 16)
     for option, num_given in (("--video", 21), ("--image", 1)):
         source = tmp_path / "a.mp4"
         out = tmp_path / f"{option[2:]}.y4m"
-        assert cli.main([option, str(source), "--chunks", "2", "--out", str(out)]) == 0
+        assert stream(option, str(source), "--chunks", "2", "--out", str(out)) == 0
         frames = frames_of(out)
         assert len(frames) == num_given + 24
         distance = np.abs(frames[:num_given].astype(float) - clip[21 - num_given :].numpy()).mean()
@@ -104,10 +97,10 @@ def test_a_clip_and_a_picture_come_first(cli, tmp_path):
         (["--image", "a.png", "--video", "b.mp4"], "both --image and --video"),
         (["--image", "nowhere.png"], "nowhere.png: cannot be read"),
         (["--run", "nowhere"], "nowhere has no config.yaml"),
-        (["--checkpoint", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
+        (["--weights", "nowhere.safetensors"], "nowhere.safetensors does not exist"),
         (
             ["--window", "7"],
-            "window_frames is 7; slots hold whole chunks of 3 latent frames: use 6 or 9",
+            "--window is 7; slots hold whole chunks of 3 latent frames: use 6 or 9",
         ),
         (["--positions", "relative"], "use one of absolute, sink_relative, window_relative"),
         (
@@ -119,19 +112,19 @@ def test_a_clip_and_a_picture_come_first(cli, tmp_path):
     ],
 )
 def test_mistakes_are_explained_and_write_nothing(
-    cli, tmp_path, monkeypatch, capsys, arguments, message
+    tmp_path, monkeypatch, capsys, arguments, message
 ):
     """Catches a traceback, and an output file begun before the mistake was found."""
     monkeypatch.chdir(tmp_path)
-    assert cli.main(["--chunks", "1", *arguments]) == 2
+    assert stream("--chunks", "1", *arguments) == 2
     assert message in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_existing_file_is_kept(cli, tmp_path, capsys):
+def test_an_existing_file_is_kept(tmp_path, capsys):
     """Catches an evening's stream that a second start overwrites."""
     (tmp_path / "s.mp4").write_bytes(b"precious")
-    assert cli.main(["--chunks", "1", "--out", str(tmp_path / "s.mp4")]) == 2
+    assert stream("--chunks", "1", "--out", str(tmp_path / "s.mp4")) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert (tmp_path / "s.mp4").read_bytes() == b"precious"
 
@@ -162,20 +155,6 @@ def test_a_reader_that_leaves_ends_the_stream(tmp_path):
     said = process.stderr.read().decode()
     assert process.wait(timeout=60) == 0
     assert "the reader has gone" in said and "Traceback" not in said
-
-
-@pytest.mark.parametrize("script", ["stream.py", "benchmark.py"])
-def test_help_needs_no_torch(script):
-    """Catches a heavy import at the top, which makes --help take seconds."""
-    report = (
-        "import atexit, sys; atexit.register(lambda: sys.stderr.write(str('torch' in sys.modules)))"
-    )
-    start = f"import runpy; runpy.run_path({str(SCRIPT.with_name(script))!r}, run_name='__main__')"
-    code = f"{report}; sys.argv = ['x', '--help']; {start}"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    assert done.stderr == "False"
-    assert "--chunks" in done.stdout
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

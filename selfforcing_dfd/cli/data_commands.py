@@ -1,0 +1,356 @@
+"""Commands around data: clips, pack, prompts, import, merge, invert, verify."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfforcing_dfd.cli.data_options import (
+    add_clip_options,
+    add_output_options,
+    add_text_options,
+    pack_options,
+)
+from selfforcing_dfd.cli.options import DTYPE_NAMES, Run, part, positive, shape, size
+from selfforcing_dfd.common import shipped
+
+if TYPE_CHECKING:
+    from selfforcing_dfd.data.encoders import TextEncoder, VideoCodec
+    from selfforcing_dfd.data.pack import PackSummary
+    from selfforcing_dfd.data.source import Source
+    from selfforcing_dfd.data.sources.files import FileSource
+
+CODEC_FILE = "codec.safetensors"
+NUM_PRINTED = 20
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "tiny": {"size": (64, 64), "frames": 33, "text": "tiny", "shard_size": 512},
+    "wan": {"size": (480, 832), "frames": 81, "text": "umt5", "shard_size": 128},
+}
+"""What `pack` takes for options that are not given, by its codec."""
+
+
+def clips(parser: argparse.ArgumentParser) -> Run:
+    """Write clips of the tiny world, as .mp4 files with a caption beside each."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="where to write them")
+    parser.add_argument(
+        "--num", type=positive, default=256, metavar="N", help="clips (default: %(default)s)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="which clips (default: %(default)s)")
+    parser.add_argument(
+        "--level",
+        choices=("short", "medium", "long"),
+        default="short",
+        help="how much a caption says (default: %(default)s)",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.tiny import world
+
+        world.write_clips(args.folder, args.num, args.seed, args.level)
+        following = f"python -m selfforcing_dfd pack {args.folder} --codec tiny"
+        print(f"{args.folder}: {args.num} clips. Next: {following}")
+
+    return run
+
+
+def pack(parser: argparse.ArgumentParser) -> Run:
+    """Encode videos with captions into webdataset shards."""
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="folder of .mp4 clips, or a list: .csv, .jsonl, .txt",
+    )
+    parser.add_argument(
+        "--codec", choices=("tiny", "wan"), required=True, help="what turns video into latents"
+    )
+    add_clip_options(parser)
+    add_text_options(parser, "default: umt5 with --codec wan, tiny with tiny")
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        default="float32",
+        help="in which the VAE computes (default: %(default)s)",
+    )
+    basis = parser.add_mutually_exclusive_group()
+    basis.add_argument(
+        "--fit", action="store_true", help="fit the tiny codec's basis to these clips"
+    )
+    basis.add_argument(
+        "--basis",
+        type=Path,
+        default=shipped("assets/tiny") / CODEC_FILE,
+        metavar="FILE",
+        help="the tiny codec's basis (default: the shipped one)",
+    )
+    add_output_options(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the shards go (default: SOURCE-shards)"
+    )
+    parser.add_argument(
+        "--part",
+        type=part,
+        default=(1, 1),
+        metavar="I/N",
+        help="pack share I of N into OUT.part-I-of-N",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.data.pack import check_early, pack
+
+        for name, value in DEFAULTS[args.codec].items():
+            if vars(args)[name] is None:
+                setattr(args, name, value)
+        source = _file_source(args)
+        out = _out_folder(args, source.path)
+        options = replace(
+            pack_options(args),
+            num_workers=args.workers,
+            part=args.part,
+            settings={"codec_dtype": args.dtype},
+        )
+        check_early(source, out, options)
+        codec, attach = _load_codec(args, source)
+        summary = pack(source, out, codec, _load_text(args), replace(options, attach=attach))
+        _print_summary(summary, f", {CODEC_FILE}" if args.codec == "tiny" else "")
+
+    return run
+
+
+def prompts(parser: argparse.ArgumentParser) -> Run:
+    """Encode prompts without clips into shards, which is all that DMD needs."""
+    parser.add_argument(
+        "source", type=Path, metavar="FILE", help="text file, a prompt on each line"
+    )
+    add_text_options(parser, "default: umt5")
+    add_output_options(parser)
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the shards go"
+    )
+    parser.add_argument(
+        "--frames",
+        type=positive,
+        default=81,
+        metavar="N",
+        help="video frames to generate (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--size",
+        type=size,
+        default=(480, 832),
+        metavar="HxW",
+        help="height x width of the video (default: 480x832)",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.data.encoders import latent_shape
+        from selfforcing_dfd.data.pack import check_early, pack
+        from selfforcing_dfd.data.sources.prompts import PromptSource
+
+        args.text = args.text or "umt5"
+        source = PromptSource(args.source, latent_shape(args.frames, args.size))
+        options = pack_options(args, 4096)
+        check_early(source, args.out, options)
+        _print_summary(pack(source, args.out, None, _load_text(args), options))
+
+    return run
+
+
+def import_(parser: argparse.ArgumentParser) -> Run:
+    """Turn latents of Self-Forcing, DFD, CausVid (LMDB) or FastGen (webdataset) into shards."""
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SOURCE",
+        help="LMDB folder, folder of them, or folder of .tar files",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="DIR", help="where the shards go"
+    )
+    parser.add_argument(
+        "--kind",
+        choices=("auto", "lmdb", "fastgen"),
+        default="auto",
+        help="what SOURCE is (default: what is found in it)",
+    )
+    parser.add_argument(
+        "--step",
+        type=int,
+        default=-1,
+        metavar="N",
+        help="LMDB: which latent of a trajectory (default: the clean last one)",
+    )
+    parser.add_argument(
+        "--row-shape",
+        type=shape,
+        metavar="FxCxHxW",
+        help="LMDB: of a row, where latents_shape lacks it",
+    )
+    parser.add_argument(
+        "--layout",
+        choices=("cfhw", "fchw"),
+        default="cfhw",
+        help="FastGen: order of the axes (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--negative-file", type=Path, metavar="FILE", help="FastGen: negative prompt's embedding"
+    )
+    add_text_options(parser, "default: umt5 for LMDB, the stored embeddings for FastGen")
+    add_output_options(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.data.pack import check_early, pack
+        from selfforcing_dfd.data.sources.imported import open_import
+
+        source = open_import(
+            args.source,
+            args.kind,
+            step=args.step,
+            row_shape=args.row_shape,
+            layout=args.layout,
+            negative=args.negative_file,
+        )
+        if args.text is None and not source.text_shape:
+            args.text = "umt5"
+        options = pack_options(args, 128)
+        check_early(source, args.out, options)
+        text = _load_text(args) if args.text else None
+        _print_summary(pack(source, args.out, None, text, options))
+
+    return run
+
+
+def merge(parser: argparse.ArgumentParser) -> Run:
+    """Put the folders that `pack --part` wrote together."""
+    parser.add_argument(
+        "parts", nargs="+", type=Path, metavar="PART", help="all N folders OUT.part-I-of-N"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace earlier shards in the same place"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.data.merge import merge
+
+        _print_summary(merge(args.parts, args.out, args.overwrite))
+
+    return run
+
+
+def invert(parser: argparse.ArgumentParser) -> Run:
+    """Store with every sample the noise to which the teacher's ODE maps it, for `inversion`."""
+    parser.add_argument(
+        "folder",
+        type=Path,
+        metavar="FOLDER",
+        help="shards with their index.json; replaced as a whole",
+    )
+    parser.add_argument(
+        "--config", required=True, help="names the teacher: its model section and weights.teacher"
+    )
+    parser.add_argument(
+        "--steps",
+        type=positive,
+        default=12,
+        metavar="N",
+        help="of the ODE solver, two network calls each (default: %(default)s)",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.config import load_config
+        from selfforcing_dfd.data.noise import store_noise
+        from selfforcing_dfd.training.build import build_invert, build_teacher
+        from selfforcing_dfd.training.ema import model_fingerprint
+
+        config = load_config(args.config)
+        teacher = model_fingerprint(build_teacher(config))
+        summary = store_noise(
+            args.folder,
+            build_invert(config, args.steps),
+            noise_fingerprint=f"{teacher}-{args.steps}",
+        )
+        print(f"{summary.folder}: {summary.num_samples} samples now have their noise")
+
+    return run
+
+
+def verify(parser: argparse.ArgumentParser) -> Run:
+    """Recompute the checksums of a shard folder and read every sample."""
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="shards with their index.json")
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.data.shards import ShardReader
+
+        reader = ShardReader(args.folder)
+        reader.verify()
+        num_shards = len(reader.index.shards)
+        print(f"{args.folder}: {len(reader)} samples in {num_shards} shards, as packed")
+
+    return run
+
+
+def _file_source(args: argparse.Namespace) -> FileSource:
+    from selfforcing_dfd.data.sources.files import FileSource
+
+    captions = Path(args.captions)
+    is_ending = args.captions.startswith(".") or captions.suffix not in (".csv", ".jsonl", ".txt")
+    suffix = args.captions if is_ending and not captions.is_file() else None
+    return FileSource(
+        args.source.resolve(),
+        args.frames,
+        args.size,
+        resize=args.resize,
+        fps=args.fps,
+        caption_suffix=suffix or ".txt",
+        captions=None if suffix else captions,
+        recursive=args.recursive,
+    )
+
+
+def _out_folder(args: argparse.Namespace, source: Path) -> Path:
+    name = source.name if source.is_dir() else source.stem
+    out: Path = args.out or source.with_name(f"{name}-shards")
+    number, count = args.part
+    return out if count == 1 else out.with_name(f"{out.name}.part-{number}-of-{count}")
+
+
+def _load_codec(
+    args: argparse.Namespace, source: Source
+) -> tuple[VideoCodec, Callable[[Path], None] | None]:
+    """The codec, and what writes its basis beside the shards."""
+    from selfforcing_dfd.data import encoders
+
+    if args.codec == "wan":
+        return encoders.load_wan_codec(args.model, args.device, args.dtype), None
+    if args.fit:
+        codec = encoders.fit_tiny_codec(source)
+    else:
+        codec = encoders.load_tiny_codec(args.basis)
+    return codec.to(args.device), lambda out: codec.save(out / CODEC_FILE)
+
+
+def _load_text(args: argparse.Namespace) -> TextEncoder:
+    from selfforcing_dfd.data.encoders import load_text
+
+    return load_text(args.text, args.model, args.device, args.text_cache)
+
+
+def _print_summary(summary: PackSummary, more: str = "") -> None:
+    for refusal in summary.refused[:NUM_PRINTED]:
+        print(f"left out {refusal.file}: {refusal.reason}")
+    rest = len(summary.refused) - NUM_PRINTED
+    if rest > 0:
+        print(f"left out {rest} more; {summary.folder / 'index.json'} lists all under `refused`")
+    if summary.skipped:
+        names = ", ".join(summary.skipped[:NUM_PRINTED])
+        print(
+            f"skipped {len(summary.skipped)} files that are not .mp4: {names}; videos in other "
+            "formats can be named in a list (.txt or .csv)"
+        )
+    left_out = f", {len(summary.refused)} clips left out" if summary.refused else ""
+    counts = f"{summary.num_samples} samples, {summary.num_shards} shards"
+    print(f"{summary.folder}: {counts}{more}{left_out}")

@@ -1,0 +1,129 @@
+"""Options that several commands around data share."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfforcing_dfd.cli.options import positive, rate, size
+
+if TYPE_CHECKING:
+    from selfforcing_dfd.data.pack import PackOptions
+
+
+def add_clip_options(parser: argparse.ArgumentParser) -> None:
+    """Which clips are taken, and how they are cut to one form."""
+    parser.add_argument(
+        "--recursive", action="store_true", help="also clips in folders below SOURCE"
+    )
+    parser.add_argument(
+        "--captions",
+        default=".txt",
+        metavar="FILE|ENDING",
+        help="a .csv or .jsonl with `video` and `caption`, a .txt with a line per clip, or the "
+        "ending of the files beside the clips (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--frames",
+        type=int,
+        metavar="N",
+        help="video frames of each clip (default: tiny 33, wan 81)",
+    )
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="HxW",
+        help="height x width of all clips (default: tiny 64x64, wan 480x832)",
+    )
+    parser.add_argument(
+        "--resize",
+        choices=("none", "cover", "stretch"),
+        default="none",
+        help="clips of another size: left out (none), scaled and cropped evenly (cover), "
+        "stretched (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fps",
+        type=rate,
+        metavar="RATE",
+        help="take the frames nearest to this rate by their time stamps; clips with fewer are "
+        "left out (default: all frames)",
+    )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=2,
+        metavar="N",
+        help="threads that decode (default: %(default)s)",
+    )
+
+
+def add_text_options(parser: argparse.ArgumentParser, default: str) -> None:
+    """How captions become embeddings. default: the encoder that is taken unasked, in words."""
+    parser.add_argument(
+        "--text", choices=("tiny", "umt5"), help=f"what encodes captions ({default})"
+    )
+    parser.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="diffusers folder of Wan2.1 with VAE and text encoder",
+    )
+    parser.add_argument(
+        "--text-cache",
+        type=Path,
+        metavar="DIR",
+        help="keeps umt5 embeddings here, for further runs",
+    )
+    parser.add_argument(
+        "--negative-prompt",
+        metavar="TEXT",
+        help="also encoded (default: Wan's with umt5, none with tiny)",
+    )
+    parser.add_argument(
+        "--device",
+        default="cpu",
+        help="cpu or cuda, where VAE and text encoder run (default: %(default)s)",
+    )
+
+
+def add_output_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--shard-size",
+        type=positive,
+        metavar="N",
+        help="samples in each (default: 128, tiny 512, prompts 4096)",
+    )
+    parser.add_argument("--float32", action="store_true", help="store float32 instead of float16")
+    parser.add_argument(
+        "--strict", action="store_true", help="stop at the first clip or prompt that cannot be used"
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="continue an interrupted run after its last shard"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace earlier shards in the same place"
+    )
+
+
+def pack_options(args: argparse.Namespace, shard_size: int = 0) -> PackOptions:
+    """What `add_text_options` and `add_output_options` asked for.
+
+    shard_size: samples in each shard where --shard-size is not given.
+    """
+    from selfforcing_dfd.data.encoders import default_negative_prompt
+    from selfforcing_dfd.data.pack import PackOptions
+
+    prompt = args.negative_prompt
+    if prompt is None and args.text:
+        prompt = default_negative_prompt(args.text)
+    return PackOptions(
+        shard_size=args.shard_size or shard_size,
+        dtype="float32" if args.float32 else "float16",
+        negative_prompt=prompt,
+        device=args.device,
+        strict=args.strict,
+        overwrite=args.overwrite,
+        unfinished="resume" if args.resume else "keep",
+    )

@@ -1,0 +1,106 @@
+"""What options of several commands have in common: their values' form, and groups of options."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import re
+from collections.abc import Callable
+from fractions import Fraction
+
+Run = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.ArgumentParser], Run]
+
+DTYPE_NAMES = ("float32", "bfloat16", "float16")
+ATTENTION_NAMES = ("auto", "sdpa", "fa2", "fa3", "fa4")
+DEVICE_HELP = "auto, cpu, cuda or cuda:N (default: %(default)s)"
+
+
+def size(text: str) -> tuple[int, int]:
+    """Height and width in pixels, of `480x832`."""
+    if not re.fullmatch(r"\d+x\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, want HEIGHTxWIDTH such as 480x832")
+    height, width = text.split("x")
+    return int(height), int(width)
+
+
+def shape(text: str) -> tuple[int, ...]:
+    """Four or five sizes, of `21x16x60x104`."""
+    if not re.fullmatch(r"\d+(x\d+){3,4}", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, want [S x] F x C x H x W such as 21x16x60x104")
+    return tuple(map(int, text.split("x")))
+
+
+def part(text: str) -> tuple[int, int]:
+    """The number of a part and how many there are, of `1/4`."""
+    if not re.fullmatch(r"\d+/\d+", text):
+        raise argparse.ArgumentTypeError(f"{text!r}, want I/N such as 1/4")
+    number, count = text.split("/")
+    return int(number), int(count)
+
+
+def rate(text: str) -> Fraction:
+    """Frames a second, of `16` or `24000/1001`."""
+    try:
+        value = Fraction(text)
+    except (ValueError, ZeroDivisionError) as error:
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, want frames a second such as 16 or 24000/1001"
+        ) from error
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, want more than 0 frames a second")
+    return value
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r}, want a whole number of at least 1")
+    return int(text)
+
+
+def num_chunks(text: str) -> float:
+    """A positive number of chunks, or `inf`."""
+    if text == "inf":
+        return math.inf
+    if not text.isdecimal() or int(text) == 0:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a positive number nor inf")
+    return int(text)
+
+
+def add_past_options(group: argparse._ArgumentGroup, preset: str) -> None:
+    """What a stream remembers, for `stream` and `benchmark`. preset: the default, in words."""
+    group.add_argument(
+        "--settings", metavar="NAME", help=f"preset in configs/stream, or a YAML file ({preset})"
+    )
+    group.add_argument(
+        "--window", type=int, metavar="N", help="history and current chunk; the sink comes on top"
+    )
+    group.add_argument(
+        "--sink", type=int, metavar="N", help="first latent frames, which are never forgotten"
+    )
+    group.add_argument("--positions", help="absolute, sink_relative or window_relative")
+
+
+SETTING_OPTIONS = {
+    "device": "--device",
+    "dtype": "--dtype",
+    "height": "--size: the height",
+    "width": "--size: the width",
+    "on_prompt": "--on-prompt",
+    "positions": "--positions",
+    "sink_frames": "--sink",
+    "vae_device": "--vae-device",
+    "window_frames": "--window",
+}
+"""Settings by which messages begin, and the options that the user typed for them."""
+
+
+def as_typed(message: str, options: argparse.Namespace) -> str:
+    """A message about a setting, with the name of the option that set it in place of its own."""
+    setting, _, rest = message.partition(" ")
+    option = SETTING_OPTIONS.get(setting)
+    if option is None:
+        return message
+    typed = option.split(":")[0].removeprefix("--").replace("-", "_")
+    return f"{option} {rest}" if vars(options).get(typed) is not None else message

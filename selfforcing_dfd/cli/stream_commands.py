@@ -1,0 +1,247 @@
+"""Commands around streaming: stream, benchmark."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from selfforcing_dfd.cli.options import (
+    ATTENTION_NAMES,
+    DEVICE_HELP,
+    DTYPE_NAMES,
+    Run,
+    add_past_options,
+    num_chunks,
+    positive,
+    size,
+)
+from selfforcing_dfd.common import UserError
+
+MODEL_SIZES = ("tiny", "wan1.3b", "wan14b")
+NOT_WITH_SERVE = ("prompt", "prompts", "chunks", "image", "video", "out", "overwrite")
+STREAM_DEFAULTS = {"chunks": 20, "out": "stream.mp4", "port": 8000}
+
+
+def stream(parser: argparse.ArgumentParser) -> Run:
+    """Generate video chunk by chunk, in bounded memory, for as long as asked.
+
+    Without --model, --run or --weights it shows the tiny world, whose student is shipped.
+    """
+    _add_content_options(parser.add_argument_group("what to show"))
+    _add_model_options(parser.add_argument_group("with which model"))
+    past = parser.add_argument_group("how far it looks back (latent frames)")
+    add_past_options(past, "default: tiny, or default with --model")
+    past.add_argument(
+        "--on-prompt",
+        metavar="MODE",
+        help="what a new prompt does to the past: recache, flush or keep",
+    )
+    _add_target_options(parser.add_argument_group("where it goes"))
+
+    def run(args: argparse.Namespace) -> None:
+        check_targets(args)
+        from selfforcing_dfd.live.play import serve, stream
+
+        if args.serve:
+            serve(args)
+        else:
+            stream(args)
+
+    return run
+
+
+def check_targets(args: argparse.Namespace) -> None:
+    """Refuse options that would have no effect, and fill in the others' defaults."""
+    given = vars(args)
+    idle = NOT_WITH_SERVE if args.serve else ("port",)
+    useless = [f"--{name}" for name in idle if given[name]]
+    if useless and args.serve:
+        raise UserError(
+            f"--serve shows a page where every viewer has a stream; "
+            f"{', '.join(useless)} would have no effect: drop it, or drop --serve"
+        )
+    if useless:
+        raise UserError("--port is the port of the web page; add --serve, or drop it")
+    for name, value in STREAM_DEFAULTS.items():
+        if given[name] is None:
+            setattr(args, name, value)
+
+
+def _add_content_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--prompt",
+        metavar="TEXT",
+        help="caption of the stream (tiny world: 'a disc moves', square, cross)",
+    )
+    group.add_argument(
+        "--prompts",
+        type=Path,
+        metavar="FILE",
+        help="schedule, lines `at: prompt`; at: a chunk or seconds (3.5s)",
+    )
+    group.add_argument("--chunks", type=num_chunks, metavar="N|inf", help="how many (default: 20)")
+    group.add_argument(
+        "--seed", type=int, default=0, help="another seed, another video (default: %(default)s)"
+    )
+    group.add_argument("--image", type=Path, metavar="FILE", help="begin with this picture")
+    group.add_argument("--video", type=Path, metavar="FILE", help="continue this clip")
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--model",
+        type=Path,
+        metavar="DIR",
+        help="Wan2.1 as a diffusers folder, or an export of ours",
+    )
+    _add_student_options(group)
+    group.add_argument("--device", default="auto", help=DEVICE_HELP)
+    group.add_argument(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        help="with --model: what it computes in (default: bfloat16 on a GPU)",
+    )
+    group.add_argument(
+        "--vae-device", metavar="DEVICE", help="with --model: decode here (default: as --device)"
+    )
+    group.add_argument(
+        "--size",
+        type=size,
+        metavar="HxW",
+        help="with --model: height x width of the video (default: 480x832)",
+    )
+    _add_kernel_options(group)
+
+
+def _add_student_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--run", type=Path, metavar="DIR", help="finished run, or one of its arms")
+    group.add_argument(
+        "--weights",
+        default="",
+        metavar="FILE",
+        help="a student's weights; with --model any format that `convert` reads",
+    )
+
+
+def _add_kernel_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--attention",
+        choices=ATTENTION_NAMES,
+        default="auto",
+        help="the kernel; auto takes the fastest that fits the GPU (default: %(default)s)",
+    )
+    group.add_argument(
+        "--compile",
+        action="store_true",
+        help="torch.compile the blocks: slow to start, faster afterwards",
+    )
+
+
+def _add_target_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--out", metavar="FILE|-", help=".mp4 or .y4m; - is y4m on stdout (default: stream.mp4)"
+    )
+    group.add_argument("--overwrite", action="store_true", help="replace an existing file")
+    group.add_argument("--fps", type=float, default=16, help="of the video (default: %(default)s)")
+    group.add_argument("--serve", action="store_true", help="a web page instead of a file")
+    group.add_argument("--port", type=positive, metavar="N", help="of the web page (default: 8000)")
+
+
+def benchmark(parser: argparse.ArgumentParser) -> Run:
+    """Measure latency, pace, memory and FLOPs of a stream, chunk by chunk.
+
+    A table for people comes first; the last line on stdout is the whole result as JSON.
+    """
+    model = parser.add_argument_group("the model")
+    _add_student_options(model)
+    model.add_argument(
+        "--random-weights",
+        choices=MODEL_SIZES,
+        metavar="MODEL",
+        help=f"a model of this size instead: {', '.join(MODEL_SIZES)}; real speed, no picture",
+    )
+    model.add_argument("--device", default="auto", help=DEVICE_HELP)
+    model.add_argument(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        help="what it computes in (default: bfloat16 on a GPU for random weights)",
+    )
+    model.add_argument(
+        "--size",
+        type=size,
+        metavar="HxW",
+        help="height x width of the video (default: the model's, 480x832 for Wan)",
+    )
+    _add_kernel_options(model)
+    model.add_argument(
+        "--fp8",
+        action="store_true",
+        help="the blocks' linear layers in 8-bit floats (with --compile)",
+    )
+    model.add_argument(
+        "--vae-device", metavar="DEVICE", help="decode there, such as cuda:1 (default: as --device)"
+    )
+    model.add_argument(
+        "--threads", type=positive, metavar="N", help="CPU threads (default: what torch takes)"
+    )
+    past = parser.add_argument_group("how far it looks back (latent frames)")
+    add_past_options(past, "default: default")
+    past.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    _add_measure_options(parser.add_argument_group("what is measured"))
+    result = parser.add_argument_group("the result")
+    result.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
+    result.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="measure nothing; compare two results",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.benchmark.run import benchmark, compare
+
+        text, result = compare(*args.compare) if args.compare else benchmark(args)
+        line = json.dumps(result, allow_nan=False)
+        if args.out:
+            args.out.write_text(line + "\n")
+        print(f"{text}\n{line}")
+
+    return run
+
+
+def _add_measure_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--chunks",
+        type=positive,
+        metavar="N",
+        help="of the steady state (default: 300, with --quick 6)",
+    )
+    group.add_argument(
+        "--warmup",
+        type=int,
+        default=10,
+        metavar="N",
+        help="chunks before it (default: %(default)s)",
+    )
+    group.add_argument(
+        "--prompt-trials",
+        type=int,
+        metavar="N",
+        help="prompt changes (default: 20, with --quick 2)",
+    )
+    group.add_argument(
+        "--fps",
+        type=float,
+        default=16,
+        help="of playback, for rtf and deadlines (default: %(default)s)",
+    )
+    group.add_argument(
+        "--peak-tflops",
+        type=float,
+        metavar="X",
+        help="for MFU (default: the GPU's dense bf16 peak)",
+    )
+    group.add_argument("--dit-only", action="store_true", help="also a stream that decodes nothing")
+    group.add_argument("--quick", action="store_true", help="a few chunks: does it run?")

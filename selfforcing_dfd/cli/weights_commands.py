@@ -1,0 +1,144 @@
+"""Commands around weights: convert, export."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfforcing_dfd.cli.options import DTYPE_NAMES, Run
+
+if TYPE_CHECKING:
+    from selfforcing_dfd.weights.write import Summary
+
+
+def convert(parser: argparse.ArgumentParser) -> Run:
+    """Turn a transformer's weights into another format, bit for bit."""
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="diffusers or Wan folder, .pt or .safetensors file, or a training checkpoint",
+    )
+    parser.add_argument(
+        "destination", type=Path, metavar="DST", help="folder (diffusers, wan) or file to write"
+    )
+    parser.add_argument(
+        "--to",
+        choices=("diffusers", "wan", "self-forcing", "single-file"),
+        required=True,
+        help="the format to write",
+    )
+    parser.add_argument(
+        "--entry",
+        default="",
+        metavar="NAME",
+        help="model of a file with several (default: the first of generator_ema, generator, model "
+        "and ema that is there)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", *DTYPE_NAMES),
+        default="keep",
+        help="of the tensors written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="BYTES",
+        help="of each file in a folder (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--role",
+        choices=("student", "teacher"),
+        help="what the weights are, where SRC does not tell",
+    )
+    parser.add_argument(
+        "--head-dim", type=int, default=0, metavar="N", help="where SRC does not tell; Wan's is 128"
+    )
+    parser.add_argument(
+        "--drop-gan-heads", action="store_true", help="leave a Self-Forcing critic's GAN heads out"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an earlier export in the same place"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.common import DTYPES
+        from selfforcing_dfd.weights.write import convert, parse_bytes
+
+        done = convert(
+            args.source,
+            args.destination,
+            args.to,
+            entry=args.entry,
+            dtype=DTYPES.get(args.dtype),
+            max_shard_bytes=parse_bytes(args.max_shard_size),
+            overwrite=args.overwrite,
+            role=args.role or "unknown",
+            head_dim=args.head_dim,
+            drop_gan_heads=args.drop_gan_heads,
+            progress=True,
+        )
+        _print_converted(done)
+
+    return run
+
+
+def _print_converted(done: Summary) -> None:
+    others = f" (also there: {', '.join(done.entries[1:])})" if done.entries[1:] else ""
+    counts = f"{done.num_tensors} tensors, {done.num_parameters:,} parameters"
+    print(f"read {done.kind} {done.source}{others}: {counts}")
+    print(f"wrote {done.destination}: {done.num_bytes / 1e9:.2f} GB in {done.num_files} files")
+    if done.role != "unknown":
+        return
+    if done.destination.is_dir():
+        taken = "readers take the export for a bidirectional teacher"
+    else:
+        taken = "the export does not say it either"
+    print(f"the source does not say whether it is a student or a teacher, and {taken};")
+    print("--role student notes it")
+
+
+def export(parser: argparse.ArgumentParser) -> Run:
+    """Write a run's student as a diffusers pipeline that others can use, with a model card."""
+    parser.add_argument(
+        "folder", type=Path, metavar="RUN", help="folder of a finished run, or of one of its arms"
+    )
+    parser.add_argument("destination", type=Path, metavar="DST", help="folder to write")
+    parser.add_argument(
+        "--model",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="diffusers folder of Wan2.1: VAE, text encoder, tokenizer",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        default="float32",
+        help="of the weights (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--base-model", default="", metavar="NAME", help="what the model card names as the origin"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="write into a folder that is not empty"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.cli.export_run import export_run
+        from selfforcing_dfd.common import DTYPES
+
+        export_run(
+            args.folder,
+            args.model,
+            args.destination,
+            DTYPES[args.dtype],
+            args.base_model,
+            args.overwrite,
+        )
+        following = f"python -m selfforcing_dfd stream --model {args.destination} --prompt '...'"
+        print(f"wrote {args.destination}; try it: {following}")
+
+    return run
