@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from tqdm import tqdm
 
+from selfforcing_dfd.common import Interrupted
 from selfforcing_dfd.data.shards import Batch, SampleOrder, ShardReader, batches
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages.base import Stage, StageLoss
@@ -31,10 +32,6 @@ SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
 
 Watch = Callable[[Tensor, Tensor], dict[str, float]]
 """watch(generated, real) -> numbers to log; both [B, F, C, H, W]."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop and has saved itself; the message says how to go on."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from selfforcing_dfd.training.build import build_network
 from selfforcing_dfd.training.plan import plan
 
 CONFIGS = sorted(
-    path.relative_toshipped("configs").as_posix()
+    path.relative_to(shipped("configs")).as_posix()
     for path in shipped("configs").rglob("*.yaml")
     if path.parent.name != "stream"
 )
