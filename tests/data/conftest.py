@@ -17,7 +17,9 @@ from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.tiny import world
 from selfforcing_dfd.tiny.codec import TinyCodec
 
-NUM_CLIPS, NUM_VIDEO_FRAMES, SIZE = 12, 9, (64, 64)
+NUM_CLIPS = 12
+NUM_VIDEO_FRAMES = 9
+SIZE = (64, 64)
 
 
 @pytest.fixture(scope="session")
@@ -66,3 +68,17 @@ def frames() -> Tensor:
     coarse = rng.uniform((9, 3, 3, 3), 0, "frames").float()
     smooth = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bicubic").clamp(0, 1)
     return (smooth * 255).round().byte().permute(0, 2, 3, 1).contiguous()
+
+
+@pytest.fixture
+def mixed(clips: Path, tmp_path: Path) -> Path:
+    """Clips 0 to 11, of which 1, 4, 5 and 11 cannot be used.
+
+    They lie before, between and after complete shards of 3.
+    """
+    folder = Path(shutil.copytree(clips, tmp_path / "mixed"))
+    (folder / "000001.txt").unlink()
+    (folder / "000004.mp4").write_bytes(b"no video")
+    (folder / "000005.txt").write_text("")
+    (folder / "000011.mp4").write_bytes(b"")
+    return folder

@@ -49,12 +49,14 @@ def test_a_batch_carries_the_noise_of_its_samples(own_shards: Path) -> None:
 
 
 def test_all_but_the_noise_stays_as_it_is(packed: Path, own_shards: Path) -> None:
-    """Catches samples reordered, re-rounded or lost, and shards cut elsewhere; also when noise is
-    replaced by other noise.
+    """Catches samples reordered, re-rounded or lost, and shards cut elsewhere.
+
+    Also when noise replaces other noise.
     """
     for fingerprint in ("first", "second"):
         summary = store_noise(own_shards, rotate_noise, noise_fingerprint=fingerprint)
-    before, after = ShardReader(packed), ShardReader(own_shards)
+    before = ShardReader(packed)
+    after = ShardReader(own_shards)
     assert (summary.num_samples, summary.num_shards) == (12, 3)
     assert [(e.key, e.shard, e.caption) for e in after.index.samples] == [
         (e.key, e.shard, e.caption) for e in before.index.samples
@@ -86,7 +88,7 @@ def test_noise_in_another_folder_keeps_the_first_and_what_lies_beside_the_shards
 
 
 def test_interrupted_noise_leaves_the_shards_as_they_were(own_shards: Path) -> None:
-    """Would catch a folder half with noise and half without."""
+    """Catches a folder half with noise and half without."""
     before = ShardReader(own_shards).index_hash
 
     def fail_later(latents: Tensor, text: Tensor) -> Tensor:
@@ -114,7 +116,7 @@ def test_interrupted_noise_leaves_the_shards_as_they_were(own_shards: Path) -> N
     ],
 )
 def test_noise_that_fits_no_sample_is_refused(own_shards: Path, invert: Any, message: str) -> None:
-    """Would catch an ODE that diverged, stored as the start of every student rollout."""
+    """Catches an ODE that diverged, stored as the start of every student rollout."""
     with pytest.raises(PackError, match=message):
         store_noise(own_shards, invert)
     assert not ShardReader(own_shards).has_noise

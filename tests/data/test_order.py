@@ -30,10 +30,9 @@ def is_same(a: Batch, b: Batch) -> bool:
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
-    """Would catch a shuffle that repeats every epoch, ignores the seed, or remembers what was asked
-    before.
-    """
-    order, again = SampleOrder(20, seed=0), SampleOrder(20, seed=0)
+    """Catches a shuffle that repeats every epoch, ignores the seed or has a memory."""
+    order = SampleOrder(20, seed=0)
+    again = SampleOrder(20, seed=0)
     backwards = [again.sample_at(position) for position in reversed(range(60))]
     assert stream(order, 0, 60) == backwards[::-1]
     epochs = [stream(order, 20 * epoch, 20 * epoch + 20) for epoch in range(3)]
@@ -42,14 +41,15 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
 
 
 def test_order_of_seed_zero_is_pinned() -> None:
-    """A run resumed by a later version must go on with the same samples."""
+    """Catches another order after an update: a resumed run must go on with the same samples."""
     assert stream(SampleOrder(6, seed=0), 0, 12) == [5, 1, 4, 2, 0, 3, 4, 1, 2, 3, 0, 5]
 
 
 @pytest.mark.parametrize("group_size", [1, 2, 3, 4, 7, 32])
 def test_every_sample_comes_once_per_epoch(group_size: int) -> None:
-    """Would catch samples lost or doubled when captions are cut into groups, in epochs that start
-    within a group.
+    """Catches samples lost or doubled when captions are cut into groups.
+
+    Also in epochs that start within a group.
     """
     order = SampleOrder(20, 5, CAPTIONS, group_size)
     for epoch in range(8):
@@ -58,9 +58,10 @@ def test_every_sample_comes_once_per_epoch(group_size: int) -> None:
 
 @pytest.mark.parametrize("group_size", [2, 3, 4])
 def test_aligned_runs_share_a_caption_as_far_as_counts_allow(group_size: int) -> None:
-    """Assignment within a caption needs several samples of it in one micro-batch. Would catch runs
-    that slip out of line in later epochs because the group size does not divide the number of
-    samples.
+    """Catches runs of one caption that are no longer aligned in later epochs.
+
+    That happens where the group size does not divide the number of samples. Assignment within a
+    caption needs several samples of it in one micro-batch.
     """
     order = SampleOrder(20, 5, CAPTIONS, group_size)
     possible = sum(count // group_size for count in Counter(CAPTIONS).values())
@@ -77,7 +78,7 @@ def test_aligned_runs_share_a_caption_as_far_as_counts_allow(group_size: int) ->
 
 
 def test_what_is_left_of_each_caption_stays_together() -> None:
-    """Would catch leftovers in random order, which pair with nothing."""
+    """Catches leftovers in random order, which pair with nothing."""
     order = SampleOrder(20, 5, CAPTIONS, group_size=4)
     left = [CAPTIONS[sample] for sample in stream(order, 16, 20)]
     assert sorted(left) == [0, 1, 1, 3]
@@ -85,8 +86,9 @@ def test_what_is_left_of_each_caption_stays_together() -> None:
 
 
 def test_groups_are_shuffled() -> None:
-    """Would catch groups in order of caption: the first updates of each epoch would see one caption
-    only.
+    """Catches groups in order of caption.
+
+    The first updates of each epoch would see one caption only.
     """
     order = SampleOrder(20, 5, CAPTIONS, group_size=2)
     firsts = {
@@ -97,7 +99,7 @@ def test_groups_are_shuffled() -> None:
 
 
 def test_members_of_a_group_change_between_epochs() -> None:
-    """Would catch groups formed once and only shuffled as wholes."""
+    """Catches groups formed once and only shuffled as wholes."""
     order = SampleOrder(20, 5, CAPTIONS, group_size=2)
     pairs = [
         {
@@ -117,13 +119,13 @@ def test_members_of_a_group_change_between_epochs() -> None:
     ],
 )
 def test_groups_without_captions_are_refused(group: list[int] | None, message: str) -> None:
-    """Would catch an IndexError hours into a run, or grouping by the wrong list."""
+    """Catches an IndexError hours into a run, or grouping by the wrong list."""
     with pytest.raises(ValueError, match=message):
         SampleOrder(20, 0, group, group_size=2)
 
 
 def test_an_empty_order_is_refused() -> None:
-    """Would catch a division by zero that does not say what is empty."""
+    """Catches a division by zero that does not say what is empty."""
     with pytest.raises(ValueError, match="num_samples is 0"):
         SampleOrder(0, 0)
 
@@ -133,8 +135,8 @@ def test_an_empty_order_is_refused() -> None:
 def test_every_sample_once_per_epoch_for_any_number_of_ranks_and_workers(
     packed: Path, num_ranks: int, num_workers: int
 ) -> None:
-    """Catches shards split between ranks and workers, as webdataset does, so that each keeps to its
-    own part.
+    """Catches shards split between ranks and workers, each of which keeps to its own part.
+    webdataset does that.
     """
     reader = ShardReader(packed)
     order = SampleOrder(len(reader), seed=3)
@@ -160,7 +162,7 @@ def test_a_global_batch_does_not_depend_on_the_number_of_ranks(
 
 
 def test_workers_change_nothing(packed: Path) -> None:
-    """Would catch batches that arrive in the order in which workers finish."""
+    """Catches batches that arrive in the order in which workers finish."""
     reader = ShardReader(packed)
     order = SampleOrder(len(reader), 3, reader.caption_ids, group_size=2)
     alone = list(batches(reader, order, range(0, 24, 4), 4, num_workers=0))
@@ -173,8 +175,9 @@ def test_workers_change_nothing(packed: Path) -> None:
 def test_resuming_at_a_cursor_gives_the_same_remaining_stream(
     packed: Path, num_workers: int
 ) -> None:
-    """Would catch any state beside the cursor. Batches of 5 from 12 samples straddle epochs at
-    different places.
+    """Catches any state beside the cursor.
+
+    Batches of 5 from 12 samples straddle epochs at different places.
     """
     reader = ShardReader(packed)
     whole = list(batches(reader, SampleOrder(12, 3), range(0, 40, 5), 5))
@@ -184,8 +187,9 @@ def test_resuming_at_a_cursor_gives_the_same_remaining_stream(
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_an_endless_stream_is_read_only_a_little_ahead(packed: Path, num_workers: int) -> None:
-    """The training loop asks for batches without end; would catch a loader that lists all starts
-    first.
+    """Catches a loader that lists all starts first.
+
+    The training loop asks for batches without end.
     """
     reader = ShardReader(packed)
     endless = batches(reader, SampleOrder(12, 3), itertools.count(0, 5), 5, num_workers)
@@ -194,7 +198,7 @@ def test_an_endless_stream_is_read_only_a_little_ahead(packed: Path, num_workers
 
 
 def test_a_stream_that_is_dropped_leaves_no_threads(packed: Path) -> None:
-    """A run opens one stream for each stage and control arm; would catch readers that stay behind."""
+    """Catches readers that stay behind. A run opens one stream for each stage and control arm."""
     before = threading.active_count()
     endless = batches(
         ShardReader(packed), SampleOrder(12, 3), itertools.count(0, 5), 5, num_workers=2
@@ -206,7 +210,7 @@ def test_a_stream_that_is_dropped_leaves_no_threads(packed: Path) -> None:
 
 
 def test_caption_ids_are_equal_where_captions_are(packed: Path) -> None:
-    """Would catch ids by position or by hash, which differ between processes."""
+    """Catches ids by position or by hash, which differ between processes."""
     reader = ShardReader(packed)
     for a, b in itertools.combinations(range(len(reader)), 2):
         assert (reader.caption_ids[a] == reader.caption_ids[b]) == (

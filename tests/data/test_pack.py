@@ -14,9 +14,11 @@ from tiny_pack import FailingCodec, pack_and_die, pack_tiny, stop_with
 from torch import Tensor
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.data.format import PackError
-from selfforcing_dfd.data.pack import PackOptions, pack
+from selfforcing_dfd.data.pack import PackOptions, check_early, pack
 from selfforcing_dfd.data.shards import ShardError, ShardReader
+from selfforcing_dfd.data.source import Item
 from selfforcing_dfd.data.sources.files import FileSource
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
@@ -25,8 +27,9 @@ from selfforcing_dfd.tiny.text import TinyText
 def test_packing_twice_gives_the_same_bytes(
     clips: Path, packed: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """Resume refuses another index. Would catch time stamps in the tars and an order by directory
-    listing.
+    """Catches time stamps in the tars and an order by directory listing.
+
+    Resume refuses another index.
     """
     pack_tiny(clips, tmp_path / "again", codec, shard_size=5)
     for path in packed.iterdir():
@@ -36,7 +39,7 @@ def test_packing_twice_gives_the_same_bytes(
 def test_summary_and_shards_count_the_same(
     packed: Path, clips: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """Would catch samples lost where one shard ends and the next begins."""
+    """Catches samples lost where one shard ends and the next begins."""
     summary = pack_tiny(clips, tmp_path / "shards", codec, shard_size=4)
     reader = ShardReader(summary.folder)
     assert (summary.num_samples, summary.num_shards, summary.refused) == (12, 3, ())
@@ -48,7 +51,8 @@ def test_summary_and_shards_count_the_same(
 
 def damage(clips: Path, frames: Tensor, kind: str) -> None:
     """Make clip 000002 unusable in one way."""
-    clip, caption = clips / "000002.mp4", clips / "000002.txt"
+    clip = clips / "000002.mp4"
+    caption = clips / "000002.txt"
     match kind:
         case "no caption":
             caption.unlink()
@@ -83,7 +87,7 @@ def damage(clips: Path, frames: Tensor, kind: str) -> None:
 def test_a_clip_that_cannot_be_used_is_left_out_by_name(
     own_clips: Path, codec: TinyCodec, frames: Tensor, kind: str, reason: str, tmp_path: Path
 ) -> None:
-    """Would catch one bad file of ten thousand stopping the packer, or vanishing without a word."""
+    """Catches one bad file of ten thousand stopping the packer, or vanishing without a word."""
     damage(own_clips, frames, kind)
     summary = pack_tiny(own_clips, tmp_path / "shards", codec)
     (refusal,) = summary.refused
@@ -97,7 +101,7 @@ def test_a_clip_that_cannot_be_used_is_left_out_by_name(
 def test_nothing_left_is_an_error_that_says_why(
     own_clips: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """Would catch an empty shard folder, which training finds out about much later."""
+    """Catches an empty shard folder, which training finds out about much later."""
     for path in own_clips.glob("*.txt"):
         path.unlink()
     with pytest.raises(
@@ -113,7 +117,7 @@ def test_nothing_left_is_an_error_that_says_why(
 def test_a_folder_without_clips_is_named(
     tmp_path: Path, codec: TinyCodec, make: bool, message: str
 ) -> None:
-    """Would catch an error about an empty list for a mistyped path."""
+    """Catches an error about an empty list for a mistyped path."""
     if make:
         (tmp_path / "clips").mkdir()
     with pytest.raises(PackError, match=rf"clips: {message}; want .*a caption file beside each"):
@@ -130,15 +134,16 @@ def test_a_folder_without_clips_is_named(
 def test_a_length_or_size_that_the_codec_cannot_take_fails_at_once(
     clips: Path, codec: TinyCodec, tmp_path: Path, shape: Any, message: str
 ) -> None:
-    """Would catch a whole folder refused clip by clip for a mistake in the command."""
+    """Catches a whole folder refused clip by clip for a mistake in the command."""
     with pytest.raises(ValueError, match=message):
         pack(FileSource(clips, *shape), tmp_path / "shards", codec, TinyText())
     assert list(tmp_path.iterdir()) == []
 
 
 def test_captions_of_another_granularity(own_clips: Path, codec: TinyCodec, tmp_path: Path) -> None:
-    """A folder of clips may carry several captions each; would catch the short one packed in place
-    of the long one.
+    """Catches the short caption packed in place of the long one.
+
+    A folder of clips may carry several captions each.
     """
     for path in list(own_clips.glob("*.mp4")):
         path.with_name(f"{path.stem}.long.txt").write_text(f"long  words\nabout {path.stem}\n")
@@ -151,7 +156,7 @@ def test_captions_of_another_granularity(own_clips: Path, codec: TinyCodec, tmp_
 def test_file_names_that_webdataset_would_split_get_keys_that_it_does_not(
     own_clips: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """webdataset ends a key at the first dot: `a.1` and `a.2` would become one sample."""
+    """Catches `a.1` and `a.2` becoming one sample: webdataset ends a key at the first dot."""
     names = ["a.1", "a 1", "große Katze", "k" * 120]
     for number, name in enumerate(names):
         for ending in (".mp4", ".txt"):
@@ -164,7 +169,7 @@ def test_file_names_that_webdataset_would_split_get_keys_that_it_does_not(
 def test_a_percent_sign_in_the_path_is_only_a_percent_sign(
     own_clips: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """ShardWriter's file name is a format string: a folder `50%d` would be taken for its number."""
+    """Catches a folder `50%d` taken for a format string, which ShardWriter's file name is."""
     pack_tiny(own_clips, tmp_path / "50%d", codec)
     assert len(ShardReader(tmp_path / "50%d")) == 4
 
@@ -172,7 +177,7 @@ def test_a_percent_sign_in_the_path_is_only_a_percent_sign(
 def test_values_that_do_not_fit_stop_the_packer(
     own_clips: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """Would catch infinities in half precision, which reach the loss as NaN much later."""
+    """Catches infinities in half precision, which reach the loss as NaN much later."""
     huge = TinyCodec(codec.first, codec.rest, codec.scale * 1e6)
     with pytest.raises(
         PackError, match=r"000000\.mp4: NaN, infinity or too large for float16; .*store float32"
@@ -187,7 +192,7 @@ def test_values_that_do_not_fit_stop_the_packer(
 def test_an_interrupted_pack_leaves_nothing(
     clips: Path, codec: TinyCodec, tmp_path: Path, error: BaseException
 ) -> None:
-    """Would catch half a data set that opens, and gigabytes left on a full disk."""
+    """Catches half a data set that opens, and gigabytes left on a full disk."""
     with pytest.raises(type(error)):
         pack_tiny(
             clips, tmp_path / "shards", FailingCodec(codec, 7, stop_with(error)), shard_size=3
@@ -198,7 +203,7 @@ def test_an_interrupted_pack_leaves_nothing(
 def test_an_interrupted_replacement_leaves_the_earlier_shards(
     clips: Path, codec: TinyCodec, own_shards: Path
 ) -> None:
-    """Would catch shards deleted before the new ones are complete."""
+    """Catches shards deleted before the new ones are complete."""
     before = ShardReader(own_shards).index_hash
     with pytest.raises(RuntimeError):
         failing = FailingCodec(codec, 7, stop_with(RuntimeError()))
@@ -212,8 +217,9 @@ def test_an_interrupted_replacement_leaves_the_earlier_shards(
 def test_a_killed_pack_leaves_nothing_readable_and_does_not_stop_the_next(
     clips: Path, packed: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """kill -9 runs no clean-up: what is left must not open, under any name, and must not stand in
-    the way.
+    """Catches an unfinished folder that opens, or stands in the way of the next run.
+
+    kill -9 runs no clean-up.
     """
     out = tmp_path / "shards"
     pack_and_die(7, clips, out, codec, shard_size=3)
@@ -228,8 +234,9 @@ def test_a_killed_pack_leaves_nothing_readable_and_does_not_stop_the_next(
 def test_a_kill_between_the_two_renames_loses_nothing(
     clips: Path, codec: TinyCodec, own_shards: Path
 ) -> None:
-    """While one folder replaces another there is a moment with neither in place; the next pack must
-    cope with it.
+    """Catches a pack that fails on what a kill left.
+
+    While one folder replaces another there is a moment with neither in place.
     """
     replaced = own_shards.with_name(".old-shards")
     own_shards.rename(replaced)
@@ -243,7 +250,7 @@ def test_a_kill_between_the_two_renames_loses_nothing(
 def test_existing_shards_are_replaced_only_on_request(
     own_clips: Path, codec: TinyCodec, own_shards: Path
 ) -> None:
-    """Would catch a day of encoding overwritten by a repeated command."""
+    """Catches a day of encoding overwritten by a repeated command."""
     before = ShardReader(own_shards).index_hash
     with pytest.raises(
         PackError, match=r"shards exists; choose another folder, or replace it with .*--overwrite"
@@ -257,7 +264,7 @@ def test_existing_shards_are_replaced_only_on_request(
 def test_a_folder_with_other_things_in_it_is_never_replaced(
     own_clips: Path, codec: TinyCodec
 ) -> None:
-    """`--out . --overwrite` must not delete anybody's files."""
+    """Catches files of a user deleted by `--out . --overwrite`."""
     before = sorted(path.name for path in own_clips.iterdir())
     with pytest.raises(
         PackError, match=r"clips holds 000000\.mp4, 000000\.txt, 000001\.mp4, not only shards"
@@ -267,7 +274,7 @@ def test_a_folder_with_other_things_in_it_is_never_replaced(
 
 
 def test_the_index_is_plain_json_with_the_documented_fields(packed: Path) -> None:
-    """Other tools read the index; would catch a field renamed by a refactoring."""
+    """Catches a field renamed by a refactoring. Other tools read the index."""
     index = json.loads((packed / "index.json").read_text())
     assert index["version"] == 1
     assert index["latent_shape"] == [3, 16, 8, 8]
@@ -282,7 +289,7 @@ def test_the_index_is_plain_json_with_the_documented_fields(packed: Path) -> Non
 def test_zeros_inside_a_caption_are_not_cut_off(
     own_clips: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """Only trailing zero vectors are padding; a zero vector between two words is a token."""
+    """Catches a zero vector between two words taken for padding, which comes only at the end."""
 
     class Holes(TinyText):
         def encode(self, captions: list[str]) -> Tensor:
@@ -298,8 +305,9 @@ def test_zeros_inside_a_caption_are_not_cut_off(
 
 
 def test_random_latents_survive_every_rounding(own_clips: Path, tmp_path: Path) -> None:
-    """The tiny codec's latents are tame. Would catch a dtype that loses what another codec's
-    latents contain.
+    """Catches a dtype that loses what another codec's latents contain.
+
+    The tiny codec's latents are tame.
     """
 
     class Wild:
@@ -315,3 +323,63 @@ def test_random_latents_survive_every_rounding(own_clips: Path, tmp_path: Path) 
     assert torch.equal(
         ShardReader(tmp_path / "shards")[2].latents, Wild().encode(torch.zeros(1))[0]
     )
+
+
+def test_what_cannot_be_used_is_refused_before_encoders_are_loaded(
+    own_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches minutes spent on reading UMT5 for a folder of clips that are all too short.
+
+    Without --model an encoder that is asked for is an error, so this shows what comes first.
+    """
+    command = ["pack", str(own_clips), "--codec", "wan", "--size", "64x64"]
+    out = tmp_path / "shards"
+    assert main([*command, "--out", str(out)]) != 0
+    assert "none of its 4 clips can be used" in capsys.readouterr().err
+    out.mkdir()
+    assert main([*command, "--frames", "9", "--out", str(out)]) != 0
+    assert "shards exists" in capsys.readouterr().err
+    out.rmdir()
+    assert main([*command, "--frames", "9", "--out", str(out)]) != 0
+    assert "--codec wan needs --model DIR" in capsys.readouterr().err
+
+
+def test_one_clip_that_can_be_used_is_enough(own_clips: Path, tmp_path: Path) -> None:
+    """Catches a folder refused for its first clip, and a check that decodes all of them."""
+    (own_clips / "000000.txt").unlink()
+    read: list[int] = []
+
+    class Counting(FileSource):
+        def read(self, number: int) -> Item:
+            read.append(number)
+            return super().read(number)
+
+    check_early(Counting(own_clips, 9, (64, 64)), tmp_path / "shards", PackOptions())
+    assert read == [0, 1]
+
+
+def test_files_of_other_kinds_are_counted_and_named(
+    own_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches videos in other formats that are left out without a word.
+
+    Captions, lists and hidden files are not meant to be clips.
+    """
+    (own_clips / "000001.mp4").rename(own_clips / "film.MOV")
+    for name in ("clip.webm", "notes.txt", "list.csv", ".DS_Store"):
+        (own_clips / name).write_bytes(b"")
+    command = ["pack", str(own_clips), "--codec", "tiny", "--frames", "9"]
+    assert main([*command, "--out", str(tmp_path / "shards")]) == 0
+    assert "skipped 2 files that are not .mp4: clip.webm, film.MOV" in capsys.readouterr().out
+    assert len(ShardReader(tmp_path / "shards")) == 3
+
+
+def test_a_caption_that_cannot_be_opened_is_one_clip_lost(
+    own_clips: Path, codec: TinyCodec, tmp_path: Path
+) -> None:
+    """Catches a folder in the place of a caption that ends the whole run."""
+    (own_clips / "000002.txt").unlink()
+    (own_clips / "000002.txt").mkdir()
+    (refusal,) = pack_tiny(own_clips, tmp_path / "shards", codec).refused
+    assert refusal.file == "000002.mp4"
+    assert refusal.reason.startswith("its caption 000002.txt cannot be read")

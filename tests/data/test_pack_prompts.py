@@ -25,16 +25,16 @@ def pack_prompts(path, out, **options):
 def prompts(tmp_path: Path) -> Path:
     path = tmp_path / "prompts.txt"
     path.write_text(
-        "a disc moves\n\n  a cross   moves\none two three four five six seven eight nine ten eleven twelve thirteen\n"
-        + "a square moves\n" * 20
+        "a disc moves\n\n  a cross   moves\n"
+        "one two three four five six seven eight nine ten eleven twelve thirteen\n"
+        + "a square moves\n"
+        * 20
     )
     return path
 
 
 def test_prompts_become_samples_of_zeros(prompts, tmp_path):
-    """Catches blank lines, prompts out of order, and text that is not what `pack` would have
-    stored.
-    """
+    """Catches blank lines, prompts out of order, and text that `pack` would not have stored."""
     summary = pack_prompts(prompts, tmp_path / "out")
     reader = ShardReader(tmp_path / "out")
     assert not reader.has_clips
@@ -57,7 +57,7 @@ def test_a_prompt_that_is_refused_takes_no_other_with_it(prompts, tmp_path):
 
 
 def test_the_command_says_what_it_cannot_use(prompts, tmp_path, capsys):
-    """Catches a size that the model cannot make being found out at the first update, hours later."""
+    """Catches a size that the model cannot make and that the first update finds, hours later."""
     out = ("--out", str(tmp_path / "out"), "--text", "tiny")
     for size, frames in (("64x60", "33"), ("64x64", "32")):
         assert main(["prompts", str(prompts), *out, "--size", size, "--frames", frames]) == 2

@@ -63,8 +63,7 @@ def wan_shards(clips: Path, model: Path, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_latents_and_text_are_those_of_wan(own_clips: Path, model: Path, wan_shards: Path) -> None:
-    """Would catch pixels outside [0, 1], latents that are not normalised, and padding that is not
-    zero when read.
+    """Catches pixels outside [0, 1], latents that are not normalised, and padding that is not zero.
 
     Exact: one clip and one prompt at a time on both sides, rounded to half once.
     """
@@ -72,7 +71,8 @@ def test_latents_and_text_are_those_of_wan(own_clips: Path, model: Path, wan_sha
     reader.verify()
     assert reader.index.latent_shape == (3, 16, 4, 6)
     assert reader.index.text_shape == (MAX_LENGTH, DIM)
-    codec, text = WanCodec.from_pretrained(model), WanText.from_pretrained(model)
+    codec = WanCodec.from_pretrained(model)
+    text = WanText.from_pretrained(model)
     assert reader.index.fingerprints == {"codec": codec.fingerprint, "text": text.fingerprint}
     for number in range(4):
         video = read_video(own_clips / f"00000{number}.mp4", 9, (32, 48), "cover")
@@ -89,7 +89,7 @@ def test_latents_and_text_are_those_of_wan(own_clips: Path, model: Path, wan_sha
 def test_the_negative_prompt_of_umt5_is_there_unasked(
     own_clips: Path, model: Path, tmp_path: Path
 ) -> None:
-    """Training with guidance must never need the text encoder; would catch a default of none."""
+    """Catches a default of none: training with guidance must never need the text encoder."""
     assert main(command(own_clips, model, tmp_path / "shards")) == 0
     reader = ShardReader(tmp_path / "shards")
     prompt = default_negative_prompt("umt5")
@@ -101,9 +101,7 @@ def test_the_negative_prompt_of_umt5_is_there_unasked(
 def test_cache_and_workers_change_no_byte(
     own_clips: Path, model: Path, wan_shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The second run finds every prompt in the cache and must not read the text encoder's 11 GB
-    again.
-    """
+    """Catches a second run that reads the text encoder's 11 GB although the cache has it all."""
     more = (
         "--negative-prompt",
         "red and blue",
@@ -127,8 +125,9 @@ def test_cache_and_workers_change_no_byte(
 def test_the_dtype_of_the_vae_is_part_of_what_was_packed(
     own_clips: Path, model: Path, wan_shards: Path, tmp_path: Path
 ) -> None:
-    """Latents computed in bfloat16 are others. Would catch --dtype that reaches the text encoder,
-    or nothing at all.
+    """Catches --dtype that reaches the text encoder, or nothing at all.
+
+    Latents computed in bfloat16 are others.
     """
     out = tmp_path / "shards"
     assert (
@@ -139,7 +138,8 @@ def test_the_dtype_of_the_vae_is_part_of_what_was_packed(
         )
         == 0
     )
-    half, full = ShardReader(out), ShardReader(wan_shards)
+    half = ShardReader(out)
+    full = ShardReader(wan_shards)
     assert half.index.about["settings"]["codec_dtype"] == "bfloat16"
     assert not half[0].latents.equal(full[0].latents)
     assert half[0].text.equal(full[0].text)
@@ -167,7 +167,7 @@ def test_missing_parts_of_the_model_are_named(
     part: str,
     message: str,
 ) -> None:
-    """A user without the weights must be told what to fetch before anything is encoded."""
+    """Catches a user without the weights who is not told what to fetch, or too late."""
     arguments = [
         "pack",
         str(own_clips),

@@ -23,7 +23,10 @@ from selfforcing_dfd.tiny import world
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
-REMEDY = r"Copy the folder again .* or pack the clips again: `python -m selfforcing_dfd pack CLIPS --out .* --overwrite`"
+REMEDY = (
+    r"Copy the folder again .* or pack the clips again: "
+    r"`python -m selfforcing_dfd pack CLIPS --out .* --overwrite`"
+)
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
@@ -59,8 +62,7 @@ def replace_member(
 def test_latents_and_text_come_back_bit_for_bit(
     clips: Path, codec: TinyCodec, tmp_path: Path, dtype: str
 ) -> None:
-    """Would catch a wrong offset, a transposed layout, and pixels scaled by something other than
-    255.
+    """Catches a wrong offset, a transposed layout, and pixels scaled by something other than 255.
 
     Exact: what is stored is what the codec gave, rounded to the stored type and to nothing else.
     """
@@ -81,7 +83,7 @@ def test_latents_and_text_come_back_bit_for_bit(
 
 
 def test_stored_text_has_no_padding(packed: Path) -> None:
-    """UMT5's 512 padded tokens would double the size of a data set."""
+    """Catches stored padding: UMT5's 512 tokens would double the size of a data set."""
     reader = ShardReader(packed)
     tokens = np.load(io.BytesIO(reader.members(0)["text.npy"]))
     assert tokens.shape == (3, 32)
@@ -89,7 +91,7 @@ def test_stored_text_has_no_padding(packed: Path) -> None:
 
 
 def test_webdataset_reads_the_shards(packed: Path) -> None:
-    """Storage must stay what other tools understand: same samples, same order, same arrays."""
+    """Catches storage that other tools do not read: same samples, same order, same arrays."""
     reader = ShardReader(packed)
     urls = [str(packed / shard.name) for shard in reader.index.shards]
     samples = list(webdataset.WebDataset(urls, shardshuffle=False).decode())
@@ -104,7 +106,7 @@ def test_webdataset_reads_the_shards(packed: Path) -> None:
 
 
 def test_a_reader_closes_its_files(packed: Path) -> None:
-    """Would catch a run that opens readers until the system refuses more files."""
+    """Catches a run that opens readers until the system refuses more files."""
     before = len(os.listdir("/dev/fd"))
     reader = ShardReader(packed)
     for number in range(len(reader)):
@@ -115,19 +117,19 @@ def test_a_reader_closes_its_files(packed: Path) -> None:
 
 
 def test_verify_accepts_what_was_packed(packed: Path) -> None:
-    """Would catch checksums of something other than the files."""
+    """Catches checksums of something other than the files."""
     ShardReader(packed).verify()
 
 
 def test_index_hash_tells_folders_apart(packed: Path, own_shards: Path) -> None:
-    """A run resumed on other data must be able to tell; a copy of the same data must be accepted."""
+    """Catches a run that resumes on other data, or refuses a copy of the same."""
     assert ShardReader(own_shards).index_hash == ShardReader(packed).index_hash
     edit_index(own_shards, lambda index: index["samples"].reverse())
     assert ShardReader(own_shards).index_hash != ShardReader(packed).index_hash
 
 
 def test_a_folder_without_index_is_named(tmp_path: Path) -> None:
-    """Would catch a bare FileNotFoundError for a folder of clips given in place of one of shards."""
+    """Catches a bare FileNotFoundError for a folder of clips given in place of one of shards."""
     with pytest.raises(
         ShardError, match=rf"^{re.escape(str(tmp_path))}: no index\.json, .*{REMEDY}"
     ):
@@ -147,9 +149,7 @@ def test_a_folder_without_index_is_named(tmp_path: Path) -> None:
 def test_an_index_that_cannot_be_read_is_named(
     own_shards: Path, content: str, problem: str
 ) -> None:
-    """Would catch a KeyError without the file's name, and an index of a later format read as if it
-    were of this one.
-    """
+    """Catches a KeyError without the file's name, and a later format that is read as ours."""
     (own_shards / "index.json").write_text(content)
     with pytest.raises(
         ShardError,
@@ -159,14 +159,14 @@ def test_an_index_that_cannot_be_read_is_named(
 
 
 def test_an_index_without_samples_is_refused(own_shards: Path) -> None:
-    """Would catch an IndexError at the first batch."""
+    """Catches an IndexError at the first batch."""
     edit_index(own_shards, lambda index: index.update(samples=[]))
     with pytest.raises(ShardError, match="the index lists no samples"):
         ShardReader(own_shards)
 
 
 def test_a_missing_shard_is_found_when_opening(own_shards: Path) -> None:
-    """Would catch a run that dies hours later, at the first sample of that shard."""
+    """Catches a run that dies hours later, at the first sample of that shard."""
     size = (own_shards / "shard-000001.tar").stat().st_size
     (own_shards / "shard-000001.tar").unlink()
     with pytest.raises(
@@ -176,9 +176,7 @@ def test_a_missing_shard_is_found_when_opening(own_shards: Path) -> None:
 
 
 def test_truncated_shards_are_found_when_opening_and_all_named(own_shards: Path) -> None:
-    """Would catch a partial copy that is noticed hours later, and one that is repaired shard by
-    shard.
-    """
+    """Catches a partial copy noticed hours later, and one that is repaired shard by shard."""
     sizes = []
     for name in ("shard-000000.tar", "shard-000002.tar"):
         data = (own_shards / name).read_bytes()
@@ -195,8 +193,9 @@ def test_truncated_shards_are_found_when_opening_and_all_named(own_shards: Path)
 def test_an_index_of_other_clips_is_found_when_opening(
     own_shards: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """Shards of equal shape have equal sizes, keys and offsets: only the checksums tell which index
-    is theirs.
+    """Catches the index of other clips of the same shape.
+
+    Sizes, keys and offsets are equal: only checksums tell.
     """
     world.write_clips(tmp_path / "others", 12, seed=1, level="short", num_frames=9)
     out = tmp_path / "other-shards"
@@ -210,7 +209,7 @@ def test_an_index_of_other_clips_is_found_when_opening(
 
 
 def test_an_index_that_points_past_its_shard_is_found_when_opening(own_shards: Path) -> None:
-    """Would catch an empty read that numpy reports as a malformed file."""
+    """Catches an empty read that numpy reports as a malformed file."""
 
     def move(index: dict[str, Any]) -> None:
         index["samples"][7]["members"]["latent.npy"][0] = 10**9
@@ -224,7 +223,7 @@ def test_an_index_that_points_past_its_shard_is_found_when_opening(own_shards: P
 
 
 def test_a_sample_without_noise_among_others_with_noise_is_refused(own_shards: Path) -> None:
-    """`inversion` pairing would otherwise mix inverted and fresh noise in one batch."""
+    """Catches stored and fresh noise in one batch of `inversion` pairing."""
 
     def add(index: dict[str, Any]) -> None:
         index["samples"][3]["members"]["noise.npy"] = index["samples"][3]["members"]["latent.npy"]
@@ -237,7 +236,7 @@ def test_a_sample_without_noise_among_others_with_noise_is_refused(own_shards: P
 
 
 def test_a_changed_byte_is_found_when_it_is_read(own_shards: Path) -> None:
-    """Would catch bit rot that trains on."""
+    """Catches bit rot that trains on."""
     reader = ShardReader(own_shards)
     member = reader.index.samples[11].members["latent.npy"]
     with (own_shards / "shard-000002.tar").open("r+b") as shard:
@@ -255,9 +254,7 @@ def test_a_changed_byte_is_found_when_it_is_read(own_shards: Path) -> None:
 
 
 def test_a_damaged_sample_is_reported_from_a_worker(own_shards: Path) -> None:
-    """Would catch a worker's error that loses its kind or the sample's name on the way to the
-    training loop.
-    """
+    """Catches a worker's error that loses its kind or the sample's name."""
     replace_member(own_shards, "000011", "latent.npy", np.zeros((1, 16, 8, 8), np.float16))
     reader = ShardReader(own_shards)
     with pytest.raises(ShardError, match=r"000011\.latent\.npy is \[1, 16, 8, 8\]"):
@@ -293,7 +290,7 @@ def test_a_damaged_sample_is_reported_from_a_worker(own_shards: Path) -> None:
 def test_a_member_of_another_shape_or_type_is_named(
     own_shards: Path, name: str, array: np.ndarray, problem: str
 ) -> None:
-    """Would catch latents that broadcast or reshape into something that trains."""
+    """Catches latents that broadcast or reshape into something that trains."""
     replace_member(own_shards, "000006", name, array)
     reader = ShardReader(own_shards)
     with pytest.raises(
@@ -303,7 +300,7 @@ def test_a_member_of_another_shape_or_type_is_named(
 
 
 def test_more_tokens_than_the_padded_length_are_refused(own_shards: Path) -> None:
-    """Would catch negative padding, which silently cuts the caption off."""
+    """Catches negative padding, which silently cuts the caption off."""
     edit_index(own_shards, lambda index: index.update(text_shape=[2, 32]))
     with pytest.raises(
         ShardError, match=r"000000\.text\.npy is \[3, 32\], the index wants \[at most 2, 32\]"
@@ -313,9 +310,20 @@ def test_more_tokens_than_the_padded_length_are_refused(own_shards: Path) -> Non
 
 @pytest.mark.parametrize("size", [0, 40, 200])
 def test_a_member_that_is_no_array_is_named(own_shards: Path, size: int) -> None:
-    """Would catch numpy's own error, which does not name the sample. Sizes: nothing, half a header,
-    half the data.
+    """Catches numpy's own error, which does not name the sample.
+
+    Sizes: nothing, half a header, half the data.
     """
     replace_member(own_shards, "000006", "text.npy", np.zeros((3, 32), np.float16), size=size)
     with pytest.raises(ShardError, match=r"000006\.text\.npy is no \.npy array \(.+\)"):
         ShardReader(own_shards)[6]
+
+
+def test_folders_packed_before_there_was_a_manifest_are_read(own_shards: Path) -> None:
+    """Catches a reader that asks every data set to be packed again."""
+    path = own_shards / "index.json"
+    index = json.loads(path.read_text())
+    del index["about"]
+    path.write_text(json.dumps(index))
+    reader = ShardReader(own_shards)
+    assert (len(reader), reader.negative, reader.index.about) == (12, None, {})

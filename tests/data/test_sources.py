@@ -52,9 +52,7 @@ ROWS = [
 def test_a_list_gives_clips_captions_and_order(
     own_clips: Path, codec: TinyCodec, tmp_path: Path, ending: str
 ) -> None:
-    """Would catch a list that is sorted, one caption per video only, and quoted line ends or commas
-    that split a row.
-    """
+    """Catches a sorted list, one caption per video only, and quoted line ends that split a row."""
     pack_tiny(write_list(own_clips / f"list{ending}", ROWS), tmp_path / "shards", codec)
     reader = ShardReader(tmp_path / "shards")
     assert reader.captions == ["größer, als zuvor", "a disc", "a second caption"]
@@ -65,8 +63,9 @@ def test_a_list_gives_clips_captions_and_order(
 def test_a_list_without_captions_finds_them_beside_the_clips(
     own_clips: Path, tmp_path: Path
 ) -> None:
-    """Paths are relative to the list, wherever the program runs; would catch those relative to the
-    working folder.
+    """Catches paths relative to the working folder.
+
+    Paths are relative to the list, wherever the program runs.
     """
     beside = [(own_clips / name).with_suffix(".txt").read_text().strip() for name, _ in ROWS]
     rows = [(f"clips/{name}", "") for name, _ in ROWS]
@@ -76,9 +75,7 @@ def test_a_list_without_captions_finds_them_beside_the_clips(
 
 
 def test_captions_of_a_folder_in_one_file(own_clips: Path, tmp_path: Path) -> None:
-    """Would catch rows matched by order, and a clip that the file does not name packed with its
-    neighbour's caption.
-    """
+    """Catches rows matched by order, and another's caption for a clip that the file lacks."""
     captions = write_list(tmp_path / "captions.csv", ROWS[:2])
     found = [(clip.caption, clip.problem) for clip in list_clips(own_clips, captions=captions)]
     missing = ("", "no caption in the list; write one")
@@ -91,7 +88,7 @@ def test_captions_of_a_folder_in_one_file(own_clips: Path, tmp_path: Path) -> No
 def test_folders_below_are_searched_on_request(
     own_clips: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """Would catch two clips of the same name in two folders that become one sample."""
+    """Catches two clips of the same name in two folders that become one sample."""
     shutil.copytree(own_clips, tmp_path / "all" / "a")
     shutil.copytree(own_clips, tmp_path / "all" / "b.c")
     with pytest.raises(
@@ -104,9 +101,7 @@ def test_folders_below_are_searched_on_request(
 
 
 def test_keys_are_unique_and_keep_the_end_of_long_names() -> None:
-    """Would catch ten thousand clips of one long folder name whose numbers are cut off, and a key
-    met twice.
-    """
+    """Catches numbers cut off the end of long names, and a key met twice."""
     names = [f"{'folder/' * 12}{number}.mp4" for number in range(3)]
     assert [key[-9:] for key in keys_of(names)] == [
         "r_folder_0"[-9:],
@@ -123,9 +118,7 @@ def test_keys_are_unique_and_keep_the_end_of_long_names() -> None:
 
 
 def test_parts_of_a_list_are_all_of_it_in_order(own_clips: Path) -> None:
-    """Would catch a clip in two parts, or in none, where the number of parts does not divide that
-    of clips.
-    """
+    """Catches a clip in two parts or in none, where clips do not divide evenly."""
     clips = list_clips(own_clips) * 5
     for count in (1, 3, 7, 40):
         parts = [share_of(clips, (number, count)) for number in range(1, count + 1)]
@@ -134,7 +127,7 @@ def test_parts_of_a_list_are_all_of_it_in_order(own_clips: Path) -> None:
 
 
 def test_the_hash_of_a_list_sees_names_captions_sizes_and_order(own_clips: Path) -> None:
-    """What a resumed run must notice."""
+    """Catches a change in the clips that a resumed run does not notice."""
     hashes = {list_hash(list_clips(own_clips)), list_hash(list_clips(own_clips)[::-1])}
     (own_clips / "000000.txt").write_text("another")
     hashes.add(list_hash(list_clips(own_clips)))
@@ -167,16 +160,14 @@ def test_the_hash_of_a_list_sees_names_captions_sizes_and_order(own_clips: Path)
 def test_a_list_that_cannot_be_read_is_explained(
     tmp_path: Path, name: str, content: str, message: str
 ) -> None:
-    """Would catch a KeyError for a column of another name."""
+    """Catches a KeyError for a column of another name."""
     (tmp_path / name).write_text(content)
     with pytest.raises(PackError, match=message):
         list_clips(tmp_path / name)
 
 
 def test_caption_files_that_fit_no_clip_are_refused(own_clips: Path, tmp_path: Path) -> None:
-    """Would catch captions shifted by one line, and a file of another folder that leaves every clip
-    without a caption.
-    """
+    """Catches captions shifted by one line, and a file of another folder, which fits no clip."""
     (tmp_path / "captions.txt").write_text("one\ntwo\n")
     with pytest.raises(PackError, match="2 lines for 4 clips; want one caption per clip, in order"):
         list_clips(own_clips, captions=tmp_path / "captions.txt")
@@ -191,7 +182,7 @@ def test_caption_files_that_fit_no_clip_are_refused(own_clips: Path, tmp_path: P
 def test_a_missing_video_of_a_list_is_left_out_by_name(
     own_clips: Path, codec: TinyCodec, tmp_path: Path
 ) -> None:
-    """Would catch a FileNotFoundError after hours of encoding."""
+    """Catches a FileNotFoundError after hours of encoding."""
     rows = [*ROWS, ("sub/gone.mp4", "a caption")]
     summary = pack_tiny(write_list(own_clips / "list.csv", rows), tmp_path / "shards", codec)
     assert [(refusal.file, refusal.reason) for refusal in summary.refused] == [
@@ -202,9 +193,7 @@ def test_a_missing_video_of_a_list_is_left_out_by_name(
 def test_the_command_takes_lists_and_caption_files(
     own_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Would catch `--captions FILE` taken for the ending of files beside the clips, and the default
-    output of a list.
-    """
+    """Catches `--captions FILE` taken for a suffix, and a list's output in the wrong place."""
     rows = [(f"00000{number}.mp4", f"caption {'abcd'[number]}") for number in range(4)]
     captions = write_list(tmp_path / "captions.jsonl", rows)
     listed = write_list(own_clips / "list.txt", rows)
@@ -232,12 +221,14 @@ def write_times(path: Path, times: list[int], rate: int) -> None:
     with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=rate, options={"crf": "4"})
         stream.width = stream.height = 32
-        stream.pix_fmt, stream.codec_context.time_base = "yuv420p", Fraction(1, rate)
+        stream.pix_fmt = "yuv420p"
+        stream.codec_context.time_base = Fraction(1, rate)
         for number, time in enumerate(times):
             frame = av.VideoFrame.from_ndarray(
                 torch.full((32, 32, 3), 5 * number).byte().numpy(), format="rgb24"
             )
-            frame.pts, frame.time_base = time, Fraction(1, rate)
+            frame.pts = time
+            frame.time_base = Fraction(1, rate)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
 
@@ -247,7 +238,7 @@ def numbers(video: Tensor) -> list[int]:
 
 
 def test_a_rate_takes_the_nearest_frames_in_time(tmp_path: Path) -> None:
-    """Would catch a rate taken for a stride: with gaps in time, equal strides make motion jump."""
+    """Catches a rate taken for a stride: with gaps in time, equal strides make motion jump."""
     write_times(tmp_path / "even.mp4", list(range(24)), 24)
     assert numbers(read_video(tmp_path / "even.mp4", 8, fps=Fraction(12))) == [
         0,
@@ -267,9 +258,7 @@ def test_a_rate_takes_the_nearest_frames_in_time(tmp_path: Path) -> None:
 
 
 def test_a_rate_that_the_clip_does_not_have_is_refused(tmp_path: Path) -> None:
-    """Would catch repeated frames, which teach motion that stutters, and a clip too short at the
-    rate it is read at.
-    """
+    """Catches repeated frames, which teach motion that stutters, and a clip that is too short."""
     write_times(tmp_path / "clip.mp4", list(range(16)), 16)
     with pytest.raises(
         ClipError,
@@ -281,7 +270,7 @@ def test_a_rate_that_the_clip_does_not_have_is_refused(tmp_path: Path) -> None:
 
 
 def test_cover_keeps_proportions_and_the_middle(tmp_path: Path) -> None:
-    """Would catch a crop of the top left corner, and faces made wide.
+    """Catches a crop of the top left corner, and faces made wide.
 
     The clip is black but for a white square in the middle; at half the size it must be square and
     in the middle still. Tolerance: half of white, far from what scaling and chroma leave at an
@@ -291,7 +280,8 @@ def test_cover_keeps_proportions_and_the_middle(tmp_path: Path) -> None:
     frames[:, 24:40, 56:72] = 255
     write_clip(tmp_path / "clip.mp4", frames, fps=16)
     bright = read_video(tmp_path / "clip.mp4", 1, (32, 32), "cover")[0].float().mean(-1) > 127
-    rows, columns = bright.any(1).nonzero().flatten(), bright.any(0).nonzero().flatten()
+    rows = bright.any(1).nonzero().flatten()
+    columns = bright.any(0).nonzero().flatten()
     assert (int(rows[0]), int(rows[-1]), int(columns[0]), int(columns[-1])) == (12, 19, 12, 19)
     stretched = read_video(tmp_path / "clip.mp4", 1, (32, 32), "stretch")[0].float().mean(-1) > 127
     assert (int(stretched.any(1).sum()), int(stretched.any(0).sum())) == (8, 4)
@@ -302,8 +292,9 @@ def test_cover_keeps_proportions_and_the_middle(tmp_path: Path) -> None:
 
 
 def test_a_clip_turned_by_its_metadata_is_named(tmp_path: Path, frames: Tensor) -> None:
-    """Telephones store upright films lying down, with a note; would catch a data set of which half
-    lies on its side.
+    """Catches upright films packed lying on their side.
+
+    Telephones store upright films lying down, with a note.
     """
     write_clip(tmp_path / "lying.mp4", frames, fps=16)
     ffmpeg = imageio_ffmpeg.get_ffmpeg_exe()

@@ -29,16 +29,14 @@ def test_clips_come_back(tmp_path: Path, frames: Tensor) -> None:
 
 
 def test_only_the_first_frames_are_read(tmp_path: Path, frames: Tensor) -> None:
-    """Would catch a reader that samples frames over the clip, which changes the speed of everything
-    in it.
-    """
+    """Catches frames taken from all over the clip, which changes the speed of everything in it."""
     write_clip(tmp_path / "clip.mp4", frames, fps=16)
     whole = read_video(tmp_path / "clip.mp4", num_frames=9)
     assert torch.equal(read_video(tmp_path / "clip.mp4", num_frames=5), whole[:5])
 
 
 def test_a_short_clip_is_named(tmp_path: Path, frames: Tensor) -> None:
-    """Would catch a clip that is silently padded or repeated."""
+    """Catches a clip that is silently padded or repeated."""
     write_clip(tmp_path / "brief.mp4", frames, fps=16)
     with pytest.raises(ClipError, match=r"^brief\.mp4: has 9 video frames, want 13; ask for fewer"):
         read_video(tmp_path / "brief.mp4", num_frames=13)
@@ -47,7 +45,7 @@ def test_a_short_clip_is_named(tmp_path: Path, frames: Tensor) -> None:
 def test_a_clip_of_another_size_is_named_with_the_command_that_repairs_it(
     tmp_path: Path, frames: Tensor
 ) -> None:
-    """Would catch height and width exchanged in the check or in the message."""
+    """Catches height and width exchanged in the check or in the message."""
     write_clip(tmp_path / "wide.mp4", frames[:, :48], fps=16)
     with pytest.raises(
         ClipError, match=r"^wide\.mp4: is 48x64 \(height x width\), want 64x48; ffmpeg .*crop=48:64"
@@ -57,7 +55,7 @@ def test_a_clip_of_another_size_is_named_with_the_command_that_repairs_it(
 
 @pytest.mark.parametrize("content", [b"", b"this is no video" * 100])
 def test_an_unreadable_clip_is_named(tmp_path: Path, content: bytes) -> None:
-    """Would catch a bare decoder error, which does not say which of ten thousand files it is about."""
+    """Catches a bare decoder error, which does not say which of ten thousand files it is about."""
     (tmp_path / "broken.mp4").write_bytes(content)
     with pytest.raises(
         ClipError, match=r"^broken\.mp4: cannot be read as video \(.+\); encode it again"
@@ -66,7 +64,7 @@ def test_an_unreadable_clip_is_named(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_clip_cut_off_in_the_middle_is_named(clips: Path, tmp_path: Path) -> None:
-    """A download that broke off must not become a sample with fewer frames."""
+    """Catches a broken download that becomes a sample with fewer frames."""
     data = (clips / "000000.mp4").read_bytes()
     (tmp_path / "cut.mp4").write_bytes(data[: len(data) // 2])
     with pytest.raises(ClipError, match=r"^cut\.mp4: "):
@@ -74,7 +72,7 @@ def test_a_clip_cut_off_in_the_middle_is_named(clips: Path, tmp_path: Path) -> N
 
 
 def test_a_file_without_pictures_is_named(tmp_path: Path) -> None:
-    """Would catch an IndexError from the decoder for a sound file with the ending of a video."""
+    """Catches an IndexError from the decoder for a sound file with the ending of a video."""
     with wave.open(str(tmp_path / "sound.mp4"), "wb") as sound:
         sound.setparams((1, 2, 16000, 0, "NONE", ""))
         sound.writeframes(bytes(32000))
@@ -83,7 +81,7 @@ def test_a_file_without_pictures_is_named(tmp_path: Path) -> None:
 
 
 def test_a_clip_that_changes_its_size_is_named(tmp_path: Path, frames: Tensor) -> None:
-    """Screen recordings change size; stacking such frames would raise without the file's name.
+    """Catches an error without the file's name for a screen recording that changes size.
 
     MPEG transport streams can be joined end to end, which is how such files come about.
     """
@@ -92,11 +90,8 @@ def test_a_clip_that_changes_its_size_is_named(tmp_path: Path, frames: Tensor) -
             piece = tmp_path / f"{number}.ts"
             with av.open(str(piece), "w", format="mpegts") as container:
                 stream = container.add_stream("libx264", rate=16)
-                stream.height, stream.width, stream.pix_fmt = (
-                    part.shape[1],
-                    part.shape[2],
-                    "yuv420p",
-                )
+                stream.height, stream.width = part.shape[1:3]
+                stream.pix_fmt = "yuv420p"
                 for picture in part.numpy():
                     container.mux(
                         stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24"))

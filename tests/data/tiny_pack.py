@@ -26,12 +26,22 @@ def pack_tiny(clips: Path, out: Path, codec: Any, **settings: Any) -> PackSummar
     return pack(source, out, codec, TinyText(), PackOptions(**settings))
 
 
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def other_codec(codec: TinyCodec) -> TinyCodec:
+    return TinyCodec(codec.first, codec.rest, 2 * codec.scale)
+
+
 class FailingCodec:
     """The tiny codec until it has encoded `num_clips` clips; then `fail` is called."""
 
     def __init__(self, codec: TinyCodec, num_clips: int, fail: Any):
         # one more for the black clip at the start
-        self.codec, self.left, self.fail = codec, num_clips + 1, fail
+        self.codec = codec
+        self.left = num_clips + 1
+        self.fail = fail
 
     @property
     def fingerprint(self) -> str:
