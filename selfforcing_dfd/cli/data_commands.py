@@ -264,7 +264,7 @@ def invert(parser: argparse.ArgumentParser) -> Run:
         from selfforcing_dfd.config import load_config
         from selfforcing_dfd.data.noise import store_noise
         from selfforcing_dfd.training.build import build_invert, build_teacher
-        from selfforcing_dfd.training.ema import model_fingerprint
+        from selfforcing_dfd.weights.tensors import model_fingerprint
 
         config = load_config(args.config)
         teacher = model_fingerprint(build_teacher(config))

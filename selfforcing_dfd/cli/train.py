@@ -37,14 +37,14 @@ from selfforcing_dfd.training.build import (
     run_folder,
 )
 from selfforcing_dfd.training.build_data import BASIS, build_reader, codec_file
-from selfforcing_dfd.training.checkpoint import CheckpointError
-from selfforcing_dfd.training.ema import model_fingerprint, save_weights
 from selfforcing_dfd.training.exclusive import ExclusiveError, lock_folders, refuse_many_processes
 from selfforcing_dfd.training.finite import NonFiniteError
 from selfforcing_dfd.training.guards import GuardError, Guards, latent_statistics
 from selfforcing_dfd.training.loop import Interrupted, Trainer
 from selfforcing_dfd.training.tracking import TrackingError
+from selfforcing_dfd.weights.checkpoint_files import CheckpointError
 from selfforcing_dfd.weights.sources import SIZES
+from selfforcing_dfd.weights.tensors import model_fingerprint, save_weights
 from selfforcing_dfd.weights.write import diffusers_config
 
 logger = logging.getLogger(__name__)

@@ -37,12 +37,14 @@ from selfforcing_dfd.stages.init import InitStage
 from selfforcing_dfd.stages.matching import MatchingStage
 from selfforcing_dfd.stages.teacher import TeacherStage
 from selfforcing_dfd.training.build_data import build_order, build_reader
-from selfforcing_dfd.training.checkpoint import CheckpointManager, check_config
-from selfforcing_dfd.training.ema import EMA, model_fingerprint
+from selfforcing_dfd.training.checkpoint import CheckpointManager
+from selfforcing_dfd.training.ema import EMA
 from selfforcing_dfd.training.loop import Learner, Trainer, Watch, World
 from selfforcing_dfd.training.precision import compute_in, parameters_in
+from selfforcing_dfd.training.same_run import check_config
 from selfforcing_dfd.training.tracking import Tracker, check_trackers
 from selfforcing_dfd.weights.read import WeightsError, load_into, read_weights
+from selfforcing_dfd.weights.tensors import model_fingerprint
 
 STUDENT_FILE = "student.safetensors"
 

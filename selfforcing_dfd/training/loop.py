@@ -24,8 +24,9 @@ from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages.base import Stage, StageLoss
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock, Turn
-from selfforcing_dfd.training.ema import EMA, optimizer_state
+from selfforcing_dfd.training.ema import EMA
 from selfforcing_dfd.training.finite import check_finite
+from selfforcing_dfd.training.optimizer_state import optimizer_state
 from selfforcing_dfd.training.tracking import Tracker
 
 SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)

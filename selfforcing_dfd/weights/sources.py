@@ -22,6 +22,10 @@ from selfforcing_dfd.models.hub import (
     Role,
     role_of,
 )
+from selfforcing_dfd.weights.checkpoint_files import (
+    is_training_checkpoint,
+    read_training_checkpoint,
+)
 from selfforcing_dfd.weights.names import (
     Layout,
     Shape,
@@ -42,7 +46,6 @@ from selfforcing_dfd.weights.stored import (
     read_torch_file,
     stored,
 )
-from selfforcing_dfd.weights.training_files import is_training_checkpoint, read_training_checkpoint
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,7 @@ from selfforcing_dfd.evaluation.report import sample_videos, sources, write_repo
 from selfforcing_dfd.evaluation.tables import ReportError, Row
 from selfforcing_dfd.tiny.metrics import Score
 from selfforcing_dfd.training.build import build_network
-from selfforcing_dfd.training.ema import save_weights
+from selfforcing_dfd.weights.tensors import save_weights
 
 
 def test_distance_to_the_data_is_two_sided():

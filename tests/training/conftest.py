@@ -15,7 +15,7 @@ from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
 from selfforcing_dfd.ode import invert
 from selfforcing_dfd.training.build import build_network
-from selfforcing_dfd.training.ema import save_weights
+from selfforcing_dfd.weights.tensors import save_weights
 from tests.tiny_models import fill_weights
 
 MODEL = ModelConfig(num_heads=2, head_dim=8, num_layers=1, ffn_dim=32, freq_dim=16)

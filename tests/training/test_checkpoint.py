@@ -15,18 +15,16 @@ import torch
 from torch import Tensor, nn
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.training.checkpoint import (
-    CheckpointError,
-    CheckpointManager,
-    config_fingerprint,
-    load_optimizer_state,
-    optimizer_state,
-    read_meta,
-)
+from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock
-from selfforcing_dfd.training.ema import EMA, model_fingerprint
+from selfforcing_dfd.training.ema import EMA
+from selfforcing_dfd.training.optimizer_state import load_optimizer_state, optimizer_state
+from selfforcing_dfd.training.same_run import config_fingerprint
+from selfforcing_dfd.weights.checkpoint_files import CheckpointError, read_meta
+from selfforcing_dfd.weights.tensors import model_fingerprint
 
 FAKE_PER_STUDENT = 2
+TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 
 
 class Run:
@@ -224,7 +222,7 @@ def test_it_says_where_it_came_from(tmp_path: Path) -> None:
     assert meta["config_yaml"] == "run:\n  seed: 3\noptim:\n  betas:\n  - 0.0\n  - 0.999\n"
     assert meta["versions"]["torch"] == torch.__version__
     assert meta["values"] == {"step": 40}
-    assert set(meta["files"]) == {".metadata", "__0_0.distcp"}
+    assert set(meta["files"]) == {TENSORS}
 
 
 def test_the_newest_few_are_kept(tmp_path: Path) -> None:
@@ -245,7 +243,7 @@ def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
     manager = CheckpointManager(tmp_path, keep=2)
     for step in (1, 2):
         manager.save(step, small_state(step))
-    (tmp_path / "student_update=000002" / "__0_0.distcp").write_bytes(b"")
+    (tmp_path / "student_update=000002" / TENSORS).write_bytes(b"")
     manager.save(3, small_state(3))
     assert "student_update=000001" in names(tmp_path)
 
@@ -267,7 +265,7 @@ def test_the_same_update_can_be_saved_again(tmp_path: Path) -> None:
 
 
 def test_killed_while_replacing_the_old_one_is_found(tmp_path: Path) -> None:
-    """Catches the moment between two renames, at which the name of the newest checkpoint is free."""
+    """Catches the moment between two renames, at which the newest checkpoint has no name."""
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, small_state(1))
     path.rename(path.with_suffix(".replaced"))
@@ -339,13 +337,11 @@ def remove(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncate, remove])
-@pytest.mark.parametrize("name", ["__0_0.distcp", ".metadata", "meta.json"])
+@pytest.mark.parametrize("name", [TENSORS, "meta.json"])
 def test_a_damaged_checkpoint_is_passed_over(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, name: str, damage: Any
 ) -> None:
-    """Catches `.metadata` alone as the mark of a whole checkpoint: DCP writes it, but knows no
-    sizes.
-    """
+    """Catches meta.json alone as the mark of a whole checkpoint, whatever became of the tensors."""
     manager = CheckpointManager(tmp_path)
     before = manager.save(1, small_state(1))
     newest = manager.save(2, small_state(2))
@@ -367,12 +363,12 @@ def test_flipped_bits_are_found_on_load(tmp_path: Path) -> None:
     """
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, small_state(1))
-    data = bytearray((path / "__0_0.distcp").read_bytes())
+    data = bytearray((path / TENSORS).read_bytes())
     data[len(data) // 2] ^= 1
-    (path / "__0_0.distcp").write_bytes(data)
+    (path / TENSORS).write_bytes(data)
     state = small_state(0)
     with pytest.raises(
-        CheckpointError, match=r"is damaged.*resume from the one before it\n  __0_0.distcp"
+        CheckpointError, match=r"is damaged.*resume from the one before it\n  shard-00001"
     ):
         manager.load(path, state)
     assert torch.equal(state["weights"]["w"], torch.zeros(1000))
@@ -391,7 +387,7 @@ def test_another_format_is_named(tmp_path: Path) -> None:
     path = manager.save(1, small_state(1))
     meta = read_meta(path) | {"format_version": 99}
     (path / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(CheckpointError, match="has format 99, this version reads 1"):
+    with pytest.raises(CheckpointError, match="has format 99, this version reads 2"):
         manager.load(path, small_state(0))
 
 
@@ -407,7 +403,7 @@ def test_a_checkpoint_of_another_model_is_explained_and_changes_nothing(tmp_path
     before = other.bits()
     with pytest.raises(
         CheckpointError,
-        match=r"made by another model, 35 of .*\n.*checkpoint \[8, 3\] float32, now \[9, 3\]",
+        match=r"(?s)made by another model, 35 of .*checkpoint \[8, 3\] float32, now \[9, 3\]",
     ):
         manager.load(path, other.state())
     assert_same(other.bits(), before)

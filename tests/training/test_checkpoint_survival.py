@@ -15,11 +15,13 @@ import torch
 from test_checkpoint import make_network, names, small_state
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.training.checkpoint import CheckpointError, CheckpointManager, check_config
+from selfforcing_dfd.training.checkpoint import CheckpointManager
+from selfforcing_dfd.training.same_run import check_config
+from selfforcing_dfd.weights.checkpoint_files import CheckpointError
 
 
 def test_other_settings_are_listed(tmp_path: Path) -> None:
-    """Catches a resume that goes on with another learning rate than the curves before it, unsaid."""
+    """Catches a resume that goes on with another learning rate than before, without a word."""
     config = {
         "optim": {"student": {"lr": 1e-5, "betas": (0.0, 0.999)}},
         "run": {"out": "a", "updates": 40},
@@ -47,7 +49,7 @@ def test_other_settings_are_listed(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
-    """Catches a pickled optimizer or numpy scalar in a checkpoint that should outlive this version."""
+    """Catches a pickled optimizer or numpy scalar in a checkpoint for later versions."""
     manager = CheckpointManager(tmp_path)
     model = make_network("a", 4)
     with pytest.raises(
@@ -80,20 +82,23 @@ def test_an_interrupted_save_leaves_nothing_behind(tmp_path: Path) -> None:
 
 SAVE_UNTIL_FULL = """
 import json, resource, signal, sys, torch
-from selfforcing_dfd.training.checkpoint import CheckpointError, CheckpointManager
+from selfforcing_dfd.training.checkpoint import CheckpointManager
+from selfforcing_dfd.weights.checkpoint_files import CheckpointError
 folder, limit = sys.argv[1:]
 manager = CheckpointManager(folder, keep=2)
-def state(size): return {"weights": {str(i): torch.full((size,), 1.0) for i in range(20)}, "step": 7}
+def state(size):
+    return {"weights": {str(i): torch.full((size,), 1.0) for i in range(20)}, "step": 7}
 manager.save(1, state(1000))
 if limit == "file size":
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-notes = {"notes": {str(i): "x" * 100 for i in range(20_000)}}  # fills meta.json, which is written last
+notes = {"notes": {str(i): "x" * 100 for i in range(20_000)}}  # fills meta.json, written last
 for too_big in (state(30_000), notes):
     try:
         manager.save(2, too_big)
     except CheckpointError as error:
-        print(json.dumps([str(error), str(manager.latest()), sorted(p.name for p in manager.folder.iterdir())]))
+        left = sorted(path.name for path in manager.folder.iterdir())
+        print(json.dumps([str(error), str(manager.latest()), left]))
 manager.load(manager.latest(), state(1000))
 manager.save(3, state(1000))
 """
@@ -132,7 +137,9 @@ SAVE_FOR_EVER = """
 import os, sys, torch
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 folder = sys.argv[1]
-def state(step): return {"weights": {str(i): torch.full((100_000,), float(step)) for i in range(5)}, "step": step}
+def state(step):
+    weights = {str(i): torch.full((100_000,), float(step)) for i in range(5)}
+    return {"weights": weights, "step": step}
 for line in sys.stdin:
     child = os.fork()
     if child == 0:

@@ -21,10 +21,10 @@ from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import UserError, shipped
 from selfforcing_dfd.config import Config, ConfigError
 from selfforcing_dfd.training.build import build_trainer, run_folder
-from selfforcing_dfd.training.checkpoint import CheckpointError
 from selfforcing_dfd.training.finite import NonFiniteError
 from selfforcing_dfd.training.loop import Interrupted, Trainer
 from selfforcing_dfd.training.tracking import read_metrics
+from selfforcing_dfd.weights.checkpoint_files import CheckpointError
 from tests.training.conftest import arguments
 
 Settings = Callable[..., Config]

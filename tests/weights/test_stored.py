@@ -16,14 +16,6 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from tiny_models import TINY, tiny_network
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import (
-    ChunkStorageMetadata,
-    Metadata,
-    MetadataIndex,
-    TensorProperties,
-    TensorStorageMetadata,
-)
 from wan_files import same, sharded_folder, wan_state
 
 from selfforcing_dfd.models.wan import WanTransformer
@@ -31,7 +23,6 @@ from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.ema import EMA
 from selfforcing_dfd.weights.read import StoredWeights, WeightsError, load_transformer, read_weights
 from selfforcing_dfd.weights.stored import StoredTensor, stored
-from selfforcing_dfd.weights.training_files import read_training_checkpoint
 from selfforcing_dfd.weights.write import convert
 
 
@@ -181,29 +172,13 @@ def test_a_training_checkpoint_holds_three_models(tmp_path):
     ]
 
 
-def test_a_malicious_checkpoint_index_is_refused(tmp_path):
-    """Catches the pickle that torch.distributed.checkpoint would load without a question."""
+def test_a_pickle_in_a_checkpoint_is_refused(tmp_path):
+    """Catches the pickled index of torch.distributed.checkpoint, which could run any program."""
     path = training_checkpoint(tmp_path)
     (path / ".metadata").write_bytes(pickle.dumps(Malice(tmp_path / "harm")))
-    with pytest.raises(WeightsError, match=r"refused, .* posix.mkdir"):
+    with pytest.raises(WeightsError, match=r"\.metadata was not written with it"):
         read_weights(path)
     assert not (tmp_path / "harm").exists()
-
-
-def test_a_checkpoint_of_two_ranks_is_put_together(tmp_path):
-    """Catches a tensor of which one rank's rows are read, or both at the wrong place."""
-    rows, index = torch.arange(12.0).view(4, 3), {}
-    for rank, piece in enumerate(rows.split(2)):
-        torch.save(piece.clone(), tmp_path / f"__{rank}_0.distcp")
-        length = (tmp_path / f"__{rank}_0.distcp").stat().st_size
-        place = MetadataIndex("fake.w", torch.Size((2 * rank, 0)), rank)
-        index[place] = _StorageInfo(f"__{rank}_0.distcp", 0, length)
-    chunks = [ChunkStorageMetadata(torch.Size((first, 0)), torch.Size((2, 3))) for first in (0, 2)]
-    entry = TensorStorageMetadata(TensorProperties(torch.float32), torch.Size((4, 3)), chunks)
-    (tmp_path / ".metadata").write_bytes(pickle.dumps(Metadata({"fake.w": entry}, None, index)))
-    (tmp_path / "meta.json").write_text('{"config_yaml": "{}"}')
-    models, _ = read_training_checkpoint(tmp_path)
-    assert torch.equal(models["fake"]["w"].read(), rows)
 
 
 PEAK = """
