@@ -48,7 +48,8 @@ def copy_same(what: str, given: Mapping[str, Tensor], own: Mapping[str, Tensor])
     lines = differences(got, wanted, source="state")
     if lines:
         raise ValueError(
-            f"the {what} state was made by another model: {len(lines)} entries differ{listed(lines)}"
+            f"the {what} state was made by another model: {len(lines)} entries differ"
+            f"{listed(lines)}"
         )
     for name, tensor in own.items():
         tensor.copy_(given[name])

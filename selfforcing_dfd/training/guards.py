@@ -1,7 +1,7 @@
-"""Two-sided guards: how the student's pixels compare with the data's while it trains.
+"""Two-sided guards: the student's pixels compared with the data's while it trains.
 
 Distillation can over-saturate (DMD) and data forcing can turn grey (arXiv 2606.18478 and its
-published clips), so neither more nor less is better: each number is compared with the same number
+published clips). So neither more nor less is better: each number is compared with the same number
 of real clips of the same captions.
 """
 
@@ -18,9 +18,12 @@ from selfforcing_dfd.common import UserError
 
 logger = logging.getLogger(__name__)
 
+NUM_PICTURES = 4  # clips, and video frames of each side by side
+SMALLEST = 1e-9  # keeps ratios finite where the data has a statistic of zero
+
 
 class GuardError(UserError):
-    """A guard was told to stop the run and did; the message says what left its range."""
+    """A statistic left its range and guards.stop is on; the message says which."""
 
 
 def pixel_statistics(videos: Tensor) -> dict[str, float]:
@@ -42,11 +45,10 @@ def pixel_statistics(videos: Tensor) -> dict[str, float]:
 
 
 def latent_statistics(latents: Tensor) -> dict[str, float]:
-    """The same of latents [B, F, C, H, W], where decoding costs too much; spread needs two clips
-    and is left out of one.
+    """The same of latents [B, F, C, H, W], where decoding costs too much.
 
     saturation: standard deviation over channels at a place; contrast: over places in a latent frame
-    and channel.
+    and channel. Spread is left out for a single clip, which has none.
     """
     values = latents.float()
     numbers = {
@@ -55,20 +57,18 @@ def latent_statistics(latents: Tensor) -> dict[str, float]:
         "sharpness": float((values.diff(dim=3).abs().mean() + values.diff(dim=4).abs().mean()) / 2),
         "motion": float(values.diff(dim=1).abs().mean()),
     }
-    return (
-        numbers
-        if len(values) == 1
-        else numbers | {"spread": float(values.std(dim=0, correction=0).mean())}
-    )
+    if len(values) > 1:
+        numbers["spread"] = float(values.std(dim=0, correction=0).mean())
+    return numbers
 
 
 @dataclass(slots=True)
 class Guards:
-    """Watches a run: logs every statistic of student and data, warns when one leaves 1 / (1 + t) ..
-    1 + t of the data's.
+    """Gives every statistic of the student to be logged, beside its ratio to the data's.
 
-    decode: latents [B, F, C, H, W] -> what is measured, videos [B, T, H, W, 3] unless `measure`
-    wants something else; tolerance t; stop turns a warning into GuardError.
+    Warns when a ratio leaves 1 / (1 + tolerance) .. 1 + tolerance; with stop, raises GuardError
+    instead. decode: latents [B, F, C, H, W] -> what is measured, videos [B, T, H, W, 3] in [0, 1]
+    unless `measure` is another one.
     """
 
     decode: Callable[[Tensor], Tensor]
@@ -78,22 +78,38 @@ class Guards:
     warned: set[str] = field(default_factory=set)
 
     def __call__(self, generated: Tensor, real: Tensor) -> dict[str, float]:
-        ours, data = self.measure(self.decode(generated)), self.measure(self.decode(real))
-        outside = {
-            n
-            for n in ours
-            if not 1 / (1 + self.tolerance) <= ours[n] / max(data[n], 1e-9) <= 1 + self.tolerance
-        }
+        ours = self.measure(self.decode(generated))
+        data = self.measure(self.decode(real))
+        ratios = {name: value / max(data[name], SMALLEST) for name, value in ours.items()}
+        widest = 1 + self.tolerance
+        outside = {name for name, ratio in ratios.items() if not 1 / widest <= ratio <= widest}
         if outside - self.warned:
-            numbers = ", ".join(
-                f"{name} {ours[name]:.3g} (data {data[name]:.3g})" for name in sorted(outside)
-            )
-            message = f"the student's samples leave the data's range: {numbers}"
-            if self.stop:
-                raise GuardError(
-                    f"{message}; guards.stop is on. The last checkpoint is from before"
-                )
-            logger.warning(message)
+            self.warn(outside, ours, data)
         self.warned = outside
-        ratios = {f"{name}_ratio": ours[name] / max(data[name], 1e-9) for name in ours}
-        return ours | ratios | {"guards_outside": float(len(outside))}
+        named = {f"{name}_ratio": ratio for name, ratio in ratios.items()}
+        return ours | named | {"guards_outside": float(len(outside))}
+
+    def warn(self, outside: set[str], ours: dict[str, float], data: dict[str, float]) -> None:
+        """Log a warning, or raise GuardError, with the numbers that are outside."""
+        numbers = [f"{name} {ours[name]:.3g} (data {data[name]:.3g})" for name in sorted(outside)]
+        message = f"the student's samples leave the data's range: {', '.join(numbers)}"
+        if self.stop:
+            raise GuardError(f"{message}; guards.stop is on. The last checkpoint is from before")
+        logger.warning(message)
+
+    def pictures(self, generated: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """Video frames of a few clips side by side, [N, H, frames * W, 3] uint8.
+
+        Nothing where latents are measured, which cannot be shown.
+        """
+        if self.measure is not pixel_statistics:
+            return {}
+        clips = {"samples": generated[:NUM_PICTURES], "data": real[:NUM_PICTURES]}
+        return {name: side_by_side(self.decode(latents)) for name, latents in clips.items()}
+
+
+def side_by_side(videos: Tensor) -> Tensor:
+    """Evenly spaced video frames of [N, T, H, W, 3] in [0, 1], as [N, H, NUM_PICTURES * W, 3]."""
+    places = torch.linspace(0, videos.shape[1] - 1, NUM_PICTURES).round().long()
+    frames = videos[:, places.to(videos.device)].mul(255).round().clamp(0, 255).to(torch.uint8)
+    return torch.cat(frames.unbind(1), dim=2)

@@ -1,6 +1,4 @@
-"""The training loop: turns, accumulation, finiteness, EMA, checkpoints. It knows no method and no
-config.
-"""
+"""The training loop: turns, accumulation, EMA, checkpoints. It knows no method and no config."""
 
 from __future__ import annotations
 
@@ -11,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -30,9 +28,20 @@ from selfforcing_dfd.training.optimizer_state import optimizer_state
 from selfforcing_dfd.training.tracking import Tracker
 
 SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
+NUM_WATCHED = 16
+"""Clips of an update that are compared with the data; more would cost memory and say little."""
 
-Watch = Callable[[Tensor, Tensor], dict[str, float]]
-"""watch(generated, real) -> numbers to log; both [B, F, C, H, W]."""
+
+class Watch(Protocol):
+    """Looks at the student's clips beside real ones of the same captions, both [B, F, C, H, W]."""
+
+    def __call__(self, generated: Tensor, real: Tensor) -> dict[str, float]:
+        """Numbers to log."""
+        ...
+
+    def pictures(self, generated: Tensor, real: Tensor) -> dict[str, Tensor]:
+        """Images [N, H, W, 3] uint8 by name; none where latents cannot be shown."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,14 +55,12 @@ class World:
 
 @dataclass(frozen=True, slots=True)
 class Learner:
-    """One trained network with its optimizers, its learning rate as a function of student updates,
-    and its clipping.
-    """
+    """One trained network with its optimizers."""
 
     network: nn.Module
     optimizers: tuple[Optimizer, ...]
-    lr: Callable[[int], float]
-    clip: float
+    lr: Callable[[int], float]  # learning rate by the number of student updates before the turn
+    clip: float  # largest gradient norm
 
 
 @dataclass(slots=True)
@@ -83,8 +90,9 @@ class Trainer:
     stop_requested: bool = False
 
     def run(self, description: str = "train") -> None:
-        """Train to the end. Raises Interrupted, saved, on SIGTERM or Ctrl-C; NonFiniteError before
-        a bad step.
+        """Train to the end.
+
+        Raises Interrupted, after saving, on SIGTERM or Ctrl-C; NonFiniteError before a bad step.
         """
         start = self.clock.student_updates
         bar = tqdm(
@@ -110,8 +118,8 @@ class Trainer:
                 if self.stop_requested:
                     self.save()
                     raise Interrupted(
-                        f"stopped and saved at student update {self.clock.student_updates} of {self.student_updates}; "
-                        f"go on with the same command and --resume"
+                        f"stopped and saved at student update {self.clock.student_updates} "
+                        f"of {self.student_updates}; go on with the same command and --resume"
                     )
 
     def take_turn(self, turn: Turn, stream: Iterator[Batch]) -> dict[str, float]:
@@ -135,50 +143,65 @@ class Trainer:
         return {"loss": float(mean_loss), "grad_norm": float(grad_norm)} | self.summary(parts)
 
     def backward(self, turn: str, batch: Batch, draw: Draw) -> StageLoss:
-        """Loss and gradient of one micro-batch, weighted so that all of an update's samples count
-        the same.
-        """
-        part = self.stage.loss(
-            turn, to_device(batch, self.world.device), draw, self.clock.student_updates
-        )
+        """Loss and gradient of one micro-batch; all samples of an update weigh the same."""
+        batch = to_device(batch, self.world.device)
+        part = self.stage.loss(turn, batch, draw, self.clock.student_updates)
         (part.loss * (len(draw.positions) * self.world.size / self.batch_size)).backward()
         return part
 
     def stream(self) -> Iterator[Batch]:
         """This process's micro-batches from where the clock stands, without end."""
-        stride, first = (
-            self.micro * self.world.size,
-            self.clock.samples + self.world.rank * self.micro,
-        )
+        stride = self.micro * self.world.size
+        first = self.clock.samples + self.world.rank * self.micro
         return batches(
             self.reader, self.order, itertools.count(first, stride), self.micro, self.num_workers
         )
 
     def draws(self) -> Iterator[Draw]:
         """The randomness of this process's micro-batches of the coming update."""
-        start, stride = self.clock.samples, self.micro * self.world.size
+        start = self.clock.samples
+        stride = self.micro * self.world.size
         for micro in range(start, start + self.batch_size, stride):
             first = micro + self.world.rank * self.micro
             yield Draw(self.seed, start, micro, tuple(range(first, first + self.micro)))
 
     def where(self, turn: str) -> str:
         clock = self.clock
-        return f"{turn} update after student update {clock.student_updates} (seed {self.seed}, samples from {clock.samples})"
+        return (
+            f"{turn} update after student update {clock.student_updates} "
+            f"(seed {self.seed}, samples from {clock.samples})"
+        )
 
     def summary(self, parts: list[StageLoss]) -> dict[str, float]:
-        """What a turn is logged as: means by branch and by sigma bin, and what the guards see."""
+        """What is logged of a turn: means by branch and by sigma bin, and what the guards see."""
         values = {
             name: torch.cat([part.values[name] for part in parts]).float().cpu()
             for name in parts[0].values
         }
-        summary = summarise(values)
-        if self.watch is not None and parts[0].generated is not None and parts[0].real is not None:
-            summary |= self.watch(parts[0].generated, parts[0].real)
-        return summary
+        return summarise(values) | self.look_at(parts)
+
+    def look_at(self, parts: list[StageLoss]) -> dict[str, float]:
+        """Numbers of the guards, over the first NUM_WATCHED clips of this process's micro-batches.
+
+        Where a checkpoint is due, pictures of them go to the trackers.
+        """
+        generated = [part.generated for part in parts if part.generated is not None]
+        real = [part.real for part in parts if part.real is not None]
+        if self.watch is None or not generated or not real:
+            return {}
+        ours = torch.cat(generated)[:NUM_WATCHED]
+        data = torch.cat(real)[:NUM_WATCHED]
+        if self.tracker.takes_pictures and self.is_due():
+            self.tracker.log_pictures(self.clock.student_updates, self.watch.pictures(ours, data))
+        return self.watch(ours, data)
+
+    def is_due(self) -> bool:
+        """Whether a checkpoint follows the update that was just made."""
+        done = self.clock.student_updates == self.student_updates
+        return done or self.clock.student_updates % self.checkpoint_every == 0
 
     def save_when_due(self) -> None:
-        done = self.clock.student_updates == self.student_updates
-        if done or self.clock.student_updates % self.checkpoint_every == 0:
+        if self.is_due():
             self.save()
 
     def save(self) -> None:
@@ -186,31 +209,31 @@ class Trainer:
         self.checkpoints.save(self.clock.student_updates, self.state())
 
     def state(self) -> dict[str, Any]:
-        """Everything that a bit-exact continuation needs, as live objects. Randomness needs
-        nothing: it is counted.
+        """Everything that a bit-exact continuation needs, as live objects.
+
+        Randomness needs nothing: it follows from the clock.
         """
         state: dict[str, Any] = {"clock": self.clock, "ema": self.ema}
         for turn, learner in self.learners.items():
             state[turn] = learner.network
             for optimizer in learner.optimizers:
-                state[f"{turn}_{type(optimizer).__name__.lower()}"] = optimizer_state(
-                    learner.network, optimizer
-                )
+                name = f"{turn}_{type(optimizer).__name__.lower()}"
+                state[name] = optimizer_state(learner.network, optimizer)
         return state
 
     @contextmanager
     def stop_on_signals(self) -> Iterator[None]:
-        """SIGTERM and Ctrl-C ask the loop to save and leave after the turn at hand; a second one
-        ends at once.
+        """SIGTERM and Ctrl-C ask the loop to save and leave after the current turn.
+
+        A second one ends at once.
         """
 
         def ask(number: int, frame: FrameType | None) -> None:
             if self.stop_requested:
                 raise KeyboardInterrupt
             self.stop_requested = True
-            tqdm.write(
-                f"{signal.Signals(number).name}: finishing this update, then saving; again to leave at once"
-            )
+            name = signal.Signals(number).name
+            tqdm.write(f"{name}: finishing this update, then saving; again to leave at once")
 
         before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
@@ -231,19 +254,21 @@ def gradients(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def summarise(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means of per-sample values [B], split by branch where rows are marked, and by sigma bin where
-    sigma is known.
+    """Means of per-sample values [B].
+
+    Also by branch, where `dfd` marks rows, and by sigma bin, where sigma is known.
     """
-    masks = {"": torch.ones(next(iter(values.values())).shape, dtype=torch.bool)}
+    some = next(iter(values.values()))
+    masks = {"": torch.ones(some.shape, dtype=torch.bool)}
     if "dfd" in values:
         masks |= {"/dfd": values["dfd"] > 0, "/dmd": values["dfd"] == 0}
     if "sigma" in values:
         for low, high in itertools.pairwise(SIGMA_BINS):
             masks[f"/sigma<={high:g}"] = (values["sigma"] > low) & (values["sigma"] <= high)
-    return {
-        f"{name}{suffix}": float(value[mask].mean())
-        for suffix, mask in masks.items()
-        if mask.any()
-        for name, value in values.items()
-        if not (suffix and name in ("dfd", "sigma"))
-    }
+    means = {}
+    for suffix, mask in masks.items():
+        for name, value in values.items():
+            splits_itself = suffix and name in ("dfd", "sigma")
+            if mask.any() and not splits_itself:
+                means[f"{name}{suffix}"] = float(value[mask].mean())
+    return means

@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
+from torch import Tensor
+
 from selfforcing_dfd.common import UserError, atomic_file
 
 if TYPE_CHECKING:  # accelerate's trackers are imported when a config asks for one
@@ -89,6 +91,20 @@ class Tracker:
         curves = {f"{kind}/{_plain(name)}": float(value) for name, value in values.items()}
         for tracker in self._trackers:
             _log(tracker, curves, student_update)
+
+    @property
+    def takes_pictures(self) -> bool:
+        """Whether some tracker that is running can show images."""
+        return any(_shows(tracker) for tracker in self._trackers)
+
+    def log_pictures(self, student_update: int, pictures: Mapping[str, Tensor]) -> None:
+        """Images [N, H, W, 3] uint8 by name, to the trackers that can show them."""
+        for tracker in self._trackers:
+            if _shows(tracker) and pictures:
+                # of accelerate's trackers, only TensorBoard's asks for the order of axes
+                order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                arrays = {name: images.cpu().numpy() for name, images in pictures.items()}
+                tracker.log_images(arrays, step=_step(tracker, student_update), **order)
 
     def close(self) -> None:
         """Finish all trackers. Logging again needs `open(resume_at)`."""
@@ -202,11 +218,18 @@ def _wandb_id(folder: Path) -> str:
 
 
 def _log(tracker: GeneralTracker, curves: Mapping[str, float], student_update: int) -> None:
-    if tracker.name == "wandb":
-        # wandb's own step only grows: it would drop what a resume writes again
-        tracker.log({"student_update": student_update, **curves})
-    else:
-        tracker.log(dict(curves), step=student_update)
+    step = _step(tracker, student_update)
+    axis = {"student_update": student_update} if step is None else {}
+    tracker.log({**axis, **curves}, step=step)
+
+
+def _step(tracker: GeneralTracker, student_update: int) -> int | None:
+    """None for wandb, whose own step only grows: it would drop what a resume writes again."""
+    return None if tracker.name == "wandb" else student_update
+
+
+def _shows(tracker: GeneralTracker) -> bool:
+    return hasattr(tracker, "log_images")
 
 
 def _plain(name: str) -> str:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.tiny.world import draw_factors, render
-from selfforcing_dfd.training.guards import GuardError, Guards, pixel_statistics
+from selfforcing_dfd.training.guards import GuardError, Guards, latent_statistics, pixel_statistics
 
 REAL = render(draw_factors(4, rng.generator(0, "guards")), 9)
 
@@ -70,3 +70,14 @@ def test_stop_ends_the_run() -> None:
     """Catches a stop that only warns."""
     with pytest.raises(GuardError, match=r"saturation .* \(data .*guards\.stop is on"):
         Guards(identity, 0.3, stop=True)(grey(REAL, 0.9), REAL)
+
+
+def test_pictures_show_both_sides_frame_by_frame() -> None:
+    """Catches pictures of one side only, with axes mixed up, or of latents that nobody can see."""
+    pictures = Guards(identity, 0.3).pictures(REAL * 0, REAL)
+    assert not pictures["samples"].any()
+    height, width = REAL.shape[2:4]
+    assert pictures["data"].shape == (len(REAL), height, 4 * width, 3)
+    last = REAL[:, -1].mul(255).round().to(torch.uint8)
+    assert torch.equal(pictures["data"][:, :, -width:], last)
+    assert Guards(identity, 0.3, measure=latent_statistics).pictures(REAL, REAL) == {}

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import UserError, shipped
@@ -279,6 +280,36 @@ def test_metrics_are_split(settings: Settings) -> None:
     ):
         assert wanted in names, sorted(names)
     assert any(name.startswith("discrepancy/sigma<=") for name in names)
+
+
+def test_guards_see_all_micro_batches(settings: Settings) -> None:
+    """With micro 1 the guards compared one clip with one clip, and no spread over clips was seen."""
+    rows = {}
+    for micro in (1, 4):
+        config = settings(f"run.name=micro{micro}", f"batch.micro={micro}", "run.student_updates=1")
+        run(config)
+        lines = read_metrics(run_folder(config) / "metrics.jsonl")
+        rows[micro] = next(line for line in lines if line["kind"] == "student")
+    assert rows[1]["spread"] > 0
+    for name in ("saturation", "contrast", "sharpness", "motion", "spread", "spread_ratio"):
+        # the clips are the same up to float32 rounding in another batch size
+        assert rows[1][name] == pytest.approx(rows[4][name], rel=1e-3), name
+
+
+def test_pictures_come_with_checkpoints(settings: Settings) -> None:
+    """A tracker that shows images gets some where a checkpoint is due, and changes no number."""
+    config = settings("log.trackers=[tensorboard]", "run.name=seen", "run.student_updates=3")
+    run(config)
+    events = EventAccumulator(str(run_folder(config) / "tensorboard"))
+    events.Reload()
+    assert [picture.step for picture in events.Images("samples")] == [2, 3]
+    plain = settings("run.name=plain", "run.student_updates=3")
+    run(plain)
+    lines = [
+        [{**line, "seconds": 0} for line in read_metrics(run_folder(each) / "metrics.jsonl")]
+        for each in (config, plain)
+    ]
+    assert lines[0] == lines[1]
 
 
 def test_cli_says_what_is_wrong(tmp_path: Path) -> None:

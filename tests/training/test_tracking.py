@@ -116,6 +116,21 @@ def test_tensorboard_shows_each_update_once_after_a_resume(tmp_path: Path) -> No
     assert [point.value for point in points] == [torch.tensor(u / 3).item() for u in range(1, 7)]
 
 
+def test_tensorboard_shows_pictures(tmp_path: Path) -> None:
+    """Catches images with their axes in another order than TensorBoard is told."""
+    tracker = Tracker(tmp_path, trackers=["tensorboard"])
+    assert not tracker.takes_pictures
+    tracker.open()
+    assert tracker.takes_pictures
+    tracker.log_pictures(3, {"samples": torch.zeros(2, 8, 32, 3, dtype=torch.uint8)})
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    (picture,) = events.Images("samples")
+    assert picture.step == 3
+    assert (picture.height, picture.width) in ((8, 64), (16, 32))  # both clips in one picture
+
+
 def test_trackers_are_imported_only_when_asked_for(tmp_path: Path) -> None:
     """Catches an import at the top: TensorBoard takes a second, and a tracker may be missing."""
     code = (
