@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from selfforcing_dfd.config import REPOSITORY
+from selfforcing_dfd.common import shipped
 from selfforcing_dfd.training.exclusive import (
     LOCK_FILE,
     ExclusiveError,
@@ -48,7 +48,7 @@ def train(world: Path, out: Path, *overrides: str, **environment: str) -> tuple[
     settings = [*arguments(world, out), "run.student_updates=1", *overrides]
     done = subprocess.run(
         [sys.executable, "train.py", "--config", str(out / "one.yaml"), *settings],
-        cwd=REPOSITORY,
+        cwd=shipped("."),
         env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
         capture_output=True,
         text=True,

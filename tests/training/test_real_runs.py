@@ -199,15 +199,16 @@ def test_gradients_do_not_outlive_their_step(settings: Settings) -> None:
     )
 
 
-@pytest.mark.parametrize("micro", [1, 4])
+@pytest.mark.parametrize("size", [1, 4])
 def test_data_of_another_codec_are_guarded_as_latents(
-    settings: Settings, world: Path, tmp_path: Path, micro: int, caplog: pytest.LogCaptureFixture
+    settings: Settings, world: Path, tmp_path: Path, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Catches the tiny codec decoding Wan's latents, and a spread of one clip, which is always zero
     and never a warning.
     """
     shards = as_of_another_codec(world / "shards", tmp_path / "other")
-    config = settings(f"data.shards={shards}", "run.student_updates=1", f"batch.micro={micro}")
+    batch = [f"batch.size={size}", "batch.micro=1"]
+    config = settings(f"data.shards={shards}", "run.student_updates=1", *batch)
     with caplog.at_level(logging.INFO):
         run(config)
     assert "guards watch latents" in caplog.text
@@ -216,7 +217,7 @@ def test_data_of_another_codec_are_guarded_as_latents(
         for line in read_metrics(run_folder(config) / "metrics.jsonl")
         if line["kind"] == "student"
     )
-    assert ("spread_ratio" in line) == (micro > 1)
+    assert ("spread_ratio" in line) == (size > 1)
     assert line["motion_ratio"] is not None and line["motion_ratio"] > 0
 
 

@@ -15,7 +15,7 @@ from accelerate import tracking
 from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from selfforcing_dfd.config import REPOSITORY
+from selfforcing_dfd.common import shipped
 from selfforcing_dfd.training.tracking import Tracker, TrackingError, read_metrics
 
 
@@ -229,7 +229,7 @@ def test_wandb_goes_on_with_the_curves_of_a_resumed_run(tmp_path: Path) -> None:
         "    tracker = Tracker(sys.argv[1], trackers=['wandb'], project='shapes')\n"
         "    tracker.open(at); tracker.log('fake', 2, {'loss': 0.5}); tracker.close()"
     )
-    path = os.pathsep.join([str(tmp_path), str(REPOSITORY)])
+    path = os.pathsep.join([str(tmp_path), str(shipped("."))])
     environment = {"PYTHONPATH": path, "WANDB_CALLS": str(tmp_path / "calls")}
     command = [sys.executable, "-c", code, str(tmp_path / "run")]
     subprocess.run(command, env=os.environ | environment, check=True)
