@@ -20,8 +20,9 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.context import Attention, ChunkContext, Conditioning
 from selfforcing_dfd.flow import add_noise, x0_from_flow
 from selfforcing_dfd.models.attention import load_kernel
+from selfforcing_dfd.models.layers import ParameterFreeNorm, add_gated, modulate
 from selfforcing_dfd.models.rope import rotary_angles, rotary_tables, rotate
-from selfforcing_dfd.models.wan import ParameterFreeNorm, WanTransformer, add_gated, modulate
+from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching
 
 BF16, DIM, FRAMES = torch.bfloat16, 48, 3

@@ -1,7 +1,6 @@
-"""The one attention function, in the kernels that a machine has: FlashAttention 3, 4 or 2 where it
-fits, else torch's SDPA.
+"""The one attention function: FlashAttention 3, 4 or 2 where one fits, else torch's SDPA.
 
-Chosen by compute capability and by what can be imported, never by a device's name: H200, H800 and
+Chosen by compute capability and by what is installed, never by a device's name: H200, H800 and
 GH200 are Hopper too. SDPA is what every other kernel is tested against.
 """
 
@@ -11,7 +10,8 @@ import importlib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from importlib.util import find_spec
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from selfforcing_dfd.common import UserError
 
 log = logging.getLogger(__name__)
 
+AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+HUB_PACKAGE = "kernels"  # Hugging Face's loader of prebuilt kernels
 CUDA_ORDER = [
     # on Hopper about twice the rate of the flash kernel that comes with torch
     SDPBackend.CUDNN_ATTENTION,
@@ -37,18 +39,27 @@ class AttentionError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class Kernel:
-    """A FlashAttention package: where its function is, the devices it is written for, and how to
-    get it.
+    """A FlashAttention version: where its function is, what it runs on, and how to get it.
+
+    module: to import. hub: repository of a prebuilt one, which the `kernels` package downloads when
+    it is first used, and the version there; None for none.
     """
 
     module: str
     capabilities: tuple[int, int]  # first and last major compute capability
     head_dim: int  # the largest
     install: str
+    hub: tuple[str, int] | None = None
 
 
 KERNELS = {
-    "fa3": Kernel("flash_attn_interface", (9, 9), 256, "build flash-attention's `hopper` folder"),
+    "fa3": Kernel(
+        "flash_attn_interface",
+        (9, 9),
+        256,
+        "pip install kernels, or build flash-attention's `hopper` folder",
+        ("kernels-community/flash-attn3", 1),
+    ),
     "fa4": Kernel("flash_attn.cute", (9, 12), 128, "pip install .[flash]"),
     "fa2": Kernel(
         "flash_attn", (8, 10), 256, "pip install flash-attn --no-build-isolation, which needs nvcc"
@@ -58,18 +69,41 @@ KERNELS = {
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Full attention without a mask. q: [B, Lq, heads, head_dim]; k, v: [B, Lk, heads, head_dim] ->
-    like q.
+    """Full attention without a mask.
+
+    q: [B, Lq, heads, head_dim]; k, v: [B, Lk, heads, head_dim] -> like q.
     """
-    return scaled_dot_product_attention(
+    heads_first = scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-    ).transpose(1, 2)
+    )
+    return heads_first.transpose(1, 2)
 
 
 def attend_in_cuda_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """`attend` by the first of torch's own kernels that takes these tensors."""
     with sdpa_kernel(CUDA_ORDER, set_priority=True):
         return attend(q, k, v)
+
+
+def choose_attention(
+    weight: Tensor, head_dim: int, name: str = "auto"
+) -> tuple[str, AttentionFunction]:
+    """The kernel's name and function for a model with such weights, where they now are.
+
+    name: auto, sdpa or one of KERNELS. Raises AttentionError for one that cannot run here. `auto`
+    goes on to the next kernel where one cannot be loaded.
+    """
+    capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None
+    installed = installed_kernels() if capability else set()
+    while True:
+        chosen = select_kernel(capability, weight.dtype, head_dim, installed, name)
+        try:
+            return chosen, load_kernel(chosen, weight.device)
+        except AttentionError as error:
+            if name != "auto":
+                raise
+            log.warning("%s", error)
+            installed.remove(chosen)
 
 
 def select_kernel(
@@ -79,24 +113,22 @@ def select_kernel(
     installed: set[str],
     name: str = "auto",
 ) -> str:
-    """The kernel's name: `sdpa`, or one of KERNELS that is installed and fits. capability: None
-    without a GPU.
+    """The kernel to use: `sdpa`, or one of KERNELS that is installed and fits.
 
-    Raises AttentionError for an unknown name, or one that is asked for and cannot run.
+    capability: None without a GPU. Raises AttentionError for an unknown name, and for a name other
+    than auto that cannot run.
     """
     if name not in ("auto", "sdpa", *KERNELS):
         raise AttentionError(f"attention is {name!r}; use auto, sdpa, {', '.join(KERNELS)}")
     obstacles = {
         kernel: obstacle(kernel, capability, dtype, head_dim, installed) for kernel in KERNELS
     }
-    if name in KERNELS and obstacles[name]:
+    if obstacles.get(name):
         raise AttentionError(f"attention {name} cannot run: {obstacles[name]}; or use sdpa")
-    fitting = [kernel for kernel in KERNELS if not obstacles[kernel]]
+    fitting = [kernel for kernel, why in obstacles.items() if not why]
     chosen = name if name != "auto" else next(iter(fitting), "sdpa")
-    left_out = "; ".join(
-        f"{kernel}: {why}" for kernel, why in obstacles.items() if why and capability
-    )
-    log.info("attention by %s%s", chosen, f" ({left_out})" if left_out else "")
+    left_out = "; ".join(f"{kernel}: {why}" for kernel, why in obstacles.items() if why)
+    log.info("attention by %s%s", chosen, f" ({left_out})" if left_out and capability else "")
     return chosen
 
 
@@ -113,7 +145,8 @@ def obstacle(
     if capability is None:
         return "it needs a CUDA device"
     if not first <= capability[0] <= last:
-        return f"it is written for compute capability {first}.x to {last}.x, this is {capability[0]}.{capability[1]}"
+        found = ".".join(map(str, capability))
+        return f"it is written for compute capability {first}.x to {last}.x, this is {found}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16, the model is {dtype}"
     if head_dim > needs.head_dim:
@@ -122,16 +155,28 @@ def obstacle(
 
 
 def installed_kernels() -> set[str]:
-    """Names of the kernels whose package can be imported."""
-    return {name for name, kernel in KERNELS.items() if _function(kernel.module) is not None}
+    """Kernels that can be imported, or that the `kernels` package can download. No network."""
+    return {name for name, kernel in KERNELS.items() if is_installed(kernel)}
 
 
-def load_kernel(name: str, device: torch.device) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
-    """The function of a kernel, with `attend`'s signature."""
+def is_installed(kernel: Kernel) -> bool:
+    if kernel.hub is not None and find_spec(HUB_PACKAGE) is not None:
+        return True
+    return function_of(import_kernel(kernel.module)) is not None
+
+
+def load_kernel(name: str, device: torch.device) -> AttentionFunction:
+    """The function of a kernel that was selected, with `attend`'s signature.
+
+    A prebuilt kernel is downloaded here, once, unless the machine has it built. Raises
+    AttentionError where that fails.
+    """
     if name == "sdpa":
         return attend_in_cuda_order if device.type == "cuda" else attend
-    function = _function(KERNELS[name].module)
-    assert function is not None, f"{name} was selected without being installed"
+    kernel = KERNELS[name]
+    function = function_of(import_kernel(kernel.module)) or function_of(fetch_kernel(name))
+    if function is None:
+        raise AttentionError(f"attention {name}: its package has no flash_attn_func; use sdpa")
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = function(q, k, v)
@@ -141,9 +186,30 @@ def load_kernel(name: str, device: torch.device) -> Callable[[Tensor, Tensor, Te
     return run
 
 
-def _function(module: str) -> Any:
+def import_kernel(module: str) -> ModuleType | None:
+    """A module of that name; None where it cannot be imported."""
     try:
-        return importlib.import_module(module).flash_attn_func
-    except (ImportError, AttributeError) as error:
+        return importlib.import_module(module)
+    except ImportError as error:
         log.debug("%s: %s", module, error)
         return None
+
+
+def fetch_kernel(name: str) -> ModuleType | None:
+    """The prebuilt kernel from the Hugging Face Hub, or from its cache; None without one."""
+    prebuilt = KERNELS[name].hub
+    if prebuilt is None or find_spec(HUB_PACKAGE) is None:
+        return None
+    repository, version = prebuilt
+    log.info("attention %s: %s version %s by the kernels package", name, repository, version)
+    try:
+        return importlib.import_module(HUB_PACKAGE).get_kernel(repository, version=version)
+    except Exception as error:  # of the network, the Hub, or no build for this torch and CUDA
+        raise AttentionError(
+            f"attention {name}: {repository} cannot be loaded ({error}); use another kernel or sdpa"
+        ) from error
+
+
+def function_of(module: ModuleType | None) -> Callable[..., Tensor | tuple[Tensor, ...]] | None:
+    """The module's attention over packed heads; None where it has none."""
+    return vars(module).get("flash_attn_func") if module is not None else None

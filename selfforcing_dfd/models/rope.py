@@ -1,6 +1,4 @@
-"""Three-axis rotary positions of Wan2.1 as a function of position: no table, no buffer, no length
-limit.
-"""
+"""Three-axis rotary positions of Wan2.1, computed from positions: no table and no length limit."""
 
 from __future__ import annotations
 
@@ -19,8 +17,9 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 
 
 def axis_frequencies(dim: int, device: torch.device | None = None) -> Tensor:
-    """[dim / 2] in float64: pair j of an axis of d values turns by position * 10000^(-2j / d)
-    (arXiv 2104.09864).
+    """[dim / 2] in float64: pair j of an axis turns by position * 10000^(-2j / dim).
+
+    Source: arXiv 2104.09864.
     """
     return THETA ** -(torch.arange(0, dim, 2, dtype=torch.float64, device=device) / dim)
 
@@ -33,10 +32,10 @@ def rotary_angles(
     head_dim: int,
     device: torch.device | None = None,
 ) -> Tensor:
-    """Angles [frames * rows * columns, head_dim / 2] in float64; tokens frame-major, then row, then
-    column.
+    """Angles [frames * rows * columns, head_dim / 2] in float64.
 
-    Made on the device from integers, so that nothing is copied and no one waits.
+    Tokens are ordered by frame, then row, then column. The angles are made on the device from
+    integers, so nothing is copied and nothing waits.
     """
     counts = ((start_frame, frames), (0, rows), (0, columns))
     axes = [
@@ -51,18 +50,17 @@ def rotary_angles(
 
 
 def rotary_tables(angles: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [..., 2 n] of angles [..., n], for both values of each pair, with the sign that
-    `rotate` needs.
-    """
-    cos, sin = angles.cos(), angles.sin()
-    return cos.repeat_interleave(2, dim=-1).to(dtype), torch.stack([-sin, sin], dim=-1).flatten(
-        -2
-    ).to(dtype)
+    """cos and sin [..., 2 n] of angles [..., n], one for each value, signed as `rotate` needs."""
+    cos = angles.cos().repeat_interleave(2, dim=-1)
+    sin = angles.sin()
+    signed_sin = torch.stack([-sin, sin], dim=-1).flatten(-2)
+    return cos.to(dtype), signed_sin.to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn interleaved pairs (x[2j], x[2j + 1]) of x [B, tokens, heads, d]; cos, sin:
-    `rotary_tables` [tokens, 1, d].
+    """Rotate the pairs (x[2j], x[2j + 1]) of x [B, tokens, heads, d].
+
+    cos, sin: `rotary_tables` [tokens, 1, d].
     """
     swapped = x.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(x * cos, swapped, sin).type_as(x)
@@ -79,10 +77,7 @@ def positions_rotary(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """`rotary_tables` [tokens, 1, head_dim] of `rotary_angles`; the newest two are kept. Not to be
-    written to.
-    """
+    """`rotary_tables` [tokens, 1, head_dim] of `rotary_angles`; cached, do not modify."""
     with torch.inference_mode(False):
-        return rotary_tables(
-            rotary_angles(start_frame, frames, rows, columns, head_dim, device)[:, None], dtype
-        )
+        angles = rotary_angles(start_frame, frames, rows, columns, head_dim, device)
+        return rotary_tables(angles[:, None], dtype)

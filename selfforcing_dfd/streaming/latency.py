@@ -1,5 +1,6 @@
-"""Where the time of a chunk goes, without making the device wait: host clock on a CPU, events on a
-GPU.
+"""Times the stages of a chunk without making the device wait.
+
+On a CPU by the host's clock, on a GPU by events in its queue of work.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ class Timings:
 
     total_ms: from the start of work on the chunk to its last video frame on the host.
     first_frame_ms: to its first one. stages_ms: time on the device by stage, in order. `commit` is
-    the commit pass of the chunk before, which belongs to no one's latency on a GPU, where it runs
-    while the host waits for frames.
+    the commit pass of the chunk before. On a GPU it runs while the host waits for frames and adds
+    nothing to the latency.
     """
 
     total_ms: float
@@ -31,9 +32,7 @@ class Timings:
 
 @dataclass(slots=True)
 class StageClock:
-    """Times stages that are entered one after the other. Marks on a GPU are read when they have
-    passed.
-    """
+    """Times stages that follow one another. Marks on a GPU are read once they have passed."""
 
     device: torch.device
     _open: list[tuple[str, Mark, Mark]] = field(default_factory=list)
@@ -53,9 +52,7 @@ class StageClock:
         self._open.append((name, start, self.now()))
 
     def take(self) -> dict[str, float]:
-        """Milliseconds by stage of what has finished since the last call; the rest is left for the
-        next.
-        """
+        """Milliseconds by stage, of the stages that have finished since the last call."""
         finished = [entry for entry in self._open if has_passed(entry[2])]
         self._open = [entry for entry in self._open if entry not in finished]
         totals: dict[str, float] = {}

@@ -1,4 +1,4 @@
-"""From decoded video on the device to uint8 frames on the host, without stopping either."""
+"""Copies decoded video to the host as uint8 frames, while the device goes on."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ def to_uint8(video: Tensor) -> Tensor:
 
 @dataclass(slots=True)
 class FrameCopy:
-    """The frames of one chunk on their way to the host; a GPU copies each piece while the next is
-    being decoded.
+    """The frames of one chunk on their way to the host.
 
-    Pinned memory comes from torch's pool, which takes it back when the caller drops the frames: no
-    buffer that a later chunk would overwrite, and no allocation once the pool has seen two chunks.
+    A GPU copies each part while it decodes the next one. Pinned memory comes from torch's pool,
+    which takes it back when the caller drops the frames: no later chunk writes over it, and after
+    two chunks nothing is allocated.
     """
 
     _parts: list[Tensor] = field(default_factory=list)
@@ -40,7 +40,7 @@ class FrameCopy:
         self._events.append(event)
 
     def first(self) -> tuple[Tensor, float]:
-        """The first part, and when (`time.perf_counter`) it was there to be shown."""
+        """The first part, and when it could be shown (seconds of `time.perf_counter`)."""
         if self._events:
             self._events[0].synchronize()
         return self._parts[0], time.perf_counter()

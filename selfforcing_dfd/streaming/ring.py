@@ -1,10 +1,11 @@
-"""The past of a stream in one allocation: [sink slots | ring of slots], a slot for each chunk.
+"""The context of a stream in one allocation: [sink slots | ring of slots], a slot for each chunk.
 
-Unmasked attention does not ask in which order keys lie, so forgetting the oldest chunk is nothing
-but writing the newest one over it. Nothing is copied, concatenated or moved once the ring is full,
-and no number is read back from the device: what is where is a few Python integers. (Design: keys
-stay rotated at the position they were written for, and only slots whose position changes, the
-sink's as a rule, are turned again, once a chunk, always from the keys as committed.)
+The order of keys does not matter to attention without a mask, so the newest chunk is written over
+the oldest. Nothing is copied, concatenated or moved once the ring is full, and nothing is read back
+from the device: Python integers say what is where.
+
+Keys are stored rotated at the position they were written for. Only slots whose position changes,
+usually the sink's, are rotated again, once for each chunk and always from the keys as committed.
 """
 
 from __future__ import annotations
@@ -15,14 +16,15 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.context import Attention, ChunkKV
 from selfforcing_dfd.models.rope import axis_dims, axis_frequencies, rotary_tables, rotate
 
 Positions = Literal["absolute", "sink_relative", "window_relative"]
-"""absolute: every latent frame keeps its index, so the sink recedes for ever (what Self-Forcing
-does). sink_relative: the sink is moved along, to stand just before the window. window_relative:
-sink and window count from 0 at each chunk; the same distances as sink_relative, with everything
-turned anew each time: the slow reference.
+"""absolute: every latent frame keeps its index, and the distance to the sink grows without end (as
+in Self-Forcing). sink_relative: the sink moves along and stands just before the window.
+window_relative: sink and window count from 0 at each chunk. The distances are those of
+sink_relative, but all keys are rotated again for each chunk: the slow reference.
 """
 
 
@@ -38,13 +40,8 @@ class KVShape:
 
     def tensor(self, frames: int, head_dim: int | None = None) -> tuple[int, ...]:
         """[layers, batch, frames * tokens, heads, head_dim]."""
-        return (
-            self.num_layers,
-            self.batch,
-            frames * self.tokens,
-            self.heads,
-            head_dim or self.head_dim,
-        )
+        tokens = frames * self.tokens
+        return (self.num_layers, self.batch, tokens, self.heads, head_dim or self.head_dim)
 
 
 @dataclass(slots=True)
@@ -60,9 +57,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class RingContext:
-    """What one chunk sees of the ring, its own slot included. Attention writes the chunk's keys and
-    values there.
-    """
+    """What one chunk sees of the ring. Attention writes the chunk's K/V into its own slot."""
 
     keys: Tensor  # [layers, B, K * tokens, heads, head_dim]
     values: Tensor
@@ -72,7 +67,8 @@ class RingContext:
     wants_kv = False
 
     def attend(self, attention: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
+        keys = self.keys[layer]
+        values = self.values[layer]
         keys[:, self.own] = k
         values[:, self.own] = v
         return attention(q, keys[:, self.visible], values[:, self.visible])
@@ -91,11 +87,11 @@ class RingState:
 
 @dataclass(slots=True)
 class RingCache:
-    """`cache.KVCache` for an endless stream: the same answers from memory that is allocated once.
+    """`context.KVCache` for an endless stream: same answers from memory that is allocated once.
 
     sink_frames: the first latent frames, kept for ever. window_frames: history and the current
-    chunk, the sink not counted; K, what a chunk sees, is their sum. Both must be multiples of
-    chunk_frames (latent frames); only the first chunk of a stream may be shorter. Raises ValueError
+    chunk; the sink comes on top, and K, what a chunk sees, is their sum. Both must be multiples of
+    chunk_frames (latent frames); only the first chunk of a stream may be shorter. Raises UserError
     for other sizes.
     """
 
@@ -108,7 +104,7 @@ class RingCache:
     device: torch.device | str = "cpu"
     keys: Tensor = field(init=False)
     values: Tensor = field(init=False)
-    # time part of the keys as they were committed, of slots that may be turned
+    # time part of the keys as they were committed, of slots that may be rotated again
     home_keys: Tensor = field(init=False)
     next_frame: int = field(init=False, default=0)
     _kept: list[Slot] = field(init=False, default_factory=list)
@@ -123,28 +119,27 @@ class RingCache:
             "sink_relative": self.sink_frames,
             "window_relative": self.num_frames,
         }[self.positions]
-        whole, part = self.shape.tensor(self.num_frames), self.shape.tensor(movable, self.time_dim)
-        self.keys, self.values, self.home_keys = (
-            torch.zeros(size, dtype=self.dtype, device=self.device) for size in (whole, whole, part)
-        )
+        whole = self.shape.tensor(self.num_frames)
+        time_part = self.shape.tensor(movable, self.time_dim)
+        self.keys = torch.zeros(whole, dtype=self.dtype, device=self.device)
+        self.values = torch.zeros(whole, dtype=self.dtype, device=self.device)
+        self.home_keys = torch.zeros(time_part, dtype=self.dtype, device=self.device)
 
     def _check(self) -> None:
         if self.positions not in get_args(Positions):
-            raise ValueError(
+            raise UserError(
                 f"positions is {self.positions!r}; use one of {', '.join(get_args(Positions))}"
             )
-        for name, frames in (
-            ("sink_frames", self.sink_frames),
-            ("window_frames", self.window_frames),
-        ):
+        sizes = {"sink_frames": self.sink_frames, "window_frames": self.window_frames}
+        for name, frames in sizes.items():
             if frames < 0 or frames % self.chunk_frames:
                 below = max(frames, 0) // self.chunk_frames * self.chunk_frames
-                raise ValueError(
-                    f"{name} is {frames}; slots hold whole chunks of {self.chunk_frames} latent frames: "
-                    f"use {below} or {below + self.chunk_frames}"
+                raise UserError(
+                    f"{name} is {frames}; slots hold whole chunks of {self.chunk_frames} latent "
+                    f"frames: use {below} or {below + self.chunk_frames}"
                 )
         if not self.window_frames:
-            raise ValueError(
+            raise UserError(
                 f"window_frames is 0; it counts the current chunk, so at least {self.chunk_frames}"
             )
 
@@ -159,7 +154,7 @@ class RingCache:
 
     @property
     def time_dim(self) -> int:
-        """How many values of a head turn with time."""
+        """How many values of a head are rotated by the latent frame's index."""
         return axis_dims(self.shape.head_dim)[0]
 
     @property
@@ -168,15 +163,17 @@ class RingCache:
         return tuple(slot.start for slot in self._past())
 
     def read(self, next_frames: int = 0) -> RingContext:
-        """What a chunk of `next_frames` latent frames sees: its slot chosen, the sink brought to
-        its position.
+        """What a chunk of `next_frames` latent frames sees; the same until `append`.
 
-        The same until `append`. Raises ValueError for a chunk that does not fit a slot.
+        Chooses the chunk's slot and rotates the sink to its position. Raises ValueError for a chunk
+        that does not fit a slot.
         """
-        frames, past = next_frames or self.chunk_frames, self._past()
+        frames = next_frames or self.chunk_frames
+        past = self._past()
         if frames > self.chunk_frames or (frames < self.chunk_frames and past):
             raise ValueError(
-                f"a chunk has {frames} latent frames; slots hold {self.chunk_frames}, and only the first may have fewer"
+                f"a chunk has {frames} latent frames; slots hold {self.chunk_frames}, "
+                "and only the first may have fewer"
             )
         *positions, own_position = self._positions(past)
         for slot, position in zip(past, positions, strict=True):
@@ -189,13 +186,12 @@ class RingCache:
         return RingContext(self.keys, self.values, self._tokens(own), visible, own_position)
 
     def append(self, kv: ChunkKV) -> None:
-        """Keep what the last forward pass wrote. Raises ValueError where nothing was read for such
-        a chunk.
-        """
+        """Keep what the last forward pass wrote. Raises ValueError without a `read` before it."""
         slot = self._current
         if slot is None or slot.frames != kv.frames:
             raise ValueError(
-                f"append of {kv.frames} latent frames; read({kv.frames}) and a forward pass come first"
+                f"append of {kv.frames} latent frames; "
+                f"read({kv.frames}) and a forward pass come first"
             )
         if self._sink_has_room:
             self._kept.append(slot)
@@ -208,43 +204,45 @@ class RingCache:
 
     def clear(self) -> None:
         """Forget all chunks; the next one is the first of a stream. Memory stays where it is."""
-        self._kept, self._recent, self._current = [], [], None
-        self._num_written = self.next_frame = 0
+        self._kept = []
+        self._recent = []
+        self._current = None
+        self._num_written = 0
+        self.next_frame = 0
 
     def flush(self) -> None:
         """Forget all but the sink and the newest chunk (KV flush, arXiv 2511.20649)."""
         if not self._recent:
             return
-        newest, self._recent, self._num_written = self._recent[-1], [], 0
+        newest = self._recent[-1]
+        self._num_written = 0
         moved = replace(newest, index=self._free_index())
-        old, new = self._tokens(newest), self._tokens(moved)
+        old = self._tokens(newest)
+        new = self._tokens(moved)
         for buffer in (self.keys, self.values, self.home_keys):
             if new.stop <= buffer.shape[2] and old != new:
                 buffer[:, :, new] = buffer[:, :, old]
-        self._recent, self._num_written, self._current = [moved], 1, None
+        self._recent = [moved]
+        self._num_written = 1
+        self._current = None
 
     def snapshot(self) -> RingState:
         """A copy of everything, for `restore`."""
         buffers = (self.keys.clone(), self.values.clone(), self.home_keys.clone())
-        kept, recent = (
-            tuple(replace(slot) for slot in slots) for slots in (self._kept, self._recent)
-        )
+        kept = tuple(replace(slot) for slot in self._kept)
+        recent = tuple(replace(slot) for slot in self._recent)
         return RingState(buffers, kept, recent, self._num_written, self.next_frame)
 
     def restore(self, state: RingState) -> None:
-        """Back to a snapshot of a ring of the same sizes, in the memory that is there."""
-        for buffer, saved in zip(
-            (self.keys, self.values, self.home_keys), state.buffers, strict=True
-        ):
+        """Go back to a snapshot of a ring of the same sizes, in the same memory."""
+        buffers = (self.keys, self.values, self.home_keys)
+        for buffer, saved in zip(buffers, state.buffers, strict=True):
             buffer.copy_(saved)
-        self._kept, self._recent = (
-            [replace(slot) for slot in slots] for slots in (state.kept, state.recent)
-        )
-        self._num_written, self.next_frame, self._current = (
-            state.num_written,
-            state.next_frame,
-            None,
-        )
+        self._kept = [replace(slot) for slot in state.kept]
+        self._recent = [replace(slot) for slot in state.recent]
+        self._num_written = state.num_written
+        self.next_frame = state.next_frame
+        self._current = None
 
     @property
     def _num_slots(self) -> int:
@@ -255,11 +253,9 @@ class RingCache:
         return len(self._kept) < self.sink_frames // self.chunk_frames
 
     def _past(self) -> list[Slot]:
-        """What the next chunk sees: all but the slot that it will take."""
-        return [
-            *self._kept,
-            *self._recent[len(self._recent) - min(len(self._recent), self._num_slots - 1) :],
-        ]
+        """What the next chunk sees: all slots but the one that it will take."""
+        num_seen = min(len(self._recent), self._num_slots - 1)
+        return self._kept + self._recent[len(self._recent) - num_seen :]
 
     def _free_index(self) -> int:
         if self._sink_has_room:
@@ -267,33 +263,34 @@ class RingCache:
         return len(self._kept) + self._num_written % self._num_slots
 
     def _tokens(self, slot: Slot) -> slice:
-        """A slot's part of the buffers; a chunk that is shorter stands at its end, next to the
-        following slot.
-        """
+        """A slot's part of the buffers. A shorter chunk lies at the end, next to the next slot."""
         stop = (slot.index + 1) * self.chunk_frames
         return slice((stop - slot.frames) * self.shape.tokens, stop * self.shape.tokens)
 
     def _positions(self, past: list[Slot]) -> list[int]:
-        """Where each visible chunk and then the current one stand for the rotary embedding."""
+        """Rotary position of each visible chunk, then of the current one."""
         starts = [*(slot.start for slot in past), self.next_frame]
         if self.positions == "window_relative":
             return [sum(slot.frames for slot in past[:i]) for i in range(len(starts))]
         if self.positions == "absolute" or not self._kept:
             return starts
-        num_kept, sink_end = len(self._kept), self._kept[-1].start + self._kept[-1].frames
-        moved = starts[num_kept] - sink_end  # by how much the window has left the sink behind
-        return [*(start + moved for start in starts[:num_kept]), *starts[num_kept:]]
+        num_kept = len(self._kept)
+        sink_end = self._kept[-1].start + self._kept[-1].frames
+        gap = starts[num_kept] - sink_end  # latent frames between sink and window
+        return [start + gap for start in starts[:num_kept]] + starts[num_kept:]
 
     def _turn(self, slot: Slot, position: int) -> None:
-        """Rotate a slot's keys to another position, from the keys as they were committed: no
-        rounding adds up.
+        """Rotate a slot's keys to another position.
+
+        Always from the keys as they were committed, so rounding does not add up.
         """
         if slot.position == position:
             return
         slot.position = position
         angles = (position - slot.home) * axis_frequencies(self.time_dim, self.keys.device)
         precise = torch.float64 if self.dtype == torch.float64 else torch.float32
-        (cos, sin), tokens = rotary_tables(angles, precise), self._tokens(slot)
+        cos, sin = rotary_tables(angles, precise)
+        tokens = self._tokens(slot)
         for keys, home in zip(self.keys, self.home_keys, strict=True):
             keys[:, tokens, :, : self.time_dim] = rotate(home[:, tokens], cos, sin)
 

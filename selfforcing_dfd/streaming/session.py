@@ -298,7 +298,7 @@ class StreamSession:
         return x0
 
     def _decode(self, x0: Tensor) -> FrameCopy:
-        """Decode one latent frame at a time: the first video frames leave before the last are made."""
+        """Decode latent frame by latent frame, so that the first video frames leave early."""
         copy = FrameCopy()
         with self._clock.stage("decode"):
             latents = x0.to(self.model.decode_device or x0.device, non_blocking=True)
@@ -336,7 +336,7 @@ class StreamSession:
         self._change = None
 
     def _recache(self) -> None:
-        """Commit all visible chunks again, the oldest first, each at its own place in the stream."""
+        """Commit all visible chunks again, the oldest first, each at its place in the stream."""
         history = self._history
         next_frame = self._ring.next_frame
         self._history = []

@@ -22,8 +22,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.context import Attention, ChunkKV, Conditioning, Context, NetworkOutput
+from selfforcing_dfd.models.layers import modulate
 from selfforcing_dfd.models.rope import axis_dims, axis_frequencies
-from selfforcing_dfd.models.wan import WanBlock, WanTransformer, modulate
+from selfforcing_dfd.models.wan import WanBlock, WanTransformer
 from selfforcing_dfd.rollout import commit_chunk, denoise_chunk
 from selfforcing_dfd.streaming.latency import Timings
 from selfforcing_dfd.streaming.output import FrameCopy

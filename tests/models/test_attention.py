@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
+import sys
+from types import SimpleNamespace
+
 import pytest
 import torch
 from tiny_models import latents, tiny_network
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.context import Conditioning
-from selfforcing_dfd.models.attention import KERNELS, AttentionError, attend, select_kernel
+from selfforcing_dfd.models.attention import (
+    KERNELS,
+    AttentionError,
+    attend,
+    choose_attention,
+    installed_kernels,
+    load_kernel,
+    select_kernel,
+)
 
 ALL = set(KERNELS)
 BF16 = torch.bfloat16
@@ -80,6 +92,74 @@ def test_the_choice_is_logged(caplog):
     select_kernel((9, 0), BF16, 128, {"fa2"})
     assert "attention by fa2" in caplog.text
     assert "fa3: flash_attn_interface is not installed" in caplog.text
+
+
+FAKE_KERNELS = """
+import types
+from selfforcing_dfd.models.attention import attend
+calls = []
+def get_kernel(repository, *, version):
+    calls.append((repository, version))
+    if {fails}:
+        raise OSError("no connection")
+    function = lambda q, k, v: (attend(q, k, v), None)
+    return types.SimpleNamespace(flash_attn_func=function)
+"""
+
+
+@pytest.fixture(params=[False], ids=["online"])
+def kernels_package(request, tmp_path, monkeypatch):
+    """A `kernels` package that hands out SDPA, or that is offline; with its calls."""
+    (tmp_path / "kernels.py").write_text(FAKE_KERNELS.format(fails=request.param))
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "kernels", raising=False)
+    yield lambda: importlib.import_module("kernels").calls
+    sys.modules.pop("kernels", None)
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """Weights that say they are on an H100."""
+    weight = torch.empty(1, dtype=BF16)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    return SimpleNamespace(is_cuda=True, dtype=BF16, device=weight.device)
+
+
+def test_a_prebuilt_kernel_is_fetched_when_it_is_chosen(kernels_package, hopper):
+    """Catches a download at import or for a choice that is not taken, and its second result."""
+    assert installed_kernels() == {"fa3"}
+    assert select_kernel((8, 0), BF16, 128, installed_kernels()) == "sdpa"
+    assert kernels_package() == []
+    name, function = choose_attention(hopper, 128)
+    assert (name, kernels_package()) == ("fa3", [("kernels-community/flash-attn3", 1)])
+    q, k, v = (rng.normal((2, 4, 3, 8), 0, part) for part in ("q", "k", "v"))
+    assert torch.equal(function(q, k, v), attend(q, k, v))
+
+
+@pytest.mark.parametrize("kernels_package", [True], indirect=True, ids=["offline"])
+def test_without_a_connection_auto_goes_on_and_a_forced_kernel_says_so(
+    kernels_package, hopper, caplog
+):
+    """Catches a machine without network on which nothing streams, and a silent replacement."""
+    assert choose_attention(hopper, 128)[0] == "sdpa"
+    assert "kernels-community/flash-attn3 cannot be loaded (no connection)" in caplog.text
+    with pytest.raises(AttentionError, match=r"cannot be loaded \(no connection\); use another"):
+        choose_attention(hopper, 128, "fa3")
+
+
+def test_an_own_build_comes_before_the_prebuilt_one(kernels_package, tmp_path, monkeypatch):
+    """Catches a download beside a kernel that was built on purpose."""
+    own = "from selfforcing_dfd.models.attention import attend as flash_attn_func"
+    (tmp_path / "flash_attn_interface.py").write_text(own)
+    load_kernel("fa3", torch.device("cuda"))
+    assert kernels_package() == []
+    monkeypatch.delitem(sys.modules, "flash_attn_interface")
+
+
+def test_nothing_is_looked_for_on_a_cpu(kernels_package, monkeypatch):
+    """Catches seconds of imports, or a download, where no such kernel can run."""
+    monkeypatch.setattr("selfforcing_dfd.models.attention.import_kernel", pytest.fail)
+    assert choose_attention(torch.empty(1), 128)[0] == "sdpa"
 
 
 def test_sdpa_is_softmax_over_keys():

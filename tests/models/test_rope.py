@@ -7,8 +7,8 @@ import torch
 from golden_weights import golden
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.models.layers import sinusoid
 from selfforcing_dfd.models.rope import axis_dims, rotary_angles, rotary_tables, rotate
-from selfforcing_dfd.models.wan import sinusoid
 
 GRID = (2, 2, 3)  # latent frames, rows, columns of the golden tensors
 

@@ -11,7 +11,8 @@ from tiny_models import CHUNK, FRAMES, TINY, conditioning, fill_weights, latents
 from torch import Tensor
 
 from selfforcing_dfd.context import ChunkContext, ChunkKV, Conditioning, KVCache, PackedContext
-from selfforcing_dfd.models.wan import WanTransformer, sigma_per_frame
+from selfforcing_dfd.models.layers import sigma_per_frame
+from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.rollout import commit_chunk, plan_chunks
 
 SIGMA = torch.tensor([0.83, 0.31], dtype=torch.float64)
