@@ -1,21 +1,18 @@
-"""Runs a stream and times it. What is measured, in which order, and what each figure means.
+"""Runs a stream and times it.
 
-A frame is ready when it is uint8 in host memory. Times between frames are the host's clock; times
-on the device are events on its own queue, so nothing waits for the sake of being measured.
-Statistics are of the steady state: chunks that see a full window and sink, after a first run has
-gone through every shape. That ramp is reported beside them.
+A frame is ready when it is uint8 in host memory. Times between frames are taken by the host's
+clock, times on the device by events in its queue, so measuring makes nothing wait. Statistics are
+of the steady state: chunks that see a full window and sink, after a first run with every shape. The
+ramp before it is reported as well.
 """
 
 from __future__ import annotations
 
-import resource
-import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,6 +30,7 @@ from selfforcing_dfd.benchmark.statistics import (
     summary,
 )
 from selfforcing_dfd.codecs.protocol import Decoder, Encoder, StreamingCodec
+from selfforcing_dfd.common import UserError, peak_resident_bytes, resident_bytes
 from selfforcing_dfd.rollout import Ladder
 from selfforcing_dfd.streaming.latency import StageClock
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
@@ -42,12 +40,12 @@ NOT_APPLICABLE = "not applicable"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How much is measured. num_chunks: of the steady state; 200 and more for a p99 that means
-    something.
+    """How much is measured.
 
-    num_warmup: chunks of the first run, at least one more than the ramp; num_restarts: new streams
-    for the warm time to the first frame; num_checked: chunks that are watched for device syncs and
-    kernels, apart from the timing.
+    num_chunks: of the steady state; a p99 needs 200 and more. num_warmup: chunks of the first run,
+    at least one more than the ramp. num_restarts: new streams for the warm time to the first frame.
+    num_checked: chunks that are watched for device syncs and kernels, apart from the timing.
+    Raises UserError for counts and rates that measure nothing.
     """
 
     num_chunks: int = 300
@@ -61,26 +59,32 @@ class Plan:
     dit_only: bool = False
 
     def __post_init__(self) -> None:
-        for name, value in (("num_chunks", self.num_chunks), ("num_restarts", self.num_restarts)):
+        counts = {"num_chunks": self.num_chunks, "num_restarts": self.num_restarts}
+        for name, value in counts.items():
             if value < 1:
-                raise ValueError(f"{name} is {value}; at least 1 must be measured")
-        if self.num_warmup < 0 or self.num_prompt_trials < 0 or self.playback_fps <= 0:
-            raise ValueError(
-                f"num_warmup {self.num_warmup}, num_prompt_trials {self.num_prompt_trials}, playback_fps "
-                f"{self.playback_fps}; counts must not be negative and fps must be positive"
+                raise UserError(f"{name} is {value}; at least 1 must be measured")
+        if self.num_warmup < 0 or self.num_prompt_trials < 0:
+            raise UserError(
+                f"num_warmup is {self.num_warmup} and num_prompt_trials {self.num_prompt_trials}; "
+                "want 0 or more"
+            )
+        if not self.playback_fps > 0:
+            raise UserError(
+                f"playback_fps is {self.playback_fps}; fps must be positive, such as 16"
             )
 
 
 @dataclass(slots=True)
 class TimedDecoder:
-    """A decoder whose calls are stages of a clock: `vae_first` for a video's first one, then `vae`."""
+    """A decoder whose calls are stages of a clock: `vae_first` for a video's first, then `vae`."""
 
     decoder: Decoder
     clock: StageClock
     begun: bool = False
 
     def decode(self, latents: Tensor) -> Tensor:
-        name, self.begun = "vae" if self.begun else "vae_first", True
+        name = "vae" if self.begun else "vae_first"
+        self.begun = True
         with self.clock.stage(name):
             return self.decoder.decode(latents)
 
@@ -112,7 +116,7 @@ class TimedCodec:
 
 @dataclass(frozen=True, slots=True)
 class NoDecoder:
-    """Frames of one pixel without any work: what is left of a chunk is the DiT."""
+    """Frames of one pixel without any work, so that a chunk is the DiT alone."""
 
     time_stride: int
 
@@ -146,9 +150,7 @@ class NoCodec:
 
 @contextmanager
 def timed_calls(student: nn.Module, clock: StageClock, ladder: Ladder) -> Iterator[None]:
-    """Each call of the student is a stage while this lasts: `dit_step_1` and so on, `commit_pass`,
-    or `merged_step`.
-    """
+    """Make each call of the student a stage: `dit_step_1` and so on, or `commit_pass`."""
     running: list[AbstractContextManager[None]] = []
 
     def begin(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -167,10 +169,7 @@ def timed_calls(student: nn.Module, clock: StageClock, ladder: Ladder) -> Iterat
             hook.remove()
 
 
-def call_name(sigma: Tensor | float, ladder: Ladder) -> str:
-    """Sigma is a tensor only where clean and noisy latent frames go through the network together."""
-    if isinstance(sigma, Tensor):
-        return "merged_step"
+def call_name(sigma: float, ladder: Ladder) -> str:
     return f"dit_step_{ladder.index(sigma) + 1}" if sigma in ladder else "commit_pass"
 
 
@@ -191,7 +190,7 @@ class Bench:
 
     @property
     def ramp(self) -> int:
-        """Chunks before the first that must forget one."""
+        """Chunks before the first one that overwrites another."""
         return (self.settings.sink_frames + self.settings.window_frames) // self.model.chunk_frames
 
     def start(self) -> tuple[StreamSession, dict[str, Any]]:
@@ -226,32 +225,29 @@ class Bench:
         }
 
     def run(self, session: StreamSession, num_chunks: int) -> Recording:
-        """The next chunks of a session, all counted as steady but those of its ramp."""
+        """Record the ramp and then num_chunks steady chunks."""
         recording = Recording(max(self.ramp - session.chunk_index, 1))
         for _ in range(recording.steady + num_chunks):
             chunk = session.next_chunk()
             ready = time.perf_counter()
-            memory = memory_now(self.model.device)
             recording.add(
                 ready,
                 chunk.timings.total_ms,
                 chunk.timings.first_frame_ms,
                 chunk.frames.shape[0],
-                memory,
+                memory_now(self.model.device),
             )
             recording.add_stages(chunk.timings.stages_ms | self._take())
         return recording
 
     def prompt_to_photon_ms(self, session: StreamSession) -> list[float]:
-        """From the wish for another prompt, at a random moment of a chunk, to the first frame made
-        under it.
+        """Latency from a prompt at a random moment of a chunk to the first frame made under it.
 
-        Prompts change at chunk boundaries: the wish waits for the rest of its chunk, then comes
-        what `set_prompt` and the next chunk take to their first frame.
+        Prompts change at chunk boundaries, so the latency is the rest of the running chunk,
+        `set_prompt`, and the next chunk to its first frame.
         """
-        phases = rng.uniform(
-            (self.plan.num_prompt_trials,), self.settings.seed, "moment of a wish"
-        ).tolist()
+        shape = (self.plan.num_prompt_trials,)
+        phases = rng.uniform(shape, self.settings.seed, "moment of a wish").tolist()
         waits = []
         for trial, phase in enumerate(phases):
             begun = time.perf_counter()
@@ -270,13 +266,13 @@ class Bench:
 def measure(
     model: StreamModel, settings: StreamSettings, prompts: tuple[str, str], plan: Plan
 ) -> dict[str, Any]:
-    """Everything in section 5.1 of the specification, as plain numbers for JSON; None is what was
-    not measured.
+    """All figures of the benchmark, as plain numbers for JSON; None is what was not measured.
 
-    Takes the memory's peak from here on: weights, but not what loading them needed. Call it once in
-    a fresh process for a cold start that is one.
+    The peak of a GPU's memory counts from here, so it includes weights but not what loading them
+    needed. A cold start is one only in the first call of a process.
     """
-    device, used_before = model.device, device_used(model.device)
+    device = model.device
+    used_before = device_used(device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     bench = Bench(model, settings, prompts, plan)
@@ -307,10 +303,9 @@ def measure(
 
 
 def work_done(recording: Recording, flops: ChunkFlops, plan: Plan) -> dict[str, Any]:
-    """Operations of a steady chunk and the rates they are done at: against the wall clock, and by
-    stage.
-    """
-    num_chunks, stages = len(recording.intervals_ms), recording.stages_ms
+    """Operations of a steady chunk, and their rates: by the wall clock, and by stage."""
+    num_chunks = len(recording.intervals_ms)
+    stages = recording.stages_ms
     dit_ms = (stages.get("denoise", 0.0) + stages.get("commit", 0.0)) / num_chunks
     vae_ms = (stages.get("vae", 0.0) + stages.get("vae_first", 0.0)) / num_chunks
     frames_per_chunk = sum(recording.num_frames[recording.steady :]) / num_chunks
@@ -335,10 +330,9 @@ def separate_runs(
     plan: Plan,
     recording: Recording,
 ) -> dict[str, Any]:
-    """What is measured only where it is asked for: a stream that decodes nothing, and the naive
-    cache in turn with ours.
+    """Figures of a stream that decodes nothing, where the plan asks for it.
 
-    decode_exposed_ms: by how much the time between chunks shrinks where nothing is decoded.
+    decode_exposed_ms: how much shorter the time between chunks is without decoding.
     """
     results: dict[str, Any] = {"dit_only_pass_fps": None, "decode_exposed_ms": None}
     if plan.dit_only:
@@ -350,9 +344,7 @@ def separate_runs(
 
 
 def watched_chunks(session: StreamSession, num_chunks: int) -> dict[str, Any]:
-    """Per chunk: waits for the device, kernels, and the host's time in launching them; apart from
-    the timed chunks.
-    """
+    """Waits for the device, kernels, and the host's time in launching them, for each chunk."""
     if session.model.device.type != "cuda":
         return dict.fromkeys(
             ("syncs_per_chunk", "kernels_per_chunk", "cpu_launch_ms"), NOT_APPLICABLE
@@ -382,32 +374,14 @@ def watched_chunks(session: StreamSession, num_chunks: int) -> dict[str, Any]:
 
 
 def memory_now(device: torch.device) -> int:
-    """Bytes in use: allocated on a GPU, resident on a CPU (on systems without /proc its peak).
-    Nobody waits.
-    """
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    pages = Path("/proc/self/statm")
-    return (
-        int(pages.read_text().split()[1]) * resource.getpagesize()
-        if pages.exists()
-        else resident_peak()
-    )
-
-
-def resident_peak() -> int:
-    """Most bytes that this process has had in memory, loading included; the unit is the system's."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+    """Bytes in use: allocated on a GPU, resident on a CPU. Does not wait for the device."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 def peak_memory(device: torch.device, used_before: int) -> dict[str, int]:
-    """Bytes. device_used_growth is all that the device has given to anybody since the measurement
-    began.
-    """
+    """Bytes. device_used_growth: what any process has taken of the device since the start."""
     if device.type != "cuda":
-        return {"resident": resident_peak()}
+        return {"resident": peak_resident_bytes()}
     return {
         "allocated": torch.cuda.max_memory_allocated(device),
         "reserved": torch.cuda.max_memory_reserved(device),

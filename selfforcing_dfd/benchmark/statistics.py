@@ -1,75 +1,37 @@
-"""The benchmark's arithmetic on raw samples. No clocks; rates are always a count over a time, never
-a mean of rates.
-"""
+"""The benchmark's arithmetic on raw samples: no clocks. Rates are a count over a time."""
 
 from __future__ import annotations
 
-import statistics
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
 MEGABYTE = 1e6
 
 
-def percentile(samples: Sequence[float], percent: float) -> float:
-    """Linear interpolation between the two nearest of the sorted samples; 0 is the smallest and 100
-    the largest.
-
-    Raises ValueError without samples, or for a percent outside [0, 100].
-    """
-    if not samples or not 0 <= percent <= 100:
-        raise ValueError(
-            f"percentile {percent} of {len(samples)} samples; want one sample at least and 0 to 100"
-        )
-    ordered = sorted(samples)
-    place = (len(ordered) - 1) * percent / 100
-    below = int(place)
-    above = min(below + 1, len(ordered) - 1)
-    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
-
-
 def summary(samples: Sequence[float]) -> dict[str, float]:
-    """p50, p95, p99 and max."""
-    return {
-        **{f"p{percent}": percentile(samples, percent) for percent in (50, 95, 99)},
-        "max": max(samples),
-    }
+    """p50, p95 and p99, interpolated between the nearest samples, and the maximum."""
+    p50, p95, p99 = np.percentile(samples, (50, 95, 99)).tolist()
+    return {"p50": p50, "p95": p95, "p99": p99, "max": max(samples)}
 
 
 def jitter(intervals: Sequence[float]) -> dict[str, float]:
-    """How uneven intervals are: their standard deviation about the mean (of the samples, not an
-    estimate), and the tail.
-    """
-    tail = percentile(intervals, 99) - percentile(intervals, 50)
-    return {"std": statistics.pstdev(intervals), "p99_minus_p50": tail}
-
-
-def frames_per_second(frames: Sequence[int], wall_s: float) -> float:
-    """All video frames over the whole wall time in which they were made. Raises ValueError for no
-    time.
-    """
-    if wall_s <= 0:
-        raise ValueError(
-            f"{sum(frames)} video frames in {wall_s} s; the wall time must be positive"
-        )
-    return sum(frames) / wall_s
-
-
-def real_time_factor(playback_fps: float, fps: float) -> float:
-    """Wall seconds for a second of video; below 1 is faster than playback."""
-    return playback_fps / fps
+    """How uneven intervals are: standard deviation of the samples, and the tail."""
+    tail = summary(intervals)
+    return {"std": float(np.std(intervals)), "p99_minus_p50": tail["p99"] - tail["p50"]}
 
 
 @dataclass(frozen=True, slots=True)
 class Playout:
-    """How a player fares that shows frames at a fixed rate.
+    """What a player sees that shows frames at a fixed rate.
 
     miss_rate: fraction of video frames that are ready after their turn. min_buffer_ms: the smallest
-    start-up delay with which none is; where a stream is slower than playback it grows with the
-    stream's length.
+    start-up delay without a miss. It grows with the stream's length where the stream is slower than
+    playback.
     """
 
     miss_rate: float
@@ -79,14 +41,14 @@ class Playout:
 def playout(
     ready_s: Sequence[float], frames: Sequence[int], playback_fps: float, buffer_chunks: float = 1
 ) -> Playout:
-    """Chunk i of frames[i] video frames is ready as a whole at ready_s[i], any clock; the first one
-    starts the player.
+    """Plays chunks of frames[i] video frames, each ready as a whole at ready_s[i] (any clock).
 
-    Playback begins `buffer_chunks` chunks of playing time after that. One pass over the ready
-    times.
+    Playback begins `buffer_chunks` chunks of playing time after the first chunk is ready.
     """
     delay_s = buffer_chunks * frames[0] / playback_fps
-    shown, num_missed, longest = 0, 0, 0.0
+    shown = 0
+    num_missed = 0
+    longest = 0.0
     for ready, count in zip(ready_s, frames, strict=True):
         lateness = [ready - ready_s[0] - (shown + i) / playback_fps for i in range(count)]
         # a nanosecond: sums of floats are not exact
@@ -100,13 +62,15 @@ def growth_per_thousand(values: Sequence[float]) -> float:
     """Least-squares slope of values[i] over i, times 1,000. One value does not grow."""
     if len(values) < 2:
         return 0.0
-    return 1000 * statistics.linear_regression(range(len(values)), values).slope
+    slope, _ = np.polyfit(np.arange(len(values)), values, deg=1)
+    return 1000 * float(slope)
 
 
 @dataclass(slots=True)
 class Recording:
-    """A run, chunk by chunk. Flat arrays, so that recording does not look like growth; stages are
-    sums from `steady` on.
+    """A run, chunk by chunk, in flat arrays, so that recording does not look like growth.
+
+    stages_ms are sums from chunk `steady` on.
     """
 
     steady: int  # index of the first steady chunk, at least 1
@@ -125,9 +89,7 @@ class Recording:
         num_frames: int,
         memory_bytes: int,
     ) -> None:
-        """The next chunk: when its last frame was ready, and how long its work took to its last and
-        first frame.
-        """
+        """The next chunk: when its last frame was ready, and time to its last and first frame."""
         self.ready_s.append(ready_s)
         self.latency_ms.append(latency_ms)
         self.first_frame_ms.append(first_frame_ms)
@@ -143,9 +105,7 @@ class Recording:
 
     @property
     def intervals_ms(self) -> list[float]:
-        """Between the ready times of neighbouring chunks; the first is from the last chunk of the
-        ramp.
-        """
+        """Between ready times of neighbouring chunks; the first begins at the ramp's last chunk."""
         times = self.ready_s[self.steady - 1 :]
         return [1000 * (after - before) for before, after in pairwise(times)]
 
@@ -156,62 +116,57 @@ class Recording:
 
     @property
     def fps(self) -> float:
-        return frames_per_second(self.num_frames[self.steady :], self.wall_s)
+        """Video frames of the steady chunks over the wall time in which they were made."""
+        return sum(self.num_frames[self.steady :]) / self.wall_s
 
 
 def first_frames(cold: dict[str, Any], warm: list[dict[str, Any]]) -> dict[str, Any]:
-    """The cold start, and the warm one whose time to the first frame is the median of the trials
-    (of two, the faster).
-    """
+    """The cold start, and the warm start with the median time to the first frame."""
     middle = sorted(warm, key=lambda trial: trial["ttff_ms"])[(len(warm) - 1) // 2]
-    of_each = {
-        f"{name}_{kind}_ms": trial[f"{name}_ms"]
-        for kind, trial in (("cold", cold), ("warm", middle))
-        for name in ("ttff", "ttfc", "ttff_split")
-    }
-    return {**of_each, "ttff_warm_trials_ms": [trial["ttff_ms"] for trial in warm]}
+    result: dict[str, Any] = {}
+    for kind, trial in (("cold", cold), ("warm", middle)):
+        for name in ("ttff", "ttfc", "ttff_split"):
+            result[f"{name}_{kind}_ms"] = trial[f"{name}_ms"]
+    return {**result, "ttff_warm_trials_ms": [trial["ttff_ms"] for trial in warm]}
 
 
 def steady_state(recording: Recording, playback_fps: float, buffer_chunks: float) -> dict[str, Any]:
     """Latency, pace and memory of the steady chunks."""
-    steady, intervals = recording.steady, recording.intervals_ms
+    steady = recording.steady
+    intervals = recording.intervals_ms
     frames = recording.num_frames[steady:]
     shown = playout(recording.ready_s[steady:], frames, playback_fps, buffer_chunks)
+    per_frame = [interval / n for interval, n in zip(intervals, frames, strict=True)]
+    growth = growth_per_thousand(recording.memory_bytes[steady:]) / MEGABYTE
     return {
         "chunk_latency_ms": summary(recording.latency_ms[steady:]),
         "first_frame_in_chunk_ms": summary(recording.first_frame_ms[steady:]),
         "chunk_interval_ms": summary(intervals),
-        "frame_latency_ms": summary(
-            [interval / n for interval, n in zip(intervals, frames, strict=True)]
-        ),
+        "frame_latency_ms": summary(per_frame),
         "jitter_ms": jitter(intervals),
         "steady_fps_with_vae": recording.fps,
         "playback_fps": playback_fps,
-        "rtf": real_time_factor(playback_fps, recording.fps),
+        # wall seconds for a second of video: below 1 is faster than playback
+        "rtf": playback_fps / recording.fps,
         "deadline_miss_rate": shown.miss_rate,
         "deadline_buffer_chunks": buffer_chunks,
         "min_buffer_ms": shown.min_buffer_ms,
-        "mem_growth_mb_per_1k_chunks": growth_per_thousand(recording.memory_bytes[steady:])
-        / MEGABYTE,
+        "mem_growth_mb_per_1k_chunks": growth,
     }
 
 
 def stage_breakdown(recording: Recording) -> dict[str, float]:
     """Mean milliseconds of a steady chunk, by stage; they add up to the mean time between chunks.
 
-    denoise_rest is what denoising takes beside the network's calls (ring, sigma algebra),
-    commit_rest likewise, and convert_and_copy what follows the VAE (uint8, copy to the host).
-    unattributed is time outside of all stages; it is negative where stages overlap.
+    denoise_rest: denoising without the network's calls (ring, sigma algebra); commit_rest likewise.
+    convert_and_copy: what follows the VAE (uint8, copy to the host). unattributed: time outside of
+    all stages; negative where stages overlap.
     """
-    num_chunks, stages = len(recording.intervals_ms), recording.stages_ms
-    mean = {name: total / num_chunks for name, total in stages.items()}
-    steps = {
-        name: mean[name] for name in sorted(mean) if name.startswith(("dit_step_", "merged_step"))
-    }
-    vae, commit_pass = (
-        mean.get("vae", 0.0) + mean.get("vae_first", 0.0),
-        mean.get("commit_pass", 0.0),
-    )
+    num_chunks = len(recording.intervals_ms)
+    mean = {name: total / num_chunks for name, total in recording.stages_ms.items()}
+    steps = {name: mean[name] for name in sorted(mean) if name.startswith("dit_step_")}
+    vae = mean.get("vae", 0.0) + mean.get("vae_first", 0.0)
+    commit_pass = mean.get("commit_pass", 0.0)
     parts = {
         "text": mean.get("text", 0.0),
         "noise": mean.get("noise", 0.0),

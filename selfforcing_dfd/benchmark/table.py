@@ -1,6 +1,4 @@
-"""A benchmark's result for people: one table of it, or two beside each other, and the machine it
-was measured on.
-"""
+"""A benchmark's result for people: a table of one result, or of two side by side."""
 
 from __future__ import annotations
 
@@ -15,6 +13,7 @@ from typing import Any
 import torch
 
 from selfforcing_dfd.benchmark.statistics import MEGABYTE
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 
 FEW_CHUNKS = 200
@@ -23,18 +22,16 @@ Number = float | None
 
 
 def environment(model: StreamModel, settings: StreamSettings, **choices: Any) -> dict[str, Any]:
-    """Machine, versions, and what the figures depend on. `choices`: what only the caller knows,
-    such as the weights.
+    """Machine, versions, and what the figures depend on.
+
+    choices: what only the caller knows, such as the weights.
     """
-    device, (height, width) = model.device, model.video_size
-    on_gpu = device.type == "cuda"
+    device = model.device
+    height, width = model.video_size
     return {
-        "device": torch.cuda.get_device_name(device) if on_gpu else cpu_name(),
-        "driver": gpu_facts(device) if on_gpu else None,
+        **device_facts(device),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
-        "cuda": torch.version.cuda if on_gpu else None,
-        "cudnn": torch.backends.cudnn.version() if on_gpu else None,
         "dtype": str(model.dtype).removeprefix("torch."),
         "visible_frames": settings.sink_frames + settings.window_frames,
         "sink_frames": settings.sink_frames,
@@ -48,6 +45,17 @@ def environment(model: StreamModel, settings: StreamSettings, **choices: Any) ->
         "codec": type(model.codec).__name__,
         "git": git_commit(),
         **choices,
+    }
+
+
+def device_facts(device: torch.device) -> dict[str, Any]:
+    if device.type != "cuda":
+        return {"device": cpu_name(), "driver": None, "cuda": None, "cudnn": None}
+    return {
+        "device": torch.cuda.get_device_name(device),
+        "driver": gpu_facts(device),
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version(),
     }
 
 
@@ -71,18 +79,17 @@ def gpu_facts(device: torch.device) -> str | None:
 
 
 def git_commit() -> str | None:
-    """The commit of the code that runs, with a + where files differ from it; None outside of a
-    repository.
-    """
+    """The commit of the running code, with a + where files differ; None outside of a repository."""
     here = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent)]
     commit = output_of([*here, "rev-parse", "--short", "HEAD"])
-    return (
-        f"{commit}{'+' if output_of([*here, 'status', '--porcelain']) else ''}" if commit else None
-    )
+    if not commit:
+        return None
+    differs = output_of([*here, "status", "--porcelain"])
+    return f"{commit}+" if differs else commit
 
 
 def output_of(command: list[str]) -> str:
-    """What a program writes; nothing where it fails or is not there."""
+    """What a program writes; nothing where it fails or does not exist."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):
@@ -91,14 +98,24 @@ def output_of(command: list[str]) -> str:
 
 
 def rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
-    """Name, value and unit of what a table shows and a comparison compares. None is what was not
-    measured.
-    """
+    """Name, value and unit of each row of a table; every name once. None: not measured."""
+    yield from start_rows(result)
+    yield from pace_rows(result)
+    yield from memory_rows(result)
+    yield from work_rows(result)
+    for name, value in result["stages_ms"].items():
+        yield f"stage {name}", value, "ms"
+
+
+def start_rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
     for kind in ("cold", "warm"):
         yield f"time to first frame, {kind}", result[f"ttff_{kind}_ms"], "ms"
-        split = result[f"ttff_split_{kind}_ms"]
-        yield from ((f"  {name}", value, "ms") for name, value in split.items())
+        for name, value in result[f"ttff_split_{kind}_ms"].items():
+            yield f"  {kind} {name.replace('_', ' ')}", value, "ms"
         yield f"time to first chunk, {kind}", result[f"ttfc_{kind}_ms"], "ms"
+
+
+def pace_rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
     for name in ("chunk_latency", "first_frame_in_chunk", "chunk_interval", "frame_latency"):
         for key, value in result[f"{name}_ms"].items():
             yield f"{name.replace('_', ' ')} {key}", value, "ms"
@@ -111,11 +128,17 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
     yield "deadline misses", 100 * result["deadline_miss_rate"], "%"
     yield "smallest start-up buffer", result["min_buffer_ms"], "ms"
     photon = result["prompt_to_photon_ms"] or {}
-    yield from ((f"prompt to photon {key}", photon.get(key), "ms") for key in ("p50", "p95", "max"))
-    yield from (
-        (f"peak memory, {k}", v / MEGABYTE, "MB") for k, v in result["peak_memory_bytes"].items()
-    )
+    for key in ("p50", "p95", "max"):
+        yield f"prompt to photon {key}", photon.get(key), "ms"
+
+
+def memory_rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
+    for kind, value in result["peak_memory_bytes"].items():
+        yield f"peak memory, {kind}", value / MEGABYTE, "MB"
     yield "memory growth per 1,000 chunks", result["mem_growth_mb_per_1k_chunks"], "MB"
+
+
+def work_rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
     for name in ("syncs_per_chunk", "kernels_per_chunk", "cpu_launch_ms"):
         value = result[name]
         yield name.replace("_", " "), None if isinstance(value, str) else value, ""
@@ -124,93 +147,102 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
     for part, use in result["utilisation"].items():
         yield f"TFLOP/s, {part}", use["tflops_per_s"], ""
         yield f"MFU, {part}", None if use["mfu"] is None else 100 * use["mfu"], "%"
-    yield from ((f"stage {name}", value, "ms") for name, value in result["stages_ms"].items())
 
 
 def table(result: dict[str, Any]) -> str:
-    """All that was measured, a line each, under what it was measured on."""
+    """Where it was measured, then all that was measured, a line each."""
     lines = [*environment_lines(result), ""]
-    lines += [
-        f"{name:<{WIDTH}} {shown(value):>12} {unit}".rstrip()
-        for name, value, unit in rows(result)
-        if value is not None
-    ]
+    for name, value, unit in rows(result):
+        if value is not None:
+            lines.append(f"{name:<{WIDTH}} {shown(value):>12} {unit}".rstrip())
     ramp = "  ".join(f"{latency:.1f}" for latency in result["ramp_latency_ms"])
-    lines += [f"chunk latency from chunk 0 on (ms): {ramp}"]
+    lines.append(f"chunk latency from chunk 0 on (ms): {ramp}")
     return "\n".join([*lines, *remarks(result)])
 
 
 def environment_lines(result: dict[str, Any]) -> list[str]:
     facts = result["environment"]
     return [
-        f"{facts['size']} ({facts['parameters'] / 1e6:.1f} M parameters, {facts['weights']} weights), "
-        f"{facts['resolution']}, {facts['dtype']}, {facts['device']}, {facts['threads']} threads, torch {facts['torch']}",
-        f"K = {facts['visible_frames']} latent frames (sink {facts['sink_frames']} + window {facts['window_frames']}), "
-        f"{facts['positions']}, {len(facts['ladder'])} steps, {facts['codec']}, attention {facts['attention']}, "
-        f"compile {facts['compile']}",
+        f"{facts['size']} ({facts['parameters'] / 1e6:.1f} M parameters, {facts['weights']} "
+        f"weights), {facts['resolution']}, {facts['dtype']}, {facts['device']}, "
+        f"{facts['threads']} threads, torch {facts['torch']}",
+        f"K = {facts['visible_frames']} latent frames (sink {facts['sink_frames']} + window "
+        f"{facts['window_frames']}), {facts['positions']}, {len(facts['ladder'])} steps, "
+        f"{facts['codec']}, attention {facts['attention']}, compile {facts['compile']}",
         f"steady state: {result['num_steady_chunks']} chunks after the ramp",
     ]
 
 
 def remarks(result: dict[str, Any]) -> Iterator[str]:
-    """What a reader of the figures should not overlook."""
+    """Notes that a reader of the figures needs."""
+    num_chunks = result["num_steady_chunks"]
     if result["environment"]["weights"] == "random":
-        yield "note: the weights are random; times are those of the network, pictures there are none"
-    if result["num_steady_chunks"] < FEW_CHUNKS:
-        yield f"note: {result['num_steady_chunks']} chunks are few; p99 needs {FEW_CHUNKS} to be more than the slowest"
+        yield "note: the weights are random; the times are real, the pictures are noise"
+    if num_chunks < FEW_CHUNKS:
+        yield (
+            f"note: {num_chunks} chunks are few; p99 needs {FEW_CHUNKS} to be more than the slowest"
+        )
     if result["peak_tflops"] is None:
-        yield "note: no MFU, for no peak is known; give --peak-tflops"
+        yield "note: no MFU, since no peak is known; give --peak-tflops"
 
 
 def shown(value: float) -> str:
-    """Four digits that mean something, without an exponent."""
+    """A figure with three or four significant digits, without an exponent."""
     if abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.{3 if abs(value) < 1 else 2 if abs(value) < 100 else 1}f}"
 
 
 def comparison(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> str:
-    """Both results and the ratio of the second to the first; above them, what differs where they
-    were measured.
-    """
-    others = {name: value for name, value, _ in rows(second)}
+    """Both results and the ratio second / first; above them, what differs between the machines."""
     lines = [f"first:  {names[0]}", f"second: {names[1]}", *differences(first, second), ""]
-    lines += [f"{'':<{WIDTH}} {'first':>12} {'second':>12} {'ratio':>8}"]
-    for name, value, unit in rows(first):
-        other = others.get(name)
-        if value is None or other is None:
-            continue
-        ratio = f"{other / value:.3f}" if value else "-"
-        lines.append(
-            f"{name:<{WIDTH}} {shown(value):>12} {shown(other):>12} {ratio:>8} {unit}".rstrip()
-        )
+    lines.append(f"{'':<{WIDTH}} {'first':>12} {'second':>12} {'ratio':>8}")
+    for name, (one, other, unit) in pairs(first, second).items():
+        ratio = f"{other / one:.3f}" if one else "-"
+        line = f"{name:<{WIDTH}} {shown(one):>12} {shown(other):>12} {ratio:>8} {unit}"
+        lines.append(line.rstrip())
     return "\n".join(lines)
 
 
 def ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float]:
     """The second's value over the first's, of every row that both have."""
+    both = pairs(first, second)
+    return {name: other / one for name, (one, other, _) in both.items() if one}
+
+
+def pairs(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[float, float, str]]:
+    """Both values and the unit of every row that both results have, by its name."""
     others = {name: value for name, value, _ in rows(second)}
-    pairs = ((name, value, others.get(name)) for name, value, _ in rows(first))
-    return {name: other / value for name, value, other in pairs if value and other is not None}
+    found = {}
+    for name, value, unit in rows(first):
+        other = others.get(name)
+        if value is not None and other is not None:
+            found[name] = (value, other, unit)
+    return found
 
 
 def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
     """A warning for every fact of the environments that is not the same."""
-    ours, theirs = first["environment"], second["environment"]
-    names = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
-    return [f"warning: {name} differs: {ours.get(name)} and {theirs.get(name)}" for name in names]
+    ours = first["environment"]
+    theirs = second["environment"]
+    lines = []
+    for name in {**ours, **theirs}:
+        if ours.get(name) != theirs.get(name):
+            lines.append(f"warning: {name} differs: {ours.get(name)} and {theirs.get(name)}")
+    return lines
 
 
 def read_result(path: Path) -> dict[str, Any]:
-    """What `--out` wrote, or a saved terminal output whose last line is the result. Raises
-    ValueError for anything else.
+    """A result from a file that --out wrote, or from saved output, whose last line it is.
+
+    Raises UserError for anything else.
     """
     lines = path.read_text().strip().splitlines()
     try:
         result = json.loads(lines[-1])
-        deque(rows(result), maxlen=0)
+        deque(rows(result), maxlen=0)  # every figure is there
     except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
+        raise UserError(
             f"{path} holds no benchmark result; want a file written with --out by this version"
         ) from error
     return result

@@ -1,6 +1,4 @@
-"""Writing beside generating: encoding a chunk takes as long as a GPU needs for a part of the next
-one.
-"""
+"""Writes chunks in a thread, so that the next chunk is generated while one is encoded."""
 
 from __future__ import annotations
 
@@ -9,29 +7,27 @@ import threading
 
 from selfforcing_dfd.live.writers import Frames, Writer
 
-# chunks; more would only be memory: a writer that is slower than the stream stays so
-MAX_WAITING = 2
+MAX_WAITING = 2  # chunks; more would only take memory, since a writer that is too slow stays so
 
 
 class BackgroundWriter(Writer):
-    """Hands chunks to another writer in a thread of its own, in order. The stream waits where that
-    falls behind.
+    """Hands chunks to another writer in a thread, in order. The stream waits if it falls behind.
 
-    An error of the other writer comes out of the next `write`, or of `close`, once; nothing is
-    written after it. Closing waits for what is left. Frames must not be changed once they are
-    written.
+    An error of the other writer is raised once, by the next `write` or by `close`; nothing is
+    written after it. `close` waits for the chunks that are left. Frames must not be changed once
+    they are written.
     """
 
     def __init__(self, writer: Writer, max_waiting: int = MAX_WAITING) -> None:
         self._writer = writer
         self._waiting: queue.Queue[Frames | None] = queue.Queue(max_waiting)
-        self._error: BaseException | None = None  # not yet told
+        self._error: BaseException | None = None  # not yet raised
         self._broken = self._closed = False
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
     def write(self, frames: Frames) -> None:
-        self._tell()
+        self._raise_error()
         self._waiting.put(frames)
 
     def close(self) -> None:
@@ -41,19 +37,20 @@ class BackgroundWriter(Writer):
         self._waiting.put(None)
         self._thread.join()
         self._writer.close()
-        self._tell()
+        self._raise_error()
 
     def _run(self) -> None:
         while (frames := self._waiting.get()) is not None:
             if self._broken:
-                # what was already waiting is dropped, so that nobody waits for room for ever
-                continue
+                continue  # drop what waits, so that `write` does not wait for room for ever
             try:
                 self._writer.write(frames)
             except BaseException as error:
-                self._broken, self._error = True, error
+                self._broken = True
+                self._error = error
 
-    def _tell(self) -> None:
+    def _raise_error(self) -> None:
         if self._error is not None:
-            error, self._error = self._error, None
+            error = self._error
+            self._error = None
             raise error

@@ -110,7 +110,7 @@ def parse_mode(line: str, arguments: list[str]) -> PromptMode:
 
 
 class Control:
-    """A queue of commands from any number of threads to the stream, which empties it between chunks.
+    """A queue of commands from any number of threads. The stream empties it between chunks.
 
     Commands keep their order. Only the newest prompt is kept, in the place where it came. /quit
     drops all other commands. At most MAX_PENDING commands besides the prompt wait; further ones are

@@ -61,7 +61,7 @@ class Player:
     paused: bool = False
 
     def play(self, num_chunks: float) -> None:
-        """Write that many chunks, unless a command or signal ends it. A reset does not count anew."""
+        """Write that many chunks, those before a reset included, or until told to stop."""
         self._write(self.session.context_frames)
         done = 0
         while done < num_chunks:
@@ -201,7 +201,7 @@ def warm_up(model: StreamModel, settings: StreamSettings, prompt: str) -> None:
 
 
 def load_model(options: argparse.Namespace) -> StreamModel:
-    """Real Wan for --model, else the tiny world. Raises UserError for options that exclude others."""
+    """Real Wan for --model, else the tiny world. Raises UserError for contradicting options."""
     if options.model is None:
         only_with_model = {
             "--size": options.size,

@@ -23,11 +23,10 @@ class PromptError(UserError):
 
 @dataclass(frozen=True, slots=True)
 class ChunkClock:
-    """Where chunks begin, in video frames: the first latent frame of a stream is one of them, every
-    other one `stride`.
+    """Where chunks begin, in video frames.
 
-    after_context: the stream goes on from an image or a clip, so that its first chunk is as long as
-    all others.
+    The first latent frame of a stream is one video frame, every other one `stride`. after_context:
+    the stream continues an image or a clip, so its first chunk is as long as all others.
     """
 
     chunk_frames: int = 3
@@ -35,15 +34,11 @@ class ChunkClock:
     after_context: bool = False
 
     def chunk_from(self, video_frame: Fraction) -> int:
-        """The first chunk that starts at or after a moment, counted in video frames from the start
-        of chunk 0.
-        """
+        """The first chunk that starts at or after a video frame, counted from chunk 0's start."""
+        if video_frame <= 0:
+            return 0
         missing = 0 if self.after_context else self.stride - 1
-        return (
-            math.ceil((video_frame + missing) / (self.chunk_frames * self.stride))
-            if video_frame > 0
-            else 0
-        )
+        return math.ceil((video_frame + missing) / (self.chunk_frames * self.stride))
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,11 +57,10 @@ class PromptSchedule:
 
     @classmethod
     def parse(cls, text: str, fps: float, clock: ChunkClock | None = None) -> Self:
-        """Lines `at: prompt`; blank lines and lines that begin with # are comments. fps turns
-        seconds into video frames.
+        """Lines `at: prompt`; blank lines and lines that begin with # are comments.
 
-        Raises PromptError with the line's number for another format, for lines out of order, and
-        for a missing start.
+        fps: video frames in a second. Raises PromptError with the line's number for another format,
+        for lines out of order, and for a missing start.
         """
         clock = clock or ChunkClock()
         prompts: list[tuple[int, str]] = []
@@ -79,14 +73,11 @@ class PromptSchedule:
                     f"line {number}: the first prompt starts at chunk {chunk}; let it start at 0"
                 )
             if prompts and chunk <= prompts[-1][0]:
-                same = (
-                    "the same chunk, and a chunk has one prompt"
-                    if chunk == prompts[-1][0]
-                    else "out of order"
-                )
-                before = f"the one before it at chunk {prompts[-1][0]}"
+                is_same = chunk == prompts[-1][0]
+                why = "the same chunk, and a chunk has one prompt" if is_same else "out of order"
                 raise PromptError(
-                    f"line {number}: starts at chunk {chunk}, {before}: {same}; let each start later"
+                    f"line {number}: starts at chunk {chunk}, the one before it at chunk "
+                    f"{prompts[-1][0]}: {why}; let each start later"
                 )
             prompts.append((chunk, prompt))
         if not prompts:
@@ -95,7 +86,7 @@ class PromptSchedule:
 
     @classmethod
     def read(cls, path: Path | str, fps: float, clock: ChunkClock | None = None) -> Self:
-        """`parse` for a file in UTF-8; the message of PromptError then begins with the file's name."""
+        """`parse` for a file in UTF-8. Messages of PromptError begin with the file's name."""
         try:
             return cls.parse(Path(path).read_text(encoding="utf-8"), fps, clock)
         except OSError as error:
@@ -119,6 +110,5 @@ def parse_line(line: str, number: int, fps: float, clock: ChunkClock) -> tuple[i
         raise PromptError(f"line {number}: {match['at']} has no prompt after the colon; {FORMAT}")
     if match["seconds"] is None:
         return int(match["at"]), match["prompt"]
-    return clock.chunk_from(
-        Fraction(match["seconds"]) * Fraction(fps).limit_denominator(1001)
-    ), match["prompt"]
+    video_frame = Fraction(match["seconds"]) * Fraction(fps).limit_denominator(1001)
+    return clock.chunk_from(video_frame), match["prompt"]

@@ -22,6 +22,7 @@ from starlette.routing import Route, WebSocketRoute
 from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.live.web.messages import short
 from selfforcing_dfd.live.web.viewer import Ended, Shared, Viewer
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
@@ -38,21 +39,27 @@ SHUTDOWN_S = 2
 HEADERS = {
     "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": (
+        "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    ),
 }
 
 
 def refusal(headers: Headers) -> str:
-    """Why a request is not answered; empty where it is.
+    """Why a request is refused; empty if it is not.
 
     The Host must be a name of this machine, or another site's name could be made to point here (DNS
     rebinding). An Origin, which a browser sends with every WebSocket, must be this server's own: a
     page of another site must not drive a stream.
     """
-    hosts, origin = headers.getlist("host"), headers.get("origin")
+    hosts = headers.getlist("host")
+    origin = headers.get("origin")
     if len(hosts) != 1 or host_name(hosts[0]) not in LOCAL_HOSTS:
-        return f"got Host {short(', '.join(hosts))}; open this page as http://localhost or http://127.0.0.1 and its port"
+        return (
+            f"got Host {short(', '.join(hosts))}; "
+            "open this page as http://localhost or http://127.0.0.1 and its port"
+        )
     if origin is not None and origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}"):
         return f"got Origin {short(origin)}; want this server's own page, http://{hosts[0]}"
     return ""
@@ -94,14 +101,12 @@ class StreamServer:
         await websocket.accept()
         viewer = Viewer(self.shared, websocket)
         if len(self.viewers) >= self.max_sessions:
-            others = (
-                f"{len(self.viewers)} other stream{'s are' if len(self.viewers) > 1 else ' is'}"
+            plural = "streams are" if len(self.viewers) > 1 else "stream is"
+            why = (
+                f"{len(self.viewers)} other {plural} running, and no more are allowed; "
+                "close one and try again"
             )
-            await viewer.end(
-                Ended(
-                    TRY_LATER, f"{others} running, and no more are allowed; close one and try again"
-                )
-            )
+            await viewer.end(Ended(TRY_LATER, why))
             return
         self.viewers.add(viewer)
         try:
@@ -143,13 +148,13 @@ def create_app(
     """The page, its WebSocket `/stream` and `/healthz`.
 
     A connection beyond max_sessions is told so and closed with code 1013. One that is idle for
-    idle_s, or that acknowledges nothing for as long while it is not paused, is told and closed. A
-    viewer's stream is at most max_queue_chunks chunks ahead of what was shown. examples: prompts
-    that the page offers; the first one is played at once. name: of the model. Raises ValueError for
+    idle_s seconds, or acknowledges nothing for as long while it is not paused, is told and closed.
+    A viewer's stream is at most max_queue_chunks chunks ahead of what was shown. examples: prompts
+    that the page offers; the first one is played at once. name: of the model. Raises UserError for
     settings that do not fit the model.
     """
     if max_sessions < 1:
-        raise ValueError(f"max_sessions is {max_sessions}; want at least 1")
+        raise UserError(f"max_sessions is {max_sessions}; want at least 1")
     shared = Shared(
         model, settings, fps, idle_s, max_queue_chunks, examples, name or describe(model)
     )
@@ -164,21 +169,22 @@ def create_app(
 
 def describe(model: StreamModel) -> str:
     """A model in one line."""
-    (height, width), num_steps = model.video_size, len(model.ladder)
+    height, width = model.video_size
     parameters = sum(parameter.numel() for parameter in model.student.parameters())
-    return f"{parameters / 1e6:.1f} M parameters on {model.device}, {num_steps} steps a chunk, {width} x {height} pixels"
+    return (
+        f"{parameters / 1e6:.1f} M parameters on {model.device}, "
+        f"{len(model.ladder)} steps a chunk, {width} x {height} pixels"
+    )
 
 
 def serve(app: Starlette, host: str = "127.0.0.1", port: int = 8000) -> None:
-    """Answer requests until Ctrl-C. From another machine: `ssh -L 8000:localhost:8000`; other names
-    are refused.
+    """Answer requests until Ctrl-C. Raises OSError if the port cannot be used.
 
-    Raises OSError where one cannot listen.
+    From another machine: `ssh -L 8000:localhost:8000`; other host names are refused.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        listener = socket.create_server(
-            (host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET
-        )
+        listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
         raise OSError(f"cannot listen: {error}; choose another port") from error
     with listener, suppress(KeyboardInterrupt):  # uvicorn raises it once more after a clean end
@@ -186,9 +192,7 @@ def serve(app: Starlette, host: str = "127.0.0.1", port: int = 8000) -> None:
 
 
 def server_config(app: Starlette) -> uvicorn.Config:
-    """Without compression: JPEG gains nothing by it, and a small message could unpack into a large
-    one.
-    """
+    """No compression: JPEG gains nothing, and a small message could unpack into a large one."""
     return uvicorn.Config(
         app,
         log_level="warning",

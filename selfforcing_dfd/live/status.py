@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import re
-import resource
-import sys
 import threading
 import time
 import unicodedata
 from collections import deque
 from collections.abc import Callable
 from itertools import accumulate
-from pathlib import Path
 from typing import Self, TextIO
+
+from selfforcing_dfd.common import resident_bytes
 
 RECENT_CHUNKS = 20
 PROMPT_COLUMNS = 80
@@ -23,9 +21,9 @@ GIB = 2**30
 class StatusLine:
     """Chunk, video so far, FPS over the last chunks, latency, memory and prompt.
 
-    On a terminal the line overwrites itself; elsewhere one is written every `every_s` seconds. Make
-    it just before the first chunk: the summary counts from then. Safe to use from several threads.
-    Keeps a bounded number of figures.
+    On a terminal the line overwrites itself; elsewhere one is written every `every_s` seconds. The
+    summary at the end counts time from when this object is made. Safe to use from several threads,
+    in bounded memory.
 
     fps: of the video as it is shown. clock: seconds, monotonic.
     """
@@ -37,15 +35,22 @@ class StatusLine:
         every_s: float = 10.0,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self._stream, self._fps, self._every_s, self._clock = stream, fps, every_s, clock
+        self._stream = stream
+        self._fps = fps
+        self._every_s = every_s
+        self._clock = clock
         self._is_live = stream.isatty() and os.environ.get("TERM", "") not in ("", "dumb")
         self._lock = threading.Lock()
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CHUNKS + 1)
-        self._num_chunks, self._num_frames = 0, 0
-        self._begun, self._paused_s = clock(), 0.0
+        self._num_chunks = 0
+        self._num_frames = 0
+        self._begun = clock()
+        self._paused_s = 0.0
         self._paused_at: float | None = None
-        self._worst_ms, self._total_ms = 0.0, 0.0
-        self._line, self._next_line = "", self._begun
+        self._worst_ms = 0.0
+        self._total_ms = 0.0
+        self._line = ""
+        self._next_line = self._begun
 
     def update(
         self,
@@ -55,26 +60,24 @@ class StatusLine:
         prompt: str,
         cuda_bytes: int | None = None,
     ) -> None:
-        """After each chunk: its video frames and latency, the prompt that made it, and memory on a
-        GPU if there is one.
-        """
+        """After each chunk: its video frames, latency and prompt, and a GPU's memory if any."""
         with self._lock:
             now = self._clock()
             self._recent.append((now, num_frames))
-            self._num_chunks, self._num_frames = self._num_chunks + 1, self._num_frames + num_frames
-            self._worst_ms, self._total_ms = (
-                max(self._worst_ms, latency_ms),
-                self._total_ms + latency_ms,
-            )
+            self._num_chunks += 1
+            self._num_frames += num_frames
+            self._worst_ms = max(self._worst_ms, latency_ms)
+            self._total_ms += latency_ms
             fields = [
                 f"chunk {chunk_index}",
-                f"{self._num_frames} video frames ({self._num_frames / self._fps:.1f} s)",
+                self._length(),
                 f"{self._recent_fps()} FPS",
                 f"{latency_ms:.0f} ms",
                 f"{resident_bytes() / GIB:.2f} GiB",
-                *([] if cuda_bytes is None else [f"GPU {cuda_bytes / GIB:.2f} GiB"]),
-                fit(printable(prompt), PROMPT_COLUMNS),
             ]
+            if cuda_bytes is not None:
+                fields.append(f"GPU {cuda_bytes / GIB:.2f} GiB")
+            fields.append(fit(printable(prompt), PROMPT_COLUMNS))
             self._show(" | ".join(fields), now)
 
     def pause(self) -> None:
@@ -92,14 +95,14 @@ class StatusLine:
                 self._recent.clear()
 
     def say(self, message: str) -> None:
-        """A message on a line of its own, such as the reply to a command."""
+        """A message on its own line, such as the reply to a command."""
         with self._lock:
-            back = "\r\x1b[K" if self._is_live else ""
-            self._stream.write(f"{back}{printable(message)}\n{self._line if self._is_live else ''}")
+            line = f"{printable(message)}\n"
+            self._stream.write(f"\r\x1b[K{line}{self._line}" if self._is_live else line)
             self._stream.flush()
 
     def close(self) -> None:
-        """End the line and write a summary. Idle time in a pause is left out."""
+        """End the line and write a summary, without the time of pauses."""
         self.resume()
         wall_s = self._clock() - self._begun - self._paused_s
         self._line = ""
@@ -111,18 +114,19 @@ class StatusLine:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _length(self) -> str:
+        return f"{self._num_frames} video frames ({self._num_frames / self._fps:.1f} s)"
+
     def _summary(self, wall_s: float) -> str:
         rate = f", {self._num_frames / wall_s:.1f} FPS" if wall_s > 0 else ""
         return (
-            f"{self._num_chunks} chunks, {self._num_frames} video frames ({self._num_frames / self._fps:.1f} s) "
-            f"in {wall_s:.1f} s{rate}, latency {self._total_ms / self._num_chunks:.0f} ms on average, "
+            f"{self._num_chunks} chunks, {self._length()} in {wall_s:.1f} s{rate}, "
+            f"latency {self._total_ms / self._num_chunks:.0f} ms on average, "
             f"{self._worst_ms:.0f} ms at most, {resident_bytes() / GIB:.2f} GiB"
         )
 
     def _recent_fps(self) -> str:
-        """Frames over wall time between the oldest recent chunk and the newest; a dash until there
-        are two.
-        """
+        """Frames over wall time since the oldest recent chunk; a dash until there are two."""
         wall_s = self._recent[-1][0] - self._recent[0][0]
         num_frames = sum(count for _, count in self._recent) - self._recent[0][1]
         return f"{num_frames / wall_s:.1f}" if wall_s > 0 else "-"
@@ -136,17 +140,6 @@ class StatusLine:
             self._next_line = now + self._every_s
             self._stream.write(f"{line}\n")
         self._stream.flush()
-
-
-def resident_bytes() -> int:
-    """Memory of this process now; where the system does not tell, the most it has had."""
-    status = Path("/proc/self/status")
-    if status.exists() and (
-        match := re.search(r"^VmRSS:\s+(\d+) kB", status.read_text(), re.MULTILINE)
-    ):
-        return 1024 * int(match[1])
-    unit = 1 if sys.platform == "darwin" else 1024
-    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def printable(text: str) -> str:
@@ -164,11 +157,15 @@ def fit(text: str, columns: int) -> str:
 
 
 def text_columns(text: str) -> int:
-    """Columns that text takes in a terminal: East Asian wide characters two, combining ones none."""
-    return sum(
-        0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1
-        for c in text
-    )
+    """Columns that text takes in a terminal."""
+    return sum(map(character_columns, text))
+
+
+def character_columns(character: str) -> int:
+    """Two for wide characters of East Asia, none for combining ones."""
+    if unicodedata.combining(character):
+        return 0
+    return 2 if unicodedata.east_asian_width(character) in "WF" else 1
 
 
 def terminal_columns(stream: TextIO) -> int:

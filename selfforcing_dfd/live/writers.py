@@ -43,9 +43,7 @@ class OutputError(UserError):
 
 
 class ReaderGone(Exception):
-    """The program at the other end of the pipe has closed it. A normal end of a stream: stop, and
-    report no error.
-    """
+    """The program at the other end of the pipe has closed it: a normal end of a stream."""
 
 
 class Writer(Protocol):
@@ -65,14 +63,15 @@ class Writer(Protocol):
 
 
 class OutputFile:
-    """A new file, made at the first write: a stream that never starts neither leaves an empty file
-    nor empties an old one.
+    """A new file, made at the first write.
 
-    Raises OutputError at once if the file is there and may not be replaced, or cannot be written.
+    So a stream that never starts leaves no empty file and keeps an old one. Raises OutputError at
+    once if the file exists and may not be replaced, or cannot be written.
     """
 
     def __init__(self, path: Path | str, overwrite: bool = False) -> None:
-        self.path, self._overwrite = Path(path), overwrite
+        self.path = Path(path)
+        self._overwrite = overwrite
         self._file: BinaryIO | None = None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -90,9 +89,7 @@ class OutputFile:
             )
 
     def write(self, data: bytes) -> None:
-        """Append, and hand over to the operating system, where a kill of this process cannot reach
-        it.
-        """
+        """Append and give the data to the operating system, so that it outlives this process."""
         if self._file is None:
             try:
                 self._file = self.path.open("wb" if self._overwrite else "xb")
@@ -125,7 +122,8 @@ class Mp4Writer(Writer):
     """
 
     def __init__(self, path: Path | str, fps: float, overwrite: bool = False) -> None:
-        self._file, self._fps = OutputFile(path, overwrite), frame_rate(fps)
+        self._file = OutputFile(path, overwrite)
+        self._fps = frame_rate(fps)
         self._fragments: FragmentEncoder | None = None
 
     def write(self, frames: Frames) -> None:
@@ -141,18 +139,19 @@ class Mp4Writer(Writer):
 
 
 class FragmentEncoder:
-    """From pictures to the bytes of an mp4 stream; the first ones carry the header. Also what a
-    browser's MSE takes.
+    """Turns pictures into the bytes of an mp4 stream; the first bytes carry the header.
 
-    FFmpeg's muxer keeps a fragment back until the next one begins, which costs one chunk of latency
-    and, at a kill, that chunk. So each chunk has a muxer of its own, told where in time it stands,
-    and one encoder lives through all of them.
+    FFmpeg's muxer keeps a fragment back until the next one begins. That costs one chunk of latency
+    and, at a kill, that chunk. So each chunk has a muxer of its own, which is told its time, and
+    one encoder serves all of them. A browser's MSE takes the fragments as well.
     """
 
     def __init__(self, size: tuple[int, int], fps: Fraction) -> None:
-        self.size, self._fps = size, fps
+        self.size = size
+        self._fps = fps
         require_even(size)
-        self._num_frames, self._num_fragments = 0, 0
+        self._num_frames = 0
+        self._num_fragments = 0
         self._to_yuv = yuv_converter()
         # encodes, and writes nothing that is used
         self._parent = av.open(io.BytesIO(), "w", format="mp4")
@@ -162,7 +161,8 @@ class FragmentEncoder:
         self._stream.height, self._stream.width, self._stream.pix_fmt = *size, "yuv420p"
         self._stream.time_base = 1 / fps
         context = self._stream.codec_context
-        context.color_range, context.colorspace = int(ColorRange.MPEG), SMPTE170M
+        context.color_range = int(ColorRange.MPEG)
+        context.colorspace = SMPTE170M
         self._parent.start_encoding()
 
     def encode(self, pictures: np.ndarray) -> bytes:
@@ -189,7 +189,8 @@ class FragmentEncoder:
     def _frames(self, pictures: np.ndarray) -> Iterator[av.VideoFrame]:
         for i, picture in enumerate(pictures):
             frame = self._to_yuv(picture)
-            frame.pts, frame.time_base = self._num_frames, 1 / self._fps
+            frame.pts = self._num_frames
+            frame.time_base = 1 / self._fps
             frame.pict_type = PictureType.NONE if i else PictureType.I
             self._num_frames += 1
             yield frame
@@ -243,9 +244,7 @@ class Y4mWriter(Writer):
 
 
 def open_writer(out: str, fps: float, overwrite: bool = False) -> Writer:
-    """The writer that a name asks for, see KNOWN_OUTPUTS. Raises OutputError for other names and
-    for a terminal as stdout.
-    """
+    """The writer for a name of KNOWN_OUTPUTS. Raises OutputError for others and for a terminal."""
     if out == "-":
         return Y4mWriter(own_stdout(), fps)
     match Path(out).suffix.lower():
@@ -257,9 +256,7 @@ def open_writer(out: str, fps: float, overwrite: bool = False) -> Writer:
 
 
 def own_stdout() -> BinaryIO:
-    """A second handle of stdout, so that what a broken pipe leaves in it is not complained about
-    when Python ends.
-    """
+    """A second handle of stdout: at its end Python complains about a broken pipe in the first."""
     if sys.stdout is None:
         raise OutputError(
             "stdout is closed; connect it to a pipe or a file, or name a file instead of -"
@@ -291,9 +288,10 @@ def require_even(size: tuple[int, int]) -> None:
 
 def require_size(pictures: np.ndarray, size: tuple[int, int]) -> None:
     if pictures.shape[1:3] != size:
-        got, first = ("x".join(map(str, s)) for s in (pictures.shape[1:3], size))
+        height, width = pictures.shape[1:3]
         raise OutputError(
-            f"video frames are {got}, the first were {first} (height x width); open another file"
+            f"video frames are {height}x{width}, the first were {size[0]}x{size[1]} "
+            "(height x width); open another file"
         )
 
 
@@ -305,9 +303,7 @@ def frame_rate(fps: float) -> Fraction:
 
 
 def yuv_converter() -> Callable[[np.ndarray], av.VideoFrame]:
-    """A function from uint8 [H, W, 3] to 4:2:0 in BT.601 limited range; one converter serves all
-    frames.
-    """
+    """A function from uint8 [H, W, 3] to 4:2:0 in BT.601 limited range, for all frames."""
     reformatter = VideoReformatter()
 
     def convert(picture: np.ndarray) -> av.VideoFrame:

@@ -17,7 +17,7 @@ from tiny_models import LADDER, tiny_network
 from selfforcing_dfd import rng
 from selfforcing_dfd.benchmark.measure import Bench, Plan, measure, timed_calls
 from selfforcing_dfd.benchmark.statistics import Recording, stage_breakdown, steady_state
-from selfforcing_dfd.benchmark.table import comparison, differences, ratios, read_result
+from selfforcing_dfd.benchmark.table import comparison, differences, ratios, read_result, rows
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -179,8 +179,8 @@ def test_a_table_for_people_comes_first(quick):
 
 
 def test_compare_shows_both_their_ratio_and_what_differs(quick, tmp_path):
-    """Catches a comparison of two machines that looks like one of two versions, and a ratio upside
-    down.
+    """Catches two machines that look like two versions, a ratio upside down, and two rows of one
+    name, of which the second one's value would stand beside both.
     """
     result = read_result(quick[1])
     other = {
@@ -193,8 +193,13 @@ def test_compare_shows_both_their_ratio_and_what_differs(quick, tmp_path):
     assert "warning: threads differs: 1 and 7" in printed
     answer = json.loads(printed.splitlines()[-1])
     assert answer["ratios"]["real-time factor at 16 fps"] == pytest.approx(2)
+    names = [name for name, *_ in rows(result)]
+    assert len(set(names)) == len(names)
     assert differences(result, result) == []
     assert set(ratios(result, result).values()) == {1.0}
+    slower = {**result, "ttff_split_cold_ms": {**result["ttff_split_cold_ms"], "dit": 1e6}}
+    assert ratios(result, slower)["  cold dit"] > 10
+    assert ratios(result, slower)["  warm dit"] == 1.0
     assert "warning" not in comparison(result, result, ("a", "b"))
 
 

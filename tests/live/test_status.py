@@ -11,7 +11,8 @@ import time
 import numpy as np
 import pytest
 
-from selfforcing_dfd.live.status import RECENT_CHUNKS, StatusLine, fit, resident_bytes, text_columns
+from selfforcing_dfd.common import resident_bytes
+from selfforcing_dfd.live.status import RECENT_CHUNKS, StatusLine, fit, text_columns
 
 LIVE_END = "\x1b[K"
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-from selfforcing_dfd.live.status import resident_bytes
+from selfforcing_dfd.common import resident_bytes
 from selfforcing_dfd.streaming.load import load_settings, load_stream_model
 from selfforcing_dfd.streaming.session import StreamChunk, StreamModel, StreamSession
 from selfforcing_dfd.tiny.readout import read

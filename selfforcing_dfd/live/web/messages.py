@@ -1,5 +1,4 @@
-"""Messages between the live page and its server. Whatever does not fit is refused with what was got
-and what was wanted.
+"""Messages between the live page and its server. A wrong message is answered by an error.
 
 To the server, as JSON: `start {prompt, seed}`, `prompt {text, mode}`, `pause`, `resume`, `reset`,
 `seed {seed}` (of the next reset) and `ack {chunk}`: that chunk, and all before it, has been shown.
@@ -49,7 +48,7 @@ WANTED = {
 
 
 class BadMessage(ValueError):
-    """A message that is none of `FIELDS`; says what was got and what was wanted."""
+    """A message that does not fit `FIELDS`; says what was got and what was wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,11 +87,8 @@ def parse_message(raw: str | bytes) -> Message:
 def fits(value: Any, form: str) -> bool:
     """Whether a field's value is what `WANTED` says."""
     if form == "text":
-        return (
-            isinstance(value, str)
-            and len(value) <= MAX_TEXT
-            and not any("\ud800" <= c <= "\udfff" for c in value)
-        )
+        has_fit = isinstance(value, str) and len(value) <= MAX_TEXT
+        return has_fit and not any("\ud800" <= c <= "\udfff" for c in value)
     if form == "number":
         return type(value) is int and 0 <= value <= MAX_SEED  # a bool is no number here
     return value in get_args(PromptMode)
@@ -105,7 +101,7 @@ def short(value: Any) -> str:
 
 
 def encode_jpeg(picture: np.ndarray) -> bytes:
-    """uint8 [H, W, 3] with full colour resolution; halved, it smears the edges of small pictures."""
+    """uint8 [H, W, 3] as JPEG with full colour resolution, which small pictures need at edges."""
     buffer = io.BytesIO()
     Image.fromarray(picture).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
     return buffer.getvalue()

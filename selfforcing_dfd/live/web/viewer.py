@@ -1,10 +1,9 @@
-"""One viewer of the live page: a connection, its own `StreamSession`, and what keeps both within
-bounds.
+"""One viewer of the live page: a connection and its own `StreamSession`.
 
-Slow viewers: generation waits for the viewer. A chunk is made only while fewer than
-`max_queue_chunks` are on their way, that is made and not yet acknowledged as shown. Nothing is
-dropped and no queue grows. All sessions share one worker thread with at most one chunk each in its
-queue, so they take turns by chunk, and the event loop never waits for a computation.
+Generation waits for slow viewers. A chunk is made only while fewer than `max_queue_chunks` have
+been made and not yet acknowledged as shown. Nothing is dropped, and no queue grows. All sessions
+share one worker thread, with at most one chunk each in its queue. So they take turns by chunk, and
+the event loop never waits for a computation.
 """
 
 from __future__ import annotations
@@ -22,8 +21,7 @@ from typing import Any, TypeVar, get_args
 import torch
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from selfforcing_dfd.benchmark.statistics import frames_per_second
-from selfforcing_dfd.live.status import resident_bytes
+from selfforcing_dfd.common import UserError, resident_bytes
 from selfforcing_dfd.live.web.messages import (
     HEADER,
     MAX_SEED,
@@ -47,8 +45,9 @@ MAX_WAITING_MESSAGES = 64
 RECENT_CHUNKS = 20
 CLOSE_S = 2.0
 MAX_REASON_BYTES = 120  # RFC 6455 has room for 123
-IDLE, BAD_MESSAGES, FAILED = 1001, 1008, 1011
-"""Close codes of RFC 6455."""
+IDLE = 1001  # close codes of RFC 6455
+BAD_MESSAGES = 1008
+FAILED = 1011
 
 Result = TypeVar("Result")
 
@@ -58,16 +57,16 @@ class Ended(Exception):
 
     def __init__(self, code: int, message: str) -> None:
         super().__init__(message)
-        self.code, self.message = code, message
+        self.code = code
+        self.message = message
 
 
 @dataclass(slots=True)
 class Shared:
-    """What all viewers share: the model, the limits, and the one thread that computes. Raises
-    ValueError for wrong sizes.
+    """What all viewers share: the model, the limits, and the one thread that computes.
 
-    fps: at which the page plays. idle_s: after which a viewer who shows no life is sent away.
-    examples: of prompts.
+    fps: at which the page plays. idle_s: seconds after which an inactive viewer is disconnected.
+    examples: prompts. Raises UserError for limits and settings that do not fit.
     """
 
     model: StreamModel
@@ -84,19 +83,26 @@ class Shared:
 
     def __post_init__(self) -> None:
         if not 0 < self.fps <= 240:
-            raise ValueError(f"fps is {self.fps}; want more than 0 and at most 240, such as 16")
+            raise UserError(f"fps is {self.fps}; want more than 0 and at most 240, such as 16")
         if self.idle_s <= 0 or self.max_queue_chunks < 1:
-            raise ValueError(
-                f"idle_s is {self.idle_s} and max_queue_chunks {self.max_queue_chunks}; want more than 0 and at least 1"
+            raise UserError(
+                f"idle_s is {self.idle_s} and max_queue_chunks {self.max_queue_chunks}; "
+                "want more than 0 and at least 1"
             )
         if not 0 <= self.settings.seed <= MAX_SEED:
-            raise ValueError(f"seed is {self.settings.seed}; the page takes 0 to {MAX_SEED}")
-        options = (self.settings.sink_frames, self.settings.window_frames, self.settings.positions)
-        shape, chunk_frames = self.model.kv_shape(), self.model.chunk_frames
-        self.ring = RingCache(shape, chunk_frames, *options, dtype=self.model.dtype, device="meta")
+            raise UserError(f"seed is {self.settings.seed}; the page takes 0 to {MAX_SEED}")
+        self.ring = RingCache(
+            self.model.kv_shape(),
+            self.model.chunk_frames,
+            self.settings.sink_frames,
+            self.settings.window_frames,
+            self.settings.positions,
+            dtype=self.model.dtype,
+            device="meta",
+        )
 
     async def compute(self, job: Callable[[], Result]) -> Result:
-        """Run something on the worker thread, after what waits there already."""
+        """Run a job on the worker thread, after the jobs that wait there."""
         return await asyncio.get_running_loop().run_in_executor(self.worker, job)
 
     def hello(self) -> dict[str, Any]:
@@ -127,9 +133,7 @@ class Shared:
 
 @dataclass(slots=True, eq=False)
 class Viewer:
-    """One connection and its stream. `play` alone touches the session and sends; `read` only fills
-    the inbox.
-    """
+    """One connection and its stream. `play` uses the session and sends; `read` only receives."""
 
     shared: Shared
     websocket: WebSocket
@@ -144,7 +148,7 @@ class Viewer:
     num_frames: int = 0
     num_acked: int = 0
     num_bad: int = 0
-    # a chunk, for which an `ack` made room, is life
+    # monotonic time of the last activity; a chunk, for which an `ack` made room, counts
     alive_at: float = field(default_factory=time.monotonic)
     recent: deque[tuple[float, int]] = field(
         default_factory=lambda: deque(maxlen=RECENT_CHUNKS + 1)
@@ -182,7 +186,7 @@ class Viewer:
             await self.inbox.put(message)
 
     async def play(self) -> None:
-        """Obey what has come, then make a chunk, or wait where none may be made."""
+        """Carry out all messages, then make a chunk, or wait while none may be made."""
         await self.send("hello", **self.shared.hello())
         while True:
             while not self.inbox.empty() or not self.may_make:
@@ -199,9 +203,7 @@ class Viewer:
         )
 
     async def next_message(self) -> Message | BadMessage:
-        """Raises Ended where a viewer is idle: before the start or in a pause if nothing comes,
-        else if no chunk is shown.
-        """
+        """The next message. Raises Ended after idle_s without one, or without a chunk shown."""
         left_s = self.alive_at + self.shared.idle_s - time.monotonic()
         try:
             async with asyncio.timeout(max(left_s, 0)):
@@ -216,7 +218,7 @@ class Viewer:
         return message
 
     async def obey(self, message: Message | BadMessage) -> None:
-        """Carry out a message, or tell the client what is wrong with it."""
+        """Carry out a message, or answer with what is wrong with it."""
         try:
             if isinstance(message, BadMessage):
                 raise message
@@ -232,10 +234,10 @@ class Viewer:
             await self.send("error", about="prompt", message=str(error))
 
     async def carry_out(self, message: Message) -> None:
-        """Raises BadMessage for what does not fit now, ValueError for a prompt that the model
-        refuses.
-        """
-        kind, fields, session = message.kind, message.fields, self.session
+        """Raises BadMessage at the wrong time, ValueError for a prompt that the model refuses."""
+        kind = message.kind
+        fields = message.fields
+        session = self.session
         if kind == "start":
             await self.start(**fields)
             return
@@ -258,7 +260,8 @@ class Viewer:
     async def start(self, prompt: str, seed: int) -> None:
         if self.session is not None:
             raise BadMessage("got start after start; want prompt, seed or reset")
-        model, settings = self.shared.model, replace(self.shared.settings, seed=seed)
+        model = self.shared.model
+        settings = replace(self.shared.settings, seed=seed)
         self.session = await self.shared.compute(lambda: StreamSession(model, prompt, settings))
         self.prompt = prompt
         await self.began(self.session)
@@ -279,7 +282,8 @@ class Viewer:
         self.num_acked = max(self.num_acked, chunk + 1)
 
     async def set_paused(self, paused: bool) -> None:
-        self.paused, self.alive_at = paused, time.monotonic()
+        self.paused = paused
+        self.alive_at = time.monotonic()
         self.recent.clear()  # the time of a pause counts in no rate
         await self.send("state", paused=paused)
 
@@ -300,11 +304,8 @@ class Viewer:
         self.alive_at = time.monotonic()
 
     def figures(self, session: StreamSession, chunk: StreamChunk) -> dict[str, Any]:
-        """index: of the chunk in its stream. fps: video frames over wall time of the last chunks;
-        None for the first.
-        """
+        """A chunk's figures for the page. index: of the chunk in its stream."""
         device = session.model.device
-        times, counts = zip(*self.recent, strict=True)
         return {
             "chunk": self.num_chunks,
             "index": chunk.chunk_index,
@@ -312,17 +313,23 @@ class Viewer:
             "latency_ms": chunk.timings.total_ms,
             "first_frame_ms": chunk.timings.first_frame_ms,
             "stages_ms": chunk.timings.stages_ms,
-            "fps": frames_per_second(counts[1:], times[-1] - times[0]) if len(times) > 1 else None,
+            "fps": self.recent_fps(),
             "prompt": session.prompt,
             "memory_bytes": resident_bytes(),
             "device_bytes": torch.cuda.memory_allocated(device) if device.type == "cuda" else None,
         }
 
+    def recent_fps(self) -> float | None:
+        """Video frames over wall time of the last chunks; None for the first chunk."""
+        times = [time for time, _ in self.recent]
+        num_frames = sum(count for _, count in self.recent) - self.recent[0][1]
+        return num_frames / (times[-1] - times[0]) if len(times) > 1 else None
+
     async def send(self, kind: str, **fields: Any) -> None:
         await self.deliver(self.websocket.send_text(json.dumps({"type": kind, **fields})))
 
     async def deliver(self, sending: Awaitable[None]) -> None:
-        """Wait until the connection has taken a message. Raises Ended for one that takes nothing."""
+        """Wait until the connection has taken a message. Raises Ended if it takes nothing."""
         try:
             async with asyncio.timeout(self.shared.idle_s):
                 await sending
@@ -332,8 +339,8 @@ class Viewer:
             ) from error
 
     async def end(self, end: Ended) -> None:
-        """Tell the client, as far as it listens, and close."""
-        # it has gone, or takes no data: it need not be told
+        """Tell the client why, if it still listens, and close."""
+        # a client that has gone or takes no data need not be told
         with suppress(WebSocketDisconnect, TimeoutError):
             async with asyncio.timeout(CLOSE_S):
                 await self.websocket.send_text(
