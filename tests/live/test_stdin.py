@@ -8,7 +8,7 @@ import sys
 import threading
 import time
 
-from inference import stream
+from selfforcing_dfd.cli.main import main
 
 PATIENCE_S = 60.0
 
@@ -37,7 +37,8 @@ def test_piped_lines_change_and_end_the_stream(tmp_path, monkeypatch):
     speaker = threading.Thread(target=talk)
     speaker.start()
     assert (
-        stream.main(["--chunks", "inf", "--device", "cpu", "--out", str(tmp_path / "s.y4m")]) == 0
+        main(["stream", "--chunks", "inf", "--device", "cpu", "--out", str(tmp_path / "s.y4m")])
+        == 0
     )
     speaker.join(PATIENCE_S)
     assert replies == [True, True, True]
@@ -50,4 +51,4 @@ def test_a_stdin_that_is_closed_is_left_alone(tmp_path, monkeypatch):
     for stdin in (None, io.StringIO("a cross moves")):
         monkeypatch.setattr(sys, "stdin", stdin)
         out = ["--overwrite", "--out", str(tmp_path / "s.y4m")]
-        assert stream.main(["--chunks", "1", "--device", "cpu", *out]) == 0
+        assert main(["stream", "--chunks", "1", "--device", "cpu", *out]) == 0
