@@ -18,7 +18,7 @@ from selfforcing_dfd.cli.options import DTYPE_NAMES, Run, part, positive, shape,
 from selfforcing_dfd.common import shipped
 
 if TYPE_CHECKING:
-    from selfforcing_dfd.data.encoders import TextEncoder, VideoCodec
+    from selfforcing_dfd.codecs.protocol import TextEncoder, VideoCodec
     from selfforcing_dfd.data.pack import PackSummary
     from selfforcing_dfd.data.source import Source
     from selfforcing_dfd.data.sources.files import FileSource

@@ -1,6 +1,4 @@
-"""What streaming asks of a codec: decode and encode a video piece by piece, with state that the
-caller owns.
-"""
+"""What is asked of codecs and text encoders: by packing whole clips, by streaming pieces."""
 
 from __future__ import annotations
 
@@ -51,3 +49,32 @@ class StreamingCodec(Protocol):
     def start_decoding(self) -> Decoder: ...
 
     def start_encoding(self) -> Encoder: ...
+
+
+class VideoCodec(Protocol):
+    """What packing asks of a codec: the tiny world's linear one, or Wan's VAE."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def num_latent_frames(self, num_video_frames: int) -> int:
+        """Raises ValueError for a number of video frames that it cannot take."""
+        ...
+
+    def encode(self, video: Tensor) -> Tensor:
+        """[B, T, H, W, 3] in [0, 1] -> [B, F, C, h, w]."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """What packing, and a cache of embeddings, ask of a text encoder: a word table, or UMT5."""
+
+    @property
+    def fingerprint(self) -> str: ...
+
+    def encode(self, captions: list[str]) -> Tensor:
+        """-> [B, L, D] with a fixed L, zeros past each caption's end.
+
+        Raises ValueError for a caption that it cannot take.
+        """
+        ...

@@ -19,7 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Self
 
 import ftfy
 import torch
@@ -28,6 +28,7 @@ from safetensors.torch import save
 from torch import Tensor
 from torch.nn.functional import pad
 
+from selfforcing_dfd.codecs.protocol import TextEncoder
 from selfforcing_dfd.common import UserError
 
 log = logging.getLogger(__name__)
@@ -49,17 +50,6 @@ class TextError(UserError):
     """Files, a tokenizer, prompts or embeddings that cannot be used; the message says what was
     wanted.
     """
-
-
-class TextEncoder(Protocol):
-    """What embeddings can be kept of: `WanText`, or the tiny world's word table."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def encode(self, captions: list[str]) -> Tensor:
-        """-> [B, L, D_text] with a fixed L, zeros past each prompt's end."""
-        ...
 
 
 def clean_prompt(prompt: str) -> str:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
+from selfforcing_dfd.codecs.protocol import TextEncoder
 from selfforcing_dfd.data.format import PackError
 from selfforcing_dfd.data.source import ClipError, Source
 from selfforcing_dfd.tiny.codec import CHANNELS, SPACE, TIME, TinyCodec
@@ -22,33 +22,6 @@ if TYPE_CHECKING:
 
 MAX_CLIPS_TO_FIT = 64  # 33,000 blocks of 4x8x8 pixels at the default size: plenty for a basis of 16
 PATCH = 2 * SPACE  # pixels that a token stands for, in height and in width
-
-
-class VideoCodec(Protocol):
-    """What packing asks of a codec: the tiny world's linear one, or Wan's VAE."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def num_latent_frames(self, num_video_frames: int) -> int: ...
-
-    def encode(self, video: Tensor) -> Tensor:
-        """[B, T, H, W, 3] in [0, 1] -> [B, F, C, h, w]."""
-        ...
-
-
-class TextEncoder(Protocol):
-    """What packing asks of a text encoder: the tiny world's word table, or UMT5."""
-
-    @property
-    def fingerprint(self) -> str: ...
-
-    def encode(self, captions: list[str]) -> Tensor:
-        """-> [B, L, D] with a fixed L, zeros past each caption's end.
-
-        Raises ValueError for a caption that it cannot take.
-        """
-        ...
 
 
 def load_wan_codec(model: Path | None, device: str, dtype: str) -> WanCodec:

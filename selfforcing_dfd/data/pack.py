@@ -19,8 +19,8 @@ from safetensors.torch import save
 from torch import Tensor
 from tqdm import tqdm
 
+from selfforcing_dfd.codecs.protocol import TextEncoder, VideoCodec
 from selfforcing_dfd.data.ahead import in_order
-from selfforcing_dfd.data.encoders import TextEncoder, VideoCodec
 from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, TEXT, PackError, load_npy, npy, trim
 from selfforcing_dfd.data.source import ClipError, Item, Source
 from selfforcing_dfd.data.write import (
