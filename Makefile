@@ -2,17 +2,18 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint soak rebuild clean
+.PHONY: help demo test wheel-test lint soak rebuild clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo            install, distil the embedded tiny world with DFD, report, write a sample video"
 	@echo "make test            install, run the tests"
+	@echo "make wheel-test      build the wheel, install it elsewhere, train and stream with it"
 	@echo "make lint            ruff and the type checker"
 	@echo "make soak            the long tests"
 	@echo "make rebuild         train assets/tiny again from nothing (hours)"
 
-$(VENV)/.installed: requirements.txt
+$(VENV)/.installed: requirements.txt pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
@@ -22,7 +23,10 @@ demo: $(VENV)/.installed
 	$(BIN)/python -m selfforcing_dfd sample --run runs/dfd_ar
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest -m "not soak and not gpu"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not soak and not gpu and not wheel"
+
+wheel-test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m wheel
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

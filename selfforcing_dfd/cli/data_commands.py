@@ -326,10 +326,7 @@ def _load_codec(
 
     if args.codec == "wan":
         return encoders.load_wan_codec(args.model, args.device, args.dtype), None
-    if args.fit:
-        codec = encoders.fit_tiny_codec(source)
-    else:
-        codec = encoders.load_tiny_codec(args.basis)
+    codec = encoders.fit_tiny_codec(source) if args.fit else encoders.load_tiny_codec(args.basis)
     return codec.to(args.device), lambda out: codec.save(out / CODEC_FILE)
 
 
