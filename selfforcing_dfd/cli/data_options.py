@@ -118,9 +118,10 @@ def pack_options(args: argparse.Namespace, shard_size: int = 0) -> PackOptions:
     prompt = args.negative_prompt
     if prompt is None and args.text:
         prompt = default_negative_prompt(args.text)
+    stored = "float32" if args.float32 else "float16"
     return PackOptions(
         shard_size=args.shard_size or shard_size,
-        dtype="float32" if args.float32 else "float16",
+        dtype=stored,
         negative_prompt=prompt,
         device=args.device,
         strict=args.strict,

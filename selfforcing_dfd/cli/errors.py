@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import select
 import signal
 import sys
 import threading
@@ -22,6 +23,7 @@ from selfforcing_dfd.common import (
 
 EXIT_FAULT = 1  # as Python ends with an exception that nobody caught
 EXIT_READER_GONE = 128 + signal.SIGPIPE  # as shells report who wrote into a closed pipe
+STDOUT = 1
 TRACEBACK_VARIABLE = "SELFFORCING_DFD_TRACEBACK"
 
 EXTRAS = {
@@ -169,12 +171,12 @@ def _reader_is_gone() -> bool:
     """Whether nobody reads our stdout any more. What is left to write is then thrown away, so that
     Python does not complain at its end.
     """
-    try:
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return True
-    return False
+    poll = select.poll()
+    poll.register(STDOUT, 0)
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), STDOUT)
+    return True
 
 
 def _stop_at_once_next_time() -> None:

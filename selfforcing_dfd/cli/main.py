@@ -75,7 +75,7 @@ def parser_of(name: str) -> Parser:
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
-    """The options of a command line. Raises UserError for a command or an option that is not known."""
+    """The options of a command line. Raises UserError for one that cannot be understood."""
     name, *rest = arguments
     if name not in COMMANDS:
         similar = difflib.get_close_matches(name, COMMANDS, 1)

@@ -54,7 +54,7 @@ def test_file_holds_what_the_session_makes(tmp_path):
 
 
 def test_mp4_has_every_frame(tmp_path, capsys):
-    """Catches frames that stay in the encoder; and a run that does not say how far it looks back."""
+    """Catches frames that stay in the encoder, and a run that is silent about its past."""
     assert stream("--chunks", "4", "--out", str(tmp_path / "s.mp4")) == 0
     assert frames_of(tmp_path / "s.mp4").shape == (9 + 3 * 12, 64, 64, 3)
     assert "K = 9 latent frames (sink 3 + window 6, sink_relative)" in capsys.readouterr().err
@@ -68,7 +68,8 @@ def test_schedule_changes_the_running_stream(tmp_path):
         ("two", ["--prompts", str(tmp_path / "p.txt")]),
     ):
         assert stream(*prompts, "--chunks", "5", "--out", str(tmp_path / f"{name}.y4m")) == 0
-    one, two = frames_of(tmp_path / "one.y4m"), frames_of(tmp_path / "two.y4m")
+    one = frames_of(tmp_path / "one.y4m")
+    two = frames_of(tmp_path / "two.y4m")
     before = 9 + 12 + 12
     assert np.array_equal(one[:before], two[:before])
     assert not np.array_equal(one[before:], two[before:])
