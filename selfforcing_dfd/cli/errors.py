@@ -32,7 +32,6 @@ EXTRAS = {
     "peft": "lora",
     "starlette": "serve",
     "tensorboard": "track",
-    "torchao": "quant",
     "uvicorn": "serve",
     "wandb": "track",
     "websockets": "serve",
