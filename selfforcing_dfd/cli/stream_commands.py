@@ -66,6 +66,9 @@ def check_targets(args: argparse.Namespace) -> None:
     for name, value in STREAM_DEFAULTS.items():
         if given[name] is None:
             setattr(args, name, value)
+    # Also checked where the file is opened; here it costs no time to load a model.
+    if not args.serve and not args.overwrite and args.out != "-" and Path(args.out).exists():
+        raise UserError(f"{args.out} exists; choose another name, or replace it with --overwrite")
 
 
 def _add_content_options(group: argparse._ArgumentGroup) -> None:
