@@ -20,7 +20,6 @@ from selfforcing_dfd.common import shipped
 if TYPE_CHECKING:
     from selfforcing_dfd.codecs.protocol import TextEncoder, VideoCodec
     from selfforcing_dfd.data.pack import PackSummary
-    from selfforcing_dfd.data.source import Source
     from selfforcing_dfd.data.sources.files import FileSource
 
 CODEC_FILE = "codec.safetensors"
@@ -319,14 +318,17 @@ def _out_folder(args: argparse.Namespace, source: Path) -> Path:
 
 
 def _load_codec(
-    args: argparse.Namespace, source: Source
+    args: argparse.Namespace, source: FileSource
 ) -> tuple[VideoCodec, Callable[[Path], None] | None]:
     """The codec, and what writes its basis beside the shards."""
     from selfforcing_dfd.data import encoders
 
     if args.codec == "wan":
         return encoders.load_wan_codec(args.model, args.device, args.dtype), None
-    codec = encoders.fit_tiny_codec(source) if args.fit else encoders.load_tiny_codec(args.basis)
+    if args.fit:
+        codec = encoders.fit_tiny_codec(source.read_video, len(source.clips))
+    else:
+        codec = encoders.load_tiny_codec(args.basis)
     return codec.to(args.device), lambda out: codec.save(out / CODEC_FILE)
 
 

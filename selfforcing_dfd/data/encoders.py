@@ -6,14 +6,16 @@ What needs diffusers or transformers is imported where it is asked for: that tak
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from selfforcing_dfd.codecs.protocol import TextEncoder
 from selfforcing_dfd.data.format import PackError
-from selfforcing_dfd.data.source import ClipError, Source
+from selfforcing_dfd.data.source import ClipError
 from selfforcing_dfd.tiny.codec import CHANNELS, SPACE, TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
@@ -40,22 +42,19 @@ def load_tiny_codec(path: Path) -> TinyCodec:
     return TinyCodec.load(path)
 
 
-def fit_tiny_codec(source: Source) -> TinyCodec:
-    """Fit to at most MAX_CLIPS_TO_FIT clips, evenly chosen; those that cannot be used are left out.
+def fit_tiny_codec(read_video: Callable[[int], Tensor], num_clips: int) -> TinyCodec:
+    """Fit to at most MAX_CLIPS_TO_FIT clips, evenly chosen.
 
-    Raises PackError if none of the chosen can be used.
+    read_video: number -> uint8 [T, H, W, 3]; a clip for which it raises ClipError is left out.
+    Raises PackError if none of the chosen can be read.
     """
-    numbers = range(len(source.names))
     videos = []
     problems = []
-    for number in numbers[:: math.ceil(len(numbers) / MAX_CLIPS_TO_FIT)]:
+    for number in range(num_clips)[:: math.ceil(num_clips / MAX_CLIPS_TO_FIT)]:
         try:
-            video = source.read(number).video
+            videos.append(read_video(number))
         except ClipError as error:
             problems.append(f"\n  {error}")
-            continue
-        assert video is not None
-        videos.append(video)
     if not videos:
         raise PackError(f"no clip to fit the codec to; the first tried:{''.join(problems[:5])}")
     return TinyCodec.fit(torch.stack(videos).float() / 255)

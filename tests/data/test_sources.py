@@ -19,11 +19,12 @@ from tiny_pack import pack_tiny
 from torch import Tensor
 
 from selfforcing_dfd.cli.main import main
+from selfforcing_dfd.data.encoders import fit_tiny_codec
 from selfforcing_dfd.data.format import PackError
 from selfforcing_dfd.data.pack import share_of
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.source import ClipError, keys_of
-from selfforcing_dfd.data.sources.files import list_clips, list_hash
+from selfforcing_dfd.data.sources.files import FileSource, list_clips, list_hash
 from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.tiny.codec import TinyCodec
 
@@ -305,3 +306,14 @@ def test_a_clip_turned_by_its_metadata_is_named(tmp_path: Path, frames: Tensor) 
         match=r"^turned\.mp4: is turned by 90 degrees in its metadata.*ffmpeg -i turned\.mp4",
     ):
         read_video(tmp_path / "turned.mp4", 9)
+
+
+def test_the_tiny_codec_is_fitted_to_clips_that_can_be_read(own_clips: Path) -> None:
+    """Catches one damaged clip that stops the fit, and a fit to nothing."""
+    (own_clips / "000000.mp4").write_bytes(b"no video")
+    source = FileSource(own_clips, 9, (64, 64))
+    videos = torch.stack([source.read_video(number) for number in (1, 2, 3)])
+    fitted = fit_tiny_codec(source.read_video, 4)
+    assert fitted.fingerprint == TinyCodec.fit(videos.float() / 255).fingerprint
+    with pytest.raises(PackError, match=r"no clip to fit .*\n  000000\.mp4: cannot be read"):
+        fit_tiny_codec(source.read_video, 1)

@@ -13,6 +13,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from selfforcing_dfd.data.format import PackError
 from selfforcing_dfd.data.source import ClipError, Item, Source, keys_of, one_line
 from selfforcing_dfd.data.sources.video import Resize, read_video
@@ -107,9 +109,12 @@ class FileSource(Source):
         clip = self.clips[number]
         if clip.problem:
             raise ClipError(clip.name, clip.problem)
-        size = self.video_size
-        video = read_video(clip.path, self.num_video_frames, size, self.resize, self.fps)
-        return Item(clip.caption, video)
+        return Item(clip.caption, self.read_video(number))
+
+    def read_video(self, number: int) -> Tensor:
+        """uint8 [T, H, W, 3], whether the clip has a caption or not. Raises ClipError."""
+        path = self.clips[number].path
+        return read_video(path, self.num_video_frames, self.video_size, self.resize, self.fps)
 
 
 def find_clips(folder: Path | str, recursive: bool = False) -> list[Path]:
