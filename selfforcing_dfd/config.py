@@ -287,6 +287,9 @@ class ReportConfig:
     clips: int = 0  # samples generated for each row
     teacher_steps: int = 16  # of the teacher's ODE sampler, two network calls each
     teacher_guidance: float = 1.0
+    # diffusers folder with the VAE that decodes clips of any codec but the tiny world's; empty:
+    # weights.teacher
+    model: str = ""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -22,7 +22,7 @@ from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, NOISE, TEXT, PackError, npy
 from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.shards import ShardError, ShardReader
-from selfforcing_dfd.data.sources.tiny import make_tiny_shards
+from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards
 from selfforcing_dfd.data.write import Job, Record, Refuse, write_folder
 from selfforcing_dfd.models.hub import CAUSAL, RECIPE, Recipe
 from selfforcing_dfd.models.wan import WanTransformer
@@ -244,7 +244,7 @@ def build_guards(config: Config) -> Guards | None:
     if config.run.stage not in ("dmd", "dfd"):
         return None
     guards = config.guards
-    if ShardReader(config.data.shards).index.fingerprints["codec"].startswith("tiny-codec"):
+    if holds_tiny_world(config.data.shards):
         codec = TinyCodec.load(codec_file(config)).to(find_device(config.run.device, "run.device"))
         return Guards(codec.decode, guards.tolerance, guards.stop)
     logger.info("guards watch latents: %s are not of the tiny codec", config.data.shards)

@@ -1,4 +1,4 @@
-"""Several seeds in one report: a claim that holds in one seed alone is none."""
+"""Several seeds in one report: a claim from one seed is no claim."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from selfforcing_dfd.evaluation import tables
-from selfforcing_dfd.evaluation.document import REPORT_FILE, notes_on, printed, save
+from selfforcing_dfd.evaluation.document import PAGE_FILE, REPORT_FILE, notes_on, printed, save
 from selfforcing_dfd.evaluation.page import Page
 from selfforcing_dfd.evaluation.tables import (
     CONTROL,
@@ -22,7 +22,10 @@ from selfforcing_dfd.evaluation.tables import (
     ReportError,
     Row,
 )
-from selfforcing_dfd.tiny.metrics import Score
+from selfforcing_dfd.evaluation.tiny_verdict import compared
+from selfforcing_dfd.evaluation.world import World
+from selfforcing_dfd.evaluation.worlds import world_named
+from selfforcing_dfd.tiny.bootstrap import Score
 
 MAY_DIFFER = {
     "base",
@@ -36,39 +39,52 @@ MAY_DIFFER = {
 }
 """Settings in which reports that are combined over seeds may differ."""
 
+STATED_MEANS = {
+    "kl_prior_sample": "KL(prior || sample)",
+    "valid": "validity",
+    "contrast": "contrast",
+}
+"""Scores that the verdict over seeds repeats; only worlds with a rule get this far."""
+
+KEYS = ("world", "seed", "rows", "config", "num_clips", "environment")
+
 
 def combine(folders: Sequence[Path], out: Path) -> str:
-    """One table from the reports of several seeds: means, ranges over seeds, and in how many seeds
-    each arm did what.
+    """One table from the reports of several seeds.
 
-    Writes report.json, .md and .html to `out` and returns the table. Raises ReportError for reports
-    that do not belong together.
+    It has means, ranges over seeds, and in how many seeds each arm had which outcome. Writes
+    report.json, .md and .html to `out` and returns the table. Raises ReportError for reports that
+    do not belong together.
     """
     reports = [load_report(folder) for folder in folders]
     seeds = _check_belong_together(folders, reports)
+    first = reports[0]
+    world = world_named(first["world"])
     per_seed = [[tables.from_json(row) for row in report["rows"]] for report in reports]
-    data = [row for one in per_seed for row in one if row.name == DATA]
+    data = [row for rows in per_seed for row in rows if row.name == DATA]
     rows = [combined_row(several, data) for several in zip(*per_seed, strict=True)]
-    title = f"{reports[0]['config']['run']['name']}, seeds {', '.join(map(str, seeds))}"
-    num_clips = reports[0]["num_clips"]
+    num_clips = first["num_clips"]
     page = Page(
-        title=title,
-        subtitle=f"Tiny world, {len(seeds)} seeds, {num_clips} clips a row and seed",
-        findings=combined_findings(rows, per_seed),
+        title=f"{first['config']['run']['name']}, seeds {', '.join(map(str, seeds))}",
+        subtitle=f"{world.title}, {len(seeds)} seeds, {num_clips} clips a row and seed",
+        tried=f"The same comparison with {len(seeds)} seeds.",
+        world=world,
+        findings=combined_findings(world, rows, per_seed),
         rows=rows,
-        notes=notes_on(rows, num_clips, len(seeds)),
+        notes=notes_on(world, rows, num_clips, len(seeds)),
         sheets={},
+        comparison="",
         captions=(),
         panels=(),
         commands=[f"python train.py --config {folder / 'config.yaml'}" for folder in folders],
-        environment=reports[0]["environment"],
+        environment=first["environment"],
         settings="",
         links={
-            f"seed {seed}": Path(os.path.relpath(folder / "report.html", out)).as_posix()
+            f"seed {seed}": Path(os.path.relpath(folder / PAGE_FILE, out)).as_posix()
             for seed, folder in zip(seeds, folders, strict=True)
         },
     )
-    save(out, page, {"seeds": seeds, "config": reports[0]["config"]})
+    save(out, page, {"seeds": seeds, "config": first["config"]})
     return printed(page, out)
 
 
@@ -81,12 +97,11 @@ def load_report(folder: Path) -> dict[str, Any]:
         report = json.loads(path.read_text(encoding="utf-8"))
     except json.JSONDecodeError as error:
         raise ReportError(f"{path} is not JSON ({error}); write the report again") from error
-    missing = [
-        key for key in ("seed", "rows", "config", "num_clips", "environment") if key not in report
-    ]
+    missing = [key for key in KEYS if key not in report]
     if missing:
         raise ReportError(
-            f"{path} has no {missing[0]}: not one seed's report; combine the runs' own reports"
+            f"{path} has no {missing[0]}: it is not the report of one seed, or an older version "
+            f"wrote it; combine the runs' own reports, written by this version"
         )
     return dict(report)
 
@@ -107,23 +122,20 @@ def _check_belong_together(
             )
     first = reports[0]
     for folder, report in zip(folders, reports, strict=True):
-        names, others = ([row["name"] for row in r["rows"]] for r in (first, report))
+        names = [row["name"] for row in first["rows"]]
+        others = [row["name"] for row in report["rows"]]
         if names != others:
             raise ReportError(
                 f"{folder} has rows {', '.join(others)}; {folders[0]} has {', '.join(names)}"
             )
-        own, wanted = _flat(report["config"]), _flat(first["config"])
-        differing = [
-            key
-            for key in {**wanted, **own}
-            if own.get(key) != wanted.get(key) and key not in MAY_DIFFER
-        ]
-        if differing:
-            key = differing[0]
-            raise ReportError(
-                f"{folder} was made with {key}={own.get(key)}, {folders[0]} with {wanted.get(key)}; "
-                f"combine runs that differ in their seed alone"
-            )
+        wanted = _flat(first["config"])
+        own = _flat(report["config"])
+        for key in {**wanted, **own}:
+            if own.get(key) != wanted.get(key) and key not in MAY_DIFFER:
+                raise ReportError(
+                    f"{folder} was made with {key}={own.get(key)}, {folders[0]} with "
+                    f"{wanted.get(key)}; combine runs that differ in their seed alone"
+                )
     return seeds
 
 
@@ -131,62 +143,68 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     """Nested settings as {"section.setting": value}."""
     flat: dict[str, Any] = {}
     for key, value in settings.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.")
-            if isinstance(value, Mapping)
-            else {f"{prefix}{key}": value}
-        )
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
     return flat
 
 
 def combined_row(several: Sequence[Row], data: Sequence[Row]) -> Row:
-    """The same row of several seeds, whose data rows are `data`: each score's mean, with the range
-    over seeds.
+    """The same row of several seeds, whose data rows are `data`.
+
+    Each score is the mean, with the range over seeds as its interval.
     """
     scores: dict[str, Score] = {}
     marks: dict[str, Mark] = {}
     for key in several[0].scores:
         values = [row.scores[key].value for row in several if key in row.scores]
-        values = [value for value in values if math.isfinite(value)]
-        mean, low, high = (
-            (sum(values) / len(values), min(values), max(values)) if values else (math.nan,) * 3
-        )
-        scores[key] = Score(mean, low, high, len(values))
-        said = {row.mark(key, own) for row, own in zip(several, data, strict=True)}
-        marks[key] = said.pop() if len(said) == 1 else "="
-    modes = tuple(sum(counts) for counts in zip(*(row.modes for row in several), strict=True))
+        scores[key] = _over_seeds([value for value in values if math.isfinite(value)])
+        found = {row.mark(key, own) for row, own in zip(several, data, strict=True)}
+        marks[key] = found.pop() if len(found) == 1 else "="
+    per_mode = zip(*(row.modes for row in several), strict=True)
     return Row(
-        several[0].name, several[0].about, scores, modes, sum(row.seconds for row in several), marks
+        name=several[0].name,
+        about=several[0].about,
+        scores=scores,
+        modes=tuple(sum(counts) for counts in per_mode),
+        seconds=sum(row.seconds for row in several),
+        marks=marks,
     )
 
 
-def combined_findings(rows: Sequence[Row], per_seed: Sequence[Sequence[Row]]) -> list[Finding]:
-    """For every arm, in how many seeds the rule found what; without a control, what sets its range
-    off the data's.
+def _over_seeds(values: Sequence[float]) -> Score:
+    if not values:
+        return Score(math.nan, math.nan, math.nan, 0)
+    return Score(sum(values) / len(values), min(values), max(values), len(values))
+
+
+def combined_findings(
+    world: World, rows: Sequence[Row], per_seed: Sequence[Sequence[Row]]
+) -> list[Finding]:
+    """For every arm, in how many seeds the rule found which outcome, with means.
+
+    Where no rule was applied, what sets the rows' ranges apart from the data's.
     """
-    found = [tables.findings(one) for one in per_seed]
+    found = [world.findings(seed) for seed in per_seed]
     control = tables.find(rows, CONTROL)
-    if control is None or not all(finding.outcome for finding in found[0]):
-        return tables.findings(rows)
+    if control is None or not all(finding.outcome for seed in found for finding in seed):
+        return world.findings(rows)
     findings = []
     for several in zip(*found, strict=True):
         name = several[0].name
         arm = next(row for row in rows if row.name == name)
         counted = Counter(finding.outcome for finding in several).most_common()
-        said = ", ".join(_in_seeds(word, times, len(per_seed)) for word, times in counted)
+        times = ", ".join(_in_seeds(word, count, len(per_seed)) for word, count in counted)
         means = ", ".join(
-            f"{title} {tables.compared(arm, control, key)}"
-            for key, title in (
-                ("kl_prior_sample", "KL(prior || sample)"),
-                ("valid", "validity"),
-                ("contrast", "contrast"),
-            )
+            f"{title} {compared(arm, control, key)}" for key, title in STATED_MEANS.items()
         )
         unanimous: Outcome | Literal[""] = several[0].outcome if len(counted) == 1 else ""
-        findings.append(Finding(name, unanimous, f"{name} {said}: mean {means}."))
+        findings.append(Finding(name, unanimous, f"{name} {times}: mean {means}."))
     return findings
 
 
-def _in_seeds(word: str, times: int, num_seeds: int) -> str:
-    said = {"mixed": "was mixed", "no clear difference": "made no clear difference"}.get(word, word)
-    return f"{said} in {'every seed' if times == num_seeds else f'{times} of {num_seeds} seeds'}"
+def _in_seeds(outcome: str, count: int, num_seeds: int) -> str:
+    said = {"mixed": "was mixed", "no clear difference": "made no clear difference"}
+    seeds = "every seed" if count == num_seeds else f"{count} of {num_seeds} seeds"
+    return f"{said.get(outcome, outcome)} in {seeds}"

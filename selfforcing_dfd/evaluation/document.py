@@ -1,6 +1,4 @@
-"""A report's files: JSON for programs, Markdown and HTML for people, and the text that a terminal
-shows.
-"""
+"""A report's files: JSON for programs, Markdown and HTML for people, and text for a terminal."""
 
 from __future__ import annotations
 
@@ -16,33 +14,30 @@ import torch
 
 from selfforcing_dfd.evaluation import tables
 from selfforcing_dfd.evaluation.page import Page, render_page
-from selfforcing_dfd.evaluation.tables import CONTROL, FEWEST, FEWEST_FOR_MODES, MARKS, RULE, Row
-from selfforcing_dfd.tiny.world import MODE_PRIOR
+from selfforcing_dfd.evaluation.tables import MARKS, TERMINAL, Row
+from selfforcing_dfd.evaluation.world import World
 
 REPORT_FILE = "report.json"
+PAGE_FILE = "report.html"
+MARKDOWN_FILE = "report.md"
 
 
-def notes_on(rows: Sequence[Row], num_clips: int, num_seeds: int = 1) -> list[str]:
+def notes_on(world: World, rows: Sequence[Row], num_clips: int, num_seeds: int = 1) -> list[str]:
     """How to read the table of these rows."""
-    several = num_seeds > 1
-    spread = f"the range over {num_seeds} seeds" if several else "95 % bootstrap intervals"
-    expected = tables.expected_modes(num_clips)
-    said = [
-        f"{num_clips} clips a row{' and seed' if several else ''}, the same captions and noise in each, with {spread}. "
-        f"So many independent draws from the prior hit {expected:.1f} of the 24 modes on average. Means over fewer "
-        f"than {FEWEST} valid clips, and KL from fewer than {FEWEST_FOR_MODES}, are not stated."
-    ]
-    if several:
-        said.append("Above or below the data means: in every seed, with disjoint 95 % intervals.")
-    if tables.find(rows, CONTROL):
-        said.append(RULE)
-    if not several:
-        said.append("One seed; a claim needs at least three.")
-    return said
+    if num_seeds > 1:
+        each = f"{num_clips} clips a row and seed"
+        spread = f"the range over {num_seeds} seeds"
+        seeds = "Above or below the data means: in every seed, with disjoint 95 % intervals."
+    else:
+        each = f"{num_clips} clips a row"
+        spread = "95 % bootstrap intervals"
+        seeds = "One seed; a claim needs at least three."
+    first = f"{each}, the same captions and noise in each, with {spread}."
+    return [first, *world.notes(rows, num_clips, num_seeds), seeds]
 
 
 def environment(device: str, seconds: float) -> dict[str, str]:
-    """What a report was made on, and in how many seconds."""
+    """The machine that a report was made on, and the seconds it took."""
     return {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -55,43 +50,56 @@ def environment(device: str, seconds: float) -> dict[str, str]:
 
 
 def save(folder: Path, page: Page, more: Mapping[str, Any]) -> None:
-    """Write report.json, with `more` (the config among it) beside what the page shows, report.md
-    and report.html.
-    """
+    """Write report.json, .md and .html. `more`, with the config, goes into the JSON as well."""
     folder.mkdir(parents=True, exist_ok=True)
     num_clips = int(more["config"]["report"]["clips"])
+    findings = [
+        {"name": finding.name, "outcome": finding.outcome, "text": finding.text}
+        for finding in page.findings
+    ]
     document = {
         "title": page.title,
-        "verdict": " ".join(finding.text for finding in page.findings),
-        "findings": [{"name": f.name, "outcome": f.outcome, "text": f.text} for f in page.findings],
+        "world": page.world.name,
+        "verdict": page.verdict,
+        "findings": findings,
         "num_clips": num_clips,
-        "expected_modes": tables.expected_modes(num_clips),
-        "mode_prior": MODE_PRIOR.tolist(),
         "rows": [tables.to_json(row) for row in page.rows],
         "environment": dict(page.environment),
+        **page.world.facts(num_clips),
         **more,
     }
     text = json.dumps(document, indent=1, allow_nan=False, ensure_ascii=False)
     (folder / REPORT_FILE).write_text(text + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(_markdown(page), encoding="utf-8")
-    (folder / "report.html").write_text(render_page(page), encoding="utf-8")
+    (folder / MARKDOWN_FILE).write_text(_markdown(page), encoding="utf-8")
+    (folder / PAGE_FILE).write_text(render_page(page), encoding="utf-8")
 
 
 def _markdown(page: Page) -> str:
-    findings = "\n\n".join(f"**{finding.text}**" for finding in page.findings)
     notes = "\n".join(f"- {note.replace('||', '‖')}" for note in (MARKS, *page.notes))
     about = "\n".join(f"- {row.name}: {row.about}" for row in page.rows)
     facts = ", ".join(f"{name} {value}" for name, value in page.environment.items())
     commands = "\n".join(page.commands)
-    return (
-        f"# {page.title}\n\n{page.subtitle}.\n\n{findings}\n\n{tables.markdown_table(page.rows)}\n\n{notes}\n\n"
-        f"Rows:\n{about}\n\n```\n{commands}\n```\n\n{facts}\n"
-    )
+    parts = [
+        f"# {page.title}",
+        f"{page.subtitle}.",
+        page.tried,
+        *(f"**{finding.text}**" for finding in page.findings),
+        tables.markdown_table(page.rows, page.world.metrics),
+        notes,
+        f"Rows:\n{about}",
+        f"```\n{commands}\n```",
+        facts,
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def printed(page: Page, folder: Path) -> str:
     """The table and the verdict for a terminal."""
-    notes = "\n".join(textwrap.fill(note, 110) for note in (MARKS, *page.notes))
-    said = textwrap.fill(" ".join(finding.text for finding in page.findings), 110)
-    head = f"{page.title}: {page.subtitle}"
-    return f"\n{head}\n\n{tables.plain_table(page.rows)}\n\n{notes}\n\n{said}\n\n{folder / 'report.html'}"
+    parts = [
+        f"{page.title}: {page.subtitle}",
+        tables.plain_table(page.rows, page.world.metrics),
+        "\n".join(textwrap.fill(note, TERMINAL) for note in (MARKS, *page.notes)),
+        textwrap.fill(page.verdict, TERMINAL),
+        str(folder / PAGE_FILE),
+    ]
+    return "\n" + "\n\n".join(part for part in parts if part)

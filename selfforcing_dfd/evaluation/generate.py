@@ -1,14 +1,12 @@
-"""Clips to be judged: what data, teacher and student show for the same captions, from the same
-noise.
+"""Clips to be judged: what teacher and student show for the same captions, from the same noise.
 
-Every source yields decoded videos in batches, so that no row of a report is ever in memory as a
-whole.
+Every source yields decoded videos in batches, so a row of a report is never in memory as a whole.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -19,47 +17,30 @@ from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.ode import sample
 from selfforcing_dfd.rollout import Chunk, rollout
-from selfforcing_dfd.tiny.codec import CHANNELS, SPACE, TIME, TinyCodec
-from selfforcing_dfd.tiny.text import TinyText
-from selfforcing_dfd.tiny.world import SIDE, Factors, Level, captions, draw_factors, render
 
 EVALUATION_SEED = 1000  # the same for every training seed, so that reports compare clip by clip
-BATCH = 32
 
 Videos = Iterator[Tensor]
-"""Batches of videos [B, T, 64, 64, 3], float32 in [0, 1], in the order of the evaluation set's
-captions.
-"""
+"""Batches of videos [B, T, H, W, 3], float32 in [0, 1], in the order of the captions."""
+
+Decode = Callable[[Tensor], Tensor]
+"""Latents [B, F, C, H, W] -> videos [B, T, H, W, 3], float32 in [0, 1] on the CPU."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvaluationSet:
-    """What every source is asked for: captions with their text [N, L, D_text], and noise by
-    counter.
+    """What every source is asked for: captions, their text [N, L, D_text], and noise by counter.
 
     Clip i is a function of i alone, so a larger set begins with the clips of a smaller one.
+    latent_shape: [F, C, H, W] of one clip. negative: [L, D_text], the text of no caption; zeros
+    where it is None. batch: clips that are generated at once.
     """
 
     captions: tuple[str, ...]
     text: Tensor
-    num_latent_frames: int
-
-    @classmethod
-    def draw(
-        cls, num_clips: int, level: Level, num_latent_frames: int, text_dim: int
-    ) -> EvaluationSet:
-        """Captions of `num_clips` draws from the data law; `data_clips` renders the same draws."""
-        return cls.of_captions(
-            captions(evaluation_factors(num_clips), level), num_latent_frames, text_dim
-        )
-
-    @classmethod
-    def of_captions(
-        cls, asked: Iterable[str], num_latent_frames: int, text_dim: int
-    ) -> EvaluationSet:
-        """Any captions. Raises ValueError for one that is longer than the text encoder takes."""
-        words = tuple(asked)
-        return cls(words, TinyText(text_dim).encode(list(words)), num_latent_frames)
+    latent_shape: tuple[int, ...]
+    negative: Tensor | None = None
+    batch: int = 32
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -67,57 +48,30 @@ class EvaluationSet:
     def batches(self, description: str) -> Iterator[range]:
         """Indices of the clips in batches, with a progress bar that counts clips."""
         with tqdm(total=len(self), desc=description, unit="clip", dynamic_ncols=True) as bar:
-            for start in range(0, len(self), BATCH):
-                part = range(start, min(start + BATCH, len(self)))
+            for start in range(0, len(self), self.batch):
+                part = range(start, min(start + self.batch, len(self)))
                 yield part
                 bar.update(len(part))
 
     def noise(self, part: range, num_draws: int = 1) -> Tensor:
-        """Noise [num_draws, B, F, C, H, W] of these clips. The first draw, the start, does not
-        depend on num_draws.
+        """Noise [num_draws, B, F, C, H, W] of these clips.
+
+        The first draw, which clips start from, does not depend on num_draws.
         """
-        shape = (self.num_latent_frames, CHANNELS, SIDE // SPACE, SIDE // SPACE)
-        draws = range(num_draws)
-        return torch.stack(
-            [
-                torch.stack(
-                    [rng.normal(shape, EVALUATION_SEED, "evaluation noise", i, d) for i in part]
-                )
-                for d in draws
+        draws = []
+        for draw in range(num_draws):
+            clips = [
+                rng.normal(self.latent_shape, EVALUATION_SEED, "evaluation noise", clip, draw)
+                for clip in part
             ]
-        )
-
-
-def evaluation_factors(num_clips: int) -> Factors:
-    """The factors behind the evaluation set: each clip its own draw from the data law."""
-    drawn = [
-        draw_factors(1, rng.generator(EVALUATION_SEED, "evaluation clip", clip))
-        for clip in range(num_clips)
-    ]
-    return Factors(
-        *(
-            torch.cat([getattr(factors, field.name) for factors in drawn])
-            for field in fields(Factors)
-        )
-    )
-
-
-def data_clips(evaluation: EvaluationSet, codec: TinyCodec, description: str = "data") -> Videos:
-    """The clips that a drawn set's captions were taken from, once through the codec: what every row
-    is held against.
-    """
-    factors = evaluation_factors(len(evaluation))
-    num_frames = 1 + TIME * (evaluation.num_latent_frames - 1)
-    for part in evaluation.batches(description):
-        yield decoded(
-            codec.encode(render(factors[slice(part.start, part.stop)], num_frames)), codec
-        )
+            draws.append(torch.stack(clips))
+        return torch.stack(draws)
 
 
 def student_clips(
     student: WanTransformer,
     evaluation: EvaluationSet,
-    codec: TinyCodec,
+    decode: Decode,
     *,
     ladder: tuple[float, ...],
     chunks: tuple[Chunk, ...],
@@ -125,20 +79,17 @@ def student_clips(
     window: int | None = None,
     description: str = "student",
 ) -> Videos:
-    """Rollouts down the whole ladder, the student's own chunks as context: what streaming would
-    show.
-    """
+    """Rollouts down the whole ladder with the student's own chunks as context, as in streaming."""
     for part in evaluation.batches(description):
         noise, conditioning = _inputs(student, evaluation, part, len(ladder))
-        yield decoded(
-            rollout(student, noise, conditioning, KVCache(sink, window), ladder, chunks).x0, codec
-        )
+        cache = KVCache(sink, window)
+        yield decode(rollout(student, noise, conditioning, cache, ladder, chunks).x0)
 
 
 def teacher_clips(
     teacher: WanTransformer,
     evaluation: EvaluationSet,
-    codec: TinyCodec,
+    decode: Decode,
     *,
     num_steps: int,
     shift: float,
@@ -148,12 +99,11 @@ def teacher_clips(
     """Many-step ODE samples of a bidirectional network; about 2 num_steps network calls a batch."""
     for part in evaluation.batches(description):
         noise, conditioning = _inputs(teacher, evaluation, part, 1)
-        yield decoded(sample(teacher, noise[0], conditioning, num_steps, shift, guidance), codec)
-
-
-def decoded(latents: Tensor, codec: TinyCodec) -> Tensor:
-    """Videos [B, T, H, W, 3] in [0, 1] on the CPU, as a screen would show latents [B, F, C, H, W]."""
-    return codec.decode(latents.float().cpu()).clamp(0, 1)
+        negative = None
+        if evaluation.negative is not None:
+            text = evaluation.negative.to(conditioning.text)
+            negative = Conditioning(text.expand_as(conditioning.text))
+        yield decode(sample(teacher, noise[0], conditioning, num_steps, shift, guidance, negative))
 
 
 def _inputs(
@@ -161,4 +111,5 @@ def _inputs(
 ) -> tuple[Tensor, Conditioning]:
     weight = next(network.parameters())
     text = evaluation.text[part.start : part.stop]
-    return evaluation.noise(part, num_draws).to(weight), Conditioning(text.to(weight))
+    noise = evaluation.noise(part, num_draws).to(weight.device)  # float32, as in streaming
+    return noise, Conditioning(text.to(weight))

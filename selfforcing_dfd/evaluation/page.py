@@ -1,6 +1,4 @@
-"""A report as one HTML file: nothing is fetched from elsewhere, and only the sample videos lie
-beside it.
-"""
+"""A report as one HTML file: nothing is fetched from elsewhere but the videos beside it."""
 
 from __future__ import annotations
 
@@ -8,10 +6,12 @@ import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from html import escape
+from importlib.resources import files
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
 from selfforcing_dfd.evaluation import curves
-from selfforcing_dfd.evaluation.style import STYLE
 from selfforcing_dfd.evaluation.tables import (
     CONTROL,
     DATA,
@@ -21,19 +21,19 @@ from selfforcing_dfd.evaluation.tables import (
     Row,
     find,
     interval,
-    metrics_of,
     number,
+    shown,
 )
-from selfforcing_dfd.tiny.metrics import Score
-from selfforcing_dfd.tiny.world import MODE_PRIOR
+from selfforcing_dfd.evaluation.world import World
+from selfforcing_dfd.tiny.bootstrap import Score
 
-_FIXED_COLOURS = (*REFERENCES, CONTROL)
-_NUM_COLOURS = 8
+FIXED_COLOURS = (*REFERENCES, CONTROL)
+OUTCOME_CLASS = {"helped": "good", "harmed": "bad", "mixed": "mixed"}
 
 
 @dataclass(frozen=True, slots=True)
 class Sheet:
-    """A row's clips: PNG of the contact sheet, and the sample video's address relative to the page."""
+    """A row's clips. picture: PNG of the contact sheet; video: its address relative to the page."""
 
     picture: bytes
     video: str
@@ -41,16 +41,21 @@ class Sheet:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """All that the page shows. captions: of the contact sheets' columns; notes: how to read the
-    table.
+    """Everything that the page shows.
+
+    tried: a sentence on what was compared. notes: how to read the table. comparison: address of
+    the video of all rows side by side. captions: of the clips in the pictures.
     """
 
     title: str
     subtitle: str
+    tried: str
+    world: World
     findings: Sequence[Finding]
     rows: Sequence[Row]
     notes: Sequence[str]
     sheets: Mapping[str, Sheet]
+    comparison: str
     captions: Sequence[str]
     panels: Sequence[curves.Panel]
     commands: Sequence[str]
@@ -58,208 +63,132 @@ class Page:
     settings: str
     links: Mapping[str, str]
 
+    @property
+    def verdict(self) -> str:
+        """All sentences of the verdict."""
+        return " ".join(finding.text for finding in self.findings)
 
-def colours(names: Sequence[str]) -> dict[str, int]:
-    """An index into the palette for every row: references and control always the same, arms in
-    order.
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One number of the table. tint: class of its colour; the places are percent of a strip."""
+
+    value: str
+    mark: str = ""
+    interval: str = ""
+    tint: str = "plain"
+    dot: float | None = None
+    bar: tuple[float, float] | None = None
+    band: tuple[float, float] | None = None
+
+
+def colours(rows: Sequence[Row]) -> dict[str, int]:
+    """An index into the palette for every row, by name.
+
+    References and the control always have the same; arms take the others in order.
     """
-    arms = [name for name in names if name not in _FIXED_COLOURS]
-    free = _NUM_COLOURS - len(_FIXED_COLOURS)
-    fixed = {name: index for index, name in enumerate(_FIXED_COLOURS) if name in names}
-    return fixed | {name: len(_FIXED_COLOURS) + index % free for index, name in enumerate(arms)}
+    names = [row.name for row in rows]
+    arms = [name for name in names if name not in FIXED_COLOURS]
+    num_free = len(curves.PALETTE) - len(FIXED_COLOURS)
+    fixed = {name: index for index, name in enumerate(FIXED_COLOURS) if name in names}
+    return fixed | {name: len(FIXED_COLOURS) + index % num_free for index, name in enumerate(arms)}
 
 
 def render_page(page: Page) -> str:
     """The HTML document."""
-    palette = colours([row.name for row in page.rows])
-    sections = [
-        _section(
-            "Scores",
-            _table(page.rows, palette)
-            + "".join(f'<p class="note">{_prose(n)}</p>' for n in page.notes),
-        ),
-        _section("Clips", _clips(page, palette)) if page.sheets else "",
-        _section("Modes", _modes(page.rows, palette)),
-        _section("Training", _training(page.panels)) if page.panels else "",
-        _section("How this was made", _making(page)),
-    ]
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(page.title)}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<main>\n"
-        f'<header><p class="eyebrow">{escape(page.subtitle)}</p><h1>{escape(page.title)}</h1>'
-        f"{_verdict(page)}</header>\n"
-        + "\n".join(section for section in sections if section)
-        + "\n</main>\n</body>\n</html>\n"
+    environment = Environment(
+        loader=PackageLoader(__package__, "templates"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"prose": prose, "png": png, "svg": svg}
+    style = (files(__package__) / "templates" / "report.css").read_text(encoding="utf-8")
+    series = [one for panel in page.panels for one in panel.series]
+    plots = [(panel, curves.plot(panel)) for panel in page.panels]
+    return environment.get_template("report.html").render(
+        page=page,
+        style=Markup(style),
+        palette=curves.PALETTE,
+        colour=colours(page.rows),
+        outcome_class=OUTCOME_CLASS,
+        table=table(page.rows, page.world.metrics),
+        charts=page.world.charts(page.rows),
+        curves={one.name: one.colour for one in series},
+        has_dashed=any(one.dashed for one in series),
+        plots=plots,
     )
 
 
-def _section(title: str, body: str) -> str:
-    return f"<section><h2>{title}</h2>{body}</section>"
-
-
-def _verdict(page: Page) -> str:
-    kinds = {"helped": "good", "harmed": "bad", "mixed": "mixed"}
-    lines = [
-        f'<p class="{kinds.get(finding.outcome, "open")}">{_emphasised(finding)}</p>'
-        for finding in page.findings
-    ]
-    return f'<div class="verdict">{"".join(lines)}</div>'
-
-
-def _emphasised(finding: Finding) -> str:
-    """The sentence with the name it begins with set apart, and the details after the first colon
-    smaller.
-    """
-    head, colon, details = finding.text.partition(": ")
-    start = f"<b>{escape(finding.name)}</b>{escape(head.removeprefix(finding.name))}"
-    return f"{start}{colon.strip()} <span>{_prose(details)}</span>" if details else start
-
-
-def _prose(text: str) -> str:
-    """Text as HTML, with the sign of divergences set as one."""
+def prose(text: str) -> Markup:
+    """Text as HTML, with the sign of divergences set as one letter."""
     return escape(text.replace("||", "‖"))
 
 
-def _chip(name: str, palette: Mapping[str, int]) -> str:
-    return f'<i class="chip c{palette[name]}"></i>'
+def png(picture: bytes) -> str:
+    return f"data:image/png;base64,{base64.b64encode(picture).decode()}"
 
 
-def _table(rows: Sequence[Row], palette: Mapping[str, int]) -> str:
-    heads = "".join(
-        f'<th scope="col" title="{escape(row.about, quote=True)}">{_chip(row.name, palette)}{escape(row.name)}</th>'
-        for row in rows
-    )
-    lines = "".join(_table_line(rows, metric, palette) for metric in metrics_of(rows))
-    return (
-        f'<div class="wide"><table><thead><tr><th></th>{heads}</tr></thead><tbody>{lines}</tbody></table></div>'
-        '<p class="legend"><span class="key near">the data&rsquo;s</span><span class="key off1">near</span>'
-        '<span class="key off2">apart</span><span class="key off3">far</span>'
-        "<span>↑ ↓ above or below the data&rsquo;s interval; the grey band is the data&rsquo;s interval, "
-        "the line each row&rsquo;s own</span></p>"
-    )
+def svg(document: str) -> str:
+    return f"data:image/svg+xml;base64,{base64.b64encode(document.encode()).decode()}"
 
 
-def _table_line(rows: Sequence[Row], metric: Metric, palette: Mapping[str, int]) -> str:
+def table(rows: Sequence[Row], metrics: Sequence[Metric]) -> list[tuple[Metric, list[Cell]]]:
+    """Every metric that some row has, with a cell for each row."""
     data = find(rows, DATA)
+    return [(metric, cells(rows, metric, data)) for metric in shown(rows, metrics)]
+
+
+def cells(rows: Sequence[Row], metric: Metric, data: Row | None) -> list[Cell]:
+    """One line of the table. All strips have one scale, which holds every row's interval."""
+    known = [row.scores[metric.key] for row in rows if metric.key in row.scores]
+    ends = [end for score in known for end in (score.low, score.high) if math.isfinite(end)]
+    low = min(ends, default=0.0)
+    high = max(ends, default=1.0)
+    if low == high:
+        low -= 0.5
+        high += 0.5
+
+    def place(value: float) -> float:
+        inside = min(max(value, low), high)
+        return round(3 + 94 * (inside - low) / (high - low), 1)
+
+    def span(score: Score | None) -> tuple[float, float] | None:
+        if score is None or not math.isfinite(score.value):
+            return None
+        left = place(score.low)
+        return left, round(place(score.high) - left, 1)
+
     reference = data.scores.get(metric.key) if data else None
-    scores = [row.scores.get(metric.key) for row in rows]
-    low, high = _range([score for score in scores if score is not None])
-    cells = []
-    for row, score in zip(rows, scores, strict=True):
-        if score is None:
-            cells.append("<td>-</td>")
+    line = []
+    for row in rows:
+        score = row.scores.get(metric.key)
+        if score is None or not math.isfinite(score.value):
+            line.append(Cell("-"))
             continue
         mark = row.mark(metric.key, data)
-        strip = _strip(score, reference, low, high, palette[row.name])
-        cells.append(
-            f'<td class="{_tint(score, reference, mark, metric)}"><b>{number(score.value, metric.digits)}</b>'
-            f"<span class=mark>{mark if mark in ('↑', '↓') else ''}</span>"
-            f"{strip}<small>{interval(score, metric.digits).strip('[]').replace(' ', ' &ndash; ')}</small></td>"
+        line.append(
+            Cell(
+                value=number(score.value, metric.digits),
+                mark=mark if mark in ("↑", "↓") else "",
+                interval=interval(score, metric.digits).strip("[]").replace(" ", " to "),
+                tint=tint(score, reference, mark, metric),
+                dot=place(score.value),
+                bar=span(score),
+                band=span(reference),
+            )
         )
-    return f'<tr><th scope="row">{_prose(metric.title)}<small>{escape(metric.about)}</small></th>{"".join(cells)}</tr>'
+    return line
 
 
-def _tint(score: Score, data: Score | None, mark: str, metric: Metric) -> str:
+def tint(score: Score, data: Score | None, mark: str, metric: Metric) -> str:
     """Class of a cell by its distance to the data's value, in either direction."""
     if data is None or not mark:
         return "plain"
     if mark == "=":
         return "near"
     distance = abs(score.value - data.value) / metric.far
-    return "off1" if distance < 1 / 3 else "off2" if distance < 2 / 3 else "off3"
-
-
-def _range(scores: Sequence[Score]) -> tuple[float, float]:
-    """Values that all intervals lie between."""
-    ends = [end for score in scores for end in (score.low, score.high) if math.isfinite(end)]
-    low, high = (min(ends), max(ends)) if ends else (0.0, 1.0)
-    return (low, high) if high > low else (low - 0.5, high + 0.5)
-
-
-def _strip(score: Score, data: Score | None, low: float, high: float, colour: int) -> str:
-    """A row's value and interval on the line of all rows' values, over the data's interval."""
-    if not math.isfinite(score.value):
-        return ""
-
-    def place(value: float) -> float:
-        return 3 + 94 * (min(max(value, low), high) - low) / (high - low)
-
-    def span(kind: str, interval_of: Score) -> str:
-        left, right = place(interval_of.low), place(interval_of.high)
-        return f'<i class="{kind}" style="left:{left:.1f}%;width:{right - left:.1f}%"></i>'
-
-    band = span("band", data) if data is not None and math.isfinite(data.value) else ""
-    dot = f'<i class="dot" style="left:{place(score.value):.1f}%"></i>'
-    return f'<span class="strip c{colour}">{band}{span("bar", score)}{dot}</span>'
-
-
-def _clips(page: Page, palette: Mapping[str, int]) -> str:
-    cards = []
-    for row in page.rows:
-        if row.name not in page.sheets:
-            continue
-        sheet = page.sheets[row.name]
-        picture = base64.b64encode(sheet.picture).decode()
-        name, video = escape(row.name), escape(sheet.video, quote=True)
-        cards.append(
-            f'<figure class="card clips"><figcaption>{_chip(row.name, palette)}<b>{name}</b>'
-            f'<small>{escape(row.about)}</small></figcaption><img class="sheet" '
-            f'alt="{name}: one clip a column, time downwards" src="data:image/png;base64,{picture}">'
-            f'<video controls loop muted playsinline preload="metadata" src="{video}"></video></figure>'
-        )
-    asked = "; ".join(f"{index} {caption}" for index, caption in enumerate(page.captions, start=1))
-    return (
-        '<p class="note">One clip a column, time downwards. A column has the same caption and the same noise in every '
-        f"sheet: {escape(asked)}.</p>{''.join(cards)}"
-    )
-
-
-def _modes(rows: Sequence[Row], palette: Mapping[str, int]) -> str:
-    prior = MODE_PRIOR.tolist()
-    cards = "".join(
-        f'<figure class="card"><figcaption>{_chip(row.name, palette)}<b>{escape(row.name)}</b> '
-        f"<small>{sum(row.modes)} valid clips, {sum(count > 0 for count in row.modes)} of 24 modes</small></figcaption>"
-        f"{curves.histogram(row.modes, prior)}</figure>"
-        for row in rows
-    )
-    return (
-        '<p class="note">Share of the valid clips in each of the 24 modes, hue by direction of motion. '
-        f'The dark ticks are the data&rsquo;s law.</p><div class="cards">{cards}</div>'
-    )
-
-
-def _training(panels: Sequence[curves.Panel]) -> str:
-    names = {series.name: series.colour for panel in panels for series in panel.series}
-    legend = "".join(
-        f'<span><i class="chip c{colour}"></i>{escape(name)}</span>'
-        for name, colour in names.items()
-    )
-    if any(series.dashed for panel in panels for series in panel.series):
-        legend += "<span>solid: rows anchored by their own sample (DMD)</span><span>dashed: by data (DFD)</span>"
-    cards = "".join(
-        f'<figure class="card"><figcaption><b>{escape(panel.title)}</b> '
-        f"<small>{escape(panel.unit)}</small></figcaption>{curves.plot(panel)}</figure>"
-        for panel in panels
-    )
-    return f'<p class="legend">{legend}</p><div class="cards">{cards}</div>'
-
-
-def _making(page: Page) -> str:
-    links = "".join(
-        f'<li><a href="{escape(address, quote=True)}">{escape(name)}</a></li>'
-        for name, address in page.links.items()
-    )
-    facts = "".join(
-        f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>"
-        for name, value in page.environment.items()
-    )
-    commands = escape("\n".join(page.commands))
-    settings = (
-        f"<details><summary>All settings</summary><pre>{escape(page.settings)}</pre></details>"
-    )
-    return (
-        (f"<ul>{links}</ul>" if links else "")
-        + f"<pre><code>{commands}</code></pre><dl>{facts}</dl>"
-        + (settings if page.settings else "")
-    )
+    if distance < 1 / 3:
+        return "off1"
+    return "off2" if distance < 2 / 3 else "off3"

@@ -1,22 +1,26 @@
-"""Contact sheets and sample videos of tiny-world clips, as files that any browser shows."""
+"""Contact sheets, sample videos and moving pictures of clips, written by imageio."""
 
 from __future__ import annotations
 
 import math
-import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import imageio.v2 as imageio
 import numpy as np
 import torch
+from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from selfforcing_dfd.tiny.world import FPS
+from selfforcing_dfd.common import atomic_file
 
-SHEET_CLIPS, SHEET_FRAMES = 8, 6
-GRID_CLIPS, GRID_COLUMNS = 16, 4
-_GAP = 4  # pixels between clips
-_FRAME_GAP = 1  # pixels between video frames of a clip
+SHEET_FRAMES = 6
+GAP = 4  # pixels between clips
+FRAME_GAP = 1  # pixels between video frames of a clip in a contact sheet
+LABEL_PX = 16  # height of the letters over a moving picture
+LABEL_ROOM = 26  # pixels for the line of labels
+PAPER = 255  # white, between the rows of a moving picture
+INK = (40, 44, 52)
 
 
 def to_uint8(videos: Tensor) -> Tensor:
@@ -24,48 +28,100 @@ def to_uint8(videos: Tensor) -> Tensor:
     return (videos.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
-def contact_sheet(videos: Tensor) -> bytes:
-    """PNG of the first clips of uint8 [B, T, H, W, 3]: one column a clip, time downwards,
-    transparent in between.
+def contact_sheet(videos: Tensor, max_width: int) -> bytes:
+    """PNG of uint8 clips [B, T, H, W, 3]: one column a clip, time downwards, gaps transparent.
+
+    Clips that are wider than max_width pixels are shrunk.
     """
-    videos = videos[:SHEET_CLIPS]
-    clips, num_frames, height, width, _ = videos.shape
+    num_frames = videos.shape[1]
     times = torch.linspace(0, num_frames - 1, min(SHEET_FRAMES, num_frames)).round().long()
-    down, across = height + _FRAME_GAP, width + _GAP
-    sheet = np.zeros((len(times) * down - _FRAME_GAP, clips * across - _GAP, 4), dtype=np.uint8)
-    for column, clip in enumerate(videos[:, times].numpy()):
+    clips = shrunk(videos[:, times], max_width)
+    height, width = clips.shape[2:4]
+    down = height + FRAME_GAP
+    across = width + GAP
+    size = (len(times) * down - FRAME_GAP, len(clips) * across - GAP, 4)
+    sheet = np.zeros(size, dtype=np.uint8)
+    for column, clip in enumerate(clips.numpy()):
         for line, frame in enumerate(clip):
-            tile = sheet[
-                line * down : line * down + height, column * across : column * across + width
-            ]
-            tile[..., :3], tile[..., 3] = frame, 255
+            top = line * down
+            left = column * across
+            tile = sheet[top : top + height, left : left + width]
+            tile[..., :3] = frame
+            tile[..., 3] = 255
     return bytes(imageio.imwrite("<bytes>", sheet, format="png"))
 
 
-def write_grid(path: Path, videos: Tensor, columns: int, scale: int = 2) -> None:
-    """One H.264 mp4 of uint8 clips [B, T, H, W, 3] in a grid, enlarged `scale` times; `path` is
-    replaced whole.
-    """
-    pictures = [
-        grid.repeat(scale, axis=0).repeat(scale, axis=1) for grid in tiled(videos, columns).numpy()
-    ]
-    partial = path.with_name(f".tmp-{path.name}")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    encoder = {"codec": "libx264", "macro_block_size": 2, "output_params": ["-crf", "18"]}
-    imageio.mimwrite(partial, pictures, format="FFMPEG", fps=FPS, **encoder)
-    os.replace(partial, path)
+def shrunk(videos: Tensor, max_width: int) -> Tensor:
+    """uint8 videos [B, T, H, W, 3], at most max_width wide, with even sides."""
+    height, width = videos.shape[2:4]
+    if width <= max_width:
+        return videos
+    size = (round(height * max_width / width / 2) * 2, max_width // 2 * 2)
+    pictures = videos.flatten(0, 1).permute(0, 3, 1, 2).float()
+    small = torch.nn.functional.interpolate(pictures, size, mode="area")
+    return small.round().byte().permute(0, 2, 3, 1).unflatten(0, videos.shape[:2])
 
 
-def tiled(videos: Tensor, columns: int) -> Tensor:
-    """Clips [B, T, H, W, 3] in a grid, row by row: [T, rows (H + 4) - 4, columns (W + 4) - 4, 3],
-    black in between.
+def tiled(videos: Tensor, columns: int, paper: int = 0) -> Tensor:
+    """Clips [B, T, H, W, 3] in a grid, row by row, on a ground of one grey value.
+
+    Returns [T, rows (H + 4) - 4, columns (W + 4) - 4, 3].
     """
     num_clips, num_frames, height, width, _ = videos.shape
+    down = height + GAP
+    across = width + GAP
     rows = math.ceil(num_clips / columns)
-    grid = videos.new_zeros(
-        num_frames, rows * (height + _GAP) - _GAP, columns * (width + _GAP) - _GAP, 3
-    )
+    size = (num_frames, rows * down - GAP, columns * across - GAP, 3)
+    grid = videos.new_full(size, paper)
     for index, clip in enumerate(videos):
-        top, left = index // columns * (height + _GAP), index % columns * (width + _GAP)
+        line, column = divmod(index, columns)
+        top = line * down
+        left = column * across
         grid[:, top : top + height, left : left + width] = clip
     return grid
+
+
+def enlarged(frames: Tensor, scale: int) -> Tensor:
+    """Video frames [T, H, W, 3] with every pixel repeated scale x scale times."""
+    return frames.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
+
+
+def write_mp4(path: Path, frames: Tensor, fps: int) -> None:
+    """uint8 [T, H, W, 3] as H.264 that browsers play. Even height and width."""
+    encoder = {"codec": "libx264", "macro_block_size": 2, "output_params": ["-crf", "18"]}
+    with atomic_file(path) as partial:
+        imageio.mimwrite(partial, list(frames.numpy()), format="FFMPEG", fps=fps, **encoder)
+
+
+def side_by_side(rows: Mapping[str, Tensor], columns: int, scale: int) -> Tensor:
+    """The clips [B, T, H, W, 3] of every row as one video [T, H', W', 3], rows beside each other.
+
+    A row takes an equal share of the width; between two rows lies a white gap.
+    """
+    grids = [enlarged(tiled(clips, columns, PAPER), scale) for clips in rows.values()]
+    gap = grids[0].new_full((*grids[0].shape[:2], 4 * GAP, 3), PAPER)
+    parts: list[Tensor] = []
+    for grid in grids:
+        parts += [grid, gap]
+    return torch.cat(parts[:-1], dim=2)
+
+
+def labelled(frames: Tensor, labels: Sequence[str]) -> Tensor:
+    """Video frames [T, H, W, 3] of `side_by_side` under a line with a label over each row."""
+    width = frames.shape[2]
+    line = Image.new("RGB", (width, LABEL_ROOM), (PAPER, PAPER, PAPER))
+    draw = ImageDraw.Draw(line)
+    font = ImageFont.load_default(LABEL_PX)
+    share = (width + 4 * GAP) / len(labels)
+    for index, label in enumerate(labels):
+        middle = index * share + (share - 4 * GAP) / 2
+        draw.text((middle, LABEL_ROOM / 2), label, fill=INK, font=font, anchor="mm")
+    head = torch.from_numpy(np.array(line)).expand(len(frames), -1, -1, -1)
+    return torch.cat([head, frames], dim=1)
+
+
+def write_moving_picture(path: Path, frames: Tensor, fps: int) -> None:
+    """uint8 [T, H, W, 3] as an endless .gif, .webp or .png, by the path's ending."""
+    pictures = list(frames.numpy())
+    with atomic_file(path) as partial:
+        imageio.mimwrite(partial, pictures, duration=1000 / fps, loop=0)

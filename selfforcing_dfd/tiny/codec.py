@@ -1,5 +1,6 @@
-"""Linear codec with the Wan VAE's shape: strides 4x8x8, 16 channels, the first latent frame is one
-video frame.
+"""Linear codec with the shape of Wan's VAE.
+
+Strides 4x8x8 and 16 channels; the first latent frame stands for one video frame.
 """
 
 from __future__ import annotations
@@ -12,19 +13,22 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-TIME, SPACE, CHANNELS = 4, 8, 16
-GREY = 0.35  # what both bases are centred on: the tiny world's background
+TIME = 4  # video frames of a latent frame
+SPACE = 8  # pixels of a latent pixel, in height and in width
+CHANNELS = 16
+GREY = 0.35  # the tiny world's background, about which both bases are taken
+FINGERPRINT = "tiny-codec-"  # how the fingerprints of tiny codecs begin
 
 
 @dataclass(frozen=True, slots=True)
 class TinyCodec:
-    """Two orthonormal bases, `first` [192, 16] for a lone video frame and `rest` [768, 16] for
-    four, and one scale.
+    """Two orthonormal bases and one scale.
 
-    Both are principal components of rendered clips. `first` is rotated so that its channels mean
-    what those of `rest` mean: a clip that stands still has nearly equal latents in all latent
-    frames. One scalar makes the data's variance one, so distances between latents stay proportional
-    to distances between pixels.
+    first: [192, 16], for a single video frame. rest: [768, 16], for four of them. Both are
+    principal components of rendered clips. `first` is rotated so that its channels mean the same as
+    those of `rest`: a clip that stands still has nearly equal latents in all latent frames. One
+    scale makes the data's variance 1, so distances between latents stay proportional to distances
+    between pixels.
     """
 
     first: Tensor
@@ -38,14 +42,14 @@ class TinyCodec:
     def fit(cls, videos: Tensor) -> TinyCodec:
         """Bases for videos [B, T, H, W, 3] in [0, 1]."""
         lone, groups = to_blocks(videos - GREY)
-        first, rest = principal_components(lone), principal_components(groups)
+        first = principal_components(lone)
+        rest = principal_components(groups)
         # maps a frame that stands still to the latents of its group
         static = rest.unflatten(0, (TIME, -1)).sum(0)
         u, _, v = torch.linalg.svd(first.T @ static)
-        codec = cls((first @ (u @ v)).float(), rest.float(), 1.0)
-        return cls(
-            codec.first.contiguous(), codec.rest.contiguous(), float(1 / codec.encode(videos).std())
-        )
+        unscaled = cls((first @ (u @ v)).float(), rest.float(), 1.0)
+        scale = float(1 / unscaled.encode(videos).std())
+        return cls(unscaled.first.contiguous(), unscaled.rest.contiguous(), scale)
 
     @classmethod
     def load(cls, path: Path | str) -> TinyCodec:
@@ -60,7 +64,7 @@ class TinyCodec:
         values = torch.cat(
             [self.first.flatten().cpu(), self.rest.flatten().cpu(), torch.tensor([self.scale])]
         )
-        return f"tiny-codec-{hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]}"
+        return f"{FINGERPRINT}{hashlib.sha256(values.numpy().tobytes()).hexdigest()[:16]}"
 
     def num_latent_frames(self, num_video_frames: int) -> int:
         """1 + (T - 1) / 4. Raises ValueError for T that is not of the form 1 + 4 n."""
@@ -91,55 +95,55 @@ class TinyCodec:
         return TinyEncoder(self)
 
     def encode_part(self, videos: Tensor, begins: bool) -> Tensor:
-        """Video frames to latents; `begins`: the first video frame is the first of its video and
-        stands alone.
+        """Video frames to latents.
+
+        begins: the first video frame is the first of its video, and has a latent frame of its own.
         """
         if videos.ndim != 5 or videos.shape[-1] != 3:
             raise ValueError(
                 f"videos are {tuple(videos.shape)}; want [B, T, H, W, 3], colours last"
             )
         lone, groups = to_blocks(videos.float() - GREY, int(begins))
-        parts = [frame_by_frame(lone, self.first) * TIME**0.5, frame_by_frame(groups, self.rest)]
-        return (torch.cat(parts, dim=1) * self.scale).permute(0, 1, 4, 2, 3).contiguous()
+        head = frame_by_frame(lone, self.first) * TIME**0.5
+        tail = frame_by_frame(groups, self.rest)
+        values = torch.cat([head, tail], dim=1) * self.scale
+        return values.permute(0, 1, 4, 2, 3).contiguous()
 
     def decode_part(self, latents: Tensor, begins: bool) -> Tensor:
-        """Latents to video frames; `begins`: the first latent frame is the first of its video and
-        stands for one.
+        """Latents to video frames.
+
+        begins: the first latent frame is the first of its video, and stands for one video frame.
         """
         if latents.ndim != 5 or latents.shape[2] != CHANNELS:
             raise ValueError(
                 f"latents are {tuple(latents.shape)}; want [B, F, {CHANNELS}, h, w], channels third"
             )
         values = latents.permute(0, 1, 3, 4, 2) / self.scale
-        lone, rest = values[:, : int(begins)], values[:, int(begins) :]
-        return (
-            from_blocks(
-                frame_by_frame(lone, self.first.T) / TIME**0.5, frame_by_frame(rest, self.rest.T)
-            )
-            + GREY
-        )
+        num_lone = int(begins)
+        lone = frame_by_frame(values[:, :num_lone], self.first.T) / TIME**0.5
+        groups = frame_by_frame(values[:, num_lone:], self.rest.T)
+        return from_blocks(lone, groups) + GREY
 
 
 @dataclass(slots=True)
 class TinyDecoder:
-    """`codecs.protocol.Decoder`: every latent frame decodes alone, so all there is to remember is
-    whether one came.
-    """
+    """`codecs.protocol.Decoder`. Latent frames decode alone; only the first is another kind."""
 
     codec: TinyCodec
-    begun: bool = False
+    started: bool = False
 
     def decode(self, latents: Tensor) -> Tensor:
-        """The next latent frames [B, f, 16, h, w] as video [B, T, 8 h, 8 w, 3], not clamped, on the
-        latents' device.
+        """The next latent frames [B, f, 16, h, w] as video [B, T, 8 h, 8 w, 3].
+
+        Not clamped; on the latents' device.
         """
         self.codec = self.codec.to(latents.device)
-        video = self.codec.decode_part(latents.float(), not self.begun)
-        self.begun = self.begun or latents.shape[1] > 0
+        video = self.codec.decode_part(latents.float(), not self.started)
+        self.started = self.started or latents.shape[1] > 0
         return video
 
     def clone(self) -> TinyDecoder:
-        return TinyDecoder(self.codec, self.begun)
+        return TinyDecoder(self.codec, self.started)
 
 
 @dataclass(slots=True)
@@ -147,29 +151,30 @@ class TinyEncoder:
     """`codecs.protocol.Encoder`."""
 
     codec: TinyCodec
-    begun: bool = False
+    started: bool = False
 
     def encode(self, videos: Tensor) -> Tensor:
-        """The next video frames [B, T, H, W, 3] in [0, 1] as latents. First 1 + 4 n of them, then 4
-        n; else ValueError.
+        """The next video frames [B, T, H, W, 3] in [0, 1] as latents.
 
-        An encoder that refused a piece takes the right one next.
+        The first call takes 1 + 4 n of them, later calls 4 n; ValueError otherwise, after which the
+        encoder can go on with a right piece.
         """
-        if self.begun and videos.shape[1] % TIME:
+        if self.started and videos.shape[1] % TIME:
             raise ValueError(
                 f"{videos.shape[1]} video frames follow the first ones; want a multiple of {TIME}"
             )
-        if not self.begun:
+        if not self.started:
             self.codec.num_latent_frames(videos.shape[1])
         self.codec = self.codec.to(videos.device)
-        latents = self.codec.encode_part(videos, not self.begun)
-        self.begun = True
+        latents = self.codec.encode_part(videos, not self.started)
+        self.started = True
         return latents
 
 
 def num_video_frames(num_latent_frames: int, first: bool) -> int:
-    """Video frames of a piece: 4 for every latent frame, but one for the first of a video. Three
-    give 9, then 12.
+    """Video frames of a piece: 4 for each latent frame, but 1 for the first of a video.
+
+    Three latent frames give 9 video frames at the start of a video, then 12.
     """
     if num_latent_frames < 1:
         raise ValueError(f"a piece has {num_latent_frames} latent frames; want one or more")
@@ -190,8 +195,9 @@ def frame_by_frame(values: Tensor, basis: Tensor) -> Tensor:
 
 
 def principal_components(blocks: Tensor) -> Tensor:
-    """The [D, 16] directions of most variance of blocks [..., D], about the origin; signs fixed by
-    each one's sum.
+    """The [D, 16] directions in which blocks [..., D] vary most about the origin.
+
+    Each one's sign makes its sum positive.
     """
     rows = blocks.flatten(0, -2).double()
     directions = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :CHANNELS]
@@ -199,8 +205,10 @@ def principal_components(blocks: Tensor) -> Tensor:
 
 
 def to_blocks(videos: Tensor, num_lone: int = 1) -> tuple[Tensor, Tensor]:
-    """[B, T, H, W, 3] -> the first num_lone video frames [B, num_lone, h, w, 192] and groups of
-    four [B, g, h, w, 768].
+    """Videos [B, T, H, W, 3] in blocks of 8 x 8 pixels.
+
+    Returns the first num_lone video frames, each alone [B, num_lone, h, w, 192], and the others in
+    groups of four [B, g, h, w, 768].
     """
     frames, height, width = videos.shape[1:4]
     if height % SPACE or width % SPACE:

@@ -1,5 +1,4 @@
-"""What a set of tiny-world readings says about the model that made the clips: counts with
-intervals.
+"""Scores of a set of tiny-world clips, each with an interval.
 
 Invalid clips are in no mode and have no attributes: modes and means are over valid clips, beside
 the share that is valid. Contrast and spread, by which a collapse to the mean of many clips shows
@@ -10,82 +9,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.rng import generator
+from selfforcing_dfd.tiny.bootstrap import Resamples, Score, spread
 from selfforcing_dfd.tiny.readout import Reading
 from selfforcing_dfd.tiny.world import MODE_PRIOR, parse_caption
 
-NUM_RESAMPLES = 1000
 _GRID = 512  # points on [0, 1] at which distribution functions of saturation are compared
-
-
-@dataclass(frozen=True, slots=True)
-class Score:
-    """A number with its 95 % bootstrap interval over n clips; all NaN where no clip can say
-    anything.
-    """
-
-    value: float
-    low: float
-    high: float
-    n: int
-
-
-@dataclass(frozen=True, slots=True)
-class Resamples:
-    """How often each clip counts, [R + 1, n]: row 0 counts each clip once, the others are bootstrap
-    draws of n.
-    """
-
-    counts: Tensor
-
-    @classmethod
-    def draw(cls, num_clips: int, seed: int, num_resamples: int = NUM_RESAMPLES) -> Resamples:
-        """Counter-based, so that equal readings have equal intervals wherever they are computed."""
-        picks = torch.randint(
-            num_clips, (num_resamples, num_clips), generator=generator(seed, "tiny bootstrap")
-        )
-        drawn = torch.zeros(num_resamples, num_clips).scatter_add_(
-            1, picks, torch.ones(picks.shape)
-        )
-        return cls(torch.cat([torch.ones(1, num_clips), drawn]).double())
-
-    def only(self, which: Tensor) -> Resamples:
-        """The same draws with the other clips left out, so the number of clips varies as it would."""
-        return Resamples(self.counts * which)
-
-    @property
-    def num_clips(self) -> int:
-        """Clips that count at all."""
-        return int(self.counts[0].sum())
-
-    def mean(self, values: Tensor) -> Tensor:
-        """Means of values [n] or [n, m] in every row, [R + 1] or [R + 1, m]; NaN in rows without
-        clips.
-        """
-        total = self.counts.sum(dim=1)
-        mean = self.counts @ values.double()
-        return mean / (total if values.ndim == 1 else total[:, None])
-
-    def score(self, rows: Tensor, low: float = -math.inf, high: float = math.inf) -> Score:
-        """Value and interval of a statistic computed in every row [R + 1]; the interval is kept
-        within its range.
-
-        The quantiles are moved by the bootstrap's own bias (mean of the draws less the value),
-        which for counts of modes is large: a draw of n from n clips always misses some.
-        """
-        value, drawn = rows[0], rows[1:][rows[1:].isfinite()]
-        if not value.isfinite() or not len(drawn):
-            return Score(math.nan, math.nan, math.nan, self.num_clips)
-        ends = (
-            drawn.quantile(torch.tensor([0.025, 0.975], dtype=drawn.dtype)) - drawn.mean() + value
-        )
-        ends = ends.clamp(low, high)
-        return Score(float(value), float(ends[0]), float(ends[1]), self.num_clips)
 
 
 def summarise(
@@ -94,11 +26,11 @@ def summarise(
     prior: Tensor = MODE_PRIOR,
     seed: int = 0,
 ) -> dict[str, Score]:
-    """All scores of one set of clips.
+    """All scores of one set of clips, by name.
 
-    captions: what was asked for, one a clip; adds the agreement of what they name with what is
-    read. prior: law of the modes [24] that the clips should follow; the data's, unless the captions
-    choose hue or direction. seed: of the bootstrap.
+    captions: one for each clip; with them, the agreement of what they name with what is read is
+    added. prior: law of the modes [24] that the clips should follow: the data's, unless the
+    captions choose hue or direction. seed: of the bootstrap.
 
     valid; modes (hit, of 24), coverage (modes hit / expected for as many iid draws from the prior),
     kl_prior_sample, kl_sample_prior, entropy (nats); saturation, saturation_w1 (to the data's
@@ -130,11 +62,10 @@ def summarise(
 
 
 def mode_scores(reading: Reading, prior: Tensor, every: Resamples) -> dict[str, Score]:
-    """Modes hit, coverage, divergences. KL(prior || sample) smooths the sample with half a clip
-    spread as the prior.
+    """Modes hit, coverage, divergences and entropy.
 
-    Coverage compares with the modes that all clips, valid or not, would hit if they were iid draws
-    from the prior.
+    KL(prior || sample) smooths the sample with half a clip spread as the prior. Coverage compares
+    with the modes that all clips, valid or not, would hit if they were iid draws from the prior.
     """
     prior = prior.double() / prior.sum()
     valid = every.only(reading.valid)
@@ -156,8 +87,9 @@ def mode_scores(reading: Reading, prior: Tensor, every: Resamples) -> dict[str, 
 
 
 def saturation_w1(saturation: Tensor, valid: Resamples) -> Tensor:
-    """Wasserstein-1 distance to Beta(6, 6) in every row [R + 1]: the area between the distribution
-    functions.
+    """Wasserstein-1 distance to Beta(6, 6) in every row [R + 1].
+
+    It is the area between the two distribution functions.
     """
     grid = (torch.arange(_GRID, dtype=torch.float64) + 0.5) / _GRID
     below = valid.mean(saturation[:, None] <= grid)
@@ -165,27 +97,18 @@ def saturation_w1(saturation: Tensor, valid: Resamples) -> Tensor:
 
 
 def beta_6_6(x: Tensor) -> Tensor:
-    """Distribution function of the sixth smallest of eleven uniforms: at least six of them lie
-    below x.
-    """
-    return torch.stack([math.comb(11, k) * x**k * (1 - x) ** (11 - k) for k in range(6, 12)]).sum(
-        dim=0
-    )
+    """Distribution function of Beta(6, 6), the sixth smallest of eleven uniforms.
 
-
-def spread(pixels: Tensor, every: Resamples) -> Tensor:
-    """Standard deviation over clips of each pixel, root mean square over pixels, in every row [R +
-    1].
+    It is the probability that at least six of them lie below x.
     """
-    pixels = pixels - pixels.mean(dim=0)
-    return (
-        (every.mean(pixels.square()) - every.mean(pixels).square()).mean(dim=1).clamp_min(0).sqrt()
-    )
+    terms = [math.comb(11, k) * x**k * (1 - x) ** (11 - k) for k in range(6, 12)]
+    return torch.stack(terms).sum(dim=0)
 
 
 def agreement(reading: Reading, captions: Sequence[str], every: Resamples) -> dict[str, Score]:
-    """For every factor that a caption names: among the valid clips whose caption names it, the
-    share that shows it.
+    """For every factor that captions name, the share of clips that show what their caption names.
+
+    Only valid clips whose caption names the factor count.
     """
     if len(captions) != len(reading):
         raise ValueError(f"{len(captions)} captions for {len(reading)} clips; want one a clip")

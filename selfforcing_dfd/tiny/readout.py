@@ -1,5 +1,6 @@
-"""Read a tiny-world clip back from its pixels: fit every factor, draw the clip again, and see how
-much that explains.
+"""Read a tiny-world clip back from its pixels.
+
+Every factor is fitted, the clip is drawn again, and the difference shows how much that explains.
 
 The background is the median pixel. Provisional colour and coverage give the shape's centre by the
 phase of the first Fourier mode, which is exact on a torus; templates drawn at that centre give
@@ -10,6 +11,7 @@ track is a straight line in time.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -33,8 +35,9 @@ _TINY = 1e-6
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What the clips show, each a tensor over B clips. For an invalid clip the factors mean
-    nothing, but are finite.
+    """What B clips show, each field a tensor over the clips.
+
+    The factors of an invalid clip mean nothing, but are finite.
     """
 
     shape: Tensor  # indices into world.SHAPES, HUES, DIRECTIONS, SPEEDS, SIZES
@@ -54,6 +57,14 @@ class Reading:
     # pixels, departure from the mean step into a chunk, less that into its later latent frames
     seam_excess: Tensor
     pixels: Tensor  # [B, n], a fixed sparse sample of the clip's pixels, for the spread over clips
+
+    @classmethod
+    def join(cls, parts: Sequence[Reading]) -> Reading:
+        """The clips of all parts, in order."""
+        joined = {}
+        for field in fields(cls):
+            joined[field.name] = torch.cat([getattr(part, field.name) for part in parts])
+        return cls(**joined)
 
     def __len__(self) -> int:
         return len(self.valid)
@@ -78,14 +89,13 @@ def read(videos: Tensor, chunk: int = CHUNK) -> Reading:
         or not len(videos)
     ):
         raise ValueError(
-            f"videos are {list(videos.shape)}, want [B, T, {SIDE}, {SIDE}, 3] with B >= 1 and T >= 2"
+            f"videos are {list(videos.shape)}, "
+            f"want [B, T, {SIDE}, {SIDE}, 3] with B >= 1 and T >= 2"
         )
     if not videos.is_floating_point():
         raise ValueError(f"videos are {videos.dtype}, want float in [0, 1]; divide uint8 by 255")
     parts = [_read_batch(part, chunk) for part in videos.split(_BATCH)]
-    return Reading(
-        *(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Reading))
-    )
+    return Reading.join(parts)
 
 
 def chunk_starts(num_frames: int, chunk: int = CHUNK) -> list[int]:
@@ -144,8 +154,9 @@ def _read_batch(videos: Tensor, chunk: int) -> Reading:
 
 
 def _provisional_colour(shown: Tensor) -> Tensor:
-    """Colour over the background [B, 3]: median over video frames of the mean of each one's
-    farthest pixels.
+    """Colour over the background [B, 3].
+
+    It is the median over video frames of the mean of each one's farthest pixels.
     """
     farthest = shown.square().sum(dim=-1).topk(_NUM_FARTHEST, dim=-1, sorted=False).indices
     return (
@@ -160,8 +171,9 @@ def _along(shown: Tensor, colour: Tensor) -> Tensor:
 
 
 def centroids(along: Tensor) -> Tensor:
-    """Circular centre of what is shown, [B, T, 2] (x, y) in pixels, unwrapped in time, from `along`
-    [B, T, pixels].
+    """Circular centre of the shape, [B, T, 2] (x, y) in pixels, unwrapped in time.
+
+    along: [B, T, pixels], 0 for the background and 1 for the shape.
     """
     alpha = along.clamp(0, 1.2).where(along > _FAINT, 0).unflatten(-1, (SIDE, SIDE))
     # over y for x, over x for y
@@ -174,8 +186,9 @@ def centroids(along: Tensor) -> Tensor:
 
 
 def fit_line(centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Least-squares line through tracks [B, T, 2]: centre at video frame 0 [B, 2], step [B, 2], rms
-    distance [B].
+    """Least-squares line through tracks [B, T, 2].
+
+    Returns the centre at video frame 0 [B, 2], the step [B, 2] and the rms distance [B].
     """
     time = torch.arange(centres.shape[1], device=centres.device, dtype=centres.dtype)
     time = time - time.mean()
@@ -186,10 +199,9 @@ def fit_line(centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _best_template(along: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
-    """Shape and size [B] whose drawing at the measured centres leaves least of `along`, at its own
-    best strength.
-    """
-    along, centres = along[:, ::_TEMPLATE_STRIDE], centres[:, ::_TEMPLATE_STRIDE]
+    """Shape and size [B] whose drawing at the measured centres explains most of `along`."""
+    along = along[:, ::_TEMPLATE_STRIDE]
+    centres = centres[:, ::_TEMPLATE_STRIDE]
     explained = []
     for shape in range(len(SHAPES)):
         for size in range(len(SIZES)):
@@ -204,8 +216,9 @@ def _best_template(along: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _inside_colour(shown: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-    """Sum of the colours well inside the shape in each video frame [B, T, 3], and of their coverage
-    [B, T].
+    """Sums over the pixels well inside the shape in each video frame.
+
+    Returns the sum of their colours [B, T, 3] and of their coverage [B, T].
     """
     inside = (alpha >= _INSIDE).to(alpha)
     return torch.einsum("btp,btpc->btc", inside, shown), (inside * alpha).sum(dim=-1)
@@ -217,11 +230,10 @@ def _weighted(by_frame: Tensor, weight: Tensor) -> Tensor:
 
 
 def _explain(shown: Tensor, alpha: Tensor, colour: Tensor) -> tuple[Tensor, Tensor]:
-    """PSNR in dB and the explained part of clips, given the re-rendered coverage [B, T, pixels] and
-    colour [B, 3].
+    """PSNR in dB and the explained part of clips.
 
-    The small constant makes a blank clip, which shows nothing and of which nothing is re-rendered,
-    explained by 0.
+    alpha: coverage [B, T, pixels] of the shape when drawn again; colour: [B, 3]. The small constant
+    makes the explained part of a blank clip 0.
     """
     missed = (
         (shown - alpha[..., None] * colour[:, None, None]).square().sum(dim=-1).mean(dim=(1, 2))
@@ -241,11 +253,11 @@ def hue_and_saturation(rgb: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _seam_excess(centres: Tensor, step: Tensor, seams: list[int]) -> Tensor:
-    """How much farther from the mean step the centre moves into a chunk than into its later latent
-    frames, pixels [B].
+    """How much less even the motion is where chunks meet, pixels [B].
 
-    Only first video frames of latent frames are compared: a codec makes small steps between latent
-    frames anywhere.
+    It is the centre's departure from the mean step into a chunk's first latent frame, minus that
+    into its later ones. Only first video frames of latent frames are compared, because a codec
+    makes small steps between latent frames anywhere.
     """
     within = [frame for frame in range(1 + TIME, centres.shape[1], TIME) if frame not in seams]
     if not seams or not within:

@@ -1,5 +1,6 @@
-"""Word-level text encoder with UMT5's contract: one vector a token, zeros past the end, padding
-attended to.
+"""Word-level text encoder of the tiny world.
+
+It keeps UMT5's contract: one vector for each token, zeros past the end, padding attended to.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from selfforcing_dfd import rng
 
 
 class TinyText:
-    """Each word is a fixed random vector of norm sqrt(dim), keyed by the word itself, so any
-    vocabulary works.
+    """Each word is a fixed random vector of norm sqrt(dim), seeded by the word itself.
 
-    The empty caption is all zeros: what the teacher's unconditional half is trained on.
+    So any vocabulary works. The empty caption is all zeros, on which the teacher's unconditional
+    half is trained.
     """
 
     def __init__(self, dim: int = 32, length: int = 12):
-        self.dim, self.length = dim, length
+        self.dim = dim
+        self.length = length
 
     @property
     def fingerprint(self) -> str:

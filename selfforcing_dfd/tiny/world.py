@@ -1,25 +1,27 @@
 """The tiny world: procedural clips of one soft-edged shape that moves on a torus.
 
-Captions name some of the factors of a clip (shape; then hue; then size, direction, speed); the
-others are free, with known and skewed priors. The rare ones are what a mode-seeking objective
-drops, and here they can be counted.
+Captions name some of the factors of a clip: the shape, or also the hue, or all but saturation and
+position. The other factors are free, with known and skewed priors. A mode-seeking objective drops
+the rare values, and here they can be counted.
 """
 
 from __future__ import annotations
 
-import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Literal
 
-import av
+import imageio.v2 as imageio
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.rng import generator as stream
+from selfforcing_dfd import rng
+from selfforcing_dfd.common import atomic_file
 
-Level = Literal["short", "medium", "long"]
+Detail = Literal["short", "medium", "long"]
+"""How much a caption says: the shape; also the hue; all but saturation and position."""
 
 SIDE = 64  # pixels; the torus is SIDE x SIDE
 FPS = 16
@@ -55,14 +57,14 @@ _TEMPLATES: dict[str, str] = {
     "medium": "a {hue} {shape} moves",
     "long": "a {size} {hue} {shape} moves {direction} {speed}",
 }
-# its macroblock tree does not repeat bit for bit
-X264 = {"crf": "6", "preset": "veryfast", "x264-params": "mbtree=0"}
+# near-lossless; one thread and no macroblock tree, so that equal clips give equal files
+X264 = ("-crf", "6", "-preset", "veryfast", "-x264-params", "mbtree=0", "-threads", "1")
 _RENDER_BATCH = 16  # clips drawn at once, so that the working set stays in cache
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """All that a clip is made from, each a tensor [B]: indices into the tuples of names, or floats."""
+    """Everything that a clip is made from, each a tensor [B]: indices into the names, or floats."""
 
     shape: Tensor
     hue: Tensor
@@ -73,6 +75,14 @@ class Factors:
     x: Tensor  # pixels, at video frame 0; a pixel's centre lies at k + 0.5
     y: Tensor
 
+    @classmethod
+    def join(cls, parts: Sequence[Factors]) -> Factors:
+        """The clips of all parts, in order."""
+        joined = {}
+        for field in fields(cls):
+            joined[field.name] = torch.cat([getattr(part, field.name) for part in parts])
+        return cls(**joined)
+
     def __len__(self) -> int:
         return len(self.shape)
 
@@ -81,8 +91,9 @@ class Factors:
 
 
 def draw_factors(num_clips: int, generator: torch.Generator) -> Factors:
-    """Independent draws from the data law. Saturation is Beta(6, 6): the sixth smallest of eleven
-    uniforms.
+    """Independent draws from the data law.
+
+    Saturation is Beta(6, 6): the sixth smallest of eleven uniforms.
     """
 
     def category(prior: Tensor) -> Tensor:
@@ -112,23 +123,22 @@ def colour(hue: Tensor, saturation: Tensor) -> Tensor:
 
 
 def track(factors: Factors, num_frames: int) -> Tensor:
-    """Centre (x, y) of the shape at every video frame, [B, T, 2] in pixels, not wrapped to the
-    torus.
-    """
+    """Centre (x, y) of the shape at every video frame, [B, T, 2] pixels, not wrapped."""
     start = torch.stack([factors.x, factors.y], dim=-1)
     step = HEADINGS.to(start)[factors.direction] * SPEED_PX.to(start)[factors.speed][:, None]
     return start[:, None] + step[:, None] * torch.arange(num_frames, device=start.device)[:, None]
 
 
 def coverage(shape: Tensor, size: Tensor, centres: Tensor) -> Tensor:
-    """How much of each pixel the shape covers, [B, T, SIDE, SIDE] in [0, 1]: a logistic function of
-    the signed distance.
+    """How much of each pixel the shape covers, [B, T, SIDE, SIDE] in [0, 1].
 
-    shape, size: indices [B]; centres: [B, T, 2] pixels.
+    It is a logistic function of the signed distance. shape, size: indices [B]; centres: [B, T, 2]
+    pixels.
     """
     grid = torch.arange(SIDE, device=centres.device) + 0.5
     offset = ((grid - centres[..., None] + SIDE / 2) % SIDE - SIDE / 2).abs()  # [B, T, 2, SIDE]
-    across, down = offset[:, :, 0, None, :], offset[:, :, 1, :, None]
+    across = offset[:, :, 0, None, :]
+    down = offset[:, :, 1, :, None]
     half = SIZE_PX.to(centres)[size][:, None, None, None]
     distance = centres.new_empty(*centres.shape[:2], SIDE, SIDE)
     for index in shape.unique().tolist():
@@ -143,15 +153,17 @@ def _signed_distance(shape: str, across: Tensor, down: Tensor, half: Tensor) -> 
         return (across**2 + down**2).sqrt_() - 1.1 * half
     if shape == "square":
         return torch.maximum(across, down) - half
-    arm, reach = 0.42 * half, 1.3 * half
-    return torch.minimum(
-        torch.maximum(across - arm, down - reach), torch.maximum(across - reach, down - arm)
-    )
+    arm = 0.42 * half
+    reach = 1.3 * half
+    upright = torch.maximum(across - arm, down - reach)
+    lying = torch.maximum(across - reach, down - arm)
+    return torch.minimum(upright, lying)
 
 
 def paint(alpha: Tensor, colours: Tensor, background: Tensor | float = BACKGROUND) -> Tensor:
-    """Colours [B, 3] where alpha [B, T, H, W] is 1, background (float or [B, 3]) where it is 0: [B,
-    T, H, W, 3].
+    """Pictures [B, T, H, W, 3] from the coverage alpha [B, T, H, W].
+
+    They show colours [B, 3] where alpha is 1, and the background (float or [B, 3]) where it is 0.
     """
     ground = torch.as_tensor(background, dtype=alpha.dtype, device=alpha.device).expand(
         colours.shape
@@ -171,37 +183,33 @@ def render(factors: Factors, num_frames: int = 33) -> Tensor:
     return video
 
 
-def captions(factors: Factors, level: Level) -> list[str]:
-    """What the clips show, in words: short names the shape, medium also the hue, long all but
-    saturation and place.
-    """
-    if level not in _TEMPLATES:
-        raise ValueError(f"caption level is {level!r}, want one of {', '.join(_TEMPLATES)}")
+def captions(factors: Factors, detail: Detail) -> list[str]:
+    """What the clips show, in words, with as much detail as asked for."""
+    if detail not in _TEMPLATES:
+        raise ValueError(f"caption detail is {detail!r}, want one of {', '.join(_TEMPLATES)}")
     indices = {name: getattr(factors, name).tolist() for name in _NAMES}
-    return [
-        _TEMPLATES[level].format(
-            **{name: words[indices[name][clip]] for name, words in _NAMES.items()}
-        )
-        for clip in range(len(factors))
-    ]
+    written = []
+    for clip in range(len(factors)):
+        words = {name: names[indices[name][clip]] for name, names in _NAMES.items()}
+        written.append(_TEMPLATES[detail].format(**words))
+    return written
 
 
 def parse_caption(text: str) -> dict[str, int]:
-    """The factors that a caption names, as {factor: index}. Words that name no factor are passed
-    over.
-    """
+    """The factors that a caption names, as {factor: index}; other words are ignored."""
     named: dict[str, int] = {}
     for word in re.findall("[a-z]+", text.lower()):
         factor, index = _FACTOR_OF_WORD.get(word, ("", 0))
         if factor and named.setdefault(factor, index) != index:
+            other = _NAMES[factor][named[factor]]
             raise ValueError(
-                f"caption {text!r} names the {factor} twice: {_NAMES[factor][named[factor]]} and {word}; keep one"
+                f"caption {text!r} names the {factor} twice: {other} and {word}; keep one"
             )
     return named
 
 
 def write_clips(
-    folder: Path | str, num_clips: int, seed: int, level: Level = "short", num_frames: int = 33
+    folder: Path | str, num_clips: int, seed: int, detail: Detail = "short", num_frames: int = 33
 ) -> list[Path]:
     """Write `000000.mp4` and `000000.txt` and so on; the paths of the videos.
 
@@ -212,25 +220,21 @@ def write_clips(
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for clip in range(num_clips):
-        factors = draw_factors(1, stream(seed, "tiny clip", clip))
+        factors = draw_factors(1, rng.generator(seed, "tiny clip", clip))
         path = folder / f"{clip:06d}.mp4"
-        path.with_suffix(".txt").write_text(captions(factors, level)[0] + "\n", encoding="utf-8")
+        path.with_suffix(".txt").write_text(captions(factors, detail)[0] + "\n", encoding="utf-8")
         _write_mp4(path, (render(factors, num_frames)[0] * 255).round().to(torch.uint8))
         paths.append(path)
     return paths
 
 
 def _write_mp4(path: Path, frames: Tensor) -> None:
-    """Near-lossless H.264 of uint8 [T, H, W, 3], with full chroma so that the codec sees true
-    colours at the edges.
+    """Near-lossless H.264 of uint8 [T, H, W, 3].
+
+    Full chroma, so that a codec sees the true colours at the edges.
     """
-    partial = path.with_name(path.name + ".partial")
-    with av.open(str(partial), "w", format="mp4") as container:
-        stream_out = container.add_stream("libx264", rate=FPS, options=X264)
-        stream_out.height, stream_out.width = frames.shape[1:3]
-        stream_out.pix_fmt = "yuv444p"
-        stream_out.codec_context.thread_count = 1
-        for picture in frames.numpy():
-            container.mux(stream_out.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
-        container.mux(stream_out.encode(None))
-    os.replace(partial, path)
+    encoder = {"codec": "libx264", "pixelformat": "yuv444p", "output_params": list(X264)}
+    with atomic_file(path) as partial:
+        imageio.mimwrite(
+            partial, list(frames.numpy()), format="FFMPEG", fps=FPS, macro_block_size=2, **encoder
+        )

@@ -455,7 +455,7 @@ def test_packs_and_streams(text, tmp_path):
     """Catches a method, a device or a dtype that packing or a session expects and the tiny world's
     encoder has.
     """
-    write_clips(tmp_path / "clips", 1, seed=0, level="short", num_frames=9)
+    write_clips(tmp_path / "clips", 1, seed=0, detail="short", num_frames=9)
     basis = [
         torch.linalg.qr(rng.normal((size, 16), 0, "basis", size)).Q.contiguous()
         for size in (192, 768)

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_report import USUAL, parsed, row
+from test_page import parsed
+from tiny_rows import USUAL, row
 
 from selfforcing_dfd.evaluation import tables
 from selfforcing_dfd.evaluation.combine import combine
@@ -20,16 +21,20 @@ def seed_folder(root: Path, seed: int, rows: Sequence[Row], **settings: Any) -> 
     folder = root / f"seed{seed}"
     folder.mkdir(parents=True)
     config = {"run": {"name": "demo", "seed": seed}, "report": {"clips": 256}} | settings
-    report = {"seed": seed, "num_clips": 256, "config": config, "environment": {"python": "3"}}
+    report = {
+        "world": "tiny",
+        "seed": seed,
+        "num_clips": 256,
+        "config": config,
+        "environment": {"python": "3"},
+    }
     report["rows"] = [tables.to_json(one) for one in rows]
     (folder / "report.json").write_text(json.dumps(report))
     return folder
 
 
 def seeds(root: Path, kls: Sequence[float]) -> list[Path]:
-    """Reports in which an arm's KL is what is given; .1 apart from the control's 1.5 is enough for
-    help.
-    """
+    """Reports in which an arm has the given KL; .1 below the control's 1.5 is enough for help."""
     folders = []
     for seed, kl in enumerate(kls):
         arm = row("arm", **USUAL | {"kl_prior_sample": (kl, 0.05)})
@@ -61,9 +66,7 @@ def test_combined_report_counts_seeds_and_shows_their_range(tmp_path: Path):
 
 
 def test_combined_marks_hold_in_every_seed(tmp_path: Path):
-    """Catches marks by the range of means, which for the data is a point: everything would differ
-    from it.
-    """
+    """Catches marks by the range of means, which is a point for the data: all would differ."""
     combine(seeds(tmp_path, [1.0, 0.2, 1.5]), tmp_path / "all")
     saved = json.loads((tmp_path / "all" / "report.json").read_text())
     marks = {one["name"]: one["marks"] for one in saved["rows"]}
@@ -87,6 +90,10 @@ def test_combine_refuses_reports_that_do_not_belong_together(tmp_path: Path):
         combine([first, seed_folder(tmp_path, 2, rows[:1])], tmp_path / "all")
     with pytest.raises(ReportError, match=r"train with report.clips > 0"):
         combine([first, tmp_path / "nowhere"], tmp_path / "all")
+    unknown = json.loads((first / "report.json").read_text()) | {"world": "moon", "seed": 2}
+    (tmp_path / "seed2" / "report.json").write_text(json.dumps(unknown))
+    with pytest.raises(ReportError, match="world is 'moon'"):
+        combine([tmp_path / "seed2", first], tmp_path / "all")
     (tmp_path / "seed2" / "report.json").write_text("{")
     with pytest.raises(ReportError, match="is not JSON"):
         combine([first, tmp_path / "seed2"], tmp_path / "all")

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import pytest
 from tiny_rows import NAN, USUAL, row
 
-from selfforcing_dfd.evaluation import tables
+from selfforcing_dfd.evaluation.tables import Row
+from selfforcing_dfd.evaluation.worlds import TINY
+
+
+def verdict(rows: Sequence[Row]) -> str:
+    return " ".join(finding.text for finding in TINY.findings(rows))
 
 
 def judged(
     arm: Mapping[str, tuple[float, float]], control: Mapping[str, tuple[float, float]]
 ) -> str:
     rows = [row("data"), row("control", **control), row("arm", **arm)]
-    (finding,) = tables.findings(rows)
+    (finding,) = TINY.findings(rows)
     return finding.outcome
 
 
@@ -47,14 +52,14 @@ def test_verdict_follows_its_rule(change_of_arm: dict[str, tuple[float, float]],
 
 
 def test_contrast_that_falls_to_the_datas_is_no_harm():
-    """Catches a one-sided rule: an over-saturated control would make every cure look like damage."""
+    """Catches a one-sided rule: with an over-saturated control, every cure would look like harm."""
     control = USUAL | {"contrast": (0.9, 0.01)}
     assert judged(USUAL | {"contrast": (0.66, 0.01)}, control) == "no clear difference"
     assert judged(USUAL | {"contrast": (0.5, 0.01)}, control) == "harmed"
 
 
 def test_one_invalid_clip_is_no_harm_where_the_interval_has_no_width():
-    """Catches a verdict by one clip in 256: the bootstrap interval of a share of 100 % is a point."""
+    """Catches a verdict by one clip in 256: a share of 100 % has an interval without width."""
     control = USUAL | {"valid": (1.0, 0.0)}
     assert (
         judged(USUAL | {"kl_prior_sample": (1.0, 0.1), "valid": (0.996, 0.002)}, control)
@@ -63,16 +68,16 @@ def test_one_invalid_clip_is_no_harm_where_the_interval_has_no_width():
 
 
 def test_an_arm_is_held_to_no_more_motion_than_its_teacher_has():
-    """Catches harm that the teacher did: no student of a slow teacher can be as fast as the data."""
+    """Catches harm that the teacher did: a student of a slow teacher cannot be as fast as data."""
     rows = [
         row("data"),
         row("teacher", speed_px=(0.5, 0.1)),
         row("control", **USUAL),
         row("arm", **USUAL, speed_px=(0.5, 0.1)),
     ]
-    assert tables.findings(rows)[0].outcome == "no clear difference"
+    assert TINY.findings(rows)[0].outcome == "no clear difference"
     rows[1] = row("teacher")
-    assert tables.findings(rows)[0].outcome == "harmed"
+    assert TINY.findings(rows)[0].outcome == "harmed"
 
 
 def test_verdict_says_one_sentence_for_each_arm_with_its_numbers():
@@ -80,16 +85,16 @@ def test_verdict_says_one_sentence_for_each_arm_with_its_numbers():
     names = ("data", "teacher", "start", "control", "one", "two")
     rows = [row(name, **(USUAL if name in names[2:] else {})) for name in names]
     rows[4] = row("one", **USUAL | {"kl_prior_sample": (1.0, 0.1)})
-    said = tables.verdict(rows)
+    said = verdict(rows)
     assert "one helped: it covers the modes better, KL(prior || sample) 1.00 (control 1.50)" in said
     assert "two made no clear difference" in said
-    assert len(tables.findings(rows)) == 2
+    assert len(TINY.findings(rows)) == 2
 
 
 def test_without_control_rows_are_described_against_the_data():
     """Catches a verdict on a teacher or a lone student that has nothing to be judged by."""
-    assert tables.verdict([row("data"), row("teacher")]) == (
+    assert verdict([row("data"), row("teacher")]) == (
         "teacher cannot be told from the data: every interval touches the data's."
     )
-    grey = tables.verdict([row("data"), row("teacher"), row("student", saturation=(0.3, 0.02))])
+    grey = verdict([row("data"), row("teacher"), row("student", saturation=(0.3, 0.02))])
     assert grey == "student differs from the data: saturation 0.30 (data 0.50)."

@@ -19,7 +19,7 @@ def psnr(one: Tensor, other: Tensor) -> float:
 
 
 def test_bases_are_orthonormal(codec: TinyCodec) -> None:
-    """Would catch a rotation by something that is no rotation. float32 sums of 768 products are
+    """Catches a rotation by something that is no rotation. float32 sums of 768 products are
     good to 1e-6.
     """
     for basis in (codec.first, codec.rest):
@@ -44,7 +44,7 @@ def test_fresh_clips_survive_encoding(codec: TinyCodec, clips: Clips) -> None:
 
 
 def test_latents_have_unit_variance(codec: TinyCodec, clips: Clips) -> None:
-    """Would catch a forgotten scale. Sizes and contrasts of 64 clips make it vary by 4 %."""
+    """Catches a forgotten scale. Sizes and contrasts of 64 clips make it vary by 4 %."""
     latents = codec.encode(clips.videos)
     assert latents.std().item() == pytest.approx(1, abs=0.1)
     assert latents[:, 0].std().item() == pytest.approx(latents[:, 1:].std().item(), rel=0.05)
@@ -63,7 +63,7 @@ def test_latent_distances_are_pixel_distances(codec: TinyCodec) -> None:
 def test_a_static_clip_has_equal_latents_in_all_latent_frames(
     codec: TinyCodec, clips: Clips
 ) -> None:
-    """Would catch bases whose channels mean different things, or the missing factor 2.
+    """Catches bases whose channels mean different things, or the missing factor 2.
 
     `rest` spends channels on motion that a lone frame cannot have, so equality is only near: 7 %
     was measured, 140 % is what an unrotated basis gives.
@@ -92,7 +92,7 @@ def test_latent_frames_are_local(codec: TinyCodec, clips: Clips) -> None:
 
 
 def test_any_size_of_whole_blocks_is_taken_block_by_block(codec: TinyCodec, clips: Clips) -> None:
-    """Would catch rows and columns confused, which square clips hide."""
+    """Catches rows and columns confused, which square clips hide."""
     part = clips.videos[:2, :5, 16:32, 8:64]
     whole = codec.encode(clips.videos[:2, :5])
     torch.testing.assert_close(codec.encode(part), whole[..., 2:4, 1:8], atol=1e-4, rtol=0)
@@ -108,7 +108,7 @@ def test_saving_keeps_the_fingerprint_and_fitting_elsewhere_changes_it(
 
 
 def test_fitting_again_gives_as_good_a_codec(clips: Clips) -> None:
-    """Would catch a `fit` that no longer makes what is shipped: 36 dB and latents alike in all
+    """Catches a `fit` that no longer makes what is shipped: 36 dB and latents alike in all
     frames of a static clip.
 
     It has few clips to fit, so 3 dB and twice the difference are allowed.
@@ -122,14 +122,14 @@ def test_fitting_again_gives_as_good_a_codec(clips: Clips) -> None:
 
 @pytest.mark.parametrize("frames", [0, 2, 32])
 def test_frame_counts_that_do_not_fit_are_refused(codec: TinyCodec, frames: int) -> None:
-    """Would catch video frames dropped in silence."""
+    """Catches video frames dropped in silence."""
     with pytest.raises(ValueError, match=f"{frames} video frames are not 1 \\+ 4 n"):
         codec.encode(torch.zeros(1, frames, 16, 16, 3))
     assert codec.num_latent_frames(33) == 9
 
 
 def test_sizes_that_do_not_fit_are_refused(codec: TinyCodec) -> None:
-    """Would catch a crop in silence, or torch's own message about shapes."""
+    """Catches a crop in silence, or torch's own message about shapes."""
     with pytest.raises(ValueError, match="20 x 16"):
         codec.encode(torch.zeros(1, 5, 20, 16, 3))
 

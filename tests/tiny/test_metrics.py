@@ -68,7 +68,7 @@ def changed(one: dict[str, Score], other: dict[str, Score]) -> set[str]:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_the_data_has_the_modes_of_the_data(seed: int) -> None:
-    """Would catch a wrong expectation, a transposed prior and a wrong W1.
+    """Catches a wrong expectation, a transposed prior and a wrong W1.
 
     2 N KL(q||p) is nearly chi-squared with 23 degrees of freedom: .03 on average, above .065 with
     probability .001.
@@ -148,7 +148,7 @@ def test_the_mean_of_clips_moves_validity_contrast_and_spread(clips: Clips) -> N
 
 
 def test_invalid_clips_are_in_no_mode() -> None:
-    """Would catch modes counted over all clips: here only invalid clips show the rarer hues."""
+    """Catches modes counted over all clips: here only invalid clips show the rarer hues."""
     reading = tempered(1, 0)
     reading = dataclasses.replace(reading, valid=reading.hue == 0)
     scores = summarise(reading)
@@ -173,7 +173,7 @@ def test_nothing_valid_is_no_perfect_score() -> None:
 
 
 def test_captions_are_compared_with_what_is_read() -> None:
-    """Would catch agreement counted over clips whose caption names no hue, and over invalid clips."""
+    """Catches agreement counted over invalid clips or clips whose caption names no hue."""
     reading = tempered(1, 0)
     asked = ["a disc moves"] * (N // 2) + ["a red disc moves"] * (N // 2)
     valid = torch.arange(N) % 3 > 0

@@ -35,7 +35,7 @@ def test_clean_clips_are_read_exactly(clips: Clips) -> None:
 
 @pytest.mark.parametrize("noise", [0.02, 0.05])
 def test_noise_does_not_change_what_is_read(clips: Clips, noise: float) -> None:
-    """Would catch a colour taken from the pixels that noise moved farthest, which is more saturated
+    """Catches a colour taken from the pixels that noise moved farthest, which is more saturated
     than the shape's.
 
     Half of validity's threshold is left at noise .05: all pixels are compared, and noise is in all
@@ -93,7 +93,7 @@ def test_means_of_eight_clips_are_invalid_and_faint(clips: Clips) -> None:
 
 @pytest.mark.parametrize("kind", ["grey", "black", "faint noise", "noise", "one frame"])
 def test_clips_without_a_moving_shape_are_invalid_and_finite(kind: str, clips: Clips) -> None:
-    """Would catch 0 / 0 in an empty clip, and noise that explains itself."""
+    """Catches 0 / 0 in an empty clip, and noise that explains itself."""
     shape = (3, 33, 64, 64, 3)
     video = {
         "grey": torch.full(shape, 0.35),
@@ -120,7 +120,7 @@ def test_values_outside_the_range_are_clipped(clips: Clips) -> None:
 
 
 def test_reading_does_not_depend_on_the_batch(clips: Clips) -> None:
-    """Would catch statistics taken over clips. Sums may round differently in products of other
+    """Catches statistics taken over clips. Sums may round differently in products of other
     shapes.
     """
     alone = read(clips.videos[11:12])
@@ -138,7 +138,7 @@ def test_chunks_start_where_their_first_latent_frame_does() -> None:
 
 
 def test_saturation_is_read_chunk_by_chunk(clips: Clips) -> None:
-    """Would catch chunk boundaries at the wrong video frames, which would mix neighbouring values."""
+    """Catches chunk boundaries at the wrong video frames, which would mix neighbouring values."""
     factors = clips.factors[slice(0, 8)]
     levels = torch.tensor([0.3, 0.5, 0.7])
     saturation = levels.repeat_interleave(torch.tensor([9, 12, 12])).expand(8, -1)
@@ -168,7 +168,7 @@ def test_a_jump_at_seams_is_seam_excess(clips: Clips) -> None:
 
 
 def test_unusable_videos_are_refused(clips: Clips) -> None:
-    """Would catch NaN counted as a hue, and channels-first clips read as noise."""
+    """Catches NaN counted as a hue, and channels-first clips read as noise."""
     with pytest.raises(ValueError, match="1 of 2 clips have pixels that are not finite"):
         read(torch.stack([clips.videos[0], clips.videos[1] * float("nan")]))
     with pytest.raises(ValueError, match="want \\[B, T, 64, 64, 3\\]"):

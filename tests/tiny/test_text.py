@@ -17,7 +17,7 @@ def test_zeros_from_the_end_on() -> None:
 
 
 def test_words_do_not_depend_on_vocabulary_or_company() -> None:
-    """Would catch vectors that are drawn in order of appearance, or keyed by Python's salted
+    """Catches vectors that are drawn in order of appearance, or keyed by Python's salted
     hash().
     """
     one = TinyText().encode(["red disc"])
@@ -27,7 +27,7 @@ def test_words_do_not_depend_on_vocabulary_or_company() -> None:
 
 
 def test_words_are_of_unit_size_and_different() -> None:
-    """Would catch hash collisions by truncation, and sizes that would drown the network's other
+    """Catches hash collisions by truncation, and sizes that would drown the network's other
     inputs.
     """
     words = [
@@ -54,6 +54,6 @@ def test_words_are_of_unit_size_and_different() -> None:
 
 
 def test_too_many_words_are_refused_with_their_number() -> None:
-    """Would catch a caption cut in silence."""
+    """Catches a caption cut in silence."""
     with pytest.raises(ValueError, match="3 words"):
         TinyText(length=2).encode(["a red disc"])

@@ -22,7 +22,7 @@ NAMES = {
 
 
 def test_draws_follow_the_priors() -> None:
-    """Would catch priors in the wrong order. Over 20,000 draws a share's standard error is at most
+    """Catches priors in the wrong order. Over 20,000 draws a share's standard error is at most
     .0035.
     """
     factors = world.draw_factors(20_000, generator(0, "test priors"))
@@ -34,7 +34,7 @@ def test_draws_follow_the_priors() -> None:
 
 
 def test_mode_prior_is_indexed_as_modes_are() -> None:
-    """Would catch a transposed outer product, which leaves the sum 1 and every count wrong."""
+    """Catches a transposed outer product, which leaves the sum 1 and every count wrong."""
     rarest = world.mode(torch.tensor(5), torch.tensor(3))
     assert world.MODE_PRIOR[rarest] == world.MODE_PRIOR.min()
     assert world.MODE_PRIOR[rarest].item() == pytest.approx(0.04 * 0.1)
@@ -71,18 +71,18 @@ def test_shapes_move_where_their_direction_says(direction: int) -> None:
 
 
 def test_a_clip_does_not_depend_on_the_others_in_its_batch() -> None:
-    """Would catch masks by shape that write to the wrong rows."""
+    """Catches masks by shape that write to the wrong rows."""
     factors = world.draw_factors(20, generator(0, "test batch"))
     whole = world.render(factors, 3)
     single = torch.cat([world.render(factors[slice(clip, clip + 1)], 3) for clip in range(20)])
     assert torch.equal(whole, single)
 
 
-@pytest.mark.parametrize("level", ["short", "medium", "long"])
-def test_captions_parse_back(clips: Clips, level: world.Level) -> None:
-    """A caption names exactly the factors of its level, with the clip's values."""
-    named = {"short": {"shape"}, "medium": {"shape", "hue"}, "long": set(NAMES)}[level]
-    parsed = [world.parse_caption(caption) for caption in world.captions(clips.factors, level)]
+@pytest.mark.parametrize("detail", ["short", "medium", "long"])
+def test_captions_parse_back(clips: Clips, detail: world.Detail) -> None:
+    """A caption names exactly the factors of its detail, with the clip's values."""
+    named = {"short": {"shape"}, "medium": {"shape", "hue"}, "long": set(NAMES)}[detail]
+    parsed = [world.parse_caption(caption) for caption in world.captions(clips.factors, detail)]
     values = {name: getattr(clips.factors, name).tolist() for name in named}
     assert parsed == [
         {name: values[name][clip] for name in named} for clip in range(len(clips.factors))
@@ -90,15 +90,15 @@ def test_captions_parse_back(clips: Clips, level: world.Level) -> None:
 
 
 def test_captions_that_contradict_themselves_are_refused() -> None:
-    """Would catch the last word winning in silence."""
+    """Catches the last word winning in silence."""
     assert world.parse_caption("A bright, RED disc!") == {"hue": 0, "shape": 0}
     with pytest.raises(ValueError, match="names the hue twice: red and blue"):
         world.parse_caption("a red blue disc moves")
 
 
 def test_written_clips_keep_their_attributes(tmp_path: Path) -> None:
-    """Would catch lossy encoding, swapped channels and captions that belong to other clips."""
-    paths = world.write_clips(tmp_path, 6, seed=3, level="long")
+    """Catches lossy encoding, swapped channels and captions that belong to other clips."""
+    paths = world.write_clips(tmp_path, 6, seed=3, detail="long")
     reading = read(torch.stack([read_video(path, 33) for path in paths]).float() / 255)
     assert reading.valid.all()
     for clip, path in enumerate(paths):
@@ -112,7 +112,7 @@ def test_written_clips_keep_their_attributes(tmp_path: Path) -> None:
 
 
 def test_a_longer_folder_begins_with_the_clips_of_a_shorter_one(tmp_path: Path) -> None:
-    """Would catch a generator shared between clips.
+    """Catches a generator shared between clips.
 
     Equal frames may be encoded otherwise where x264 has AVX-512, by a level or two of 255; another
     clip is 10 away.

@@ -1,6 +1,4 @@
-"""The tiny world's data set: rendered, written as mp4 clips with captions, packed like anybody's
-own clips.
-"""
+"""The tiny world as a data set: rendered to mp4 clips with captions, then packed like any clips."""
 
 from __future__ import annotations
 
@@ -8,21 +6,23 @@ import tempfile
 from pathlib import Path
 
 from selfforcing_dfd.data.pack import pack
+from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.files import FileSource
-from selfforcing_dfd.tiny.codec import TIME, TinyCodec
+from selfforcing_dfd.tiny.codec import FINGERPRINT, TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
-from selfforcing_dfd.tiny.world import SIDE, Level, write_clips
+from selfforcing_dfd.tiny.world import SIDE, Detail, write_clips
 
 
 def make_tiny_shards(
-    folder: Path, num_clips: int, seed: int, level: Level, num_latent_frames: int, basis: Path
+    folder: Path, num_clips: int, seed: int, detail: Detail, num_latent_frames: int, basis: Path
 ) -> None:
-    """Shards of `num_clips` fresh clips with captions of one level, encoded with the codec in the
-    file `basis`.
+    """Write shards of fresh clips.
+
+    detail: how much the captions say. basis: the tiny codec's file.
     """
     num_video_frames = 1 + TIME * (num_latent_frames - 1)
     with tempfile.TemporaryDirectory() as clips:
-        write_clips(clips, num_clips, seed, level, num_video_frames)
+        write_clips(clips, num_clips, seed, detail, num_video_frames)
         folder.parent.mkdir(parents=True, exist_ok=True)
         source = FileSource(clips, num_video_frames, (SIDE, SIDE))
         pack(source, folder, TinyCodec.load(basis), TinyText())

@@ -1,0 +1,102 @@
+"""What a report asks of the world that a run's clips belong to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from selfforcing_dfd.config import Config
+from selfforcing_dfd.evaluation.generate import Decode, EvaluationSet, Videos
+from selfforcing_dfd.evaluation.tables import Finding, Metric, Row
+from selfforcing_dfd.tiny.bootstrap import Score
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How many of a row's first clips its pictures show, and how large.
+
+    columns: clips beside each other in a sample video. scale: whole pixels for one in sample
+    videos. max_width: pixels of a clip in contact sheets and in the comparison of all rows.
+    """
+
+    fps: int
+    sample_clips: int
+    sample_columns: int
+    scale: int
+    sheet_clips: int
+    compared_clips: int
+    compared_columns: int
+    max_width: int
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A row's scores; modes: number of valid clips in each mode, empty without modes."""
+
+    scores: Mapping[str, Score]
+    modes: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Chart:
+    """A picture of the report for one row. svg: a whole SVG document."""
+
+    row: str
+    about: str
+    svg: str
+
+
+class World(Protocol):
+    """Everything about a kind of video that a report has to know. Worlds keep no state.
+
+    name: in report.json. title: for people. metrics: the lines of the table, in order. glossary:
+    words of the report and what they mean. chart_about: one sentence on `charts`.
+    """
+
+    name: str
+    title: str
+    metrics: tuple[Metric, ...]
+    layout: Layout
+    glossary: Mapping[str, str]
+    chart_about: str
+
+    def decoder(self, config: Config) -> Decode:
+        """The codec of the run's shards."""
+        ...
+
+    def draw(self, config: Config, num_clips: int) -> EvaluationSet:
+        """Captions of real clips; `real_clips` shows the same clips."""
+        ...
+
+    def ask(self, config: Config, captions: Sequence[str]) -> EvaluationSet:
+        """A user's captions. Raises UserError for one that the world has no text for."""
+        ...
+
+    def real_clips(self, config: Config, evaluation: EvaluationSet, decode: Decode) -> Videos:
+        """The real clips of a set that `draw` made, once through the codec."""
+        ...
+
+    def has_real_clips(self, config: Config) -> bool:
+        """False where the run's data are captions without clips."""
+        ...
+
+    def measure(self, videos: Videos, captions: Sequence[str], chunk_frames: int) -> Measured:
+        """The scores of one row's clips."""
+        ...
+
+    def findings(self, rows: Sequence[Row]) -> list[Finding]:
+        """The verdict: one sentence for each row that is judged."""
+        ...
+
+    def notes(self, rows: Sequence[Row], num_clips: int, num_seeds: int = 1) -> list[str]:
+        """How to read this world's numbers; what holds for every world is added to it."""
+        ...
+
+    def charts(self, rows: Sequence[Row]) -> list[Chart]:
+        """One chart for each row; none where the world has nothing to count."""
+        ...
+
+    def facts(self, num_clips: int) -> dict[str, Any]:
+        """Constants of the world that report.json repeats."""
+        ...
