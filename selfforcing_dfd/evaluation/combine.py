@@ -46,7 +46,7 @@ STATED_MEANS = {
 }
 """Scores that the verdict over seeds repeats; only worlds with a rule get this far."""
 
-KEYS = ("world", "seed", "rows", "config", "num_clips", "environment")
+KEYS = ("world", "background", "seed", "rows", "config", "num_clips", "environment")
 
 
 def combine(folders: Sequence[Path], out: Path) -> str:
@@ -68,6 +68,7 @@ def combine(folders: Sequence[Path], out: Path) -> str:
         title=f"{first['config']['run']['name']}, seeds {', '.join(map(str, seeds))}",
         subtitle=f"{world.title}, {len(seeds)} seeds, {num_clips} clips a row and seed",
         tried=f"The same comparison with {len(seeds)} seeds.",
+        background=first["background"],
         world=world,
         findings=combined_findings(world, rows, per_seed),
         rows=rows,

@@ -60,6 +60,7 @@ def save(folder: Path, page: Page, more: Mapping[str, Any]) -> None:
     document = {
         "title": page.title,
         "world": page.world.name,
+        "background": page.background,
         "verdict": page.verdict,
         "findings": findings,
         "num_clips": num_clips,
@@ -84,6 +85,7 @@ def _markdown(page: Page) -> str:
         f"{page.subtitle}.",
         page.tried,
         *(f"**{finding.text}**" for finding in page.findings),
+        page.background,
         tables.markdown_table(page.rows, page.world.metrics),
         notes,
         f"Rows:\n{about}",
@@ -100,6 +102,7 @@ def printed(page: Page, folder: Path) -> str:
         tables.plain_table(page.rows, page.world.metrics),
         "\n".join(textwrap.fill(note, TERMINAL) for note in (MARKS, *page.notes)),
         textwrap.fill(page.verdict, TERMINAL),
+        textwrap.fill(page.background, TERMINAL),
         str(folder / PAGE_FILE),
     ]
     return "\n" + "\n\n".join(part for part in parts if part)

@@ -43,13 +43,14 @@ class Sheet:
 class Page:
     """Everything that the page shows.
 
-    tried: a sentence on what was compared. notes: how to read the table. comparison: address of
+    tried: a sentence on what was compared. background: what is known about it. notes: how to read the table. comparison: address of
     the video of all rows side by side. captions: of the clips in the pictures.
     """
 
     title: str
     subtitle: str
     tried: str
+    background: str
     world: World
     findings: Sequence[Finding]
     rows: Sequence[Row]

@@ -72,6 +72,7 @@ def write_report(config: Config) -> str:
         title=config.run.name,
         subtitle=_subtitle(config, world, len(evaluation)),
         tried=_tried(config),
+        background=world.background(config),
         world=world,
         findings=world.findings(rows),
         rows=rows,

@@ -115,6 +115,9 @@ class VideoWorld:
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
         return described(rows, METRICS) if find(rows, DATA) else []
 
+    def background(self, config: Config) -> str:
+        return ""
+
     def notes(self, rows: Sequence[Row], num_clips: int, num_seeds: int = 1) -> list[str]:
         return [
             "These numbers need no weights. They show a collapse: grey, blurred, frozen or equal "

@@ -89,6 +89,10 @@ class World(Protocol):
         """The verdict: one sentence for each row that is judged."""
         ...
 
+    def background(self, config: Config) -> str:
+        """What is known about the methods that this run compares; may be empty."""
+        ...
+
     def notes(self, rows: Sequence[Row], num_clips: int, num_seeds: int = 1) -> list[str]:
         """How to read this world's numbers; what holds for every world is added to it."""
         ...

@@ -147,4 +147,4 @@ def test_each_collapse_lowers_its_own_number(fault: str, metric: str):
     before = clip_statistics(clips)[metric]
     after = clip_statistics(changed)[metric]
     assert after.shape == (6,)
-    assert (after < 0.75 * before).all()
+    assert (after < 0.85 * before).all()

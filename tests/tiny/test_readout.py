@@ -53,7 +53,8 @@ def test_rare_hues_and_pale_colours_are_read() -> None:
     of the data.
     """
     factors = draw_factors(24, generator(0, "test hues"))
-    hue, saturation = torch.arange(24) % 6, torch.linspace(0.1, 1, 24)
+    hue = torch.arange(24) % 6
+    saturation = torch.linspace(0.1, 1, 24)
     reading = read(render(dataclasses.replace(factors, hue=hue, saturation=saturation)))
     assert torch.equal(reading.hue, hue)
     assert (reading.saturation - saturation).abs().max() < 0.001
@@ -154,7 +155,8 @@ def test_a_jump_at_seams_is_seam_excess(clips: Clips) -> None:
     latent frame are none.
     """
     factors = clips.factors[slice(0, 8)]
-    centres, jumped = track(factors, 33), track(factors, 33)
+    centres = track(factors, 33)
+    jumped = track(factors, 33)
     across = torch.stack(
         [centres[:, 1, 1] - centres[:, 0, 1], centres[:, 1, 0] - centres[:, 0, 0]], dim=-1
     )

@@ -28,7 +28,8 @@ def codec(clips: Tensor) -> TinyCodec:
 @pytest.mark.parametrize("split", SPLITS)
 def test_decoding_in_pieces_is_decoding_at_once(codec, clips, split):
     """Catches a later piece whose first latent frame is taken for the first of the video."""
-    latents, decoder = codec.encode(clips), codec.start_decoding()
+    latents = codec.encode(clips)
+    decoder = codec.start_decoding()
     assert torch.equal(
         torch.cat([decoder.decode(part) for part in latents.split(split, dim=1)], 1),
         codec.decode(latents),
@@ -55,7 +56,8 @@ def test_any_batch_and_size_is_split_without_a_trace(codec, size, split):
     batch, height, width = size
     videos = rng.uniform((batch, 25, height, width, 3), 0, "codec sizes").float()
     latents = rng.normal((batch, 7, 16, height // 8, width // 8), 0, "codec sizes")
-    encoder, decoder = codec.start_encoding(), codec.start_decoding()
+    encoder = codec.start_encoding()
+    decoder = codec.start_decoding()
     frames = [num_video_frames(part, i == 0) for i, part in enumerate(split)]
     encoded = torch.cat([encoder.encode(part) for part in videos.split(frames, dim=1)], 1)
     decoded = torch.cat([decoder.decode(part) for part in latents.split(split, dim=1)], 1)
@@ -77,7 +79,8 @@ def test_no_latents_leave_the_first_ones_to_come(codec, clips):
     """Catches an empty piece that counts as the first, after which the first latent frame gives
     four video frames.
     """
-    latents, decoder = codec.encode(clips), codec.start_decoding()
+    latents = codec.encode(clips)
+    decoder = codec.start_decoding()
     assert decoder.decode(latents[:, :0]).shape[1] == 0
     assert torch.equal(decoder.decode(latents), codec.decode(latents))
 
@@ -87,7 +90,8 @@ def test_decoders_share_nothing(codec, clips):
     alone.
     """
     latents = codec.encode(clips)
-    one, other = codec.start_decoding(), codec.start_decoding()
+    one = codec.start_decoding()
+    other = codec.start_decoding()
     pieces = [(one.decode(part), other.decode(part.flip(0))) for part in latents.split(3, dim=1)]
     assert torch.equal(torch.cat([piece for piece, _ in pieces], 1), codec.decode(latents))
     assert torch.equal(torch.cat([piece for _, piece in pieces], 1), codec.decode(latents.flip(0)))
@@ -97,7 +101,8 @@ def test_a_clone_goes_on_from_where_it_was_made(codec, clips):
     """Catches a clone that starts anew or follows the original: one made before the first latent
     frame, one after.
     """
-    latents, decoder = codec.encode(clips), codec.start_decoding()
+    latents = codec.encode(clips)
+    decoder = codec.start_decoding()
     fresh = decoder.clone()
     first = decoder.decode(latents[:, :1])
     later = decoder.clone()
@@ -122,7 +127,8 @@ def test_decoder_and_encoder_follow_the_device(codec):
     """Catches bases left on the host, or moved for every piece. The device `meta` has shapes
     without numbers.
     """
-    decoder, encoder = codec.start_decoding(), codec.start_encoding()
+    decoder = codec.start_decoding()
+    encoder = codec.start_encoding()
     video = decoder.decode(torch.zeros(1, 3, 16, 2, 3, device="meta"))
     encoder.encode(video)
     for part in (decoder, encoder):
