@@ -43,8 +43,9 @@ class Sheet:
 class Page:
     """Everything that the page shows.
 
-    tried: a sentence on what was compared. background: what is known about it. notes: how to read the table. comparison: address of
-    the video of all rows side by side. captions: of the clips in the pictures.
+    tried: a sentence on what was compared. background: what is known about it. notes: how to read
+    the table. comparison: address of the video of all rows side by side. captions: of the clips in
+    the pictures.
     """
 
     title: str

@@ -23,6 +23,7 @@ def seed_folder(root: Path, seed: int, rows: Sequence[Row], **settings: Any) -> 
     config = {"run": {"name": "demo", "seed": seed}, "report": {"clips": 256}} | settings
     report = {
         "world": "tiny",
+        "background": "",
         "seed": seed,
         "num_clips": 256,
         "config": config,

@@ -73,6 +73,7 @@ def page(rows: Sequence[Row], **fields: Any) -> Page:
         "title": "run",
         "subtitle": "a test",
         "tried": "two arms",
+        "background": "",
         "world": TINY,
         "findings": TINY.findings(rows),
         "rows": rows,

@@ -80,6 +80,8 @@ def test_report_has_every_row_in_every_file(reported: tuple[Config, str]):
     assert "samples/side_by_side.mp4" in tags.addresses
     assert saved["config"]["report"]["clips"] == saved["num_clips"] == 8
     assert saved["world"] == "tiny"
+    assert "statement about dose" in saved["background"]
+    assert saved["background"] in tags.text
 
 
 def test_equal_weights_have_equal_rows(reported: tuple[Config, str]):

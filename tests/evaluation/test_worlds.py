@@ -17,6 +17,7 @@ from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import Config, ConfigError, load_config
 from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.data.sources.files import FileSource
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
 from selfforcing_dfd.evaluation.report import sample_videos, write_report
 from selfforcing_dfd.evaluation.video_world import clip_statistics
@@ -42,8 +43,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_clips(folder / "clips", CLIPS, 0, "long", 9)
     codec = WanCodec.from_pretrained(folder / "wan")
     shards = folder / "shards"
-    clips = folder / "clips"
-    pack(clips, shards, codec, TinyText(), num_video_frames=9, video_size=(SIDE, SIDE))
+    pack(FileSource(folder / "clips", 9, (SIDE, SIDE)), shards, codec, TinyText())
     return folder
 
 
