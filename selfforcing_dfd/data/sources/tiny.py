@@ -26,3 +26,8 @@ def make_tiny_shards(
         folder.parent.mkdir(parents=True, exist_ok=True)
         source = FileSource(clips, num_video_frames, (SIDE, SIDE))
         pack(source, folder, TinyCodec.load(basis), TinyText())
+
+
+def holds_tiny_world(shards: Path | str) -> bool:
+    """Whether the tiny codec made these shards. Raises ShardError where there are none."""
+    return ShardReader(shards).index.fingerprints["codec"].startswith(FINGERPRINT)
