@@ -23,7 +23,13 @@ PROGRAM = "selfforcing-dfd"
 NAME_WIDTH = 12
 
 GROUPS: dict[str, tuple[Command, ...]] = {
-    "train": (run_commands.train, run_commands.sample, run_commands.report, run_commands.rebuild),
+    "train": (
+        run_commands.train,
+        run_commands.sample,
+        run_commands.report,
+        run_commands.picture,
+        run_commands.rebuild,
+    ),
     "stream": (stream_commands.stream, stream_commands.benchmark),
     "data": (
         data_commands.clips,

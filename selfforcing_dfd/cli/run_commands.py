@@ -123,6 +123,40 @@ def report(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
+def picture(parser: argparse.ArgumentParser) -> Run:
+    """Show rows of a run's report in one picture: moving clips (.gif, .webp) or scores (.svg)."""
+    parser.add_argument("folder", type=Path, metavar="DIR", help="folder of a finished run")
+    parser.add_argument(
+        "--rows",
+        nargs="+",
+        required=True,
+        metavar="NAME[=LABEL]",
+        help="rows of the report, such as data, start or an arm, and the label to show for each",
+    )
+    parser.add_argument(
+        "--metrics",
+        nargs="+",
+        default=[],
+        metavar="KEY",
+        help="scores of report.json to plot (default: all)",
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FILE", help="the picture to write"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.evaluation.showcase import write_showcase
+
+        labels = {}
+        for row in args.rows:
+            name, _, label = row.partition("=")
+            labels[name] = label or name
+        write_showcase(args.folder, args.out, labels, args.metrics)
+        print(f"wrote {args.out}")
+
+    return run
+
+
 def rebuild(parser: argparse.ArgumentParser) -> Run:
     """Train assets/tiny again: codec, teacher, causal student, DMD student. Hours; resumable."""
     parser.add_argument(

@@ -53,6 +53,13 @@ STYLE: dict[Any, Any] = {
     "xtick.color": QUIET,
     "ytick.color": QUIET,
     "lines.linewidth": 1.6,
+    "figure.constrained_layout.h_pad": 0.08,  # inches
+}
+
+# dates and versions would make equal plots differ
+NO_METADATA: dict[str, dict[str, None]] = {
+    ".svg": {"Date": None, "Creator": None},
+    ".png": {"Software": None},
 }
 
 Points = tuple[tuple[float, float], ...]
@@ -218,6 +225,5 @@ def figure(width: float, height: float) -> Iterator[tuple[Figure, Axes]]:
 def svg(drawing: Figure) -> str:
     """The figure as an SVG document, the same bytes for the same figure."""
     written = io.StringIO()
-    nothing = {"Date": None, "Creator": None}
-    drawing.savefig(written, format="svg", transparent=True, metadata=nothing)
+    drawing.savefig(written, format="svg", transparent=True, metadata=NO_METADATA[".svg"])
     return written.getvalue()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import imageio.v2 as imageio
 import numpy as np
@@ -16,6 +17,7 @@ from selfforcing_dfd.common import atomic_file
 
 SHEET_FRAMES = 6
 GAP = 4  # pixels between clips
+ROW_GAP = 16  # pixels between rows that stand side by side
 FRAME_GAP = 1  # pixels between video frames of a clip in a contact sheet
 LABEL_PX = 16  # height of the letters over a moving picture
 LABEL_ROOM = 26  # pixels for the line of labels
@@ -56,10 +58,15 @@ def shrunk(videos: Tensor, max_width: int) -> Tensor:
     height, width = videos.shape[2:4]
     if width <= max_width:
         return videos
-    size = (round(height * max_width / width / 2) * 2, max_width // 2 * 2)
+    return resized(videos, (round(height * max_width / width / 2) * 2, max_width // 2 * 2))
+
+
+def resized(videos: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 videos [B, T, H, W, 3] at another height and width, smoothly."""
     pictures = videos.flatten(0, 1).permute(0, 3, 1, 2).float()
-    small = torch.nn.functional.interpolate(pictures, size, mode="area")
-    return small.round().byte().permute(0, 2, 3, 1).unflatten(0, videos.shape[:2])
+    other = torch.nn.functional.interpolate(pictures, size, mode="bicubic", antialias=True)
+    other = other.round().clamp(0, 255).byte()
+    return other.permute(0, 2, 3, 1).unflatten(0, videos.shape[:2])
 
 
 def tiled(videos: Tensor, columns: int, paper: int = 0) -> Tensor:
@@ -96,10 +103,15 @@ def write_mp4(path: Path, frames: Tensor, fps: int) -> None:
 def side_by_side(rows: Mapping[str, Tensor], columns: int, scale: int) -> Tensor:
     """The clips [B, T, H, W, 3] of every row as one video [T, H', W', 3], rows beside each other.
 
-    A row takes an equal share of the width; between two rows lies a white gap.
+    A row takes an equal share of the width; between two rows lies a white gap. Clips are enlarged
+    `scale` times, smoothly.
     """
-    grids = [enlarged(tiled(clips, columns, PAPER), scale) for clips in rows.values()]
-    gap = grids[0].new_full((*grids[0].shape[:2], 4 * GAP, 3), PAPER)
+    grids = []
+    for clips in rows.values():
+        height, width = clips.shape[2:4]
+        large = resized(clips, (scale * height, scale * width)) if scale > 1 else clips
+        grids.append(tiled(large, columns, PAPER))
+    gap = grids[0].new_full((*grids[0].shape[:2], ROW_GAP, 3), PAPER)
     parts: list[Tensor] = []
     for grid in grids:
         parts += [grid, gap]
@@ -112,16 +124,18 @@ def labelled(frames: Tensor, labels: Sequence[str]) -> Tensor:
     line = Image.new("RGB", (width, LABEL_ROOM), (PAPER, PAPER, PAPER))
     draw = ImageDraw.Draw(line)
     font = ImageFont.load_default(LABEL_PX)
-    share = (width + 4 * GAP) / len(labels)
+    share = (width + ROW_GAP) / len(labels)
     for index, label in enumerate(labels):
-        middle = index * share + (share - 4 * GAP) / 2
+        middle = index * share + (share - ROW_GAP) / 2
         draw.text((middle, LABEL_ROOM / 2), label, fill=INK, font=font, anchor="mm")
     head = torch.from_numpy(np.array(line)).expand(len(frames), -1, -1, -1)
     return torch.cat([head, frames], dim=1)
 
 
 def write_moving_picture(path: Path, frames: Tensor, fps: int) -> None:
-    """uint8 [T, H, W, 3] as an endless .gif, .webp or .png, by the path's ending."""
-    pictures = list(frames.numpy())
+    """uint8 [T, H, W, 3] as an endless .gif or .webp, by the path's ending."""
+    options: dict[str, Any] = {"duration": 1000 / fps, "loop": 0}
+    if path.suffix == ".webp":
+        options["quality"] = 80
     with atomic_file(path) as partial:
-        imageio.mimwrite(partial, pictures, duration=1000 / fps, loop=0)
+        imageio.mimwrite(partial, list(frames.numpy()), **options)

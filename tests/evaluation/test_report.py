@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import av
+import imageio.v2 as imageio
 import pytest
 from test_page import parsed
 from tiny_models import fill_weights
@@ -14,6 +15,7 @@ from tiny_models import fill_weights
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import Config, ConfigError, change, load_config
 from selfforcing_dfd.evaluation.report import sample_videos, write_report
+from selfforcing_dfd.evaluation.showcase import write_showcase
 from selfforcing_dfd.evaluation.sources import sources
 from selfforcing_dfd.evaluation.worlds import TINY
 from selfforcing_dfd.training.build import build_network
@@ -82,6 +84,34 @@ def test_report_has_every_row_in_every_file(reported: tuple[Config, str]):
     assert saved["world"] == "tiny"
     assert "statement about dose" in saved["background"]
     assert saved["background"] in tags.text
+
+
+@pytest.mark.parametrize("name", ["clips.webp", "scores.svg", "scores.png"])
+def test_showcase_shows_the_rows_asked_for(reported: tuple[Config, str], tmp_path: Path, name: str):
+    """Catches a front page's picture that cannot be made again, or that differs when it is."""
+    run = Path(reported[0].run.out) / "demo"
+    labels = {"data": "data", "start": "DMD", "caption": "DFD caption"}
+    for folder in ("one", "two"):
+        write_showcase(run, tmp_path / folder / name, labels, ["contrast", "spread"])
+    picture = (tmp_path / "one" / name).read_bytes()
+    assert picture == (tmp_path / "two" / name).read_bytes()
+    if name.endswith(".svg"):
+        assert all(label in picture.decode() for label in (*labels.values(), "contrast"))
+    if name.endswith(".webp"):
+        assert len(imageio.mimread(tmp_path / "one" / name)) == 21
+
+
+def test_showcase_explains_what_it_cannot_show(reported: tuple[Config, str], tmp_path: Path):
+    """Catches a traceback for a misspelt row, metric or ending."""
+    run = Path(reported[0].run.out) / "demo"
+    with pytest.raises(ConfigError, match="no row 'prefix'; there are data, teacher"):
+        write_showcase(run, tmp_path / "x.svg", {"prefix": "DFD"})
+    with pytest.raises(ConfigError, match="no metric 'beauty'"):
+        write_showcase(run, tmp_path / "x.svg", {"data": "data"}, ["beauty"])
+    with pytest.raises(ConfigError, match=r"ends in \.mp4; use one of \.gif"):
+        write_showcase(run, tmp_path / "x.mp4", {"data": "data"})
+    with pytest.raises(ConfigError, match=r"has no config.yaml"):
+        write_showcase(tmp_path, tmp_path / "x.gif", {"data": "data"})
 
 
 def test_equal_weights_have_equal_rows(reported: tuple[Config, str]):
