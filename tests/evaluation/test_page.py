@@ -202,13 +202,13 @@ def test_rows_stand_side_by_side_in_step(tmp_path: Path):
         times = torch.arange(5, dtype=torch.uint8)[None, :, None, None, None]
         rows[name] = (times + 100 * value).expand(2, -1, 8, 8, 3)
     frames = side_by_side(rows, columns=1, scale=8)
-    assert frames.shape == (5, 160, 64 + 16 + 64, 3)
+    assert frames.shape == (5, 132, 64 + 16 + 64, 3)
     for time in range(5):
         assert frames[time, 0, 0, 0] == 100 + time
         assert frames[time, 0, -1, 0] == 200 + time
     shown = labelled(frames, list(rows))
-    head = shown[0, : shown.shape[1] - 160].float().mean(dim=-1)
-    assert torch.equal(shown[:, -160:], frames)
+    head = shown[0, : shown.shape[1] - 132].float().mean(dim=-1)
+    assert torch.equal(shown[:, -132:], frames)
     assert head[:, :64].min() < 128
     assert head[:, 64:80].min() > 200  # no label over the gap
     assert head[:, 80:].min() < 128
