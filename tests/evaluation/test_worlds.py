@@ -26,7 +26,7 @@ from selfforcing_dfd.rng import generator
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, draw_factors, render, write_clips
 from selfforcing_dfd.training.build import build_network
-from selfforcing_dfd.training.ema import save_weights
+from selfforcing_dfd.weights.tensors import save_weights
 
 BASIS = Path(__file__).parents[2] / "assets" / "tiny" / "codec.safetensors"
 CLIPS = 4
