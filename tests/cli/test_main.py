@@ -22,7 +22,7 @@ SAME_MEANING = {
     "--checkpoint": set(),
     "--height": set(),
     "--out": {"stream", "benchmark", "pack", "prompts", "import", "merge", "sample", "report"}
-    | {"rebuild"},
+    | {"picture", "rebuild"},
     "--settings": {"stream", "benchmark"},
     "--size": {"stream", "benchmark", "pack", "prompts"},
     "--weights": {"stream", "benchmark"},
