@@ -29,6 +29,9 @@ M_TRIM_THRESHOLD = -1  # a name of glibc's mallopt
 M_MMAP_THRESHOLD = -3  # another one
 KEEP_BYTES = 32 << 20  # the largest that glibc accepts for mmap
 
+AT_FDCWD = -100  # a flag of renameat2: paths are relative to the working directory
+RENAME_EXCHANGE = 2  # another one: exchange the two names
+
 
 def __getattr__(name: str) -> Any:
     """DTYPES: torch's floating-point types by name, made when it is first asked for."""
@@ -119,7 +122,8 @@ def atomic_file(path: Path | str) -> Iterator[Path]:
 def atomic_folder(path: Path | str) -> Iterator[Path]:
     """An empty folder to write into, which becomes `path` at the end and replaces what was there.
 
-    An exception leaves `path` as it was and removes what was written.
+    A kill leaves the old folder or the new one. An exception leaves `path` as it was and removes
+    what was written.
     """
     path = Path(path)
     partial = path.with_name(f".tmp-{path.name}")
@@ -135,17 +139,40 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
 def replace_folder(partial: Path, path: Path) -> None:
     """Rename the complete folder `partial` to `path`, in place of what was there.
 
-    Both lie in the same folder. What was there is deleted only after the rename.
+    Both lie in the same folder. Where the file system can exchange two names (most on Linux),
+    `path` exists at every moment. Elsewhere a kill between two renames leaves what was there as
+    `.old-NAME`, and the next call puts it back before it goes on.
     """
     replaced = path.with_name(f".old-{path.name}")
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
     for written in (*partial.rglob("*"), partial):
         sync(written)
-    if path.exists():
+    if not path.exists():
+        partial.rename(path)
+    elif exchange(partial, path):
+        partial.rename(replaced)
+    else:
         path.rename(replaced)
-    partial.rename(path)
+        try:
+            partial.rename(path)
+        except OSError:
+            replaced.rename(path)
+            raise
     sync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two files or folders at once; False where the system cannot do it."""
+    if sys.platform != "linux":
+        return False
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    done = libc.renameat2(AT_FDCWD, bytes(one), AT_FDCWD, bytes(other), RENAME_EXCHANGE)
+    return bool(done == 0)
 
 
 def tune_allocator() -> None:
