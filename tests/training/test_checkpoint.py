@@ -1,6 +1,4 @@
-"""A run must continue bit for bit from its newest complete checkpoint, whatever happened to it
-while saving.
-"""
+"""A run continues bit for bit from its newest complete checkpoint."""
 
 import errno
 import json
@@ -108,8 +106,9 @@ def names(folder: Path) -> list[str]:
 def test_six_updates_equal_three_and_three_resumed(
     tmp_path: Path, stop_at_fake: int | None
 ) -> None:
-    """Catches any state that a checkpoint leaves out: moments, step counts, EMA, clock, place in
-    the cycle.
+    """Catches any state that a checkpoint leaves out.
+
+    Moments, step counts, EMA, clock, the place in the cycle.
     """
     whole = Run()
     whole.train(6)
@@ -130,10 +129,13 @@ def test_six_updates_equal_three_and_three_resumed(
 
 
 def test_resume_from_before_the_first_update(tmp_path: Path) -> None:
-    """Catches optimizers whose state is empty at update 0: nothing to save, or one step too many on
-    load.
+    """Catches optimizers whose state is empty at update 0.
+
+    Nothing to save, or one step too many on load.
     """
-    whole, saved, resumed = Run(), Run(), Run()
+    whole = Run()
+    saved = Run()
+    resumed = Run()
     whole.train(3)
     manager = CheckpointManager(tmp_path)
     path = manager.save(0, saved.state())
@@ -146,8 +148,9 @@ def test_resume_from_before_the_first_update(tmp_path: Path) -> None:
 
 
 def test_loading_replaces_what_was_trained_since(tmp_path: Path) -> None:
-    """Catches a load that only fills what is missing: going back must be possible in a running
-    process.
+    """Catches a load that only fills what is missing.
+
+    Going back must be possible in a running process.
     """
     run = Run()
     run.train(2)
@@ -161,9 +164,7 @@ def test_loading_replaces_what_was_trained_since(tmp_path: Path) -> None:
 
 
 def test_plain_values_come_back_exactly(tmp_path: Path) -> None:
-    """Catches numbers that a text format rounds, and values at the top level that stay as they
-    were.
-    """
+    """Catches numbers that a text format rounds, and top-level values that are not loaded."""
     values = {
         "tiny": 5e-324,
         "third": 1 / 3,
@@ -187,10 +188,12 @@ def test_plain_values_come_back_exactly(tmp_path: Path) -> None:
 
 
 def test_optimizer_state_can_be_handed_over_separately(tmp_path: Path) -> None:
-    """Catches load_optimizer_state sharing tensors with its source: training one run would move the
-    other's moments.
+    """Catches load_optimizer_state sharing tensors with its source.
+
+    Training one run would move the other's moments.
     """
-    run, other = Run(), Run()
+    run = Run()
+    other = Run()
     run.train(2)
     for turn, network in run.networks.items():
         other.networks[turn].load_state_dict(network.state_dict())
@@ -237,8 +240,9 @@ def test_the_newest_few_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
-    """Catches keep counting names: a whole checkpoint would be deleted in favour of a truncated
-    one.
+    """Catches keep counting names.
+
+    A whole checkpoint would be deleted in favour of a truncated one.
     """
     manager = CheckpointManager(tmp_path, keep=2)
     for step in (1, 2):
@@ -249,9 +253,7 @@ def test_a_damaged_one_does_not_count_as_kept(tmp_path: Path) -> None:
 
 
 def test_the_same_update_can_be_saved_again(tmp_path: Path) -> None:
-    """Catches a failing rename when a run is stopped between two student updates, after some
-    fake-score turns.
-    """
+    """Catches a failing rename when a run stops between two student updates."""
     manager = CheckpointManager(tmp_path)
     run = Run()
     run.train(1)
@@ -315,9 +317,7 @@ def test_a_failed_replacement_keeps_the_old_one(
 
 
 def test_saving_before_a_later_checkpoint_is_refused(tmp_path: Path) -> None:
-    """Catches a new run, or one resumed further back, in a used folder: `latest` would return the
-    other branch.
-    """
+    """Catches a new run in a used folder, where `latest` would return the other run's."""
     manager = CheckpointManager(tmp_path)
     manager.save(40, small_state(40))
     with pytest.raises(
@@ -358,8 +358,9 @@ def test_a_damaged_checkpoint_is_passed_over(
 
 
 def test_flipped_bits_are_found_on_load(tmp_path: Path) -> None:
-    """Catches a disk that changes content but not size: training would go on from weights nobody
-    computed.
+    """Catches a disk that changes content but not size.
+
+    Training would go on from weights nobody computed.
     """
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, small_state(1))
@@ -392,9 +393,7 @@ def test_another_format_is_named(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_of_another_model_is_explained_and_changes_nothing(tmp_path: Path) -> None:
-    """Catches a partial load, DCP's silent cast of dtypes, and 40 lines of traceback in place of
-    two names.
-    """
+    """Catches a partial load, DCP's silent cast of dtypes, and a traceback of 40 lines."""
     manager = CheckpointManager(tmp_path)
     run = Run()
     run.train(2)
@@ -437,9 +436,7 @@ def test_every_kind_of_mismatch_is_named(
 
 
 def test_another_teacher_is_refused(tmp_path: Path) -> None:
-    """Catches a resume beside another frozen teacher, which no tensor of the checkpoint would
-    reveal.
-    """
+    """Catches a resume beside another frozen teacher, which no stored tensor would reveal."""
     teachers = [
         {"teacher": model_fingerprint(make_network(name, 4))} for name in ("first", "second")
     ]

@@ -42,8 +42,9 @@ def plant(path: Path, name: str, content: bytes) -> None:
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "x.pt", TENSORS])
 def test_a_planted_pickle_is_never_run(tmp_path: Path, name: str) -> None:
-    """Catches a reader that unpickles what somebody else wrote: hashes in the same folder prove
-    nothing.
+    """Catches a reader that unpickles what somebody else wrote.
+
+    Hashes in the same folder prove nothing.
     """
     manager = CheckpointManager(tmp_path / "checkpoints")
     path = manager.save(1, small_state(1))

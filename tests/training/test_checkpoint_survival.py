@@ -63,9 +63,7 @@ def test_what_cannot_be_saved_is_named(tmp_path: Path) -> None:
 
 
 def test_an_interrupted_save_leaves_nothing_behind(tmp_path: Path) -> None:
-    """Catches Ctrl-C during a save swallowed by DCP's wrapper, or leaving gigabytes under a hidden
-    name.
-    """
+    """Catches Ctrl-C swallowed by DCP's wrapper, and gigabytes left under a hidden name."""
     manager = CheckpointManager(tmp_path)
     manager.save(1, small_state(1))
 
@@ -114,9 +112,7 @@ def may_mount() -> bool:
 
 @pytest.mark.parametrize("limit", ["file size", *(["disk"] if may_mount() else [])])
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, limit: str) -> None:
-    """Catches deleting old ones to make room, and a half-written temporary folder that keeps the
-    disk full.
-    """
+    """Catches deleting old ones to make room, and leftovers that keep the disk full."""
     command = [sys.executable, "-c", SAVE_UNTIL_FULL, str(tmp_path), limit]
     if limit == "disk":
         mount = 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"'
@@ -159,14 +155,13 @@ for line in sys.stdin:
 
 
 def kill_while_saving(nursery: "subprocess.Popen[str]", delay_s: float) -> int:
-    """Let a new process save without pause, kill it `delay_s` after its first save; the last step
-    it called saved.
-    """
+    """The last step that a process, killed `delay_s` after its first save, called saved."""
     assert nursery.stdin is not None
     assert nursery.stdout is not None
     nursery.stdin.write("go\n")
     nursery.stdin.flush()
-    child, last = 0, 0
+    child = 0
+    last = 0
     for line in nursery.stdout:
         word, _, number = line.strip().partition(" ")
         if word == "ended":
@@ -183,9 +178,7 @@ def kill_while_saving(nursery: "subprocess.Popen[str]", delay_s: float) -> int:
 
 
 def test_kill_nine_while_saving_loses_no_finished_checkpoint(tmp_path: Path) -> None:
-    """Catches writing in place, a rename before the data is complete, and pruning before the
-    rename.
-    """
+    """Catches writing in place, a rename before all is written, and deleting before the rename."""
     delays_s = rng.uniform((6,), 0, "kill").mul(0.2).tolist()
     interrupted = 0
     with subprocess.Popen(

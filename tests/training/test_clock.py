@@ -15,9 +15,7 @@ def run_turns(clock: Clock, fake_per_student: int, num_turns: int) -> list[str]:
 
 
 def test_a_cycle_is_k_fake_turns_then_the_student() -> None:
-    """Catches an off-by-one in the cycle, which would change the ratio that DMD's stability depends
-    on.
-    """
+    """Catches an off-by-one in the cycle, whose ratio DMD's stability depends on."""
     assert run_turns(Clock(), 3, 9) == ["fake", "fake", "fake", "student"] * 2 + ["fake"]
 
 
@@ -30,8 +28,9 @@ def test_without_a_fake_score_every_turn_is_the_students() -> None:
 
 @pytest.mark.parametrize("stop", range(12))
 def test_resuming_anywhere_in_a_cycle_continues_it(stop: int) -> None:
-    """Catches a turn kept outside the state (a loop variable): resumed runs would start the cycle
-    anew.
+    """Catches a turn kept outside the state (a loop variable).
+
+    Resumed runs would start the cycle anew.
     """
     whole = run_turns(Clock(), 5, 12)
     before = Clock()
@@ -42,8 +41,9 @@ def test_resuming_anywhere_in_a_cycle_continues_it(stop: int) -> None:
 
 
 def test_another_cycle_length_is_refused() -> None:
-    """Catches a resume with fake_per_student 3 after 5: the student would train alone until the
-    counters fit again.
+    """Catches a resume with fake_per_student 3 after 5.
+
+    The student would train alone until the counters fit again.
     """
     clock = Clock(student_updates=40, fake_updates=200)
     assert clock.next_turn(5) == "fake"
@@ -59,8 +59,9 @@ def test_another_cycle_length_is_refused() -> None:
     "state", [{"student_updates": 1}, {"student_updates": 1, "fake_updates": 0, "samples": -1}]
 )
 def test_a_strange_state_is_refused(state: dict[str, int]) -> None:
-    """Catches a lenient load: a missing data cursor would start the data again from the first
-    sample.
+    """Catches a lenient load.
+
+    A missing data cursor would start the data again from the first sample.
     """
     clock = Clock(samples=7)
     with pytest.raises(ValueError, match="clock state is"):

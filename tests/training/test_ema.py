@@ -35,8 +35,9 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def test_the_average_follows_its_formula() -> None:
-    """Catches swapped weights or a warm-up of the decay; float64 by hand, error bound: 20 float32
-    roundings.
+    """Catches swapped weights or a warm-up of the decay.
+
+    By hand in float64; the bound is 20 float32 roundings.
     """
     model = make_model()
     ema = EMA(model, decay=0.9)
@@ -54,9 +55,7 @@ def test_the_average_follows_its_formula() -> None:
 
 
 def test_one_step_is_exact_and_constant_weights_stay() -> None:
-    """Catches decay * a + (1 - decay) * b, which moves an average of equal values by a rounding at
-    every update.
-    """
+    """Catches decay * a + (1 - decay) * b, which moves an average of equal values."""
     model = make_model()
     ema = EMA(model, decay=0.99)
     for update in range(1, 50):
@@ -85,8 +84,9 @@ def test_until_start_it_copies() -> None:
 
 
 def test_only_student_updates_count() -> None:
-    """Catches an update on fake-score turns, as in FastGen: five of them turn a decay of .99 into
-    .99 ** 6.
+    """Catches an update on fake-score turns, as in FastGen.
+
+    Five of them turn a decay of .99 into .99 ** 6.
     """
     model = make_model()
     ema = EMA(model, decay=0.9)
@@ -96,8 +96,9 @@ def test_only_student_updates_count() -> None:
 
 
 def test_a_bfloat16_model_is_averaged_in_float32() -> None:
-    """Catches a bfloat16 shadow: steps of (1 - decay) of a difference are below half its resolution
-    and vanish.
+    """Catches a bfloat16 shadow.
+
+    Steps of (1 - decay) of a difference are below half its resolution and vanish.
     """
     model = make_model().bfloat16()
     ema = EMA(model, decay=0.999)
@@ -110,8 +111,9 @@ def test_a_bfloat16_model_is_averaged_in_float32() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_swap_gives_back_every_bit_even_after_an_error(dtype: torch.dtype) -> None:
-    """Catches a swap by arithmetic, or without `finally`: a failed sampling would leave the average
-    in training.
+    """Catches a swap by arithmetic, or without `finally`.
+
+    A failed sampling would leave the average in training.
     """
     model = make_model().to(dtype)
     ema = EMA(model, decay=0.9)
@@ -126,7 +128,7 @@ def test_swap_gives_back_every_bit_even_after_an_error(dtype: torch.dtype) -> No
 
 
 def test_the_shadow_is_no_alias_of_the_model() -> None:
-    """Catches .float() without a copy: on float32 models the shadow would be the parameter itself."""
+    """Catches .float() without a copy: of a float32 model it is the parameter itself."""
     model = make_model()
     ema = EMA(model, decay=0.9)
     before = {name: shadow.clone() for name, shadow in ema.shadow.items()}
@@ -136,8 +138,10 @@ def test_the_shadow_is_no_alias_of_the_model() -> None:
 
 def test_state_goes_to_another_average_and_to_a_model() -> None:
     """Catches a state without the counter, and copy_to leaving something out."""
-    model, other = make_model(), make_model(seed=5)
-    ema, restored = EMA(model, decay=0.9), EMA(other, decay=0.9)
+    model = make_model()
+    other = make_model(seed=5)
+    ema = EMA(model, decay=0.9)
+    restored = EMA(other, decay=0.9)
     move(model, 1)
     ema.update(model, 1)
     restored.load_state_dict(ema.state_dict())

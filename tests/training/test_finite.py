@@ -22,8 +22,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(value: float) -> None:
 
 
 def test_the_first_bad_gradient_is_named() -> None:
-    """Catches an error that leaves the search to the user; the norm alone only says that something
-    is wrong.
+    """Catches an error that leaves the search to the user.
+
+    The norm alone only says that something is wrong.
     """
     bad = torch.ones(4, 2)
     bad[2, 1] = math.nan
@@ -41,9 +42,7 @@ def test_the_first_bad_gradient_is_named() -> None:
 
 
 def test_the_norm_is_that_of_all_gradients_in_float32() -> None:
-    """Catches norms summed instead of squared, and a norm rounded to bfloat16, which is off by up
-    to .4 %.
-    """
+    """Catches norms summed instead of squared, and a norm rounded to bfloat16 (.4 % off)."""
     grads = {name: rng.normal((50, 7), 0, name) for name in ("a", "b")}
     norm = check_finite(torch.tensor(1.0), grads.items(), "student update 1")
     by_hand = sum(grad.double().square().sum() for grad in grads.values()) ** 0.5
@@ -56,16 +55,15 @@ def test_the_norm_is_that_of_all_gradients_in_float32() -> None:
 
 
 def test_finite_gradients_whose_norm_overflows_are_an_error() -> None:
-    """Catches clipping by an infinite norm, which multiplies every gradient by zero and passes
-    unseen.
-    """
+    """Catches clipping by an infinite norm, which makes every gradient zero."""
     with pytest.raises(NonFiniteError, match="norm over 1 gradients overflows"):
         check_finite(torch.tensor(1.0), [("w", torch.full((4,), 3e38))], "student update 1")
 
 
 def test_a_turn_without_gradients_is_an_error() -> None:
-    """Catches a step on nothing: a detached loss has no gradient anywhere, and AdamW would quietly
-    do nothing.
+    """Catches a step on nothing.
+
+    A detached loss has no gradient anywhere, and AdamW would quietly do nothing.
     """
     with pytest.raises(ValueError, match="no parameter has a gradient"):
         check_finite(torch.tensor(1.0), [("w", None)], "student update 1")

@@ -39,7 +39,8 @@ def grey(videos: Tensor, share: float) -> Tensor:
 )
 def test_each_failure_moves_its_own_number(changed: Tensor, moved: set[str]) -> None:
     """Catches a statistic that watches something else: desaturation must not read as motion."""
-    before, after = pixel_statistics(REAL), pixel_statistics(changed)
+    before = pixel_statistics(REAL)
+    after = pixel_statistics(changed)
     fallen = {name for name in before if after[name] < 0.6 * before[name]}
     assert moved <= fallen
     if len(moved) == 1:

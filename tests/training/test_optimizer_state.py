@@ -34,11 +34,11 @@ def muon(model: nn.Module) -> torch.optim.Optimizer:
 def test_asking_for_the_optimizer_state_changes_no_training(
     make_optimizer: Callable[[nn.Module], torch.optim.Optimizer],
 ) -> None:
-    """Catches torch's get_optimizer_state_dict, which steps a fresh AdamW once: later bias
-    corrections are off.
-    """
-    plain, asked = make_model(), make_model()
-    plain_optimizer, asked_optimizer = make_optimizer(plain), make_optimizer(asked)
+    """Catches torch's get_optimizer_state_dict, which steps a fresh AdamW once."""
+    plain = make_model()
+    asked = make_model()
+    plain_optimizer = make_optimizer(plain)
+    asked_optimizer = make_optimizer(asked)
     tensors = [
         t for of_one in optimizer_state(asked, asked_optimizer).values() for t in of_one.values()
     ]
@@ -50,8 +50,9 @@ def test_asking_for_the_optimizer_state_changes_no_training(
 
 
 def test_optimizer_state_is_made_as_the_optimizer_makes_it() -> None:
-    """Catches other names, shapes or dtypes than a later torch creates: its first step would make
-    its own, or fail.
+    """Catches other names, shapes or dtypes than a later torch creates.
+
+    Its first step would make its own, or fail.
     """
     for make_optimizer in (adamw, fused_adamw, muon):
         model = make_model()
@@ -70,10 +71,12 @@ def test_optimizer_state_is_made_as_the_optimizer_makes_it() -> None:
 
 
 def test_optimizer_state_follows_names_not_positions() -> None:
-    """Catches state by index: another order of parameter groups would hand each parameter another
-    one's moments.
+    """Catches state by index.
+
+    Another order of parameter groups would hand each parameter another one's moments.
     """
-    model, other = make_model(), make_model()
+    model = make_model()
+    other = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     train(model, optimizer, range(3))
     other.load_state_dict(model.state_dict())
@@ -87,8 +90,9 @@ def test_optimizer_state_follows_names_not_positions() -> None:
 
 
 def test_a_learning_rate_that_may_change_stays_changed() -> None:
-    """Catches hyperparameters in the state: they would silently undo what the config says on
-    resume.
+    """Catches hyperparameters in the state.
+
+    They would silently undo what the config says on resume.
     """
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
@@ -99,9 +103,7 @@ def test_a_learning_rate_that_may_change_stays_changed() -> None:
 
 
 def test_strange_optimizers_are_refused() -> None:
-    """Catches a checkpoint that leaves out what it does not know, such as SGD's momentum or
-    AMSGrad's maximum.
-    """
+    """Catches a checkpoint without SGD's momentum or AMSGrad's maximum."""
     model = make_model()
     with pytest.raises(ValueError, match="is SGD; only the state of AdamW"):
         optimizer_state(model, torch.optim.SGD(model.parameters(), lr=0.1))

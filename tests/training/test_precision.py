@@ -39,8 +39,9 @@ def inputs() -> tuple[Tensor, Tensor, Any]:
 
 
 def test_it_is_the_network_in_bfloat16_bit_for_bit():
-    """Catches a parameter that stays float32 inside: sharded training would then be another
-    computation than this one.
+    """Catches a parameter that stays float32 inside.
+
+    Sharded training would then be another computation than this one.
     """
     cast = tiny_network(0, torch.float32)
     nn.Module.to(cast, BF16)
@@ -48,10 +49,12 @@ def test_it_is_the_network_in_bfloat16_bit_for_bit():
 
 
 def test_weights_gradients_and_names_stay_float32():
-    """Catches an optimizer, average or checkpoint that would see casts: a learning rate of 2e-6 is
-    lost in bfloat16.
+    """Catches an optimizer, average or checkpoint that sees casts.
+
+    A learning rate of 2e-6 is below half the resolution of most bfloat16 weights.
     """
-    network, plain = computing(), tiny_network(0, torch.float32)
+    network = computing()
+    plain = tiny_network(0, torch.float32)
     before = {name: p.clone() for name, p in network.named_parameters()}
     network(*inputs()).flow.float().square().mean().backward()
     assert [name for name, _ in network.named_parameters()] == [
@@ -63,7 +66,7 @@ def test_weights_gradients_and_names_stay_float32():
 
 
 def test_weights_are_back_after_an_error():
-    """Catches casts left in place by a pass that fails, such as one interrupted or out of memory."""
+    """Catches casts left in place by a pass that fails, by Ctrl-C or for lack of memory."""
     network = computing()
     with pytest.raises(ValueError, match="multiples of the patch"):
         network(
@@ -75,8 +78,9 @@ def test_weights_are_back_after_an_error():
 
 
 def test_checkpointed_blocks_run_again_in_bfloat16():
-    """Catches a backward pass that re-runs a block with its float32 weights: another function than
-    the one that ran.
+    """Catches a backward pass that re-runs a block with its float32 weights.
+
+    Another function than the one that ran.
     """
     gradients = []
     for checkpointing in (False, True):
@@ -113,9 +117,7 @@ def to_float(batch: Batch) -> Batch:
 
 
 def wan_shaped(in_bfloat16: bool) -> MatchingStage:
-    """Wan's proportions: several heads, four blocks, checkpointing, teacher frozen in its compute
-    dtype.
-    """
+    """Wan's proportions: heads, blocks, checkpointing, a teacher in its compute dtype."""
     sizes = {"num_attention_heads": 4, "num_layers": 4, "ffn_dim": 256}
     networks = [tiny_network(seed, torch.float32, **sizes) for seed in (0, 1, 2)]
     for network in networks:
@@ -153,7 +155,8 @@ def test_an_update_in_bfloat16_is_the_one_in_float32_within_its_rounding(
     Measured over four draws: worst loss .24 % and .17 %, gradient .72 % and .73 % (bfloat16 rounds
     at .39 %); bounds three times that.
     """
-    losses, gradients = [], []
+    losses = []
+    gradients = []
     for in_bfloat16 in (False, True):
         stage = wan_shaped(in_bfloat16)
         parts = []

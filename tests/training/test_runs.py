@@ -1,6 +1,4 @@
-"""Whole runs of `train.py`: resume, interruption, kills and bad input, with the real classes at
-tiny size.
-"""
+"""Whole runs of `train.py` at tiny size: resume, interruption, kills and bad input."""
 
 from __future__ import annotations
 
@@ -74,9 +72,7 @@ def assert_same(first: dict[str, Any], second: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_resume_is_bit_exact(settings: Settings, stage: str) -> None:
-    """Student, fake score, optimizers, EMA, clock and data order after 2 + 2 updates are those
-    after 4, bit for bit.
-    """
+    """Catches any state that a resume forgets: 2 + 2 updates must equal 4, bit for bit."""
     whole = build_trainer(settings(*STAGES[stage], "run.name=whole"))
     whole.run()
     build_trainer(settings(*STAGES[stage], "run.name=parts", "run.student_updates=2")).run()
@@ -87,7 +83,7 @@ def test_resume_is_bit_exact(settings: Settings, stage: str) -> None:
 
 
 def test_interruption_inside_a_cycle_is_bit_exact(settings: Settings) -> None:
-    """A run stopped between two fake-score updates goes on with the third, not with a new cycle."""
+    """Catches a run stopped between two fake-score updates that goes on with a new cycle."""
     whole = build_trainer(settings("run.name=whole"))
     whole.run()
     parts = build_trainer(settings("run.name=parts"))
@@ -101,9 +97,7 @@ def test_interruption_inside_a_cycle_is_bit_exact(settings: Settings) -> None:
 
 
 def test_accumulation_changes_nothing_but_rounding(settings: Settings) -> None:
-    """Four samples in one pass or in two are the same update; a mean of means or a reused draw
-    would show.
-    """
+    """Catches a mean of means, or a draw used twice, where four samples take two passes."""
     whole = build_trainer(
         settings("run.name=whole", "dfd.granularity=sample", "run.student_updates=1")
     )
@@ -114,7 +108,8 @@ def test_accumulation_changes_nothing_but_rounding(settings: Settings) -> None:
     )
     whole.run()
     parts.run()
-    first, second = everything(whole), everything(parts)
+    first = everything(whole)
+    second = everything(parts)
     for name in (
         n for n in first if n.startswith((".student_adamw", ".fake_adamw")) and "exp_avg_sq" in n
     ):
@@ -157,9 +152,7 @@ def wait_for_lines(
 def test_killed_run_goes_on(
     world: Path, settings: Settings, tmp_path: Path, how: signal.Signals
 ) -> None:
-    """However a run ends, --resume reaches the same bits as a run that nobody touched; asked nicely
-    it says so.
-    """
+    """Catches a run that ends in any way and then reaches other bits than one left in peace."""
     process = start(world, tmp_path, "run.student_updates=4", "checkpoint.every=1")
     wait_for_lines(tmp_path / "runs" / "killed" / "metrics.jsonl", process, lines=5)
     process.send_signal(how)
@@ -181,7 +174,7 @@ def test_killed_run_goes_on(
 
 
 def test_not_finite_stops_before_the_step(settings: Settings, world: Path, tmp_path: Path) -> None:
-    """A NaN must never reach weights or checkpoints; `nan_to_num` in the public code hides it."""
+    """Catches a NaN in weights or checkpoints; `nan_to_num` in the public code hides it."""
     trainer = build_trainer(settings("run.stage=teacher"))
     trainer.run()
     network = trainer.learners["student"].network
@@ -197,7 +190,7 @@ def test_not_finite_stops_before_the_step(settings: Settings, world: Path, tmp_p
 
 
 def test_resume_refuses_other_settings(settings: Settings) -> None:
-    """A resumed run with another learning rate is another run; more updates are not."""
+    """Catches a resume with another learning rate, and one that refuses more updates."""
     build_trainer(settings("run.student_updates=2")).run()
     with pytest.raises(CheckpointError, match=r"optim\.student\.lr: checkpoint 0\.001, now 0\.002"):
         build_trainer(settings("optim.student.lr=2e-3"), resume=True)
@@ -205,7 +198,7 @@ def test_resume_refuses_other_settings(settings: Settings) -> None:
 
 
 def test_resume_refuses_another_teacher(settings: Settings, world: Path, tmp_path: Path) -> None:
-    """The teacher is not in the checkpoint, but a run against another one is another run."""
+    """Catches a resume against another teacher, which is not in the checkpoint."""
     build_trainer(settings("run.student_updates=1")).run()
     other = {name: tensor + 1 for name, tensor in load_file(world / "teacher.safetensors").items()}
     teacher = world / "teacher.safetensors"
@@ -219,7 +212,7 @@ def test_resume_refuses_another_teacher(settings: Settings, world: Path, tmp_pat
 
 
 def test_used_folder_is_refused(settings: Settings) -> None:
-    """A second run into the same folder would mix two runs' metrics and checkpoints."""
+    """Catches a second run into a folder, which would mix metrics and checkpoints."""
     run(settings("run.student_updates=1"))
     with pytest.raises(ValueError, match=r"resume that run, or give this one another folder"):
         run(settings("run.student_updates=1"))
@@ -242,7 +235,7 @@ def test_used_folder_is_refused(settings: Settings) -> None:
     ],
 )
 def test_bad_start_is_explained(settings: Settings, override: str, message: str) -> None:
-    """Found before anything is trained, with the setting to change."""
+    """Catches a mistake that is found after hours, or without the setting to change."""
     config = settings(override)
     with pytest.raises(UserError, match=message):
         run(config)
@@ -250,7 +243,7 @@ def test_bad_start_is_explained(settings: Settings, override: str, message: str)
 
 
 def test_inversion_needs_noise(settings: Settings, world: Path, tmp_path: Path) -> None:
-    """Without stored noise, inversion pairing would silently be caption pairing."""
+    """Catches inversion without stored noise, which would silently be caption pairing."""
     from selfforcing_dfd.data.sources.tiny import make_tiny_shards
 
     make_tiny_shards(tmp_path / "bare", 4, 0, "short", 9, shipped("assets/tiny/codec.safetensors"))
@@ -259,7 +252,7 @@ def test_inversion_needs_noise(settings: Settings, world: Path, tmp_path: Path) 
 
 
 def test_metrics_are_split(settings: Settings) -> None:
-    """Branches and noise levels apart: merged numbers cannot tell whether DFD or DMD moved."""
+    """Catches merged numbers, which cannot tell whether DFD or DMD moved."""
     config = settings(
         "dfd.granularity=sample", "batch.size=8", "batch.micro=4", "run.student_updates=3"
     )
@@ -283,7 +276,7 @@ def test_metrics_are_split(settings: Settings) -> None:
 
 
 def test_guards_see_all_micro_batches(settings: Settings) -> None:
-    """With micro 1 the guards compared one clip with one clip, and no spread over clips was seen."""
+    """Catches guards that compare one clip with one clip where micro is 1, without spread."""
     rows = {}
     for micro in (1, 4):
         config = settings(f"run.name=micro{micro}", f"batch.micro={micro}", "run.student_updates=1")
@@ -297,7 +290,7 @@ def test_guards_see_all_micro_batches(settings: Settings) -> None:
 
 
 def test_pictures_come_with_checkpoints(settings: Settings) -> None:
-    """A tracker that shows images gets some where a checkpoint is due, and changes no number."""
+    """Catches a tracker without pictures, pictures at every update, and one that moves numbers."""
     config = settings("log.trackers=[tensorboard]", "run.name=seen", "run.student_updates=3")
     run(config)
     events = EventAccumulator(str(run_folder(config) / "tensorboard"))
@@ -313,7 +306,7 @@ def test_pictures_come_with_checkpoints(settings: Settings) -> None:
 
 
 def test_cli_says_what_is_wrong(tmp_path: Path) -> None:
-    """One line and exit code 2 for a mistake, no traceback; --dry-run trains nothing."""
+    """Catches a traceback for a mistake, another exit code than 2, and a --dry-run that trains."""
     command = [sys.executable, "train.py", "--config", "dfd_ar.yaml"]
     wrong = subprocess.run(
         [*command, "dfd.pp=1"], cwd=shipped("."), capture_output=True, text=True, check=False

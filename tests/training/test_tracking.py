@@ -47,8 +47,9 @@ def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
 
 
 def test_a_resumed_run_has_the_file_of_an_uninterrupted_one(tmp_path: Path) -> None:
-    """Catches appending after a resume: updates between the checkpoint and the kill would be there
-    twice.
+    """Catches appending after a resume.
+
+    Updates between the checkpoint and the kill would be there twice.
     """
     whole = Tracker(tmp_path / "whole")
     log_updates(whole, range(1, 7))
@@ -188,9 +189,7 @@ class Recorder(GeneralTracker):
 def test_any_tracker_of_accelerate_gets_the_same_numbers(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches glue for two trackers only, NaN turned to null on its way, and names that MLflow
-    refuses.
-    """
+    """Catches glue for two trackers only, NaN made null, and names that MLflow refuses."""
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
     tracker = Tracker(tmp_path, trackers=["recorder", "recorder"], project="shapes")
     tracker.log("student", 1, {"loss": 0.5, "loss/sigma<=0.3": math.inf})

@@ -47,8 +47,9 @@ def test_weights_are_cast_on_request_but_integers_are_not(tmp_path: Path) -> Non
 
 
 def test_a_failed_export_keeps_the_old_file(tmp_path: Path) -> None:
-    """Catches writing in place: tensors that share memory are refused by safetensors after the file
-    was opened.
+    """Catches writing in place.
+
+    safetensors refuses tensors that share memory after it opened the file.
     """
     path = tmp_path / "w.safetensors"
     save_weights(path, {"w": torch.ones(2)})
@@ -60,10 +61,13 @@ def test_a_failed_export_keeps_the_old_file(tmp_path: Path) -> None:
 
 
 def test_a_fingerprint_sees_one_bit() -> None:
-    """Catches a fingerprint of names and shapes only: another teacher of the same size would pass
-    for the same one.
+    """Catches a fingerprint of names and shapes only.
+
+    Another teacher of the same size would pass for the same one.
     """
-    model, same, other = make_model(), make_model(), make_model()
+    model = make_model()
+    same = make_model()
+    other = make_model()
     with torch.no_grad():
         bias = other.get_parameter("2.bias")
         bias[1] = torch.nextafter(bias[1], torch.tensor(9.0))
