@@ -28,7 +28,7 @@ from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
-from selfforcing_dfd.weights.read import load_transformer
+from selfforcing_dfd.weights.read import load_network
 
 HEADS, HEAD_DIM, LAYERS, FFN, FREQ = 8, 32, 3, 512, 64
 VIDEO_FRAMES, LATENT_FRAMES, NUM_CLIPS = 21, 6, 4
@@ -196,7 +196,7 @@ def test_every_stage_changed_the_student(place, wan, student):
         *(folder / "student.safetensors" for folder in (runs / "init_ode", runs / "dmd_ar")),
     ]
     states = [
-        load_transformer(path).state_dict()
+        load_network(path).state_dict()
         for path in (*files, control / "student.safetensors", student / "student.safetensors")
     ]
     for one, other in zip(states, [*states[1:], states[0]], strict=True):
@@ -208,7 +208,7 @@ def test_an_export_is_read_by_diffusers(exported, student):
     """Catches names or a config that only this package understands; bit for bit."""
     theirs: Any = WanTransformer3DModel.from_pretrained(exported / "transformer")
     ours = WanTransformer.from_pretrained(exported / "transformer")
-    trained = load_transformer(student / "student.safetensors").state_dict()
+    trained = load_network(student / "student.safetensors").state_dict()
     for name, value in theirs.state_dict().items():
         assert torch.equal(value, ours.state_dict()[name])
         assert torch.equal(value, trained[name])
@@ -261,15 +261,12 @@ def test_an_export_streams(place, exported, capsys):
 
 
 def test_the_card_says_how_it_was_made(exported):
-    """Catches an export without its recipe, or one that tells of a folder on the machine that made
-    it.
-    """
-    card, config = (
-        (exported / "README.md").read_text(),
-        json.loads((exported / "transformer" / "config.json").read_text()),
-    )
-    assert config["causal"] is True
-    assert config["student"]["num_frames"] == LATENT_FRAMES
+    """Catches an export without its recipe, and one that names a folder of its author's machine."""
+    card = (exported / "README.md").read_text()
+    config = json.loads((exported / "transformer" / "config.json").read_text())
+    assert config["role"] == "causal_student"
+    assert config["recipe"]["frames"] == LATENT_FRAMES
+    assert f"Trained for {WIDTH} x {HEIGHT} pixels" in card
     assert "dfd" in card
     assert str(exported.parent) not in card
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.codecs.text import WanText, write_entry
+from selfforcing_dfd.codecs.text import WanText
+from selfforcing_dfd.codecs.text_cache import write_entry
 from selfforcing_dfd.tiny.text import TinyText
 
 WORDS = [

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3
 from tiny_models import fill_weights
 from tiny_text import DIM, save_text_folder, tiny_encoder, tiny_tokenizer
 
-from selfforcing_dfd.models.hub import Recipe, mark_student
+from selfforcing_dfd.models.identity import Recipe, mark
 from selfforcing_dfd.models.wan import WanTransformer
 
 SIZES: dict[str, Any] = {
@@ -26,13 +26,13 @@ SIZES: dict[str, Any] = {
 }
 HEIGHT, WIDTH = 32, 48
 # two steps, to be quick
-RECIPE = Recipe(timesteps=(1000, 500), shift=3.0, chunk_frames=3, num_frames=6)
+RECIPE = Recipe(ladder=(1000, 500), shift=3.0, chunk_frames=3, frames=6)
 
 
 def tiny_student(seed: int = 0, recipe: Recipe = RECIPE) -> WanTransformer:
     student = WanTransformer(**SIZES)
     fill_weights(student, seed)
-    mark_student(student, recipe)
+    mark(student, "causal_student", recipe)
     return student.requires_grad_(False)
 
 

@@ -33,9 +33,11 @@ OUTER = """
 """
 BLOCK = """
     modulation norm3.weight norm3.bias ffn.0.weight ffn.0.bias ffn.2.weight ffn.2.bias
-    self_attn.q.weight self_attn.q.bias self_attn.k.weight self_attn.k.bias self_attn.v.weight self_attn.v.bias
+    self_attn.q.weight self_attn.q.bias self_attn.k.weight self_attn.k.bias
+    self_attn.v.weight self_attn.v.bias
     self_attn.o.weight self_attn.o.bias self_attn.norm_q.weight self_attn.norm_k.weight
-    cross_attn.q.weight cross_attn.q.bias cross_attn.k.weight cross_attn.k.bias cross_attn.v.weight cross_attn.v.bias
+    cross_attn.q.weight cross_attn.q.bias cross_attn.k.weight cross_attn.k.bias
+    cross_attn.v.weight cross_attn.v.bias
     cross_attn.o.weight cross_attn.o.bias cross_attn.norm_q.weight cross_attn.norm_k.weight
 """
 

@@ -22,7 +22,8 @@ from selfforcing_dfd.benchmark.table import (
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.common import DTYPES, UserError, find_device
 from selfforcing_dfd.models.fp8 import use_fp8
-from selfforcing_dfd.streaming.load import load_settings, load_stream_model, random_stream_model
+from selfforcing_dfd.streaming.load import load_settings, load_stream_model
+from selfforcing_dfd.streaming.random_model import random_stream_model
 from selfforcing_dfd.streaming.session import StreamModel
 
 PROMPTS = ("a disc moves", "a square moves")

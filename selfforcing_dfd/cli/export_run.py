@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from selfforcing_dfd.config import Config, ConfigError, as_dict, load_config, require
-from selfforcing_dfd.streaming.card import ModelFacts
+from selfforcing_dfd.streaming.parts import LoadError
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
-from selfforcing_dfd.training.build import student_of
+from selfforcing_dfd.streaming.runs import STUDENT_FILE, read_settings
+from selfforcing_dfd.weights.card import ModelFacts
+
+REPORT_FILE = "report.json"
+DATA_ROW = "data"
+STUDENT_ROW = "student"
+"""Rows of a report: the data itself, and the student of a run without arms."""
 
 
 def export_run(
@@ -21,39 +29,72 @@ def export_run(
     base_model: str = "",
     overwrite: bool = False,
 ) -> CausalWanPipeline:
-    """Write the student of `run` (its averaged weights) with VAE and text encoder of `wan` to
-    `folder`, as a pipeline.
+    """Write the student of `run` with VAE and text encoder of `wan` to `folder`, as a pipeline.
 
-    wan: a diffusers folder of Wan2.1, whose own transformer is left out. base_model: what the card
-    names as the origin. dtype: in bfloat16 most of what a short distillation changed is smaller
-    than a step, and is rounded away. Raises ConfigError for a run that is not finished or has
-    several arms, and for a folder that is not empty.
+    The student has its averaged weights. wan: a diffusers folder of Wan2.1, whose own transformer
+    is left out. base_model: the origin that the card names. dtype: in bfloat16 most of what a short
+    distillation changed is smaller than a rounding step, and is lost. Raises UserError for a run
+    that is not finished or has several arms, for parts that do not fit the student, and for a
+    folder that is not empty.
     """
     if folder.exists() and any(folder.iterdir()) and not overwrite:
-        raise ConfigError(
+        raise LoadError(
             f"{folder} is not empty; choose another folder, or replace it with --overwrite"
         )
-    config, weights = chosen_student(run)
-    require(
-        weights.is_file(),
-        f"{weights} does not exist: the run is not finished; go on with train.py --resume",
-    )
+    run = the_only_arm(run)
+    weights = run / STUDENT_FILE
+    if not weights.is_file():
+        raise LoadError(
+            f"{weights} does not exist: the run is not finished; continue it with train.py --resume"
+        )
     pipeline = CausalWanPipeline.from_pretrained(wan, student=weights, dtype=dtype)
-    facts = ModelFacts(run.resolve().name, training=as_dict(config))
+    facts = ModelFacts(
+        run.resolve().name, training=read_settings(run), measured=measured_results(run)
+    )
     pipeline.save_pretrained(
         folder, dataclasses.replace(facts, base_model=base_model or facts.base_model)
     )
     return pipeline
 
 
-def chosen_student(run: Path) -> tuple[Config, Path]:
-    """Config and weights of a run, or of one arm. ConfigError for a comparison of several: which
-    one is wanted?
+def the_only_arm(run: Path) -> Path:
+    """The run's folder, or that of its one arm. Raises LoadError for a comparison of several."""
+    arms = list(read_settings(run).get("arms") or {})
+    if len(arms) > 1:
+        raise LoadError(f"{run} compares {', '.join(arms)}; name the folder of one of them")
+    return run / arms[0] if arms else run
+
+
+def measured_results(run: Path) -> dict[str, str]:
+    """Results of a run's student in its report, beside those of the data; empty without a report.
+
+    An arm's results are in the report of the comparison, one folder above.
     """
-    settings = run / "config.yaml"
-    if settings.is_file():
-        names = list(load_config(str(settings)).arms)
-        require(
-            len(names) < 2, f"{run} compares {', '.join(names)}; name the folder of one of them"
-        )
-    return student_of(run)
+    for report, name in (
+        (run / REPORT_FILE, STUDENT_ROW),
+        (run.resolve().parent / REPORT_FILE, run.resolve().name),
+    ):
+        if not report.is_file():
+            continue
+        document = json.loads(report.read_text(encoding="utf-8"))
+        rows = {row["name"]: row["scores"] for row in document["rows"]}
+        if name in rows:
+            clips = {"clips measured": f"{document['num_clips']}"}
+            return clips | _in_words(rows[name], rows.get(DATA_ROW, {}))
+    return {}
+
+
+def _in_words(scores: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:
+    """Each score with its interval and the data's value; those without a number are left out."""
+    words = {}
+    for key, score in scores.items():
+        if score["value"] is None:
+            continue
+        text = f"{score['value']:.3g}"
+        if score["low"] is not None and score["high"] is not None:
+            text += f" ({score['low']:.3g} to {score['high']:.3g})"
+        of_data = data.get(key, {}).get("value")
+        if of_data is not None:
+            text += f"; data {of_data:.3g}"
+        words[key.replace("_", " ")] = text
+    return words

@@ -99,6 +99,15 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="Wan2.1 as a diffusers folder, or an export of ours",
     )
     _add_student_options(group)
+    group.add_argument(
+        "--ladder",
+        metavar="T,T,...",
+        help="the student's timesteps before the shift (default: as its file states)",
+    )
+    group.add_argument("--shift", type=float, metavar="S", help="of the ladder (likewise)")
+    group.add_argument(
+        "--chunk-frames", type=positive, metavar="N", help="latent frames of a chunk (likewise)"
+    )
     group.add_argument("--device", default="auto", help=DEVICE_HELP)
     group.add_argument(
         "--dtype",
@@ -112,7 +121,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         "--size",
         type=size,
         metavar="HxW",
-        help="with --model: height x width of the video (default: 480x832)",
+        help="with --model: height x width of the video (default: the student's, else 480x832)",
     )
     _add_kernel_options(group)
 

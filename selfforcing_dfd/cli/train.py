@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -24,7 +25,7 @@ from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.shards import ShardError, ShardReader
 from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards
 from selfforcing_dfd.data.write import Job, Record, Refuse, write_folder
-from selfforcing_dfd.models.hub import CAUSAL, RECIPE, Recipe
+from selfforcing_dfd.models.identity import Identity, Role, TrainingData, recipe_of_rollout
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.ode import sample
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -43,15 +44,15 @@ from selfforcing_dfd.training.guards import GuardError, Guards, latent_statistic
 from selfforcing_dfd.training.loop import Interrupted, Trainer
 from selfforcing_dfd.training.tracking import TrackingError
 from selfforcing_dfd.weights.checkpoint_files import CheckpointError
-from selfforcing_dfd.weights.sources import SIZES
 from selfforcing_dfd.weights.tensors import model_fingerprint, save_weights
-from selfforcing_dfd.weights.write import diffusers_config
+from selfforcing_dfd.weights.write import file_metadata
 
 logger = logging.getLogger(__name__)
 
 __all__ = ["USER_ERRORS", "Interrupted", "run"]
 
 PAIRS_PER_SHARD = 256
+CODEC_FILE = "codec.safetensors"
 
 USER_ERRORS = (
     ConfigError,
@@ -209,30 +210,31 @@ def export(trainer: Trainer, folder: Path, config: Config) -> None:
         "student_updates": str(config.run.student_updates),
     }
     dtype = {"float16": torch.float16, "float32": torch.float32}[config.checkpoint.export]
+    index = trainer.reader.index
+    data = TrainingData(
+        codec=index.fingerprints["codec"],
+        text=index.fingerprints["text"],
+        latent_size=(index.latent_shape[2], index.latent_shape[3]),
+    )
     if "fake" in trainer.learners:
-        notes = network_notes(trainer.learners["fake"].network)
-        save_weights(
-            folder / "fake.safetensors", trainer.learners["fake"].network, about | notes, dtype
-        )
-    student = trainer.learners["student"].network
-    notes = network_notes(student, None if config.run.stage == "teacher" else recipe_of_run(config))
+        fake: Any = trainer.learners["fake"].network
+        metadata = about | file_metadata(fake.config, Identity("fake_score", None, data))
+        save_weights(folder / "fake.safetensors", fake, metadata, dtype)
+    student: Any = trainer.learners["student"].network
+    metadata = about | file_metadata(student.config, student_identity(config, data))
+    codec = Path(config.data.shards) / CODEC_FILE
+    if codec.is_file():  # the packer's, perhaps refitted: the run can be streamed without its data
+        shutil.copyfile(codec, folder / CODEC_FILE)
     with trainer.ema.swap(student):
-        save_weights(folder / "student.safetensors", student, about | notes, dtype)
+        save_weights(folder / "student.safetensors", student, metadata, dtype)
 
 
-def network_notes(network: Any, student: Recipe | None = None) -> dict[str, str]:
-    """A weights file's metadata from which it can be read without a config: sizes, and whether it
-    is a causal student.
-    """
-    sizes = diffusers_config({name: network.config[name] for name in SIZES})
-    role: dict[str, Any] = {CAUSAL: student is not None}
-    return {"config": json.dumps(sizes | role | ({RECIPE: asdict(student)} if student else {}))}
-
-
-def recipe_of_run(config: Config) -> Recipe:
-    """How the run's student was trained to be run."""
-    rollout = config.rollout
-    return Recipe(tuple(rollout.ladder), rollout.shift, rollout.chunk_frames, rollout.frames)
+def student_identity(config: Config, data: TrainingData) -> Identity:
+    """What the run's `student` is: in stage teacher it is a teacher."""
+    if config.run.stage == "teacher":
+        return Identity("teacher", None, data)
+    role: Role = "causal_student"
+    return Identity(role, recipe_of_rollout(asdict(config.rollout)), data)
 
 
 def build_guards(config: Config) -> Guards | None:

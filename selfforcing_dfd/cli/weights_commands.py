@@ -50,11 +50,20 @@ def convert(parser: argparse.ArgumentParser) -> Run:
     )
     parser.add_argument(
         "--role",
-        choices=("student", "teacher"),
-        help="what the weights are, where SRC does not tell",
+        choices=("teacher", "bidirectional_student", "causal_student", "fake_score"),
+        help="what the weights are, where SRC does not state it",
     )
     parser.add_argument(
-        "--head-dim", type=int, default=0, metavar="N", help="where SRC does not tell; Wan's is 128"
+        "--head-dim",
+        type=int,
+        default=0,
+        metavar="N",
+        help="values of an attention head, where SRC does not state them (default: Wan's 128)",
+    )
+    _add_recipe_options(
+        parser.add_argument_group(
+            "recipe of a student, where SRC states none or another one (counts in latent frames)"
+        )
     )
     parser.add_argument(
         "--drop-gan-heads", action="store_true", help="leave a Self-Forcing critic's GAN heads out"
@@ -65,6 +74,7 @@ def convert(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.common import DTYPES
+        from selfforcing_dfd.weights.recipes import asked_settings
         from selfforcing_dfd.weights.write import convert, parse_bytes
 
         done = convert(
@@ -75,7 +85,15 @@ def convert(parser: argparse.ArgumentParser) -> Run:
             dtype=DTYPES.get(args.dtype),
             max_shard_bytes=parse_bytes(args.max_shard_size),
             overwrite=args.overwrite,
-            role=args.role or "unknown",
+            role=args.role,
+            recipe=asked_settings(
+                args.ladder,
+                shift=args.shift,
+                chunk_frames=args.chunk_frames,
+                frames=args.frames,
+                sink=args.sink,
+                window=args.window,
+            ),
             head_dim=args.head_dim,
             drop_gan_heads=args.drop_gan_heads,
             progress=True,
@@ -88,16 +106,25 @@ def convert(parser: argparse.ArgumentParser) -> Run:
 def _print_converted(done: Summary) -> None:
     others = f" (also there: {', '.join(done.entries[1:])})" if done.entries[1:] else ""
     counts = f"{done.num_tensors} tensors, {done.num_parameters:,} parameters"
-    print(f"read {done.kind} {done.source}{others}: {counts}")
-    print(f"wrote {done.destination}: {done.num_bytes / 1e9:.2f} GB in {done.num_files} files")
-    if done.role != "unknown":
+    print(f"read {done.format} {done.source}{others}: {counts}")
+    print(f"wrote {done.destination}: {done.num_bytes / 1e6:,.1f} MB in {done.num_files} files")
+    if done.role is not None:
         return
+    taken = "the export does not state it either"
     if done.destination.is_dir():
         taken = "readers take the export for a bidirectional teacher"
-    else:
-        taken = "the export does not say it either"
-    print(f"the source does not say whether it is a student or a teacher, and {taken};")
-    print("--role student notes it")
+    print(f"the source does not state its role, and {taken}; --role ROLE notes it")
+
+
+def _add_recipe_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--ladder", metavar="T,T,...", help="timesteps before the shift, from 1000")
+    group.add_argument("--shift", type=float, metavar="S", help="of the ladder")
+    group.add_argument("--chunk-frames", type=int, metavar="N", help="of one chunk")
+    group.add_argument("--frames", type=int, metavar="N", help="of a training clip")
+    group.add_argument("--sink", type=int, metavar="N", help="at the start, always seen")
+    group.add_argument(
+        "--window", type=int, metavar="N", help="of history and current chunk; 0 is all of the clip"
+    )
 
 
 def export(parser: argparse.ArgumentParser) -> Run:

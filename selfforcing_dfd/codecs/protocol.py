@@ -1,4 +1,4 @@
-"""What is asked of codecs and text encoders: by packing whole clips, by streaming pieces."""
+"""The interfaces of codecs and text encoders: whole clips for packing, pieces for streaming."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Decoder(Protocol):
         ...
 
     def clone(self) -> Self:
-        """An independent decoder that goes on from here."""
+        """An independent decoder that continues from here."""
         ...
 
 
@@ -34,9 +34,7 @@ class Encoder(Protocol):
 
 
 class StreamingCodec(Protocol):
-    """Frozen weights, shared by all sessions; what changes is in the decoders and encoders it hands
-    out.
-    """
+    """Frozen weights, shared by all sessions; the state is in its decoders and encoders."""
 
     @property
     def channels(self) -> int: ...

@@ -1,8 +1,7 @@
-"""Wan's video VAE, piece by piece: diffusers' `AutoencoderKLWan` with a past that the caller owns.
+"""Wan's video VAE, piece by piece: diffusers' `AutoencoderKLWan` with state that the caller owns.
 
-The module itself stays as it is; a decoder or encoder holds the last features of every causal
-convolution. Latents are those that the transformer works on, normalised by the VAE config's means
-and deviations.
+The module itself does not change; a decoder or encoder holds the last features of every causal
+convolution. Latents are the transformer's, normalised by the VAE config's means and deviations.
 """
 
 from __future__ import annotations
@@ -18,54 +17,49 @@ from torch import Tensor, nn
 from selfforcing_dfd.codecs.wan_decode import StreamingDecoder
 from selfforcing_dfd.common import UserError
 
-TIME, SPACE = 4, 8
+TIME = 4
+SPACE = 8
+VIDEO_SIZE = (480, 832)
+"""Height and width that Wan2.1's 480p models are made for; the default where nothing states one."""
+FPS = 16
+"""Video frames a second of Wan2.1's videos."""
 # "Rep": an upsampler that has seen one latent frame; None: nothing yet
 Features = Tensor | str | None
 
 
 class CodecError(UserError):
-    """Weights that cannot be used, or latents and videos that do not fit; the message says what was
-    wanted.
-    """
+    """Weights that cannot be used, or latents and videos that do not fit."""
 
 
 class WanCodec:
-    """`codecs.protocol.StreamingCodec` over a frozen `AutoencoderKLWan`. Computes in the VAE's
-    dtype, returns float32.
+    """`codecs.protocol.StreamingCodec` over a frozen `AutoencoderKLWan`.
 
-    channels_last: weights and activations in channels_last_3d, which convolutions on Hopper want
-    (NCDHW runs at less than half the rate there); numbers change in the last bits, and on a CPU it
-    gains nothing.
+    Computes in the VAE's dtype, returns float32. channels_last: weights and activations in
+    channels_last_3d, which is more than twice as fast on Hopper GPUs as NCDHW; the last bits of the
+    results change, and on a CPU nothing is gained.
     """
 
     strides = (TIME, SPACE, SPACE)
 
     def __init__(self, vae: Any, channels_last: bool = False) -> None:
-        """vae: an AutoencoderKLWan (which type checkers misread). Raises CodecError for that of
-        Wan2.2, built otherwise.
+        """vae: an AutoencoderKLWan (which type checkers misread).
+
+        Raises CodecError for the VAE of Wan2.2 5B, which has another architecture.
         """
         if vae.config["patch_size"] is not None:
             raise CodecError(
-                f"the VAE has patch_size {vae.config['patch_size']}, as Wan2.2 5B has; want the one of Wan2.1 and Wan2.2 14B"
+                f"the VAE has patch_size {vae.config['patch_size']}, as Wan2.2 5B has; want the "
+                "one of Wan2.1 and Wan2.2 14B"
             )
         vae.requires_grad_(False).eval()
-        self.vae, self.memory_format = (
-            vae,
-            torch.channels_last_3d if channels_last else torch.contiguous_format,
-        )
+        self.vae = vae
+        self.memory_format = torch.contiguous_format
         if channels_last:
-            for module in vae.modules():
-                if isinstance(module, nn.Conv3d):
-                    module.weight.data = module.weight.data.contiguous(
-                        memory_format=torch.channels_last_3d
-                    )
-                # upsamplers: without it what follows them is NCDHW again
-                elif isinstance(module, nn.Conv2d):
-                    module.weight.data = module.weight.data.contiguous(
-                        memory_format=torch.channels_last
-                    )
+            self.memory_format = torch.channels_last_3d
+            use_channels_last(vae)
         weight = next(vae.parameters())
-        self.dtype, self.device = weight.dtype, weight.device
+        self.dtype = weight.dtype
+        self.device = weight.device
         shape = (1, -1, 1, 1, 1)
         self.mean, self.deviation = (
             torch.tensor(vae.config[name], device=self.device).view(shape)
@@ -80,9 +74,7 @@ class WanCodec:
         dtype: torch.dtype = torch.float32,
         **options: bool,
     ) -> Self:
-        """From a diffusers folder of Wan, or its subfolder `vae`. Raises CodecError where there is
-        none.
-        """
+        """From a diffusers folder of Wan, or its subfolder `vae`. Raises CodecError without one."""
         found = [
             path
             for path in (Path(folder) / "vae", Path(folder))
@@ -90,7 +82,8 @@ class WanCodec:
         ]
         if not found:
             raise CodecError(
-                f"{folder} holds no vae/config.json; want a diffusers folder of Wan2.1, or its subfolder vae"
+                f"{folder} holds no vae/config.json; want a diffusers folder of Wan2.1, or its "
+                "subfolder vae"
             )
         vae: Any = AutoencoderKLWan.from_pretrained(found[0], torch_dtype=dtype)
         return cls(vae.to(device), **options)
@@ -116,13 +109,11 @@ class WanCodec:
         return 1 + (num_video_frames - 1) // TIME
 
     def encode(self, videos: Tensor) -> Tensor:
-        """[B, T, H, W, 3] in [0, 1] -> [B, F, 16, H / 8, W / 8] float32, the mode of the posterior."""
+        """[B, T, H, W, 3] in [0, 1] -> [B, F, 16, H / 8, W / 8] float32, the posterior's mode."""
         return self.start_encoding().encode(videos)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """[B, F, 16, h, w] -> [B, 1 + 4 (F - 1), 8 h, 8 w, 3] float32, clamped to [0, 1] as in
-        diffusers.
-        """
+        """[B, F, 16, h, w] -> [B, 1 + 4 (F - 1), 8 h, 8 w, 3] float32, clamped to [0, 1]."""
         return self.start_decoding().decode(latents)
 
     def start_decoding(self) -> WanDecoder:
@@ -133,21 +124,19 @@ class WanCodec:
 
 
 class WanDecoder:
-    """`codecs.protocol.Decoder`: latent frame by latent frame, as diffusers decodes a whole video."""
+    """`codecs.protocol.Decoder`: equal to diffusers' decode of the whole video."""
 
     def __init__(self, codec: WanCodec, stream: StreamingDecoder | None = None) -> None:
-        self.codec, self.stream = (
-            codec,
-            stream or StreamingDecoder(codec.vae.decoder, codec.memory_format),
-        )
+        self.codec = codec
+        self.stream = stream or StreamingDecoder(codec.vae.decoder, codec.memory_format)
 
     @property
     def num_bytes(self) -> int:
-        """Memory of the past: constant from the second latent frame on."""
+        """Memory of the state: constant from the second latent frame on."""
         return self.stream.num_bytes
 
     def clone(self) -> WanDecoder:
-        """An independent decoder that goes on from here."""
+        """An independent decoder that continues from here."""
         return WanDecoder(self.codec, self.stream.clone())
 
     @torch.no_grad()
@@ -159,16 +148,14 @@ class WanDecoder:
         codec = self.codec
         if latents.ndim != 5 or latents.shape[2] != codec.channels or not latents.shape[1]:
             raise CodecError(
-                f"latents are {tuple(latents.shape)}; want [B, F, {codec.channels}, h, w], F one or more"
+                f"latents are {tuple(latents.shape)}; want [B, F, {codec.channels}, h, w], F one "
+                "or more"
             )
         z = (latents.transpose(1, 2).float() * codec.deviation + codec.mean).to(codec.dtype)
         parts = []
         for frame in z.split(1, dim=2):
-            parts.append(
-                self.stream(
-                    codec.vae.post_quant_conv(frame.contiguous(memory_format=codec.memory_format))
-                )
-            )
+            given = frame.contiguous(memory_format=codec.memory_format)
+            parts.append(self.stream(codec.vae.post_quant_conv(given)))
         video = torch.cat(parts, dim=2).float().clamp(-1, 1)
         return (video.permute(0, 2, 3, 4, 1) + 1) / 2
 
@@ -183,17 +170,18 @@ class WanEncoder:
 
     @torch.no_grad()
     def encode(self, videos: Tensor) -> Tensor:
-        """The next video frames [B, T, H, W, 3] in [0, 1] as latents [B, f, 16, H / 8, W / 8]
-        float32.
+        """The next video frames [B, T, H, W, 3] in [0, 1] as latents [B, f, 16, H / 8, W / 8].
 
-        First 1 + 4 n of them, then 4 n. Raises CodecError otherwise, and for sizes that are no
-        multiples of 8.
+        First 1 + 4 n of them, then 4 n. Returns float32. Raises CodecError for other counts, and
+        for sizes that are no multiples of 8.
         """
         if videos.ndim != 5 or videos.shape[-1] != 3 or not videos.shape[1]:
             raise CodecError(
-                f"videos are {tuple(videos.shape)}; want [B, T, H, W, 3], colours last, T one or more"
+                f"videos are {tuple(videos.shape)}; want [B, T, H, W, 3], colours last, T one or "
+                "more"
             )
-        codec, (frames, height, width) = self.codec, videos.shape[1:4]
+        codec = self.codec
+        frames, height, width = videos.shape[1:4]
         if self.features and frames % TIME:
             raise CodecError(
                 f"{frames} video frames follow the first ones; want a multiple of {TIME}"
@@ -202,12 +190,14 @@ class WanEncoder:
             codec.num_latent_frames(frames)
         if height % SPACE or width % SPACE:
             raise CodecError(
-                f"video frames are {height} x {width}; height and width must be multiples of {SPACE}"
+                f"video frames are {height} x {width}; height and width must be multiples of "
+                f"{SPACE}"
             )
         x = (2 * videos.float() - 1).permute(0, 4, 1, 2, 3).to(codec.dtype)
         lone = frames % TIME
         pieces = x.split([lone, *[TIME] * (frames // TIME)] if lone else TIME, dim=2)
-        encoder, parts = codec.vae.encoder, []
+        encoder = codec.vae.encoder
+        parts = []
         self.features = self.features or [
             None for module in encoder.modules() if isinstance(module, nn.Conv3d)
         ]
@@ -217,3 +207,13 @@ class WanEncoder:
             parts.append(codec.vae.quant_conv(out)[:, : codec.channels])
         mode = torch.cat(parts, dim=2).float()
         return ((mode - codec.mean) / codec.deviation).transpose(1, 2).contiguous()
+
+
+def use_channels_last(vae: nn.Module) -> None:
+    """Store the weights of all convolutions in channels_last."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        # upsamplers: without it the layers after them would compute in NCDHW again
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)

@@ -79,7 +79,7 @@ def default_negative_prompt(name: str) -> str | None:
     """Wan's own for umt5; none for the tiny world, whose empty caption is all zeros."""
     if name == "tiny":
         return None
-    from selfforcing_dfd.codecs.text import NEGATIVE_PROMPT
+    from selfforcing_dfd.codecs.prompts import NEGATIVE_PROMPT
 
     return NEGATIVE_PROMPT
 

@@ -22,13 +22,10 @@ from selfforcing_dfd.live.background import BackgroundWriter
 from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
 from selfforcing_dfd.live.status import StatusLine
 from selfforcing_dfd.live.writers import ReaderGone, Writer, open_writer
-from selfforcing_dfd.streaming.load import (
-    WAN_SIZE,
-    load_settings,
-    load_stream_model,
-    load_wan_model,
-)
+from selfforcing_dfd.models.identity import recipe_of
+from selfforcing_dfd.streaming.load import load_settings, load_stream_model, load_wan_model
 from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
+from selfforcing_dfd.weights.recipes import asked_settings
 
 USER_ERRORS = (ValueError, OSError)
 EXAMPLES = ("a disc moves", "a square moves", "a cross moves")
@@ -176,7 +173,9 @@ def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
     model = load_model(options)
     model.student.set_attention(options.attention)
     settings = load_settings(
-        options.settings or ("default" if options.model else "tiny"),
+        options.settings or "",
+        default="default" if options.model else "tiny",
+        recipe=recipe_of(model.student.config),
         seed=options.seed,
         window_frames=options.window,
         sink_frames=options.sink,
@@ -202,6 +201,7 @@ def warm_up(model: StreamModel, settings: StreamSettings, prompt: str) -> None:
 
 def load_model(options: argparse.Namespace) -> StreamModel:
     """Real Wan for --model, else the tiny world. Raises UserError for contradicting options."""
+    recipe = asked_settings(options.ladder, shift=options.shift, chunk_frames=options.chunk_frames)
     if options.model is None:
         only_with_model = {
             "--size": options.size,
@@ -213,11 +213,10 @@ def load_model(options: argparse.Namespace) -> StreamModel:
             raise UserError(
                 f"{', '.join(given)} without --model: the tiny world has one size; add --model DIR"
             )
-        return load_stream_model(options.run, options.weights, options.device)
+        return load_stream_model(options.run, options.weights, options.device, recipe)
     if options.run is not None:
         raise UserError(
-            "both --model and --run are given; "
-            "name the run's student by --weights instead of --run"
+            "both --model and --run are given; name the run's student by --weights instead of --run"
         )
     return load_wan_model(
         options.model,
@@ -225,7 +224,8 @@ def load_model(options: argparse.Namespace) -> StreamModel:
         options.device,
         options.dtype or "auto",
         options.vae_device or "",
-        options.size or WAN_SIZE,
+        options.size or (None, None),
+        recipe,
     )
 
 

@@ -39,6 +39,7 @@ from selfforcing_dfd.models.layers import (
     modulate,
     sigma_per_frame,
 )
+from selfforcing_dfd.models.lora import LoraMixin
 from selfforcing_dfd.models.rope import positions_rotary, rotate
 
 
@@ -146,7 +147,7 @@ class WanBlock(nn.Module):
         return add_gated(x, self.ffn(modulate(self.norm3(x), scale, shift).type_as(x)), gate2)
 
 
-class WanTransformer(HubMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
+class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
     """Flow-predicting transformer over latents [B, F, C, H, W]."""
 
     _supports_gradient_checkpointing = True

@@ -1,60 +1,44 @@
-"""From files or a size's name to a model that streams: a Wan folder with a student, a run's folder,
-or random weights.
+"""From weights to a model that streams: the tiny world's, or a student of real Wan with its folder.
+
+Sizes and recipe come from the student's file; nothing of the trainer is imported.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
+import logging
 import os
-import shlex
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import Tensor
 
 from selfforcing_dfd.codecs.text import WanText
-from selfforcing_dfd.codecs.wan_vae import WanCodec
+from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE, WanCodec
 from selfforcing_dfd.common import DTYPES, find_device, shipped
-from selfforcing_dfd.config import ConfigError, ModelConfig, find_file, load_config, require
-from selfforcing_dfd.models.hub import (
-    mark_student,
-    read_config,
-    recipe_of,
-    require_student,
-    role_of,
-)
+from selfforcing_dfd.models.hub import require_student
+from selfforcing_dfd.models.identity import SELF_FORCING, Recipe, TrainingData, mark, recipe_of
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.streaming.parts import LoadError, check_fit, check_parts
+from selfforcing_dfd.streaming.runs import student_of
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 from selfforcing_dfd.tiny.codec import SPACE, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, parse_caption
-from selfforcing_dfd.training.build import build_ladder, build_network, load_network, student_of
-from selfforcing_dfd.training.build_data import codec_file
-from selfforcing_dfd.weights.read import load_transformer, read_weights
+from selfforcing_dfd.weights.read import Description, describe, load_network, read_weights
+from selfforcing_dfd.weights.recipes import settle_recipe
+from selfforcing_dfd.weights.sources import StoredWeights
 
-TINY_STUDENT = "assets/tiny/student.safetensors"
-WAN_SIZE = (480, 832)
+logger = logging.getLogger(__name__)
+
+CODEC_FILE = "codec.safetensors"
+TINY_ASSETS = shipped("assets/tiny")
+TINY_STUDENT = TINY_ASSETS / "student.safetensors"
 STREAM_CONFIGS = shipped("configs/stream")
-# 480 x 832
-LATENT_SIZES = {"tiny": (SIDE // SPACE, SIDE // SPACE), "wan1.3b": (60, 104), "wan14b": (60, 104)}
-MODELS = {
-    "tiny": ModelConfig(),
-    "wan1.3b": ModelConfig(num_heads=12, head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096),
-    "wan14b": ModelConfig(num_heads=40, head_dim=128, num_layers=40, ffn_dim=13824, text_dim=4096),
-}
-"""Sizes of Wan2.1-T2V (arXiv 2503.20314, table 2) and of the tiny world."""
-PARTS = {
-    "vae": ("config.json",),
-    "text_encoder": ("config.json",),
-    "tokenizer": ("tokenizer.json",),
-}
-"""What a Wan folder must hold besides a student, and the files of each part besides its weights."""
-STUDENT_REPOSITORY, STUDENT_FILE = "gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt"
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,44 +48,80 @@ class TinyPrompts:
     encoder: TinyText
 
     def encode(self, captions: list[str]) -> Tensor:
-        """[B, L, D_text]. Raises ValueError for a prompt that names nothing of the tiny world."""
+        """[B, L, D_text]. Raises LoadError for a prompt that names nothing of the tiny world."""
         for prompt in captions:
             if not parse_caption(prompt):
-                raise ValueError(
-                    f"prompt {prompt!r} names nothing of the tiny world; try 'a disc moves', square or cross"
+                raise LoadError(
+                    f"prompt {prompt!r} names nothing of the tiny world; try 'a disc moves', "
+                    "square or cross"
                 )
         return self.encoder.encode(captions)
 
 
 def load_stream_model(
-    run: Path | None = None, checkpoint: str = "", device: str = "auto"
+    run: Path | None = None,
+    checkpoint: str = "",
+    device: str = "auto",
+    recipe: Mapping[str, Any] | None = None,
 ) -> StreamModel:
-    """The student of a run, or of a weights file of the tiny size, or the shipped one, with the
-    tiny world's codec and text.
+    """A student of the tiny world: of a run, of a weights file, or the shipped one.
 
-    Raises ConfigError where files are missing or hold another model.
+    recipe: settings that replace those of the student's file. The codec is the one that lies beside
+    the weights, else the shipped one. Raises UserError where files are missing or hold another
+    model.
     """
     if run is not None and checkpoint:
-        raise ConfigError("both a run and weights are given; drop --run or --weights")
-    config, weights = (
-        student_of(run) if run else (load_config("dfd_ar.yaml"), Path(checkpoint or TINY_STUDENT))
-    )
-    require(
-        find_file(str(weights)).is_file(),
-        f"{weights} does not exist; train first, or leave it out for the tiny student",
-    )
+        raise LoadError("both a run and weights are given; drop --run or --weights")
+    path = student_of(run) if run else find_weights(checkpoint)
+    if not path.is_file():
+        raise LoadError(f"{path} does not exist; train first, or leave it out for the tiny student")
+    codec = TinyCodec.load(tiny_codec_file(path))
+    weights = read_weights(path)
+    check_tiny(describe(weights), codec)
     place = find_device(device)
-    student = load_network(config.model, str(weights), place).requires_grad_(False)
-    codec = TinyCodec.load(codec_file(config)).to(place)
-    text = TinyPrompts(TinyText(config.model.text_dim))
+    student = load_student(weights, place, recipe=recipe)
+    settled = student_recipe(student)
     return StreamModel(
-        student,
-        codec,
-        text,
-        build_ladder(config),
-        config.rollout.chunk_frames,
-        LATENT_SIZES["tiny"],
+        student=student,
+        codec=codec.to(place),
+        text=TinyPrompts(TinyText(student.config["text_dim"])),
+        ladder=settled.sigmas,
+        chunk_frames=settled.chunk_frames,
+        latent_size=(SIDE // SPACE, SIDE // SPACE),
     )
+
+
+def tiny_codec_file(weights: Path) -> Path:
+    """The codec beside a weights file, which a run's export puts there, else the shipped one."""
+    beside = weights.parent / CODEC_FILE
+    return beside if beside.is_file() else TINY_ASSETS / CODEC_FILE
+
+
+def find_weights(name: str) -> Path:
+    """The weights of that name, here or shipped with the package; the tiny student for no name."""
+    path = Path(name) if name else TINY_STUDENT
+    return path if path.exists() or not shipped(name).exists() else shipped(name)
+
+
+def check_tiny(student: Description, codec: TinyCodec) -> None:
+    """Raise LoadError for a student that was not trained on the tiny world's latents and words."""
+    cure = "real Wan needs --model WAN_FOLDER --weights FILE"
+    data = student.data
+    if data is not None and data.codec.startswith("wan-vae"):
+        raise LoadError(
+            f"{student.source} was trained on Wan's latents, not on the tiny world's; {cure}"
+        )
+    if data is not None and data.codec.startswith("tiny-codec"):
+        if data.codec != codec.fingerprint:
+            raise LoadError(
+                f"{student.source} was trained on latents of {data.codec}, but the codec here is "
+                f"{codec.fingerprint}; copy {CODEC_FILE} of its training shards beside it"
+            )
+    elif student.sizes["text_dim"] != describe(TINY_STUDENT).sizes["text_dim"]:
+        raise LoadError(
+            f"{student.source} holds another model: it reads text of width "
+            f"{student.sizes['text_dim']}, which is not the tiny world's; {cure}"
+        )
 
 
 def load_wan_model(
@@ -110,203 +130,153 @@ def load_wan_model(
     device: str = "auto",
     dtype: str = "auto",
     vae_device: str = "",
-    size: tuple[int, int] = WAN_SIZE,
+    size: tuple[int | None, int | None] = (None, None),
+    recipe: Mapping[str, Any] | None = None,
 ) -> StreamModel:
-    """A student of real Wan2.1 with the VAE and text encoder of `folder`: a diffusers folder of
-    Wan, or an export of ours.
+    """A student of real Wan2.1 with the VAE and text encoder of `folder`.
 
-    checkpoint: the student, in any format of `models/weights.py`; empty takes the folder's
-    transformer if that is one. dtype: auto is bfloat16 on a GPU and float32 elsewhere. size: height
-    and width of the video. Embeddings of prompts are kept on disk, so the text encoder is loaded
-    for new prompts only. Raises ConfigError with the cure for what is missing.
+    folder: a diffusers folder of Wan, or an export of ours. checkpoint: the student, in any format
+    of `weights/read.py`; empty takes the folder's transformer if that is one. dtype: auto is
+    bfloat16 on a GPU and float32 elsewhere. size: height and width of the video; None is the size
+    that the student was trained at, else Wan's. recipe: settings that replace those of the
+    student's file. Embeddings of prompts are kept on disk, so the text encoder is loaded for new
+    prompts only. Raises UserError with the cure for what is missing.
     """
-    require(dtype in ("auto", *DTYPES), f"dtype is {dtype!r}; use auto, {', '.join(DTYPES)}")
-    rows_columns = latent_size(size, WanCodec.strides, (1, 2, 2))
-    check_parts(folder, checkpoint)
-    place, kind = find_device(device), DTYPES.get(dtype)
-    kind = kind or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+    if dtype not in ("auto", *DTYPES):
+        raise LoadError(f"dtype is {dtype!r}; use auto, {', '.join(DTYPES)}")
+    named = find_weights(checkpoint) if checkpoint else None
+    check_parts(folder, named)
+    weights = read_weights(named or folder / "transformer")
+    student_facts = describe(weights)
+    check_fit(student_facts.sizes, student_facts.data, folder)
+    video_size = asked_size(size, student_facts.data)
+    rows_columns = latent_size(video_size, WanCodec.strides, student_facts.sizes["patch_size"])
+    place = find_device(device)
     vae_place = find_device(vae_device) if vae_device else place
-    student = load_student(
-        find_file(checkpoint) if checkpoint else folder / "transformer", place, kind
-    )
-    check_fit(student, folder)
-    codec = WanCodec.from_pretrained(
-        folder, vae_place, kind, channels_last=vae_place.type == "cuda"
-    )
-    text = WanText.cached(folder, text_cache(), place, kind)
-    recipe = recipe_of(student.config)
+    kind = DTYPES.get(dtype) or default_dtype(place)
+    student = load_student(weights, place, kind, recipe=recipe)
+    settled = student_recipe(student)
+    on_gpu = vae_place.type == "cuda"
     return StreamModel(
-        student, codec, text, recipe.ladder, recipe.chunk_frames, rows_columns, vae_place
+        student=student,
+        codec=WanCodec.from_pretrained(folder, vae_place, kind, channels_last=on_gpu),
+        text=WanText.cached(folder, text_cache(), place, kind),
+        ladder=settled.sigmas,
+        chunk_frames=settled.chunk_frames,
+        latent_size=rows_columns,
+        decode_device=vae_place,
     )
+
+
+def default_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU, float32 elsewhere."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def load_student(
-    source: Path | str,
+    source: Path | str | StoredWeights,
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
     entry: str = "",
+    recipe: Mapping[str, Any] | None = None,
 ) -> WanTransformer:
-    """A causal student, frozen, marked as one and with its recipe in its config.
+    """A causal student, frozen, with its role and its recipe in its config.
 
-    A file that says nothing of its role is taken for what it is named as; a folder has to say it.
-    Raises HubError for a teacher's weights, WeightsError for what cannot be read.
+    recipe: settings that replace those of the source, with a warning. A file that does not state
+    its role is taken for a student; a folder has to state it. Raises HubError for other weights,
+    WeightsError for what cannot be read.
     """
-    weights = read_weights(source, entry)
-    if weights.role != "unknown" or Path(source).is_dir():
-        require_student(weights.notes, weights.source)
-    student = load_transformer(weights, device, dtype)
-    mark_student(student, recipe_of(weights.notes))
+    weights = source if isinstance(source, StoredWeights) else read_weights(source, entry)
+    if weights.role is not None or weights.is_folder:
+        require_student(weights.identity.notes(), weights.source)
+    settled = settle_recipe(weights.recipe, recipe or {}, "causal_student", weights.source)
+    if settled.first_ladder is not None:
+        raise LoadError(
+            f"{weights.source} has another ladder for its first chunk, which streaming does not "
+            "support; use a student with one ladder"
+        )
+    student = load_network(weights, device=device, dtype=dtype)
+    mark(student, "causal_student", settled, weights.identity.data)
     return student.requires_grad_(False)
 
 
-def check_fit(student: WanTransformer, folder: Path) -> None:
-    """ConfigError for a student of other latents or text than the folder's VAE and text encoder
-    make.
-    """
-    for part, key, own in (
-        ("vae", "z_dim", "in_channels"),
-        ("text_encoder", "d_model", "text_dim"),
-    ):
-        width, wanted = (
-            json.loads((folder / part / "config.json").read_text()).get(key),
-            student.config[own],
-        )
-        require(
-            width in (None, wanted),
-            f"{folder}/{part} has {key} {width}, the student wants {wanted}; they are not of one model: name a student of "
-            "Wan2.1 text-to-video, or the folder that belongs to it",
-        )
+def student_recipe(student: WanTransformer) -> Recipe:
+    """The recipe in a student's config; Self-Forcing's where the config has none."""
+    return recipe_of(student.config) or SELF_FORCING
+
+
+def asked_size(size: tuple[int | None, int | None], data: TrainingData | None) -> tuple[int, int]:
+    """Height and width of Wan's video; None is the training data's if it is known, else Wan's."""
+    height, width = VIDEO_SIZE if data is None else trained_size(data)
+    return (height if size[0] is None else size[0]), (width if size[1] is None else size[1])
+
+
+def trained_size(data: TrainingData) -> tuple[int, int]:
+    """Height and width of the video that Wan's VAE made the training latents of."""
+    rows, columns = data.latent_size
+    return rows * WanCodec.strides[1], columns * WanCodec.strides[2]
 
 
 def latent_size(
     size: tuple[int, int], strides: tuple[int, int, int], patch: tuple[int, int, int]
 ) -> tuple[int, int]:
-    """Rows and columns of the latents of a video of some height and width. Raises ConfigError for
-    sizes that do not fit.
-    """
-    for name, pixels, unit in zip(
-        ("height", "width"), size, (strides[1] * patch[1], strides[2] * patch[2]), strict=True
-    ):
+    """Rows and columns of the latents of a video. Raises LoadError for sizes that do not fit."""
+    for axis, name in ((1, "height"), (2, "width")):
+        pixels = size[axis - 1]
+        unit = strides[axis] * patch[axis]
         lower = pixels // unit * unit
-        require(
-            pixels > 0 and pixels % unit == 0,
-            f"{name} is {pixels}; the model needs multiples of {unit}: use {lower or unit} or {lower + unit}",
-        )
+        if pixels <= 0 or pixels % unit:
+            raise LoadError(
+                f"{name} is {pixels}; the model needs multiples of {unit}: use {lower or unit} or "
+                f"{lower + unit}"
+            )
     return size[0] // strides[1], size[1] // strides[2]
 
 
-def check_parts(folder: Path, checkpoint: str = "") -> None:
-    """ConfigError that lists what a folder lacks for streaming, and for each part the command that
-    fetches it.
-    """
-    lacking = [
-        (f"{part}: {', '.join(files)}", fetch_part(folder, part))
-        for part in PARTS
-        if (files := absent(folder, part))
-    ]
-    if checkpoint and not find_file(checkpoint).exists():
-        lacking.append((f"student: {checkpoint} does not exist", fetch_student(folder)))
-    elif not checkpoint and role_of(read_config(folder / "transformer")) != "student":
-        here = read_config(folder / "transformer")
-        what = (
-            "Wan's own transformer is bidirectional, not a causal student"
-            if here
-            else "there is no transformer"
-        )
-        lacking.append((f"student: {what}", fetch_student(folder)))
-    elif not checkpoint and (files := absent(folder, "transformer")):
-        lacking.append((f"transformer: {', '.join(files)}", "fetch or export it again"))
-    lines = [f"  {what}\n    {cure}" for what, cure in lacking]
-    require(not lacking, "\n".join([f"{folder} cannot be streamed from yet; it lacks", *lines]))
-
-
-def absent(folder: Path, part: str) -> list[str]:
-    """Names of the files that a part of a folder lacks, its weights included."""
-    place = folder / part
-    names = [*PARTS.get(part, ("config.json",))]
-    if part != "tokenizer":
-        index = next(iter(sorted(place.glob("*.safetensors.index.json"))), None)
-        shards = sorted(set(json.loads(index.read_text())["weight_map"].values())) if index else []
-        names += shards or ([] if any(place.glob("*.safetensors")) else ["*.safetensors"])
-    return [name for name in names if name.startswith("*") or not (place / name).is_file()]
-
-
-def fetch_part(folder: Path, part: str) -> str:
-    size = "14B" if "14b" in folder.name.lower() else "1.3B"  # these parts are the same in both
-    return f"hf download Wan-AI/Wan2.1-T2V-{size}-Diffusers --include '{part}/*' --local-dir {shlex.quote(str(folder))}"
-
-
-def fetch_student(folder: Path) -> str:
-    place = shlex.quote(str(folder))
-    return (
-        f"hf download {STUDENT_REPOSITORY} {STUDENT_FILE} --local-dir {place}\n"
-        f"    and name it: --weights {shlex.quote(str(folder / STUDENT_FILE))}"
-    )
-
-
 def text_cache() -> Path:
-    """Where embeddings of prompts are kept: selfforcing_dfd/text in XDG_CACHE_HOME, by default
-    ~/.cache.
-    """
-    return (
-        Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        / "selfforcing_dfd"
-        / "text"
-    )
+    """Where embeddings of prompts are kept: XDG_CACHE_HOME (default ~/.cache), then our name."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "selfforcing_dfd" / "text"
 
 
-def random_stream_model(
-    size: str, device: str = "auto", dtype: torch.dtype | None = None, seed: int = 0
-) -> StreamModel:
-    """A model of one of the known sizes with random weights: real speed, no picture. `size`: tiny,
-    wan1.3b or wan14b.
-
-    dtype: bfloat16 on a GPU and float32 elsewhere unless given. Raises ConfigError for an unknown
-    size.
-    """
-    require(size in MODELS, f"size is {size!r}; use one of {', '.join(MODELS)}")
-    place = find_device(device)
-    dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-    torch.manual_seed(seed)
-    with torch.device(place):
-        student = randomise(build_network(MODELS[size], place))
-        nn.Module.to(student.requires_grad_(False), dtype)
-        codec: Any = TinyCodec.load(find_file("assets/tiny/codec.safetensors")).to(place)
-        if size != "tiny":
-            vae: Any = AutoencoderKLWan()
-            codec = WanCodec(vae.to(dtype), channels_last=place.type == "cuda")
-    text = TinyText(MODELS[size].text_dim, 12 if size == "tiny" else 512)
-    ladder = build_ladder(load_config("dfd_ar.yaml"))
-    return StreamModel(student, codec, text, ladder, 3, LATENT_SIZES[size])
-
-
-@torch.no_grad()
-def randomise(network: WanTransformer) -> WanTransformer:
-    """Random weights under which values stay finite however long a stream runs."""
-    for parameter in network.parameters():
-        if parameter.ndim > 1:
-            parameter.normal_(std=parameter[0].numel() ** -0.5)
-    network.proj_out.weight.mul_(0.1)
-    return network
-
-
-def load_settings(name: str = "default", **changes: Any) -> StreamSettings:
+def load_settings(
+    name: str = "", default: str = "default", recipe: Recipe | None = None, **changes: Any
+) -> StreamSettings:
     """The settings of `configs/stream/NAME.yaml`, or of a file, with changes that are not None.
 
-    Raises ConfigError for an unknown name, setting or value.
+    Without a name the file is `default`, and a sink and window that the student's recipe states
+    replace the file's. A named file and changes win over the recipe, with a warning. Raises
+    LoadError for an unknown name, setting or value.
     """
-    path = Path(name) if name.endswith(".yaml") else STREAM_CONFIGS / f"{name}.yaml"
-    known = ", ".join(sorted(file.stem for file in STREAM_CONFIGS.glob("*.yaml")))
-    require(path.is_file(), f"no stream settings {name!r}; use one of {known}, or a YAML file")
+    path = _settings_file(name or default)
     loaded = OmegaConf.to_container(OmegaConf.load(path))
+    settings: dict[str, Any] = {}
+    if isinstance(loaded, dict):
+        settings = {str(key): value for key, value in loaded.items()}
+    stated: dict[str, Any] = {}
+    if recipe is not None and recipe.window:
+        stated = {"sink_frames": recipe.sink, "window_frames": recipe.window}
+    if not name:
+        settings |= stated
+    settings |= {key: value for key, value in changes.items() if value is not None}
     fields = {field.name for field in dataclasses.fields(StreamSettings)}
-    settings = {
-        **(loaded if isinstance(loaded, dict) else {}),
-        **{k: v for k, v in changes.items() if v is not None},
-    }
-    unknown = sorted(str(key) for key in settings if key not in fields)
-    require(
-        not unknown,
-        f"{path} has unknown settings {', '.join(unknown)}; known are {', '.join(sorted(fields))}",
-    )
-    return StreamSettings(**{str(key): value for key, value in settings.items()})
+    unknown = sorted(key for key in settings if key not in fields)
+    if unknown:
+        raise LoadError(
+            f"{path} has unknown settings {', '.join(unknown)}; known are "
+            f"{', '.join(sorted(fields))}"
+        )
+    for key, value in stated.items():
+        if settings.get(key, value) != value:
+            logger.warning(
+                "the student was trained with %s %s; used: %s", key, value, settings[key]
+            )
+    return StreamSettings(**settings)
+
+
+def _settings_file(name: str) -> Path:
+    path = Path(name) if name.endswith(".yaml") else STREAM_CONFIGS / f"{name}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(file.stem for file in STREAM_CONFIGS.glob("*.yaml")))
+        raise LoadError(f"no stream settings {name!r}; use one of {known}, or a YAML file")
+    return path

@@ -1,8 +1,6 @@
-"""The usual pipeline of diffusers over a causal student: `__call__` gives clips, `stream` gives
-chunks without end.
+"""diffusers' pipeline over a causal student: a call makes clips, `stream` makes endless video.
 
-A thin face on `streaming.StreamSession`, which does the work; nothing of the rollout is repeated
-here.
+It wraps `streaming.StreamSession`, which does the work; nothing of the rollout is repeated here.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Self, get_args
@@ -26,10 +24,18 @@ from transformers import PreTrainedTokenizerFast, UMT5EncoderModel
 
 from selfforcing_dfd.codecs.text import WanText
 from selfforcing_dfd.codecs.wan_vae import TIME, WanCodec
-from selfforcing_dfd.models.hub import LOCATION, Recipe, read_config, recipe_of, require_student
+from selfforcing_dfd.common import UserError
+from selfforcing_dfd.models.hub import LOCATION, require_student
+from selfforcing_dfd.models.identity import Recipe, identity_of
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.streaming.card import ModelFacts, write_model_card
-from selfforcing_dfd.streaming.load import check_parts, latent_size, load_student
+from selfforcing_dfd.streaming.load import (
+    asked_size,
+    latent_size,
+    load_student,
+    student_recipe,
+    trained_size,
+)
+from selfforcing_dfd.streaming.parts import check_fit, check_parts
 from selfforcing_dfd.streaming.session import (
     PromptMode,
     StreamChunk,
@@ -37,6 +43,8 @@ from selfforcing_dfd.streaming.session import (
     StreamSession,
     StreamSettings,
 )
+from selfforcing_dfd.weights.card import ModelFacts, write_model_card
+from selfforcing_dfd.weights.sources import read_config
 
 OutputType = Literal["np", "pt", "pil", "uint8"]
 Generators = torch.Generator | list[torch.Generator]
@@ -45,18 +53,14 @@ OnChunk = Callable[["CausalWanPipeline", StreamChunk], None]
 
 @dataclass
 class CausalWanOutput(BaseOutput):
-    """frames: one video for each prompt, in the asked output type; see
-    `CausalWanPipeline.__call__`.
-    """
+    """frames: one video for each prompt, in the asked type; see `CausalWanPipeline.__call__`."""
 
     frames: Any
 
 
 @dataclass(slots=True)
 class ChunkStream:
-    """An iterator over chunks. `session` is what makes them: a new prompt, a snapshot or another
-    start are asked of it.
-    """
+    """An iterator over chunks; `session` makes them, and takes snapshots and new starts."""
 
     session: StreamSession
     num_chunks: float = math.inf
@@ -75,13 +79,12 @@ class ChunkStream:
 
 
 class CausalWanPipeline(DiffusionPipeline):
-    """transformer: a causal student, marked as one (`models.hub.mark_student`). scheduler: for
-    others, who want one.
+    """The parts of a pipeline around a causal student.
 
-    Raises HubError for a transformer that does not say that it is a student. LoRA's other methods
-    are on `transformer`. The parts are called in ways that diffusers' offloading hooks do not see,
-    so it is not offered; `.to(device)` is, and `vae` and `text_encoder` may live on other devices
-    than the transformer.
+    transformer: marked as a causal student (`models.identity.mark`), else HubError. scheduler: not
+    used here; for others who read the export. LoRA's other methods are on `transformer`. diffusers'
+    offloading does not work, because its hooks do not see how the parts are called; `.to(device)`
+    works, and `vae` and `text_encoder` may be on other devices than the transformer.
     """
 
     transformer: WanTransformer
@@ -117,12 +120,11 @@ class CausalWanPipeline(DiffusionPipeline):
         entry: str = "",
         **kwargs: Any,
     ) -> Self:
-        """diffusers' `from_pretrained` for an export of ours; for a repository of Wan with a
-        student of its own.
+        """diffusers' `from_pretrained` for an export of ours, or for Wan with a student.
 
-        student: weights in any format of `models/weights.py`, `entry` the model in them. Wan's own
-        transformer is never taken for one: HubError. ConfigError lists the parts that are missing,
-        with the commands that fetch them.
+        student: weights in any format of `weights/read.py`, `entry` the model in them. Wan's own
+        transformer is never taken for a student: HubError. LoadError lists the parts that are
+        missing, with the commands that fetch them, and parts that do not fit the student.
         """
         folder = Path(pretrained_model_name_or_path)
         if not folder.is_dir():
@@ -132,20 +134,19 @@ class CausalWanPipeline(DiffusionPipeline):
         if "transformer" not in kwargs:
             if not student:
                 require_student(read_config(folder), str(folder))
-            check_parts(folder, str(student))
-            dtype = kwargs.get("dtype") or kwargs.get("torch_dtype")
-            dtype = (
-                dtype.get("transformer", dtype.get("default")) if isinstance(dtype, dict) else dtype
-            )
+            check_parts(folder, Path(student) if student else None)
+            weights = Path(student) if student else folder / "transformer"
             kwargs["transformer"] = load_student(
-                student or folder / "transformer", "cpu", dtype or torch.float32, entry
+                weights, "cpu", _transformer_dtype(kwargs) or torch.float32, entry
             )
+        config = kwargs["transformer"].config
+        check_fit(config, identity_of(config).data, folder)
         # AutoTokenizer would rebuild a T5Tokenizer and drop what tokenizer.json says about
         # normalisation
         kwargs.setdefault(
             "tokenizer", PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
         )
-        kwargs["scheduler"] = export_scheduler(recipe_of(kwargs["transformer"].config))
+        kwargs["scheduler"] = export_scheduler(student_recipe(kwargs["transformer"]))
         return super().from_pretrained(folder, **kwargs)
 
     def save_pretrained(  # type: ignore[override]
@@ -154,161 +155,216 @@ class CausalWanPipeline(DiffusionPipeline):
         facts: ModelFacts | None = None,
         **options: Any,
     ) -> None:
-        """diffusers' `save_pretrained`, and a model card made of `facts`, by default of what the
-        parts say themselves.
+        """diffusers' `save_pretrained`, and a model card.
+
+        facts: more for the card than the parts say themselves.
         """
         if options.get("push_to_hub"):
-            raise ValueError(
-                "save first and push then, so that the model card goes along: hf upload REPOSITORY FOLDER"
+            raise UserError(
+                "push_to_hub would upload without the model card; save first, then run "
+                "hf upload REPOSITORY FOLDER"
             )
         super().save_pretrained(save_directory, **options)
-        count = sum(parameter.numel() for parameter in self.transformer.parameters())
-        known = facts or ModelFacts(Path(save_directory).name)
-        write_model_card(
-            Path(save_directory),
-            dataclasses.replace(known, recipe=self.recipe, num_parameters=count),
+        data = identity_of(self.transformer.config).data
+        parameters = self.transformer.parameters()
+        known = dataclasses.replace(
+            facts or ModelFacts(Path(save_directory).name),
+            recipe=self.recipe,
+            num_parameters=sum(parameter.numel() for parameter in parameters),
+            size=None if data is None else trained_size(data),
         )
+        write_model_card(Path(save_directory), known)
 
     def load_lora_weights(self, pretrained_model_name_or_path_or_dict: Any, **options: Any) -> None:
-        """An adapter for the transformer, by its usual name in diffusers; see
-        `HubMixin.load_lora_adapter`.
-        """
+        """An adapter for the transformer; see `LoraMixin.load_lora_adapter`."""
         loader: Any = self.transformer
         loader.load_lora_adapter(pretrained_model_name_or_path_or_dict, **options)
 
     @property
     def recipe(self) -> Recipe:
-        """Ladder, shift and chunk that the student was trained for."""
-        return recipe_of(self.transformer.config)
+        """Ladder, shift, chunk and past that the student was trained for."""
+        return student_recipe(self.transformer)
 
     @property
     def interrupt(self) -> bool:
-        """Set `_interrupt` in a callback to end a call after the chunk at hand."""
+        """Set `_interrupt` in a callback to end a call after the current chunk."""
         return self._interrupt
 
     @torch.no_grad()
     def __call__(
         self,
         prompt: str | list[str],
-        num_frames: int = 81,
-        height: int = 480,
-        width: int = 832,
+        num_frames: int | None = None,
+        height: int | None = None,
+        width: int | None = None,
         generator: Generators | None = None,
         seed: int | None = None,
         output_type: OutputType = "np",
         return_dict: bool = True,
         callback_on_chunk_end: OnChunk | None = None,
         settings: StreamSettings | None = None,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        negative_prompt: str | list[str] | None = None,
     ) -> CausalWanOutput | tuple[Any]:
         """One clip of num_frames video frames for each prompt, one after the other.
 
-        seed: prompt i has the noise of the stream with seed + i, the same as in `stream` and
-        inference/stream.py. generator: each prompt's seed is one number in [0, 2^63 - 1) drawn from
-        it (or from its own, of a list), so that calls in a row differ and a generator seeded anew
-        repeats them; without both, drawn from torch's default one. settings: window, sink and
-        positions; without them a clip as long as the student's training clips or shorter sees all
-        of its past, and a longer one what `StreamSettings()` says. Their seed is replaced.
+        num_frames, height, width: by default those of the student's training clips. seed: prompt i
+        has the noise of the stream with seed + i, the same as in `stream` and inference/stream.py.
+        generator: each prompt's seed is one number in [0, 2^63 - 1) drawn from it (or from its own,
+        of a list), so that calls in a row differ and a generator seeded anew repeats them; without
+        both, drawn from torch's default one. settings: window, sink and positions; their seed is
+        replaced. Without them a clip as long as the training clips or shorter sees all of its past,
+        and a longer one what `StreamSettings()` says.
+
+        num_inference_steps, guidance_scale and negative_prompt belong to the teacher: the steps are
+        the student's ladder, and guidance was distilled into its weights. Other values than the
+        student's own are refused.
 
         frames: np float32 [B, T, H, W, 3] in [0, 1]; pt the same as [B, T, 3, H, W]; pil lists of
-        pictures; uint8 a tensor [B, T, H, W, 3]. Raises ValueError for sizes that do not fit.
+        pictures; uint8 a tensor [B, T, H, W, 3]. Raises UserError for values that do not fit.
         """
         if output_type not in get_args(OutputType):
-            raise ValueError(
+            raise UserError(
                 f"output_type is {output_type!r}; use one of {', '.join(get_args(OutputType))}"
             )
+        refuse_teacher_options(self.recipe, num_inference_steps, guidance_scale, negative_prompt)
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         seeds = prompt_seeds(len(prompts), seed, generator)
-        model, num_chunks = self.stream_model(height, width), self._num_chunks(num_frames)
+        if num_frames is None:
+            num_frames = 1 + TIME * (self.recipe.frames - 1)
+        model = self.stream_model(height, width)
+        num_chunks = self._num_chunks(num_frames)
         settings = settings or self._settings(num_chunks)
         self._interrupt = False
         videos = []
         with self.progress_bar(total=num_chunks * len(prompts)) as bar:
             for text, number in zip(prompts, seeds, strict=True):
                 session = StreamSession(model, text, dataclasses.replace(settings, seed=number))
-                parts = []
-                for chunk in ChunkStream(session, num_chunks):
-                    parts.append(chunk.frames)
-                    bar.update()
-                    if callback_on_chunk_end is not None:
-                        callback_on_chunk_end(self, chunk)
-                    if self._interrupt:
-                        break
-                videos.append(torch.cat(parts)[:num_frames])
+                video = self._clip(ChunkStream(session, num_chunks), bar, callback_on_chunk_end)
+                videos.append(video[:num_frames])
                 if self._interrupt:
                     break
         frames = as_output(videos, output_type)
         return CausalWanOutput(frames=frames) if return_dict else (frames,)
 
+    def _clip(self, chunks: ChunkStream, bar: Any, on_chunk: OnChunk | None) -> Tensor:
+        """The video frames of all chunks, or of those before an interruption."""
+        parts = []
+        for chunk in chunks:
+            parts.append(chunk.frames)
+            bar.update()
+            if on_chunk is not None:
+                on_chunk(self, chunk)
+            if self._interrupt:
+                break
+        return torch.cat(parts)
+
     def stream(
         self,
         prompt: str,
         num_chunks: float = math.inf,
-        height: int = 480,
-        width: int = 832,
+        height: int | None = None,
+        width: int | None = None,
         generator: torch.Generator | None = None,
         seed: int | None = None,
         settings: StreamSettings | None = None,
         context: Tensor | None = None,
     ) -> ChunkStream:
-        """Chunks of video without end, or `num_chunks` of them. Change the prompt between them with
-        `set_prompt`.
+        """Endless video in chunks, or `num_chunks` of them; `set_prompt` changes the prompt.
 
-        context: video [T, H, W, 3] in [0, 1] to go on from, T = 1 + 4 n. seed, generator: as in
-        `__call__`.
+        context: video [T, H, W, 3] in [0, 1] to continue, T = 1 + 4 n. Others as in `__call__`.
         """
         number = prompt_seeds(1, seed, generator)[0]
         settings = dataclasses.replace(settings or StreamSettings(), seed=number)
-        return ChunkStream(
-            StreamSession(self.stream_model(height, width), prompt, settings, context), num_chunks
-        )
+        session = StreamSession(self.stream_model(height, width), prompt, settings, context)
+        return ChunkStream(session, num_chunks)
 
-    def stream_model(self, height: int, width: int) -> StreamModel:
-        """The parts as a session wants them. Raises ConfigError for a height or width that does not
-        fit.
-        """
+    def stream_model(self, height: int | None = None, width: int | None = None) -> StreamModel:
+        """The parts as a session takes them. Raises LoadError for sizes that do not fit."""
         codec = WanCodec(self.vae, channels_last=self.vae.device.type == "cuda")
-        size = latent_size((height, width), codec.strides, self.transformer.patch)
-        text, recipe = WanText(self.tokenizer, self.text_encoder), self.recipe
+        size = asked_size((height, width), identity_of(self.transformer.config).data)
+        recipe = self.recipe
         return StreamModel(
-            self.transformer, codec, text, recipe.ladder, recipe.chunk_frames, size, codec.device
+            student=self.transformer,
+            codec=codec,
+            text=WanText(self.tokenizer, self.text_encoder),
+            ladder=recipe.sigmas,
+            chunk_frames=recipe.chunk_frames,
+            latent_size=latent_size(size, codec.strides, self.transformer.patch),
+            decode_device=codec.device,
         )
 
     def _num_chunks(self, num_frames: int) -> int:
         """How many chunks hold that many video frames; the last one may be cut."""
         if num_frames < 1:
-            raise ValueError(f"num_frames is {num_frames}; want at least one video frame")
+            raise UserError(f"num_frames is {num_frames}; want at least one video frame")
         num_latent_frames = 1 + math.ceil((num_frames - 1) / TIME)
         return math.ceil(num_latent_frames / self.recipe.chunk_frames)
 
     def _settings(self, num_chunks: int) -> StreamSettings:
-        """All of the past where the student knows so long a one, else what is made for endless
-        streams.
-        """
+        """All of the past for clips up to the training length, else endless streams' settings."""
         latent_frames = num_chunks * self.recipe.chunk_frames
-        if latent_frames > self.recipe.num_frames:
+        if latent_frames > self.recipe.frames:
             return StreamSettings()
         return StreamSettings(sink_frames=0, window_frames=latent_frames, positions="absolute")
 
 
+def _transformer_dtype(options: Mapping[str, Any]) -> torch.dtype | None:
+    """The transformer's dtype in diffusers' options `dtype` or `torch_dtype`."""
+    dtype = options.get("dtype") or options.get("torch_dtype")
+    if isinstance(dtype, dict):
+        return dtype.get("transformer", dtype.get("default"))
+    return dtype
+
+
+def refuse_teacher_options(
+    recipe: Recipe,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+    negative_prompt: str | list[str] | None,
+) -> None:
+    """Raise UserError for options of diffusers' WanPipeline that a student cannot follow."""
+    steps = len(recipe.ladder)
+    if num_inference_steps not in (None, steps):
+        raise UserError(
+            f"num_inference_steps is {num_inference_steps}, but this student was distilled to "
+            f"{steps} steps, its ladder; leave num_inference_steps out"
+        )
+    if guidance_scale not in (None, 1):
+        raise UserError(
+            f"guidance_scale is {guidance_scale}, but guidance was distilled into this student's "
+            "weights; leave guidance_scale out"
+        )
+    if negative_prompt:
+        raise UserError(
+            "negative_prompt acts through guidance, which was distilled into this student's "
+            "weights; leave negative_prompt out"
+        )
+
+
 def export_scheduler(recipe: Recipe) -> FlowMatchEulerDiscreteScheduler:
-    """diffusers' scheduler that takes the student's steps, by set_timesteps(sigmas=[t / 1000 for t
-    in timesteps]).
+    """diffusers' scheduler that takes the student's steps.
+
+    They are set by set_timesteps(sigmas=[t / 1000 for t in recipe.ladder]).
     """
     return FlowMatchEulerDiscreteScheduler(shift=recipe.shift, stochastic_sampling=True)
 
 
 def prompt_seeds(count: int, seed: int | None, generator: Generators | None) -> list[int]:
-    """A seed for each prompt; see `CausalWanPipeline.__call__`. Raises ValueError for both, or too
-    few generators.
+    """A seed for each prompt; see `CausalWanPipeline.__call__`.
+
+    Raises UserError for both, and for another number of generators than prompts.
     """
     if seed is not None and generator is not None:
-        raise ValueError("both seed and generator are given; drop one of them")
+        raise UserError("both seed and generator are given; drop one of them")
     if seed is not None:
         return [seed + i for i in range(count)]
     generators = generator if isinstance(generator, list) else [generator] * count
     if len(generators) != count:
-        raise ValueError(
-            f"{len(generators)} generators for {count} prompts; give one generator, or one for each prompt"
+        raise UserError(
+            f"{len(generators)} generators for {count} prompts; give one generator, or one for "
+            "each prompt"
         )
     return [
         int(torch.randint(2**63 - 1, (), generator=g, device=g.device if g else "cpu"))
@@ -317,18 +373,14 @@ def prompt_seeds(count: int, seed: int | None, generator: Generators | None) -> 
 
 
 def as_output(videos: list[Tensor], output_type: OutputType) -> Any:
-    """uint8 videos [T, H, W, 3] as the asked type; a list where an interruption left them with
-    different lengths.
-    """
+    """uint8 videos [T, H, W, 3] as the asked type; a list if an interruption cut one of them."""
     if output_type == "pil":
         return [[Image.fromarray(frame) for frame in video.numpy()] for video in videos]
     whole = len({len(video) for video in videos}) == 1
     if output_type == "np":
         arrays = [video.numpy().astype(np.float32) / 255 for video in videos]
         return np.stack(arrays) if whole else arrays
-    tensors = (
-        videos
-        if output_type == "uint8"
-        else [video.permute(0, 3, 1, 2).float() / 255 for video in videos]
-    )
+    tensors = videos
+    if output_type == "pt":
+        tensors = [video.permute(0, 3, 1, 2).float() / 255 for video in videos]
     return torch.stack(tensors) if whole else tensors

@@ -1,7 +1,7 @@
-"""Names of Wan's tensors: the original ones, diffusers' (which this package uses), and what
-wrappers make of them.
+"""Names of Wan's tensors: the original ones, diffusers', and those that wrappers change.
 
-Original Wan's norm3 is the affine norm before cross-attention; diffusers calls it norm2.
+This package uses diffusers' names. Original Wan's norm3, the affine norm before cross-attention, is
+called norm2 there.
 """
 
 from __future__ import annotations
@@ -62,12 +62,12 @@ TO_WAN_OUTER = {name: wan for wan, name in TO_DIFFUSERS_OUTER.items()}
 TO_WAN_BLOCK = {name: wan for wan, name in TO_DIFFUSERS_BLOCK.items()}
 
 WRAPPERS = ("_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod", "module")
-PREFIXES = ("model", "diffusion_model")
+PREFIXES = ("model", "diffusion_model", "transformer")  # of enclosing modules
 BLOCK = re.compile(r"blocks\.(0|[1-9]\d*)\.(.+)")
 
 
 class Extra(NamedTuple):
-    """Tensors that belong to something else, recognised by their names, and what to do about them."""
+    """Tensors of something else, recognised by their names, and what to do about them."""
 
     name: str
     pattern: re.Pattern[str]
@@ -80,13 +80,14 @@ EXTRAS = (
         re.compile(
             r"(^|\.)(img_emb|k_img|v_img|norm_k_img|image_embedder|add_[kv]_proj|norm_added_k)\."
         ),
-        "this is an image-to-video checkpoint, which is not supported; use a text-to-video one (Wan2.1 T2V)",
+        "this is an image-to-video checkpoint, which is not supported; use a text-to-video one "
+        "(Wan2.1 T2V)",
     ),
     Extra(
         "GAN",
         re.compile(r"(^|\.)(_cls_pred_branch|_register_tokens|_gan_ca_blocks)(\.|$)"),
-        "GAN heads of a Self-Forcing critic, which this network has not; to read the rest without them: "
-        "drop_gan_heads=True, or --drop-gan-heads for convert",
+        "GAN heads of a Self-Forcing critic, which this network does not have; to read the rest "
+        "without them: drop_gan_heads=True, or --drop-gan-heads for convert",
     ),
     Extra(
         "LoRA",
@@ -96,25 +97,29 @@ EXTRAS = (
     Extra(
         "VACE or control",
         re.compile(r"(^|\.)(vace_|control_|ref_conv|motion_encoder|face_)"),
-        "this is a checkpoint for control or editing (VACE, Fun, Animate), which is not supported; use Wan2.1 T2V",
+        "this is a checkpoint for control or editing (VACE, Fun, Animate), which is not supported; "
+        "use Wan2.1 T2V",
     ),
     Extra(
         "FSDP shard",
         re.compile(r"_flat_param"),
-        "these are one rank's flattened shards; gather them (FULL_STATE_DICT) where they were trained, then save again",
+        "these are one rank's flattened shards; gather them (FULL_STATE_DICT) where they were "
+        "trained, then save again",
     ),
     Extra(
         "quantised",
         re.compile(
-            r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|absmax|quant_map|quant_state)(\.|$)"
+            r"(^|\.)(scaled_fp8|scale_weight|scale_input|weight_scale|absmax|quant_map"
+            r"|quant_state)(\.|$)"
         ),
-        "these are quantised weights, which are not supported; use those in bfloat16, float16 or float32",
+        "these are quantised weights, which are not supported; use those in bfloat16, float16 or "
+        "float32",
     ),
 )
 
 
 def unwrap(key: str) -> str:
-    """A key without what FSDP, checkpointing, torch.compile, DDP and enclosing modules put into it."""
+    """A key without the names that FSDP, checkpointing, torch.compile, DDP and modules add."""
     parts = [part for part in key.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] in PREFIXES:
         parts = parts[1:]
@@ -140,12 +145,11 @@ def _renamed(key: str, outer: Mapping[str, str], block: Mapping[str, str]) -> st
 
 
 def layouts_in(keys: Iterable[str]) -> dict[Layout, list[str]]:
-    """The unwrapped keys that are original Wan's or diffusers' and not the other's; both lists may
-    be empty.
-    """
+    """The unwrapped keys that only one layout has, by layout; both lists may be empty."""
     found: dict[Layout, list[str]] = {"diffusers": [], "wan": []}
     for key in keys:
-        is_wan, is_diffusers = to_diffusers(key) is not None, to_wan(key) is not None
+        is_wan = to_diffusers(key) is not None
+        is_diffusers = to_wan(key) is not None
         if is_wan != is_diffusers:
             found["wan" if is_wan else "diffusers"].append(key)
     return found
@@ -177,11 +181,9 @@ ANCHORS = {
 
 
 def sizes_of(shapes: Mapping[str, Shape]) -> tuple[int, dict[str, int | tuple[int, int, int]]]:
-    """Width D, and all of WanTransformer's arguments but heads and eps, from shapes by diffusers
-    name.
+    """Width D and WanTransformer's arguments but heads and eps, from shapes by diffusers name.
 
-    Raises KeyError for a tensor that they follow from and that is missing or has another number of
-    dimensions.
+    Raises KeyError for one of ANCHORS that is missing or has another number of dimensions.
     """
     for name, num_dimensions in ANCHORS.items():
         if len(shapes.get(name, ())) != num_dimensions:

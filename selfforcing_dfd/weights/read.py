@@ -1,29 +1,28 @@
-"""Wan's weights in every format that is in use, read strictly: nothing is guessed and no tensor is
-left out in silence.
+"""Wan's weights in every format that is in use, read strictly: no tensor is left out in silence.
 
-    load_transformer("Wan2.1-T2V-1.3B-Diffusers")              diffusers: a transformer's folder, or
-      a pipeline's
-    load_transformer("Wan2.1-T2V-1.3B")                        original Wan
-    load_transformer("self_forcing_dmd.pt", entry="generator")  Self-Forcing, CausVid,
-      Causal-Forcing, DFD
-    load_transformer("student.safetensors")                    one file, of ours or with names of
-      either kind
-    load_transformer("checkpoints/student_update=000600")      a training checkpoint of ours
+    load_network("Wan2.1-T2V-1.3B-Diffusers")               a transformer's folder, or a pipeline's
+    load_network("Wan2.1-T2V-1.3B")                         original Wan
+    load_network("self_forcing_dmd.pt", entry="generator")  Self-Forcing, CausVid, Causal-Forcing
+    load_network("0005000.pth")                             FastGen
+    load_network("student.safetensors")                     one file, with names of either kind
+    load_network("checkpoints/student_update=000600")       a training checkpoint of this package
 
-Tensors are read one at a time into the memory that they stay in, so loading holds one copy. (A .pt
-file is mapped: its pages may show as memory too, but the system can drop them.)
+Sizes, role and recipe come from the source; `describe` tells them without reading a tensor. Tensors
+are read one at a time into the memory that they stay in, so loading holds one copy. (A .pt file is
+mapped: its pages may show as memory too, but the system can drop them.)
 """
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from selfforcing_dfd.models.hub import CAUSAL, RECIPE, Role, role_of
+from selfforcing_dfd.models.identity import Identity, Recipe, Role, TrainingData, identity_of
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.weights.names import Shape, sizes_of, to_wan
 from selfforcing_dfd.weights.sources import SIZES, StoredWeights, describe_extras
@@ -33,33 +32,85 @@ from selfforcing_dfd.weights.stored import stored
 
 logger = logging.getLogger(__name__)
 
-HEAD_DIM, WAN_WIDTHS = 128, (1536, 3072, 5120)
+HEAD_DIM = 128
+WAN_WIDTHS = (1536, 3072, 5120)
 """Every released Wan has heads of 128 values; widths of 1.3B, 5B and 14B. No tensor tells the
 number of heads.
 """
 NUM_SHOWN = 8
 
 
-def load_transformer(
+@dataclass(frozen=True, slots=True)
+class Description:
+    """What a file or folder says about one network, read without its tensors.
+
+    sizes: all of WanTransformer's arguments. role, recipe, data: None where the source states none.
+    format: in words. entries: all models that the source holds, the described one first.
+    """
+
+    source: str
+    format: str
+    sizes: Mapping[str, Any]
+    role: Role | None
+    recipe: Recipe | None
+    data: TrainingData | None
+    num_parameters: int
+    entries: tuple[str, ...]
+
+    def require(self, because: str, **wanted: Any) -> None:
+        """Raise WeightsError unless the network has these sizes; `because` says who wants them."""
+        other = [
+            f"{name} {self.sizes[name]} instead of {value}"
+            for name, value in wanted.items()
+            if self.sizes[name] != value
+        ]
+        if other:
+            raise WeightsError(
+                f"{self.source} holds another model: it has {'; '.join(other)}, as {because} "
+                "wants; name weights of that size, or change what wants it"
+            )
+
+
+def describe(source: Path | str | StoredWeights, entry: str = "", head_dim: int = 0) -> Description:
+    """Sizes, role, recipe and format of a source; entry and head_dim as in `load_network`.
+
+    Raises WeightsError for what cannot be read, and unless the tensors are exactly a network's.
+    """
+    weights = source if isinstance(source, StoredWeights) else read_weights(source, entry)
+    network = meta_network(weights, head_dim)
+    return Description(
+        weights.source,
+        weights.format,
+        {name: network.config[name] for name in SIZES},
+        weights.role,
+        weights.recipe,
+        weights.identity.data,
+        sum(parameter.numel() for parameter in network.parameters()),
+        weights.entries,
+    )
+
+
+def load_network(
     source: Path | str | StoredWeights,
+    entry: str = "",
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
-    entry: str = "",
     head_dim: int = 0,
     drop_gan_heads: bool = False,
 ) -> WanTransformer:
-    """A network of the size that the tensors have, with exactly these tensors.
+    """A network of the size that the source has, with exactly its tensors, role and recipe.
 
-    dtype: None keeps each tensor's own. entry: see `read_weights`. head_dim: only for sources that
-    do not tell the number of heads and are no released size. Raises WeightsError.
+    entry: which model of a source with several; by default the averaged one, see `read_weights`.
+    dtype: None keeps each tensor's own. head_dim: only for sources that do not state the number of
+    heads and have no released size. Raises WeightsError.
     """
-    weights = (
-        source if isinstance(source, StoredWeights) else read_weights(source, entry, drop_gan_heads)
-    )
+    weights = source
+    if not isinstance(weights, StoredWeights):
+        weights = read_weights(weights, entry, drop_gan_heads)
     network = meta_network(weights, head_dim)
     tensors = {name: tensor.read().to(device, dtype) for name, tensor in weights.tensors.items()}
     network.load_state_dict(tensors, strict=True, assign=True)
-    network.register_to_config(**weights.notes)
+    network.register_to_config(**weights.identity.notes())
     return network
 
 
@@ -73,36 +124,41 @@ def load_into(
 
     Raises WeightsError, before anything is changed, unless every tensor fits and none is left over.
     """
-    weights = (
-        source if isinstance(source, StoredWeights) else read_weights(source, entry, drop_gan_heads)
-    )
+    weights = source
+    if not isinstance(weights, StoredWeights):
+        weights = read_weights(weights, entry, drop_gan_heads)
     own = network.state_dict()
     _check_tensors(weights, {name: tuple(tensor.shape) for name, tensor in own.items()})
     _check_config(weights, {name: network.config[name] for name in SIZES})
     if any(tensor.is_meta for tensor in own.values()):
         raise WeightsError(
-            "the network is on the meta device and has no memory; use load_transformer, or to_empty() it"
+            "the network is on the meta device and has no memory; use load_network, or to_empty() "
+            "it first"
         )
     with torch.no_grad():
         for name, tensor in weights.tensors.items():
             own[name].copy_(tensor.read())
 
 
-def stored_network(network: WanTransformer, role: Role = "unknown") -> StoredWeights:
-    """A network in memory as if it were stored, for the exporter; its config's own note of the role
-    comes first.
-    """
+def stored_network(network: WanTransformer, role: Role | None = None) -> StoredWeights:
+    """A network in memory as if it were stored, for `convert`; role: where its config has none."""
     tensors = {name: stored(name, tensor) for name, tensor in network.state_dict().items()}
-    config = {name: network.config[name] for name in SIZES}
-    noted = role_of({CAUSAL: network.config.get(CAUSAL)})
-    recipe = network.config.get(RECIPE)
-    role = role if noted == "unknown" else noted
-    return StoredWeights("the network", "network", "diffusers", tensors, config, role, recipe)
+    sizes = {name: network.config[name] for name in SIZES}
+    stated = identity_of(network.config)
+    return StoredWeights(
+        source="the network",
+        format="network",
+        layout="diffusers",
+        tensors=tensors,
+        config=sizes,
+        identity=stated if stated.role else Identity(role),
+    )
 
 
 def meta_network(weights: StoredWeights, head_dim: int = 0) -> WanTransformer:
-    """The network that weights are for, without memory. Raises WeightsError unless they are all of
-    it and nothing else.
+    """The network of some weights on the meta device, without memory.
+
+    Raises WeightsError unless the weights are all of its tensors and no others.
     """
     sizes = network_sizes(weights, head_dim)
     with torch.device("meta"):
@@ -114,8 +170,7 @@ def meta_network(weights: StoredWeights, head_dim: int = 0) -> WanTransformer:
 
 
 def network_sizes(weights: StoredWeights, head_dim: int = 0) -> dict[str, Any]:
-    """WanTransformer's arguments: from the tensors' shapes, number of heads and eps from the
-    config.
+    """WanTransformer's arguments: from the tensors' shapes, and heads and eps from the config.
 
     Raises WeightsError where the two disagree, or where nothing tells the number of heads.
     """
@@ -123,30 +178,32 @@ def network_sizes(weights: StoredWeights, head_dim: int = 0) -> dict[str, Any]:
         width, sizes = sizes_of(weights.shapes)
     except KeyError as error:
         name = error.args[0]
-        wrong = (
-            f"has shape {weights.tensors[name].shape}" if name in weights.tensors else "is missing"
-        )
+        wrong = "is missing"
+        if name in weights.tensors:
+            wrong = f"has shape {weights.tensors[name].shape}"
         raise WeightsError(
             f"{weights.source}: {_shown(weights, name)} {wrong}{_advice(weights)}"
         ) from error
     if sizes["in_channels"] != sizes["out_channels"]:
         raise WeightsError(
-            f"{weights.source} takes {sizes['in_channels']} channels and gives {sizes['out_channels']}: a checkpoint for "
-            "image-to-video or control, which is not supported; use a text-to-video one (Wan2.1 T2V)"
+            f"{weights.source} takes {sizes['in_channels']} channels and gives "
+            f"{sizes['out_channels']}: a checkpoint for image-to-video or control, which is not "
+            "supported; use a text-to-video one (Wan2.1 T2V)"
         )
     per_head = weights.config.get("attention_head_dim") or head_dim
     if not per_head and width in WAN_WIDTHS:
         logger.info(
-            "%s does not tell its number of heads; taken as Wan's own, %d values each",
+            "%s does not state its number of heads; assumed Wan's, %d values each",
             weights.source,
             HEAD_DIM,
         )
         per_head = HEAD_DIM
     if not per_head or width % per_head or (head_dim and head_dim != per_head):
-        told = f"heads of {per_head} values" if per_head else "no word about heads"
+        stated = f"heads of {per_head} values" if per_head else "no word about heads"
         raise WeightsError(
-            f"{weights.source} has width {width} and {told}; say how many values a head has with head_dim=N (--head-dim N "
-            "for convert), a divisor of the width that does not contradict its config"
+            f"{weights.source} has width {width} and {stated}; say how many values a head has with "
+            "head_dim=N (--head-dim N for convert), a divisor of the width that does not "
+            "contradict its config"
         )
     heads = {"num_attention_heads": width // per_head, "attention_head_dim": per_head}
     found = {**sizes, **heads, "eps": weights.config.get("eps", 1e-6)}
@@ -155,7 +212,7 @@ def network_sizes(weights: StoredWeights, head_dim: int = 0) -> dict[str, Any]:
 
 
 def _check_config(weights: StoredWeights, sizes: Mapping[str, Any]) -> None:
-    """Raise WeightsError where what the source tells is not what `sizes` are."""
+    """Raise WeightsError where the sizes that the source states are others than `sizes`."""
     wanted = {**sizes, "patch_size": tuple(sizes["patch_size"])}
     other = [
         f"{key} {value} instead of {wanted[key]}"
@@ -164,14 +221,13 @@ def _check_config(weights: StoredWeights, sizes: Mapping[str, Any]) -> None:
     ]
     if other:
         raise WeightsError(
-            f"{weights.source}: its config says {'; '.join(other)}; correct it, or use the config it belongs to"
+            f"{weights.source}: its config says {'; '.join(other)}; correct it, or use the config "
+            "it belongs to"
         )
 
 
 def _check_tensors(weights: StoredWeights, wanted: Mapping[str, Shape]) -> None:
-    """Raise WeightsError with what is missing, unknown or of another shape, in the source's own
-    names.
-    """
+    """Raise WeightsError for missing, unknown or misshapen tensors, in the source's own names."""
     found = weights.shapes
     missing = [
         f"{_shown(weights, name)} {list(wanted[name])} is missing"
@@ -190,11 +246,13 @@ def _check_tensors(weights: StoredWeights, wanted: Mapping[str, Shape]) -> None:
     ]
     if not (missing or unknown or differing):
         return
-    share = NUM_SHOWN // sum(map(bool, (missing, unknown, differing)))
-    lines = [line for group in (unknown, missing, differing) for line in group[:share]]
-    more = len(missing) + len(unknown) + len(differing) - len(lines)
+    groups = [group for group in (unknown, missing, differing) if group]
+    lines = [line for group in groups for line in group[: NUM_SHOWN // len(groups)]]
+    num_more = sum(map(len, groups)) - len(lines)
+    if num_more:
+        lines.append(f"and {num_more} more")
     counts = f"{len(missing)} missing, {len(unknown)} unknown and {len(differing)} of another shape"
-    shown = "".join(f"\n  {line}" for line in [*lines, *([f"and {more} more"] if more else [])])
+    shown = "".join(f"\n  {line}" for line in lines)
     raise WeightsError(
         f"{weights.source} does not fit: of {len(wanted)} tensors {counts}{_advice(weights)}{shown}"
     )

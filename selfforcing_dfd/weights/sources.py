@@ -1,9 +1,8 @@
-"""Finding a Wan transformer in a file or folder of any kind: which models it holds, and every
-tensor under one name.
-"""
+"""Finding a Wan transformer in a file or folder of any format, with diffusers' names."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from collections.abc import Iterable, Mapping
@@ -13,14 +12,17 @@ from typing import Any
 
 import torch
 
-from selfforcing_dfd.models.hub import (
-    ARCHITECTURE,
-    CAUSAL,
-    RECIPE,
+from selfforcing_dfd.models.hub import ARCHITECTURE
+from selfforcing_dfd.models.identity import (
+    ROLE,
     STUDENT_CLASSES,
+    STUDENT_ROLES,
     TEACHER_CLASSES,
+    Identity,
+    Recipe,
     Role,
-    role_of,
+    identity_of,
+    recipe_of_rollout,
 )
 from selfforcing_dfd.weights.checkpoint_files import (
     is_training_checkpoint,
@@ -49,15 +51,17 @@ from selfforcing_dfd.weights.stored import (
 
 logger = logging.getLogger(__name__)
 
-PREFERRED = ("generator_ema", "generator", "model", "ema")
-"""Which model of a file with several is read where none is asked for: the first of these that is
-there.
-"""
+PREFERRED = ("generator_ema", "generator", "model", "ema", "net")
+"""Of a file with several models the first of these is read unless another one is asked for."""
 ENTRY_ROLES: dict[str, Role] = {
-    "generator": "student",
-    "generator_ema": "student",
-    "critic": "teacher",
+    "generator": "causal_student",
+    "generator_ema": "causal_student",
+    "critic": "fake_score",
+    "fake_score": "fake_score",
+    "teacher": "teacher",
 }
+"""Roles of the entries of Self-Forcing's files and of FastGen's."""
+FOLDERS = ("diffusers folder", "original Wan folder")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 WAN_SETTINGS = {
     "model_type": "t2v",
@@ -84,28 +88,30 @@ SIZES = (
 )
 """WanTransformer's arguments."""
 NUM_SHOWN = 8
+FILE_KEYS = ("format", "selfforcing_dfd", "config")  # metadata that every file of ours has
 FETCH = (
     "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers --local-dir DIR fetches Wan2.1, "
-    "hf download gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt --local-dir DIR a Self-Forcing student"
+    "hf download gdhe17/Self-Forcing checkpoints/self_forcing_dmd.pt --local-dir DIR "
+    "a Self-Forcing student"
 )
 
 
 @dataclass(frozen=True, slots=True)
 class StoredWeights:
-    """One network's weights that have not been read, by diffusers' names; unknown tensors keep
-    their own.
+    """One network's weights before they are read, by diffusers' names; unknown tensors keep theirs.
 
-    config: the WanTransformer arguments that the source tells besides its tensors; it may be empty.
+    config: the WanTransformer arguments that the source states beside its tensors; may be empty.
+    identity: role, recipe and data, as far as stated. about: other notes of a safetensors file.
     """
 
     source: str  # path, and entry where there are several
-    kind: str  # in words
+    format: str  # in words
     layout: Layout  # whose names the source uses
     tensors: Mapping[str, StoredTensor]
     config: Mapping[str, Any] = field(default_factory=dict)
-    role: Role = "unknown"
-    recipe: Mapping[str, Any] | None = None
+    identity: Identity = field(default_factory=Identity)
     entries: tuple[str, ...] = ()  # all that the source holds, the one that was read first
+    about: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def shapes(self) -> dict[str, Shape]:
@@ -116,17 +122,23 @@ class StoredWeights:
         return sum(tensor.num_bytes for tensor in self.tensors.values())
 
     @property
-    def notes(self) -> dict[str, Any]:
-        """What a config says of the weights' meaning, see models/hub.py."""
-        told = {} if self.role == "unknown" else {CAUSAL: self.role == "student"}
-        return told | ({RECIPE: dict(self.recipe)} if self.recipe else {})
+    def is_folder(self) -> bool:
+        """Whether they come from a folder with a config.json, which can say what they are."""
+        return self.format in FOLDERS
+
+    @property
+    def role(self) -> Role | None:
+        return self.identity.role
+
+    @property
+    def recipe(self) -> Recipe | None:
+        return self.identity.recipe
 
 
 def read_weights(
     source: Path | str, entry: str = "", drop_gan_heads: bool = False
 ) -> StoredWeights:
-    """Where every tensor of a source is, what its shape is and what it is called here; no tensor is
-    read yet.
+    """Place, shape and name of every tensor of a source; no tensor is read yet.
 
     entry: which model of a source with several; by default the first of PREFERRED. drop_gan_heads:
     leave those of a Self-Forcing critic out. Raises WeightsError for a source that is missing,
@@ -143,7 +155,8 @@ def read_weights(
     if not (folder / "config.json").is_file():
         names = ", ".join(sorted(child.name for child in path.iterdir())[:NUM_SHOWN]) or "nothing"
         raise WeightsError(
-            f"{path} has no config.json and no folder transformer, but {names}; name the weights in it"
+            f"{path} has no config.json and no folder transformer, but {names}; name the weights "
+            "in it"
         )
     raw = _read_json(folder / "config.json")
     name = raw.get("_class_name")
@@ -153,19 +166,18 @@ def read_weights(
         )
     _refuse_entry(path, entry)
     layout: Layout = "wan" if name in ("WanModel", *STUDENT_CLASSES) else "diffusers"
-    kind = "original Wan folder" if layout == "wan" else "diffusers folder"
+    kind = FOLDERS[1] if layout == "wan" else FOLDERS[0]
     weights = _named(str(folder), kind, read_folder(folder), raw, drop_gan_heads)
     if weights.layout != layout:
         raise WeightsError(
-            f"{folder}: config.json is of a {name}, but the tensors have names of the other kind; fix one"
+            f"{folder}: config.json is of a {name}, but the tensors have names of the other kind; "
+            "use the config.json that belongs to them"
         )
     return weights
 
 
 def _read_file(path: Path, entry: str, drop_gan_heads: bool) -> StoredWeights:
-    """A safetensors file. Where it says nothing of its sizes, the config.json beside diffusers' and
-    Wan's files does.
-    """
+    """A safetensors file; its config is in its metadata, or beside it (diffusers, Wan)."""
     if is_torch_file(path):
         return _read_torch(path, entry, drop_gan_heads)
     _refuse_entry(path, entry)
@@ -174,7 +186,9 @@ def _read_file(path: Path, entry: str, drop_gan_heads: bool) -> StoredWeights:
     beside = path.with_name("config.json")
     if not config and path.name.startswith(WEIGHTS) and beside.is_file():
         config = _read_json(beside)
-    return _named(str(path), "safetensors file", raw, config, drop_gan_heads)
+    weights = _named(str(path), "safetensors file", raw, config, drop_gan_heads)
+    about = {key: value for key, value in metadata.items() if key not in FILE_KEYS}
+    return dataclasses.replace(weights, about=about)
 
 
 def _read_torch(path: Path, entry: str, drop_gan_heads: bool) -> StoredWeights:
@@ -182,58 +196,63 @@ def _read_torch(path: Path, entry: str, drop_gan_heads: bool) -> StoredWeights:
     models = models_in(content, path)
     name, entries = _choose(path, entry, tuple(models))
     model = models[name]
-    wrong = [
-        str(key)
-        for key, value in model.items()
-        if not (isinstance(key, str) and isinstance(value, torch.Tensor))
-    ]
-    if wrong:
-        raise WeightsError(
-            f"{path}: {name or 'the state dict'} holds {wrong[0]}, which is no tensor; take it out"
-        )
-    config: Mapping[str, Any] = (
-        {CAUSAL: ENTRY_ROLES[name] == "student"} if name in ENTRY_ROLES else {}
-    )
-    told = content.get("config")
-    if isinstance(told, Mapping) and "_class_name" in told:  # our own exports say it themselves
-        config = told
+    for key, value in model.items():
+        if not isinstance(key, str) or not isinstance(value, torch.Tensor):
+            raise WeightsError(
+                f"{path}: {name or 'the state dict'} holds {key}, which is no tensor; take it out"
+            )
+    config: Mapping[str, Any] = {ROLE: ENTRY_ROLES[name]} if name in ENTRY_ROLES else {}
+    stated = content.get("config")
+    if isinstance(stated, Mapping) and "_class_name" in stated:  # as our own exports have it
+        config = stated
     raw = {key: stored(key, tensor) for key, tensor in model.items()}
     where = f"{path} (entry {name})" if name else str(path)
     return _named(where, "torch file", raw, config, drop_gan_heads, entries)
 
 
 def _read_checkpoint(folder: Path, entry: str) -> StoredWeights:
+    """One of our training checkpoints; the run's settings say role and recipe."""
     models, settings = read_training_checkpoint(folder)
     name, entries = _choose(folder, entry, tuple(models))
-    model, stage = settings.get("model", {}), settings.get("run", {}).get("stage")
-    told = {
+    model = settings.get("model", {})
+    heads = {
         "num_attention_heads": model.get("num_heads"),
         "attention_head_dim": model.get("head_dim"),
     }
-    config = {key: value for key, value in told.items() if value} | {
-        CAUSAL: stage != "teacher" and name != "fake"
-    }
+    config: dict[str, Any] = {key: value for key, value in heads.items() if value}
+    role: Role = "causal_student"
+    if settings.get("run", {}).get("stage") == "teacher":
+        role = "teacher"
+    elif name == "fake":
+        role = "fake_score"
+    rollout = settings.get("rollout")
+    recipe = recipe_of_rollout(rollout) if rollout and role in STUDENT_ROLES else None
     return _named(
-        f"{folder} (entry {name})", "training checkpoint", models[name], config, False, entries
+        f"{folder} (entry {name})",
+        "training checkpoint",
+        models[name],
+        config | Identity(role, recipe).notes(),
+        False,
+        entries,
     )
 
 
 def _choose(path: Path, entry: str, entries: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:
-    """The entry to read, and all of them with that one first. Raises WeightsError for one that is
-    not there.
+    """The entry to read, and all of them with that one first.
+
+    Raises WeightsError for one that is not there, and where it is not clear which one is wanted.
     """
     held = ", ".join(entries)
     if entry and entry not in entries:
-        raise WeightsError(
-            f"{path} has no entry {entry!r}; "
-            + (f"it holds {held}" if held else "it holds one model")
-        )
-    chosen = entry or (
-        entries[0] if len(entries) == 1 else next((n for n in PREFERRED if n in entries), None)
-    )
+        what = f"it holds {held}" if held else "it holds one model"
+        raise WeightsError(f"{path} has no entry {entry!r}; {what}")
+    chosen = entry or next((name for name in PREFERRED if name in entries), None)
+    if len(entries) == 1:
+        chosen = entries[0]
     if chosen is None:
         raise WeightsError(
-            f"{path} holds {held or 'no model'}; say which with entry=NAME (--entry NAME for convert)"
+            f"{path} holds {held or 'no model'}; say which with entry=NAME "
+            "(--entry NAME for convert)"
         )
     if len(entries) > 1 and not entry:
         logger.info("%s holds %s; %s is read", path, held, chosen)
@@ -248,8 +267,9 @@ def _named(
     drop_gan_heads: bool,
     entries: tuple[str, ...] = (),
 ) -> StoredWeights:
-    """Raw tensors under diffusers' names. Raises WeightsError where keys collide, or are of no Wan,
-    or of two kinds.
+    """Raw tensors under diffusers' names.
+
+    Raises WeightsError for keys that collide, that belong to no Wan, or that follow two layouts.
     """
     bare: dict[str, StoredTensor] = {}
     for key, tensor in raw.items():
@@ -268,65 +288,63 @@ def _named(
         )
     if all(layouts.values()):
         raise WeightsError(
-            f"{source} mixes names of original Wan ({layouts['wan'][0]}) and of diffusers ({layouts['diffusers'][0]}); "
-            "convert one of the two models first"
+            f"{source} mixes names of original Wan ({layouts['wan'][0]}) and of diffusers "
+            f"({layouts['diffusers'][0]}); convert one of the two models first"
         )
     layout: Layout = "wan" if layouts["wan"] else "diffusers"
-    tensors = {
-        (to_diffusers(name) or name) if layout == "wan" else name: tensor
-        for name, tensor in bare.items()
-    }
+    tensors = bare
+    if layout == "wan":
+        tensors = {to_diffusers(name) or name: tensor for name, tensor in bare.items()}
     other = next((name for name, tensor in tensors.items() if tensor.dtype not in FLOATS), None)
     if other:
         raise WeightsError(
-            f"{source}: {tensors[other].key} is {tensors[other].dtype}: quantised, which is not supported; use weights in "
-            "bfloat16, float16 or float32"
+            f"{source}: {tensors[other].key} is {tensors[other].dtype}: quantised, which is not "
+            "supported; use weights in bfloat16, float16 or float32"
         )
-    sizes = _told_sizes(config, source)
-    return StoredWeights(
-        source, kind, layout, tensors, sizes, role_of(config), config.get(RECIPE), entries
-    )
+    sizes = _stated_sizes(config, source)
+    return StoredWeights(source, kind, layout, tensors, sizes, identity_of(config), entries)
 
 
-def _told_sizes(config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """What a config of either kind says of WanTransformer's arguments. Raises WeightsError for
-    another architecture.
+def _stated_sizes(config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """WanTransformer's arguments in a config of either layout.
+
+    Raises WeightsError for another architecture.
     """
     is_wan = "dim" in config
     wanted = WAN_SETTINGS if is_wan else ARCHITECTURE
-    other = {
-        key: config[key] for key, value in wanted.items() if key in config and config[key] != value
-    }
-    if (
-        "i2v" in str(config.get("model_type"))
-        or config.get("image_dim")
-        or config.get("added_kv_proj_dim")
-    ):
+    other = {key: config[key] for key, value in wanted.items() if config.get(key, value) != value}
+    is_i2v = "i2v" in str(config.get("model_type"))
+    if is_i2v or config.get("image_dim") or config.get("added_kv_proj_dim"):
         raise WeightsError(
-            f"{source}: {other}: image-to-video, which is not supported; use text-to-video (Wan2.1 T2V)"
+            f"{source}: {other}: image-to-video, which is not supported; use text-to-video "
+            "(Wan2.1 T2V)"
         )
     if other:
         raise WeightsError(
             f"{source}: config.json says {other}; wanted text-to-video Wan2.1, that is {wanted}"
         )
-    told = (
-        {SIZES_IN_WAN.get(key, key): value for key, value in config.items()}
-        if is_wan
-        else dict(config)
-    )
-    if is_wan and told.get("num_attention_heads"):
-        told["attention_head_dim"] = config["dim"] // told["num_attention_heads"]
-    if "patch_size" in told:
-        told["patch_size"] = tuple(told["patch_size"])
-    return {key: told[key] for key in SIZES if key in told}
+    stated = dict(config)
+    if is_wan:
+        stated = {SIZES_IN_WAN.get(key, key): value for key, value in config.items()}
+        if stated.get("num_attention_heads"):
+            stated["attention_head_dim"] = config["dim"] // stated["num_attention_heads"]
+    if "patch_size" in stated:
+        stated["patch_size"] = tuple(stated["patch_size"])
+    return {key: stated[key] for key in SIZES if key in stated}
 
 
 def describe_extras(keys: Iterable[str]) -> str:
-    """What is known of additional tensors, ready to be appended."""
-    return "".join(
-        f"; {len(found)} {extra.name} tensors: {extra.advice}"
-        for extra, found in extras_in(keys).items()
-    )
+    """What is known about additional tensors, ready to be appended to a message."""
+    found = extras_in(keys)
+    return "".join(f"; {len(n)} {extra.name} tensors: {extra.advice}" for extra, n in found.items())
+
+
+def read_config(folder: Path | str) -> dict[str, Any]:
+    """config.json of a transformer's folder or of its subfolder `transformer`; {} without one."""
+    for path in (Path(folder) / "config.json", Path(folder) / "transformer" / "config.json"):
+        if path.is_file():
+            return _read_json(path)
+    return {}
 
 
 def _refuse_entry(path: Path, entry: str) -> None:

@@ -1,7 +1,6 @@
-"""Files of tensors, read one tensor at a time: safetensors files and folders of them, and what
-torch.save wrote.
+"""Files of tensors, read one tensor at a time: safetensors, folders of them, files of torch.save.
 
-What a file is follows from its first bytes, not from its name. Nothing is unpickled but tensors.
+The kind of a file follows from its first bytes, not from its name. Only tensors are unpickled.
 """
 
 from __future__ import annotations
@@ -38,20 +37,20 @@ DTYPES = {
 """safetensors' names of the dtypes that are met in checkpoints."""
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
-ZIP, PICKLE, GIT_LFS = b"PK\x03\x04", b"\x80", b"version https://git-lfs"
+# first bytes of files
+ZIP = b"PK\x03\x04"
+PICKLE = b"\x80"
+GIT_LFS = b"version https://git-lfs"
+FASTGEN_NETWORKS = ("net", "ema", "fake_score", "teacher", "discriminator")
 
 
 class WeightsError(UserError):
-    """Weights that cannot be read or written, or belong to another model; the message says what to
-    do.
-    """
+    """Weights that cannot be read or written, or that belong to another model."""
 
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """A tensor that has not been read. `read` gives a copy of its own: contiguous, on the CPU, as
-    it is stored.
-    """
+    """A tensor that has not been read; `read` gives a contiguous copy on the CPU."""
 
     key: str  # its name where it is stored
     shape: tuple[int, ...]
@@ -74,10 +73,10 @@ def is_torch_file(path: Path) -> bool:
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
-    """(tensors by key, metadata). Only the header is read; tensors come by plain reads, so none is
-    in memory twice.
+    """(tensors by key, metadata) of a file, of which only the header is read.
 
-    Raises WeightsError for a truncated file, a Git LFS pointer, and what is no safetensors file.
+    Tensors come by plain reads, so none is in memory twice. Raises WeightsError for a truncated
+    file, a Git LFS pointer, and anything else that is no safetensors file.
     """
     if _beginning(path).startswith(GIT_LFS):
         raise WeightsError(
@@ -97,7 +96,8 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     metadata = header.pop("__metadata__", None) or {}
     tensors = {}
     for key, entry in header.items():
-        shape, start = tuple(entry["shape"]), 8 + num_bytes + entry["data_offsets"][0]
+        shape = tuple(entry["shape"])
+        start = 8 + num_bytes + entry["data_offsets"][0]
         if entry["dtype"] not in DTYPES:
             raise WeightsError(
                 f"{path}: {key} has dtype {entry['dtype']}; wanted one of {', '.join(DTYPES)}"
@@ -112,8 +112,7 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of `diffusion_pytorch_model*.safetensors` in a folder, sharded or not.
 
-    Raises WeightsError for shards that are missing, or that disagree with the index, and for files
-    beside the index's.
+    Raises WeightsError for missing shards, shards that disagree with the index, and other files.
     """
     found = sorted(path.name for path in folder.glob(f"{WEIGHTS}*.safetensors"))
     index = folder / INDEX
@@ -139,17 +138,17 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
     if placed and placed.keys() != tensors.keys():
         differing = sorted(placed.keys() ^ tensors.keys())
         raise WeightsError(
-            f"{index} and its shards disagree about {len(differing)} tensors, first {differing[0]}; fetch them again"
+            f"{index} and its shards disagree about {len(differing)} tensors, first "
+            f"{differing[0]}; fetch them again"
         )
     return tensors
 
 
 def read_torch_file(path: Path) -> Any:
-    """What torch.save wrote, tensors mapped from the file and not read yet (the kind before torch
-    1.6 is read whole).
+    """The content of a file of torch.save; tensors are mapped from the file and not read yet.
 
-    Raises WeightsError for a file that holds anything else than tensors and plain values:
-    unpickling could run it.
+    Files from before torch 1.6 are read whole. Raises WeightsError for content other than tensors
+    and plain values, because unpickling could run it.
     """
     try:
         return torch.load(
@@ -158,9 +157,10 @@ def read_torch_file(path: Path) -> Any:
     except pickle.UnpicklingError as error:
         raise WeightsError(_refusal(path, str(error))) from error
     except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise WeightsError(
-            f"{path} ({path.stat().st_size:,} bytes) is truncated or was not written by torch.save: "
-            f"{str(error).splitlines()[0] if str(error) else type(error).__name__}. Fetch it again"
+            f"{path} ({path.stat().st_size:,} bytes) is truncated or was not written by "
+            f"torch.save: {reason}. Fetch it again"
         ) from error
 
 
@@ -169,10 +169,11 @@ def _refusal(path: Path, error: str) -> str:
     called = re.search(r"GLOBAL ([\w.]+)", error)
     what = f"would call {called[1]}" if called else "needs more than tensors and plain values"
     return (
-        f"{path} is refused: to unpickle it {what}, and a pickle that is allowed to call may run any program. "
-        "Nothing of it was run. Only tensors are read (torch.load with weights_only=True). If you do not know who made "
-        "the file, delete it. If you do, take the tensors out where they were saved: "
-        "safetensors.torch.save_file(state_dict, FILE), and read that"
+        f"{path} is refused: to unpickle it {what}, and a pickle that is allowed to call may run "
+        "any program. Nothing of it was run. Only tensors are read (torch.load with "
+        "weights_only=True). If you do not know who made the file, delete it. If you do, take the "
+        "tensors out where they were saved: safetensors.torch.save_file(state_dict, FILE), and "
+        "read that"
     )
 
 
@@ -196,11 +197,8 @@ def _whole_set(folder: Path, found: list[str]) -> list[str]:
     shards = [name for name in found if re.fullmatch(rf"{WEIGHTS}-\d+-of-\d+\.safetensors", name)]
     if not shards:
         if len(found) != 1:
-            names = (
-                ", ".join(found)
-                or ", ".join(sorted(p.name for p in folder.iterdir())[:8])
-                or "nothing"
-            )
+            held = found or sorted(path.name for path in folder.iterdir())[:8]
+            names = ", ".join(held) or "nothing"
             raise WeightsError(
                 f"{folder} holds {names}; wanted: one {WEIGHTS}.safetensors, or shards with {INDEX}"
             )
@@ -213,16 +211,17 @@ def _whole_set(folder: Path, found: list[str]) -> list[str]:
 
 
 def _check_files(folder: Path, wanted: list[str], found: list[str]) -> None:
-    missing, beside = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    missing = sorted(set(wanted) - set(found))
+    beside = sorted(set(found) - set(wanted))
     if missing:
         raise WeightsError(
-            f"{folder}: {len(missing)} of {len(wanted)} shards are missing, first {missing[0]}; fetch the folder again "
-            f"(hf download goes on where it stopped)"
+            f"{folder}: {len(missing)} of {len(wanted)} shards are missing, first {missing[0]}; "
+            "fetch the folder again (hf download continues where it stopped)"
         )
     if beside:
         raise WeightsError(
-            f"{folder} holds {', '.join(beside)} besides the {len(wanted)} files of one set of weights; move it away, or "
-            "name the one file that you want"
+            f"{folder} holds {', '.join(beside)} besides the {len(wanted)} files of one set of "
+            "weights; move it away, or name the one file that you want"
         )
 
 
@@ -258,24 +257,42 @@ def byte_view(tensor: Tensor) -> memoryview:
 
 def models_in(content: Any, path: Path) -> dict[str, Mapping[str, Any]]:
     """The state dicts in what torch.save wrote, by entry; a bare state dict has the entry "".
-    Raises WeightsError.
+
+    FastGen keeps its models one level deeper, in `model`: as {"net": state dict, ...}, or as one
+    state dict with the names `net.` ..., `fake_score.` .... Their entries are net, fake_score ....
+    Raises WeightsError for content without tensors.
     """
     if isinstance(content, Mapping):
-        entries = {
-            str(name): entry
-            for name, entry in content.items()
-            if isinstance(entry, Mapping)
-            and any(isinstance(value, Tensor) for value in entry.values())
-        }
+        entries = {str(name): value for name, value in content.items() if _has_tensors(value)}
+        nested = content.get("model")
+        if isinstance(nested, Mapping):
+            entries |= {str(name): value for name, value in nested.items() if _has_tensors(value)}
+            parts = _split_by_network(nested)
+            if parts:
+                entries.pop("model", None)
+                entries |= parts
         if entries:
             return entries
-        if any(isinstance(value, Tensor) for value in content.values()):
-            return {"": content}
-    held = (
-        f"a dict of {', '.join(map(str, list(content)[:8]))}"
-        if isinstance(content, Mapping)
-        else type(content).__name__
-    )
+        if _has_tensors(content):
+            return _split_by_network(content) or {"": content}
+    held = type(content).__name__
+    if isinstance(content, Mapping):
+        held = f"a dict of {', '.join(map(str, list(content)[:8]))}"
     raise WeightsError(
         f"{path} holds {held}; wanted: a state dict, or a dict of state dicts such as 'generator'"
     )
+
+
+def _has_tensors(value: Any) -> bool:
+    return isinstance(value, Mapping) and any(isinstance(v, Tensor) for v in value.values())
+
+
+def _split_by_network(state: Mapping[Any, Any]) -> dict[str, Mapping[str, Any]]:
+    """The networks of FastGen in one state dict; empty unless every key begins with one of them."""
+    parts: dict[str, dict[str, Any]] = {}
+    for key, value in state.items():
+        network, _, rest = str(key).partition(".")
+        if network not in FASTGEN_NETWORKS or not rest:
+            return {}
+        parts.setdefault(network, {})[rest] = value
+    return dict(parts)

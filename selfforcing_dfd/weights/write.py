@@ -1,8 +1,7 @@
-"""Writing weights for others: diffusers' folders, original Wan's, Self-Forcing's .pt, and one file
-with everything.
+"""Writing weights for others: diffusers' folders, original Wan's, Self-Forcing's .pt, or one file.
 
-Bits are kept unless another dtype is asked for. An export appears whole under its name, or not at
-all.
+Each says the network's sizes, its role and a student's recipe. Bits are kept unless another dtype
+is asked for. An export appears whole under its name, or not at all.
 """
 
 from __future__ import annotations
@@ -24,9 +23,11 @@ from tqdm import tqdm
 
 from selfforcing_dfd import __version__
 from selfforcing_dfd.common import sync
-from selfforcing_dfd.models.hub import ARCHITECTURE, Role
+from selfforcing_dfd.models.hub import ARCHITECTURE
+from selfforcing_dfd.models.identity import STUDENT_ROLES, Identity, Recipe, Role
 from selfforcing_dfd.weights.names import to_wan
 from selfforcing_dfd.weights.read import meta_network
+from selfforcing_dfd.weights.recipes import settle_recipe
 from selfforcing_dfd.weights.sources import SIZES, StoredWeights, read_weights
 from selfforcing_dfd.weights.stored import (
     DTYPES,
@@ -63,8 +64,9 @@ class Summary:
     """What was converted into what."""
 
     source: str
-    kind: str
-    role: Role
+    format: str
+    role: Role | None
+    recipe: Recipe | None
     entries: tuple[str, ...]  # of the source, the one that was read first
     destination: Path
     num_tensors: int
@@ -82,58 +84,79 @@ def convert(
     dtype: torch.dtype | None = None,
     max_shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
-    role: Role = "unknown",
+    role: Role | None = None,
+    recipe: Mapping[str, Any] | None = None,
     head_dim: int = 0,
     drop_gan_heads: bool = False,
     progress: bool = False,
 ) -> Summary:
     """Read weights in any format and write them in one of FORMATS.
 
-    dtype: None keeps every bit. role: for sources that do not tell whether they hold a student or a
-    teacher. Holds one tensor at a time in memory; all of them for self-forcing, whose format is
-    written in one go. Raises WeightsError.
+    dtype: None keeps every bit. role: for sources that do not state theirs. recipe: settings of a
+    student's `Recipe` that the source does not state, or that replace what it states; see
+    `settle_recipe` for the warnings. Holds one tensor at a time in memory; all of them for
+    self-forcing, whose format is written in one go. Raises WeightsError.
     """
     if to not in FORMATS:
         raise WeightsError(f"format is {to!r}; use one of {', '.join(FORMATS)}")
     destination = Path(destination)
     _check_destination(destination, to, overwrite)
-    weights = (
-        source if isinstance(source, StoredWeights) else read_weights(source, entry, drop_gan_heads)
-    )
-    if role != "unknown" and weights.role not in ("unknown", role):
-        raise WeightsError(
-            f"{weights.source} says that it holds a {weights.role}; leave role {role} out"
-        )
-    weights = dataclasses.replace(weights, role=role if weights.role == "unknown" else weights.role)
+    found = source
+    if not isinstance(found, StoredWeights):
+        found = read_weights(found, entry, drop_gan_heads)
+    weights = _with_role(found, role, recipe or {})
     network = meta_network(weights, head_dim)
     sizes = {name: network.config[name] for name in SIZES}
+    named = dict(weights.tensors)
+    if to in ("wan", "self-forcing"):
+        named = {_wan(name): tensor for name, tensor in named.items()}
     bar = tqdm(unit="B", unit_scale=True, desc=destination.name, disable=None if progress else True)
-    named = {
-        _wan(name) if to in ("wan", "self-forcing") else name: t
-        for name, t in weights.tensors.items()
-    }
     outgoing = Outgoing(weights.source, dict(sorted(named.items())), dtype, bar.update)
     bar.total = sum(map(outgoing.num_bytes, named))
     with bar, _whole(destination, overwrite) as temporary:
         _write(temporary, to, outgoing, sizes, weights, max_shard_bytes)
         _sync_all(temporary)
     num_files = sum(1 for _ in destination.iterdir()) if destination.is_dir() else 1
-    num_parameters = sum(parameter.numel() for parameter in network.parameters())
-    found = (weights.source, weights.kind, weights.role, weights.entries)
     return Summary(
-        *found,
-        destination,
-        len(named),
-        num_parameters,
-        sum(map(outgoing.num_bytes, named)),
-        num_files,
+        source=weights.source,
+        format=weights.format,
+        role=weights.role,
+        recipe=weights.recipe,
+        entries=weights.entries,
+        destination=destination,
+        num_tensors=len(named),
+        num_parameters=sum(parameter.numel() for parameter in network.parameters()),
+        num_bytes=bar.total,
+        num_files=num_files,
     )
+
+
+def _with_role(
+    weights: StoredWeights, role: Role | None, settings: Mapping[str, Any]
+) -> StoredWeights:
+    """The weights with the asked role and, for a student, a settled recipe."""
+    if role is not None and weights.role not in (None, role):
+        raise WeightsError(
+            f"{weights.source} says that its role is {weights.role}; leave role {role} out"
+        )
+    role = weights.role or role
+    if role in STUDENT_ROLES:
+        recipe = settle_recipe(weights.recipe, settings, role, weights.source)
+        return dataclasses.replace(weights, identity=Identity(role, recipe, weights.identity.data))
+    if settings:
+        raise WeightsError(
+            f"{weights.source}: a recipe ({', '.join(settings)}) is asked for, but the role is "
+            f"{role or 'not known'}; only students have one: say --role causal_student, or leave "
+            "the recipe out"
+        )
+    return dataclasses.replace(weights, identity=Identity(role, None, weights.identity.data))
 
 
 @dataclass(frozen=True, slots=True)
 class Outgoing:
-    """Tensors on their way into files, by their names there; dtype None keeps theirs. tick: told of
-    bytes that are read.
+    """Tensors to be written, by their names in the file.
+
+    dtype: None keeps theirs. tick: called with the number of bytes of each tensor that was read.
     """
 
     source: str
@@ -149,16 +172,14 @@ class Outgoing:
 
     def read(self, name: str) -> Tensor:
         """Raises WeightsError for values that the dtype cannot hold."""
-        tensor, dtype = self.tensors[name].read(), self.dtype_of(name)
+        tensor = self.tensors[name].read()
+        dtype = self.dtype_of(name)
         cast = tensor.to(dtype)
-        if (
-            tensor.dtype != dtype
-            and bool(tensor.isfinite().all())
-            and not bool(cast.isfinite().all())
-        ):
+        was_finite = tensor.dtype == dtype or bool(tensor.isfinite().all())
+        if tensor.dtype != dtype and was_finite and not bool(cast.isfinite().all()):
             raise WeightsError(
-                f"{self.source}: {name} has values up to {tensor.abs().max().item():.3g}, too large for {dtype}; use "
-                "bfloat16 or float32"
+                f"{self.source}: {name} has values up to {tensor.abs().max().item():.3g}, too "
+                f"large for {dtype}; use bfloat16 or float32"
             )
         self.tick(cast.nbytes)
         return cast
@@ -175,15 +196,12 @@ def _write(
     weights: StoredWeights,
     max_shard_bytes: int,
 ) -> None:
-    """One format's files at a place that does not exist yet. A student is noted as one; a teacher
-    is by its class's name.
-    """
-    notes = weights.notes if weights.role == "student" else {}
-    config = diffusers_config(sizes) | notes
-    if to in ("single-file", "self-forcing") and weights.role == "unknown":
-        config["_class_name"] = "WanTransformer"  # ours, which may be either
+    """One format's files at a place that does not exist yet."""
+    config = diffusers_config(sizes) | weights.identity.notes()
+    if to in ("single-file", "self-forcing") and weights.role is None:
+        config["_class_name"] = "WanTransformer"  # this package's class, which has any role
     if to == "single-file":
-        write_safetensors(place, outgoing, {"config": json.dumps(config)})
+        write_safetensors(place, outgoing, {**weights.about, "config": json.dumps(config)})
     elif to == "self-forcing":
         state = {f"model.{name}": outgoing.read(name) for name in outgoing.tensors}
         # given a path, torch would note its temporary name in the file
@@ -191,8 +209,19 @@ def _write(
             torch.save({"generator": state, "config": config}, file)
     else:
         place.mkdir()
-        _write_json(place / CONFIG, config if to == "diffusers" else wan_config(sizes) | notes)
+        if to == "wan":
+            config = wan_config(sizes) | weights.identity.notes()
+        _write_json(place / CONFIG, config)
         _write_shards(place, outgoing, max_shard_bytes)
+
+
+def file_metadata(sizes: Mapping[str, Any], identity: Identity) -> dict[str, str]:
+    """Metadata of a safetensors file from which `load_network` reads it without any settings.
+
+    sizes: WanTransformer's arguments, such as a network's config; other keys are left out.
+    """
+    config = diffusers_config({name: sizes[name] for name in SIZES}) | identity.notes()
+    return {"config": json.dumps(config)}
 
 
 def diffusers_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
@@ -208,8 +237,9 @@ def diffusers_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def wan_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json of an original Wan folder; settings that Wan leaves out are written where they
-    are not Wan's own.
+    """config.json of an original Wan folder.
+
+    Settings that Wan leaves out are written where they are not Wan's own.
     """
     config = {
         "_class_name": "WanModel",
@@ -233,19 +263,24 @@ def wan_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_safetensors(path: Path, outgoing: Outgoing, metadata: Mapping[str, str]) -> None:
-    """One safetensors file, with one tensor in memory at a time (the library's writer wants them
-    all).
+    """One safetensors file, with one tensor in memory at a time.
+
+    The library's own writer wants all of them at once.
     """
     header: dict[str, Any] = {
         "__metadata__": {"format": "pt", "selfforcing_dfd": __version__, **metadata}
     }
-    end = 0
-    # so that each is aligned
+    start = 0
+    # wide dtypes first, so that each tensor is aligned
     order = sorted(outgoing.tensors, key=lambda name: -outgoing.dtype_of(name).itemsize)
     for name in order:
-        start, end = end, end + outgoing.num_bytes(name)
-        kind, shape = NAMES[outgoing.dtype_of(name)], list(outgoing.tensors[name].shape)
-        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+        end = start + outgoing.num_bytes(name)
+        header[name] = {
+            "dtype": NAMES[outgoing.dtype_of(name)],
+            "shape": list(outgoing.tensors[name].shape),
+            "data_offsets": [start, end],
+        }
+        start = end
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-(8 + len(text)) % ALIGNMENT)
     with path.open("wb") as file:
@@ -279,15 +314,15 @@ def _write_shards(folder: Path, outgoing: Outgoing, max_shard_bytes: int) -> Non
             num_bytes = 0
         shards[-1].append(name)
         num_bytes += outgoing.num_bytes(name)
-    files = [
-        f"{WEIGHTS}-{i:05d}-of-{len(shards):05d}.safetensors" for i in range(1, len(shards) + 1)
-    ]
     if len(shards) == 1:
-        files = [f"{WEIGHTS}.safetensors"]
-    for file, shard in zip(files, shards, strict=True):
+        write_safetensors(folder / f"{WEIGHTS}.safetensors", outgoing.only(shards[0]), {})
+        return
+    placed: dict[str, str] = {}
+    for number, shard in enumerate(shards, 1):
+        file = f"{WEIGHTS}-{number:05d}-of-{len(shards):05d}.safetensors"
         write_safetensors(folder / file, outgoing.only(shard), {})
-    if len(shards) > 1:
-        placed = {name: file for file, shard in zip(files, shards, strict=True) for name in shard}
+        placed |= dict.fromkeys(shard, file)
+    if placed:
         total = sum(map(outgoing.num_bytes, outgoing.tensors))
         _write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": placed})
 
@@ -299,21 +334,19 @@ def _wan(name: str) -> str:
 
 
 def _check_destination(destination: Path, to: str, overwrite: bool) -> None:
-    """Raise WeightsError for a place that is taken, or that holds anything but an earlier export."""
+    """Raise WeightsError for a taken place, or one that holds anything but an earlier export."""
     if not destination.exists():
         return
     if not overwrite:
         raise WeightsError(
-            f"{destination} exists; name another place, or replace it with overwrite=True (--overwrite)"
+            f"{destination} exists; name another place, or replace it with overwrite=True "
+            "(--overwrite)"
         )
     if destination.is_dir() != (to in ("diffusers", "wan")):
         kind = "folder" if destination.is_dir() else "file"
         raise WeightsError(f"{destination} is a {kind}, which {to} is not; name another place")
-    other = (
-        sorted(p.name for p in destination.iterdir() if not EXPORTED.fullmatch(p.name))
-        if destination.is_dir()
-        else []
-    )
+    files = sorted(path.name for path in destination.iterdir()) if destination.is_dir() else []
+    other = [name for name in files if not EXPORTED.fullmatch(name)]
     if other:
         raise WeightsError(
             f"{destination} holds more than an export: {', '.join(other[:8])}; name another place"
@@ -322,17 +355,15 @@ def _check_destination(destination: Path, to: str, overwrite: bool) -> None:
 
 @contextmanager
 def _whole(destination: Path, overwrite: bool) -> Iterator[Path]:
-    """A name beside the destination to write to, which takes the destination's at the end; removed
-    when that fails.
+    """A place to write to that takes the destination's name at the end; removed if that fails.
 
-    A folder that is replaced steps aside for a moment and is put back if the new one cannot take
-    its place.
+    A folder that is replaced keeps another name until then, and gets its own back if the new one
+    cannot take it.
     """
     destination = destination.absolute()
     destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary, aside = (
-        destination.with_name(f".tmp-{kind}{destination.name}") for kind in ("", "old-")
-    )
+    temporary = destination.with_name(f".tmp-{destination.name}")
+    aside = destination.with_name(f".tmp-old-{destination.name}")
     _remove(temporary)
     try:
         yield temporary

@@ -63,7 +63,8 @@ def bare() -> WanCodec:
     """
     torch.manual_seed(0)
     vae: Any = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
-    vae.quant_conv, vae.post_quant_conv = torch.nn.Identity(), torch.nn.Identity()
+    vae.quant_conv = torch.nn.Identity()
+    vae.post_quant_conv = torch.nn.Identity()
     return WanCodec(vae)
 
 
@@ -135,20 +136,22 @@ def test_first_chunk_has_nine_video_frames_and_later_ones_twelve(codec, latents)
 
 def test_interleaved_decoders_equal_each_alone(codec, latents):
     """Catches features kept on the module, which two streams share."""
-    one, other = latents, latents.flip(1)
-    a, b = codec.start_decoding(), codec.start_decoding()
-    pieces = [
-        (a.decode(one[:, i : i + 1]), b.decode(other[:, i : i + 1])) for i in range(one.shape[1])
-    ]
-    for x, parts in ((one, [p[0] for p in pieces]), (other, [p[1] for p in pieces])):
-        assert torch.equal(torch.cat(parts, dim=1), codec.decode(x))
+    inputs = (latents, latents.flip(1))
+    decoders = [codec.start_decoding() for _ in inputs]
+    parts: list[list[Tensor]] = [[], []]
+    for frame in range(latents.shape[1]):
+        for decoder, given, made in zip(decoders, inputs, parts, strict=True):
+            made.append(decoder.decode(given[:, frame : frame + 1]))
+    for given, made in zip(inputs, parts, strict=True):
+        assert torch.equal(torch.cat(made, dim=1), codec.decode(given))
 
 
 def test_a_clone_goes_on_alone(codec, latents):
     """Catches a snapshot that shares tensors with the running stream."""
     decoder = codec.start_decoding()
     decoder.decode(latents[:, :2])
-    copy, again = decoder.clone(), decoder.clone()
+    copy = decoder.clone()
+    again = decoder.clone()
     ahead = decoder.decode(latents[:, 2:])
     assert torch.equal(copy.decode(latents[:, 2:]), ahead)
     decoder.decode(latents[:, :1])
@@ -156,9 +159,10 @@ def test_a_clone_goes_on_alone(codec, latents):
 
 
 def test_module_keeps_nothing_and_memory_does_not_grow(codec, latents):
-    """Catches the module's own feature map, and features that pile up with the length of the video."""
+    """Catches the module's own feature map, and features that pile up with the video's length."""
     before = {name: value for name, value in vars(codec.vae).items() if "feat_map" in name}
-    decoder, sizes = codec.start_decoding(), []
+    decoder = codec.start_decoding()
+    sizes = []
     for _ in range(6):
         decoder.decode(latents[:, :1])
         sizes.append(decoder.num_bytes)

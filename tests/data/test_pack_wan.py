@@ -15,7 +15,8 @@ from diffusers import AutoencoderKLWan
 from tiny_text import DIM, save_text_folder
 
 from selfforcing_dfd.cli.main import main
-from selfforcing_dfd.codecs.text import MAX_LENGTH, WanText
+from selfforcing_dfd.codecs.prompts import MAX_LENGTH
+from selfforcing_dfd.codecs.text import WanText
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.data.encoders import default_negative_prompt
 from selfforcing_dfd.data.shards import ShardReader

@@ -16,9 +16,10 @@ from tiny_wan import HEIGHT, RECIPE, WIDTH, save_wan_folder, tiny_parts, tiny_st
 from y4m import y4m
 
 from selfforcing_dfd.cli.main import main as command_line
-from selfforcing_dfd.config import ConfigError
-from selfforcing_dfd.models.hub import HubError, Recipe, mark_student, recipe_of, role_of
-from selfforcing_dfd.streaming.load import absent, load_settings, load_student, load_wan_model
+from selfforcing_dfd.models.hub import HubError
+from selfforcing_dfd.models.identity import SELF_FORCING, Recipe, mark, recipe_of, role_of
+from selfforcing_dfd.streaming.load import load_settings, load_student, load_wan_model
+from selfforcing_dfd.streaming.parts import LoadError, missing_files
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline, export_scheduler
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession
 from selfforcing_dfd.weights.write import convert
@@ -60,7 +61,7 @@ def frames(model: StreamModel, chunks: int = 2) -> torch.Tensor:
 def test_an_export_streams_with_its_own_recipe(export):
     """Catches Self-Forcing's ladder and chunk forced on a student that was trained with others."""
     model = load_wan_model(export, size=(HEIGHT, WIDTH))
-    assert model.ladder == RECIPE.ladder
+    assert model.ladder == RECIPE.sigmas
     assert model.chunk_frames == RECIPE.chunk_frames
     assert model.video_size == (HEIGHT, WIDTH)
 
@@ -82,16 +83,16 @@ def test_a_student_without_recipe_has_self_forcings(export, tmp_path):
     shutil.copytree(export / "transformer", student)
     config = json.loads((student / "config.json").read_text())
     (student / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if k != "student"})
+        json.dumps({k: v for k, v in config.items() if k != "recipe"})
     )
     loaded = load_student(student)
     assert recipe_of(loaded.config) == Recipe((1000, 750, 500, 250), 5.0, 3, 21)
-    assert recipe_of(loaded.config).ladder == pytest.approx((1, 0.9375, 5 / 6, 0.625))
-    assert role_of(loaded.config) == "student"
+    assert SELF_FORCING.sigmas == pytest.approx((1, 0.9375, 5 / 6, 0.625))
+    assert role_of(loaded.config) == "causal_student"
 
 
 def test_a_self_forcing_checkpoint_streams(wan, export, tmp_path):
-    """Catches published students whose names, as FSDP leaves them, or whose ladder do not arrive."""
+    """Catches published students whose names (FSDP changes them) or ladder do not arrive."""
     convert(export, tmp_path / "student.pt", "self-forcing")
     content = torch.load(tmp_path / "student.pt", weights_only=True)
     wrapped = {
@@ -113,16 +114,16 @@ def test_a_fake_score_is_no_student(export, tmp_path):
 
 
 def test_a_file_without_a_word_is_taken_for_what_it_is_named_as(export, tmp_path):
-    """Catches single files refused for lack of a config: naming one as the student says what it is."""
+    """Catches single files refused for lack of a config: naming one as student says it is one."""
     convert(export, tmp_path / "told.safetensors", "single-file")
     told = load_student(tmp_path / "told.safetensors")
     assert recipe_of(told.config) == RECIPE
     with safe_open(tmp_path / "told.safetensors", "pt") as file:
         config = {**json.loads(file.metadata()["config"]), "_class_name": "WanTransformer"}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    bare = {key: value for key, value in config.items() if key not in ("causal", "student")}
+    bare = {key: value for key, value in config.items() if key not in ("role", "recipe")}
     save_file(tensors, tmp_path / "bare.safetensors", {"config": json.dumps(bare)})
-    assert recipe_of(load_student(tmp_path / "bare.safetensors").config) == Recipe()
+    assert recipe_of(load_student(tmp_path / "bare.safetensors").config) == SELF_FORCING
 
 
 def test_the_text_encoder_rests_when_prompts_are_known(export, text_cache, monkeypatch):
@@ -137,7 +138,7 @@ def test_wans_folder_alone_is_no_student(wan):
     """Catches the bidirectional transformer streamed chunk by chunk; the error brings the published
     student.
     """
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(LoadError) as error:
         load_wan_model(wan)
     message = str(error.value)
     assert "student: Wan's own transformer is bidirectional" in message
@@ -167,7 +168,7 @@ def test_all_that_is_missing_is_listed_at_once(export, tmp_path):
     }
     (half / "text_encoder" / "model.safetensors.index.json").write_text(json.dumps(index))
     (half / "text_encoder" / "model-00001-of-00002.safetensors").touch()
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(LoadError) as error:
         load_wan_model(half, "nowhere.pt")
     for wanted in (
         "vae: *.safetensors",
@@ -177,7 +178,7 @@ def test_all_that_is_missing_is_listed_at_once(export, tmp_path):
         "student: nowhere.pt does not exist",
     ):
         assert wanted in str(error.value)
-    assert absent(export, "text_encoder") == []
+    assert missing_files(export, "text_encoder") == []
 
 
 def test_parts_of_two_models_are_refused(export, tmp_path):
@@ -186,7 +187,7 @@ def test_parts_of_two_models_are_refused(export, tmp_path):
     shutil.copytree(export, other)
     config = other / "text_encoder" / "config.json"
     config.write_text(config.read_text().replace('"d_model": 32', '"d_model": 64'))
-    with pytest.raises(ConfigError, match="text_encoder has d_model 64, the student wants 32"):
+    with pytest.raises(LoadError, match="text_encoder has d_model 64, the student wants 32"):
         load_wan_model(other, size=(HEIGHT, WIDTH))
 
 
@@ -197,12 +198,11 @@ def test_parts_of_two_models_are_refused(export, tmp_path):
         ({"dtype": "fp8"}, "dtype is 'fp8'; use auto, float32"),
     ],
 )
-def test_mistakes_are_found_before_weights_are_read(tmp_path, options, message):
-    """Catches a typing mistake that costs minutes; the folder is empty, and that would be the next
-    error.
-    """
-    with pytest.raises(ConfigError, match=message):
-        load_wan_model(tmp_path, **options)
+def test_mistakes_are_found_before_weights_are_read(export, monkeypatch, options, message):
+    """Catches a typing mistake that costs minutes: reading weights is the next error here."""
+    monkeypatch.setattr("selfforcing_dfd.streaming.load.load_network", None)
+    with pytest.raises(LoadError, match=message):
+        load_wan_model(export, **options)
 
 
 def test_the_command_line_streams_an_export(export, tmp_path, capsys):
@@ -267,5 +267,5 @@ def test_a_mark_is_what_makes_a_file_a_student(export):
     """Catches `load_student` results that a pipeline would then refuse."""
     student = load_student(export)
     CausalWanPipeline(student, *tiny_parts(), export_scheduler(RECIPE))
-    mark_student(student, Recipe())
-    assert recipe_of(student.config) == Recipe()
+    mark(student, "causal_student", SELF_FORCING)
+    assert recipe_of(student.config) == SELF_FORCING

@@ -18,8 +18,9 @@ from selfforcing_dfd.config import BatchConfig, Config, ModelConfig, RolloutConf
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.cost import network_flops, peak_tflops
 from selfforcing_dfd.data.shards import Batch
+from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.rng import Draw
-from selfforcing_dfd.streaming.load import MODELS
+from selfforcing_dfd.streaming.random_model import network_sizes
 from selfforcing_dfd.training.build import build_network, build_stage, shape_of
 from selfforcing_dfd.training.estimate import (
     GPUS,
@@ -38,8 +39,24 @@ from selfforcing_dfd.training.estimate import (
 )
 from selfforcing_dfd.training.precision import compute_in
 
-WAN = replace(MODELS["wan1.3b"], gradient_checkpointing=True, compute="bfloat16")
-WAN_14B = replace(MODELS["wan14b"], gradient_checkpointing=True, compute="bfloat16")
+
+def published(size: str) -> ModelConfig:
+    """The section `model` of a recipe for a published model."""
+    with torch.device("meta"):
+        config = WanTransformer(**network_sizes(size)).config
+    return ModelConfig(
+        num_heads=config["num_attention_heads"],
+        head_dim=config["attention_head_dim"],
+        num_layers=config["num_layers"],
+        ffn_dim=config["ffn_dim"],
+        text_dim=config["text_dim"],
+        gradient_checkpointing=True,
+        compute="bfloat16",
+    )
+
+
+WAN = published("wan1.3b")
+WAN_14B = published("wan14b")
 LATENT_SIZE, TEXT_TOKENS = (60, 104), 512
 SMALL = ModelConfig(
     num_heads=2, head_dim=16, num_layers=2, ffn_dim=48, channels=4, text_dim=12, freq_dim=32

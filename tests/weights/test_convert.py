@@ -17,16 +17,22 @@ from tiny_models import TINY, conditioning, latents, tiny_network
 from wan_files import HEAD_DIM, same, wan_folder, wan_state
 
 from selfforcing_dfd.cli.main import main
-from selfforcing_dfd.models.hub import Recipe, mark_student, recipe_of
+from selfforcing_dfd.models.identity import Recipe, mark, recipe_of
 from selfforcing_dfd.weights import write as export
 from selfforcing_dfd.weights.names import to_wan
-from selfforcing_dfd.weights.read import (
-    WeightsError,
-    load_transformer,
-    read_weights,
-    stored_network,
-)
+from selfforcing_dfd.weights.read import WeightsError, load_network, read_weights, stored_network
 from selfforcing_dfd.weights.write import FORMATS, convert, parse_bytes
+
+RECIPE = Recipe(
+    ladder=(1000.0, 500.0),
+    shift=8.0,
+    chunk_frames=1,
+    frames=7,
+    sink=2,
+    window=5,
+    first_ladder=(1000.0, 750.0),
+)
+"""Of a student; no setting has Self-Forcing's value."""
 
 
 def digest(path: Path) -> dict[str, str]:
@@ -51,10 +57,9 @@ def test_every_way_there_and_back_keeps_every_bit(first, second, original, tmp_p
     """
     convert(original, tmp_path / "one", first, max_shard_bytes=60_000)
     convert(tmp_path / "one", tmp_path / "two", second)
-    same(load_transformer(tmp_path / "two"))
+    same(load_network(tmp_path / "two"))
     assert (
-        load_transformer(tmp_path / "two").config["num_attention_heads"]
-        == TINY["num_attention_heads"]
+        load_network(tmp_path / "two").config["num_attention_heads"] == TINY["num_attention_heads"]
     )
     convert(tmp_path / "two", tmp_path / "again", first, max_shard_bytes=60_000)
     assert digest(tmp_path / "again") == digest(tmp_path / "one")
@@ -69,7 +74,7 @@ def test_mixed_dtypes_are_kept(tmp_path):
     for i, to in enumerate((*FORMATS, "wan")):
         convert(source, tmp_path / f"{i}", to)
         source = tmp_path / f"{i}"
-    same(load_transformer(source), state)
+    same(load_network(source), state)
 
 
 def test_diffusers_reads_its_format_and_computes_the_same(original, tmp_path):
@@ -83,15 +88,17 @@ def test_diffusers_reads_its_format_and_computes_the_same(original, tmp_path):
     assert not any(report[f"{kind}_keys"] for kind in ("missing", "unexpected", "mismatched"))
     own = WanTransformer3DModel(**TINY).config  # every setting, text-to-video's by default
     written = json.loads((tmp_path / "d" / "config.json").read_text())
+    assert written.pop("role") == "teacher", "it is Wan's own; diffusers ignores the note"
     assert {k: v for k, v in written.items() if k[0] != "_"} == {
         k: v for k, v in json.loads(json.dumps(own)).items() if k[0] != "_"
     }
-    x, text = latents("x", dtype=torch.float32), conditioning(dtype=torch.float32)
+    x = latents("x", dtype=torch.float32)
+    text = conditioning(dtype=torch.float32)
     expected = theirs(x.transpose(1, 2), torch.full((2,), 700.0), text.text, return_dict=False)[
         0
     ].transpose(1, 2)
     torch.testing.assert_close(
-        load_transformer(tmp_path / "d")(x, 0.7, text).flow, expected, atol=5e-5, rtol=0
+        load_network(tmp_path / "d")(x, 0.7, text).flow, expected, atol=5e-5, rtol=0
     )
 
 
@@ -144,11 +151,11 @@ def test_one_file_tells_its_sizes(original, tmp_path):
 def test_a_student_stays_one_with_its_recipe(to, tmp_path):
     """Catches a student that is taken for Wan's bidirectional transformer after a conversion."""
     network = tiny_network(dtype=torch.float32)
-    mark_student(network, Recipe(timesteps=(1000.0, 500.0), shift=8.0, chunk_frames=1))
+    mark(network, "causal_student", RECIPE)
     convert(stored_network(network), tmp_path / "w", to)
-    found = load_transformer(tmp_path / "w")
-    assert found.config["causal"] is True
-    assert recipe_of(found.config) == Recipe(timesteps=(1000.0, 500.0), shift=8.0, chunk_frames=1)
+    found = load_network(tmp_path / "w")
+    assert found.config["role"] == "causal_student"
+    assert recipe_of(found.config) == RECIPE
 
 
 def test_a_role_that_nobody_tells_is_not_made_up(tmp_path):
@@ -158,10 +165,10 @@ def test_a_role_that_nobody_tells_is_not_made_up(tmp_path):
     torch.save(wan_state(), tmp_path / "raw.pt")
     for to in ("self-forcing", "single-file"):
         convert(tmp_path / "raw.pt", tmp_path / to, to, head_dim=HEAD_DIM)
-        assert read_weights(tmp_path / to).role == "unknown"
-        convert(tmp_path / to, tmp_path / f"{to} student", "diffusers", role="student")
-        assert read_weights(tmp_path / f"{to} student").role == "student"
-    with pytest.raises(WeightsError, match="says that it holds a student; leave role teacher out"):
+        assert read_weights(tmp_path / to).role is None
+        convert(tmp_path / to, tmp_path / f"{to} student", "diffusers", role="causal_student")
+        assert read_weights(tmp_path / f"{to} student").role == "causal_student"
+    with pytest.raises(WeightsError, match="its role is causal_student; leave role teacher out"):
         convert(tmp_path / f"{to} student", tmp_path / "x", "wan", role="teacher")
 
 
@@ -170,8 +177,7 @@ def test_another_dtype_is_rounded_once_and_never_to_infinity(tmp_path):
     state = wan_state()
     convert(wan_folder(tmp_path / "a", state), tmp_path / "half", "diffusers", dtype=torch.bfloat16)
     same(
-        load_transformer(tmp_path / "half"),
-        {name: tensor.bfloat16() for name, tensor in state.items()},
+        load_network(tmp_path / "half"), {name: tensor.bfloat16() for name, tensor in state.items()}
     )
     state["head.head.bias"][3] = 1e5
     with pytest.raises(
@@ -193,7 +199,7 @@ def test_what_is_there_is_replaced_only_when_asked(to, original, tmp_path):
         convert(original, tmp_path / "w", to)
     assert digest(tmp_path / "w") == before
     convert(original, tmp_path / "w", to, overwrite=True)
-    same(load_transformer(tmp_path / "w"))
+    same(load_network(tmp_path / "w"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["original", "other", "w"]
 
 
@@ -257,7 +263,7 @@ def test_the_command(original, tmp_path, capsys):
     assert main([*convert_sf, "--head-dim", str(HEAD_DIM), "--dtype", "bfloat16"]) == 0
     assert "also there: generator" in capsys.readouterr().out
     same(
-        load_transformer(tmp_path / "s"),
+        load_network(tmp_path / "s"),
         {name: tensor.bfloat16() for name, tensor in wan_state(1).items()},
     )
     assert main(["convert", str(original), str(tmp_path / "d"), "--to", "wan"]) == 2

@@ -21,7 +21,7 @@ from wan_files import same, sharded_folder, wan_state
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.ema import EMA
-from selfforcing_dfd.weights.read import StoredWeights, WeightsError, load_transformer, read_weights
+from selfforcing_dfd.weights.read import StoredWeights, WeightsError, load_network, read_weights
 from selfforcing_dfd.weights.stored import StoredTensor, stored
 from selfforcing_dfd.weights.write import convert
 
@@ -110,7 +110,8 @@ class Malice:
 @pytest.mark.parametrize("form", ["torch", "old torch", "pickle"])
 def test_a_malicious_pickle_is_refused_and_not_run(form, tmp_path):
     """Catches weights_only=False, and the fallback to it that other loaders have."""
-    content, path = {"generator": wan_state(), "step": Malice(tmp_path / "harm")}, tmp_path / "w.pt"
+    content = {"generator": wan_state(), "step": Malice(tmp_path / "harm")}
+    path = tmp_path / "w.pt"
     if form == "pickle":
         path.write_bytes(pickle.dumps(content))
     else:
@@ -162,13 +163,13 @@ def test_a_training_checkpoint_holds_three_models(tmp_path):
     for the student.
     """
     path = training_checkpoint(tmp_path)
-    same(load_transformer(path))
-    same(load_transformer(path, entry="student"), wan_state(1))
-    same(load_transformer(path, entry="fake"), wan_state(2))
+    same(load_network(path))
+    same(load_network(path, entry="student"), wan_state(1))
+    same(load_network(path, entry="fake"), wan_state(2))
     assert [read_weights(path, entry).role for entry in ("", "student", "fake")] == [
-        "student",
-        "student",
-        "teacher",
+        "causal_student",
+        "causal_student",
+        "fake_score",
     ]
 
 
@@ -184,15 +185,15 @@ def test_a_pickle_in_a_checkpoint_is_refused(tmp_path):
 PEAK = """
 import sys
 import torch
-from selfforcing_dfd.weights.read import load_transformer
+from selfforcing_dfd.weights.read import load_network
 
 def kilobytes(name):
     with open("/proc/self/status") as file:
         return int(next(line for line in file if line.startswith(name)).split()[1])
 
-load_transformer(sys.argv[1])  # what a first call loads besides weights
+load_network(sys.argv[1])  # what a first call loads besides weights
 before = kilobytes("VmRSS")
-network = load_transformer(sys.argv[2])
+network = load_network(sys.argv[2])
 print(1024 * (kilobytes("VmHWM") - before), network.scale_shift_table[0, 0, 0].item())
 """
 

@@ -14,7 +14,7 @@ from wan_files import HEAD_DIM, same, sharded_folder, wan_folder, wan_shapes, wa
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.weights.names import sizes_of, to_diffusers, to_wan, unwrap
-from selfforcing_dfd.weights.read import WeightsError, load_into, load_transformer, read_weights
+from selfforcing_dfd.weights.read import WeightsError, load_into, load_network, read_weights
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_golden_weights_give_the_reference_flow():
     output.
     """
     data = golden("bidirectional")
-    network = load_transformer(
+    network = load_network(
         FOLDER / "weights.safetensors", dtype=torch.float32, head_dim=SIZES["attention_head_dim"]
     )
     out = network(data["x"], data["t"] / 1000, Conditioning(data["text"]))
@@ -81,7 +81,7 @@ def test_wrapped_forms_are_the_same_network(form, tmp_path):
     entry, prefix = WRAPPED[form]
     state = {prefix + name: tensor for name, tensor in wan_state().items()}
     torch.save({entry: state, "step": 600} if entry else state, tmp_path / "weights.pt")
-    same(load_transformer(tmp_path / "weights.pt", head_dim=HEAD_DIM))
+    same(load_network(tmp_path / "weights.pt", head_dim=HEAD_DIM))
 
 
 def test_wrappers_inside_a_name_go(tmp_path):
@@ -94,14 +94,14 @@ def test_wrappers_inside_a_name_go(tmp_path):
         {"generator": {f"model.{name}": tensor for name, tensor in inside.items()}},
         tmp_path / "weights.pt",
     )
-    same(load_transformer(tmp_path / "weights.pt", head_dim=HEAD_DIM))
+    same(load_network(tmp_path / "weights.pt", head_dim=HEAD_DIM))
     assert unwrap("model.model") == "model", "a name never vanishes"
 
 
 def test_old_files_of_torch_are_read(tmp_path):
     """Catches memory mapping asked of a file from before torch 1.6, which cannot be mapped."""
     torch.save(wan_state(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
-    same(load_transformer(tmp_path / "old.pth", head_dim=HEAD_DIM))
+    same(load_network(tmp_path / "old.pth", head_dim=HEAD_DIM))
 
 
 def test_folders_of_both_kinds_and_their_single_files(tmp_path):
@@ -109,13 +109,13 @@ def test_folders_of_both_kinds_and_their_single_files(tmp_path):
     subfolder, one file.
     """
     original = wan_folder(tmp_path / "original", wan_state())
-    same(load_transformer(original))
+    same(load_network(original))
     # heads from the config beside it
-    same(load_transformer(original / "diffusion_pytorch_model.safetensors"))
+    same(load_network(original / "diffusion_pytorch_model.safetensors"))
     sharded_folder(tmp_path / "pipeline" / "transformer")
-    same(load_transformer(tmp_path / "pipeline" / "transformer"))
+    same(load_network(tmp_path / "pipeline" / "transformer"))
     (tmp_path / "pipeline" / "model_index.json").write_text("{}")
-    same(load_transformer(tmp_path / "pipeline"))
+    same(load_network(tmp_path / "pipeline"))
 
 
 def test_of_several_models_the_averaged_one_unless_another_is_named(tmp_path):
@@ -128,11 +128,8 @@ def test_of_several_models_the_averaged_one_unless_another_is_named(tmp_path):
     }
     models["generator_ema"] = {f"model.{k}": t for k, t in wan_state(0).items()}
     torch.save(models, tmp_path / "weights.pt")
-    same(load_transformer(tmp_path / "weights.pt", head_dim=HEAD_DIM))
-    same(
-        load_transformer(tmp_path / "weights.pt", entry="generator", head_dim=HEAD_DIM),
-        wan_state(2),
-    )
+    same(load_network(tmp_path / "weights.pt", head_dim=HEAD_DIM))
+    same(load_network(tmp_path / "weights.pt", entry="generator", head_dim=HEAD_DIM), wan_state(2))
     with pytest.raises(
         WeightsError, match="no entry 'ema'; it holds critic, generator, generator_ema"
     ):
@@ -147,18 +144,17 @@ def test_of_several_models_the_averaged_one_unless_another_is_named(tmp_path):
 @pytest.mark.parametrize(
     ("entry", "role"),
     [
-        ("generator", "student"),
-        ("generator_ema", "student"),
-        ("critic", "teacher"),
-        ("model", "unknown"),
+        ("generator", "causal_student"),
+        ("generator_ema", "causal_student"),
+        ("critic", "fake_score"),
+        ("model", None),
     ],
 )
 def test_what_an_entry_says_of_its_role(entry, role, tmp_path):
-    """Catches a student that is taken for a bidirectional teacher later on, or the other way round."""
+    """Catches a student that is later taken for a bidirectional teacher, or the other way round."""
     torch.save({entry: wan_state()}, tmp_path / "weights.pt")
     assert read_weights(tmp_path / "weights.pt").role == role
-    noted = load_transformer(tmp_path / "weights.pt", head_dim=HEAD_DIM).config.get("causal")
-    assert noted == {"student": True, "teacher": False, "unknown": None}[role]
+    assert load_network(tmp_path / "weights.pt", head_dim=HEAD_DIM).config.get("role") == role
 
 
 def test_names_that_become_one_are_refused(tmp_path):
@@ -194,9 +190,9 @@ def test_additional_tensors_are_named_and_explained(key, tmp_path):
         tmp_path / "w.pt",
     )
     with pytest.raises(WeightsError, match=EXTRAS[key]):
-        load_transformer(tmp_path / "w.pt", head_dim=HEAD_DIM)
+        load_network(tmp_path / "w.pt", head_dim=HEAD_DIM)
     if EXTRAS[key] == "GAN heads":
-        same(load_transformer(tmp_path / "w.pt", head_dim=HEAD_DIM, drop_gan_heads=True))
+        same(load_network(tmp_path / "w.pt", head_dim=HEAD_DIM, drop_gan_heads=True))
 
 
 def test_differences_are_counted_and_shown_in_the_sources_names(tmp_path):
@@ -210,7 +206,7 @@ def test_differences_are_counted_and_shown_in_the_sources_names(tmp_path):
     with pytest.raises(
         WeightsError, match="of 69 tensors 2 missing, 20 unknown and 1 of another shape"
     ) as caught:
-        load_transformer(tmp_path / "w.safetensors", head_dim=HEAD_DIM)
+        load_network(tmp_path / "w.safetensors", head_dim=HEAD_DIM)
     text = str(caught.value)
     assert (
         "blocks.0.norm3.weight [32] is missing" in text
@@ -241,14 +237,14 @@ def test_the_config_must_agree_with_the_tensors(tmp_path):
     shape tells them.
     """
     with pytest.raises(WeightsError, match="num_layers 30 instead of 2"):
-        load_transformer(wan_folder(tmp_path / "layers", wan_state(), num_layers=30))
+        load_network(wan_folder(tmp_path / "layers", wan_state(), num_layers=30))
     with pytest.raises(WeightsError, match="num_attention_heads 4 instead of 2"):
         load_into(tiny_network(), wan_folder(tmp_path / "heads", wan_state(), num_heads=4))
     with pytest.raises(WeightsError, match="image-to-video"):
         read_weights(wan_folder(tmp_path / "i2v", wan_state(), model_type="i2v"))
     save_file(wan_state(), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"width 32 and no word about heads; .* head_dim=N"):
-        load_transformer(tmp_path / "w.safetensors")
+        load_network(tmp_path / "w.safetensors")
 
 
 def test_extra_channels_are_refused(tmp_path):
@@ -259,7 +255,7 @@ def test_extra_channels_are_refused(tmp_path):
     with pytest.raises(
         WeightsError, match="takes 36 channels and gives 16: a checkpoint for image-to-video"
     ):
-        load_transformer(tmp_path / "fun.safetensors", head_dim=HEAD_DIM)
+        load_network(tmp_path / "fun.safetensors", head_dim=HEAD_DIM)
 
 
 def test_a_config_of_another_class_or_of_the_other_names(tmp_path):
@@ -287,6 +283,6 @@ def test_released_widths_have_heads_of_128(tmp_path):
         {name: torch.zeros(t.shape, dtype=torch.bfloat16) for name, t in shapes.items()},
         tmp_path / "w.safetensors",
     )
-    network = load_transformer(tmp_path / "w.safetensors")
+    network = load_network(tmp_path / "w.safetensors")
     assert network.config["num_attention_heads"] == 12
     assert network.dtype == torch.bfloat16, "each tensor keeps its dtype"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,9 @@ from safetensors.torch import load_file, save_file
 from tiny_models import TINY, conditioning, fill_weights, latents
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.models.hub import HubError, Recipe, mark_student, recipe_of, role_of
+from selfforcing_dfd.models.hub import HubError
+from selfforcing_dfd.models.identity import SELF_FORCING, Recipe, mark, recipe_of, role_of
+from selfforcing_dfd.models.lora import AdapterError
 from selfforcing_dfd.models.wan import WanTransformer
 
 TARGETS = ["to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2"]
@@ -48,7 +51,7 @@ def flow(model: Any) -> torch.Tensor:
 def student(tmp_path: Path) -> Path:
     """A folder as we save it."""
     made = network()
-    mark_student(made, Recipe(timesteps=(1000, 500), shift=3.0, chunk_frames=2, num_frames=6))
+    mark(made, "causal_student", Recipe(ladder=(1000, 500), shift=3.0, chunk_frames=2, frames=6))
     made.save_pretrained(tmp_path / "student")
     return tmp_path / "student"
 
@@ -69,7 +72,7 @@ def test_a_student_comes_back_as_it_was(student):
     again = WanTransformer.from_pretrained(student, local_files_only=True)
     wanted = network().state_dict()
     assert all(torch.equal(value, wanted[name]) for name, value in again.state_dict().items())
-    assert role_of(again.config) == "student"
+    assert role_of(again.config) == "causal_student"
     assert recipe_of(again.config) == Recipe((1000, 500), 3.0, 2, 6)
 
 
@@ -98,7 +101,7 @@ def test_wans_own_transformer_is_no_student(wan):
     away.
     """
     with pytest.raises(
-        HubError, match=r"bidirectional.*student=PATH.*\"causal\": true.*teacher=True"
+        HubError, match=r"bidirectional.*student=PATH.*\"role\": \"causal_student\".*teacher=True"
     ):
         WanTransformer.from_pretrained(wan, subfolder="transformer")
 
@@ -128,18 +131,18 @@ def test_weights_without_a_role_are_refused(tmp_path):
 def test_a_note_makes_a_student(wan):
     """Catches an error whose cure does not cure."""
     path = wan / "transformer" / "config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "causal": True}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "role": "causal_student"}))
     again = WanTransformer.from_pretrained(wan, subfolder="transformer")
-    assert recipe_of(again.config) == Recipe()
+    assert role_of(again.config) == "causal_student"
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"_class_name": "WanModel", "dim": 32}, "original Wan layout.*load_transformer"),
-        ({"causal": True, "image_dim": 1280}, "another architecture.*image_dim.*1280"),
-        ({"causal": True, "num_layers": 3}, "missing, first blocks.2"),
-        ({"causal": True, "num_layers": 1}, "unexpected, first blocks.1"),
+        ({"_class_name": "WanModel", "dim": 32}, "original Wan layout.*load_network"),
+        ({"role": "causal_student", "image_dim": 1280}, "another architecture.*image_dim.*1280"),
+        ({"role": "causal_student", "num_layers": 3}, "missing, first blocks.2"),
+        ({"role": "causal_student", "num_layers": 1}, "unexpected, first blocks.1"),
     ],
 )
 def test_other_models_are_refused(wan, changes, message):
@@ -159,13 +162,17 @@ def test_diffusers_reads_our_folder(student):
     assert all(torch.equal(value, wanted[name]) for name, value in twin.state_dict().items())
 
 
-@pytest.mark.parametrize("recipe", [{"steps": 4}, {"timesteps": [500, 250]}, {"chunk_frames": 0}])
+@pytest.mark.parametrize(
+    "recipe", [{"steps": 4}, {"ladder": [500, 250]}, {"chunk_frames": 0}, {"sink": 1}]
+)
 def test_recipes_that_cannot_be_are_refused(recipe):
     """Catches a misspelt setting for which a default would be taken, and a ladder that does not
     begin at noise.
     """
-    with pytest.raises(ValueError, match=r"known are|must start at 1000|at least one frame"):
-        recipe_of({"causal": True, "student": recipe})
+    whole = dataclasses.asdict(SELF_FORCING)
+    message = r"known are|must start at 1000|at least one frame|a chunk has 3"
+    with pytest.raises(ValueError, match=message):
+        recipe_of({"role": "causal_student", "recipe": whole | recipe})
 
 
 def with_adapter(seed: int = 3) -> Any:
@@ -209,7 +216,8 @@ def test_a_fused_adapter_does_the_same(tmp_path):
     of order one.
     """
     adapted = with_adapter()
-    wanted, plain = flow(adapted), flow(network())
+    wanted = flow(adapted)
+    plain = flow(network())
     adapted.fuse_lora()
     assert (flow(adapted) - wanted).abs().max() < 1e-5
     adapted.unfuse_lora()
@@ -269,14 +277,14 @@ def test_an_adapter_of_another_size_is_refused(tmp_path, sizes, message):
     """Catches a traceback from the middle of a half-adapted model."""
     with_adapter().save_lora_adapter(tmp_path)
     fresh = network(**sizes)
-    with pytest.raises(HubError, match=message):
+    with pytest.raises(AdapterError, match=message):
         fresh.load_lora_adapter(tmp_path)
     assert not any("lora" in name for name in fresh.state_dict())
 
 
 def test_half_an_adapter_is_refused():
     """Catches an IndexError from the inside of diffusers, or an adapter that does nothing."""
-    with pytest.raises(HubError, match=r"blocks.0.attn1.to_q.lora_B.weight is missing"):
+    with pytest.raises(AdapterError, match=r"blocks.0.attn1.to_q.lora_B.weight is missing"):
         network().load_lora_adapter(
             {"transformer.blocks.0.attn1.to_q.lora_A.weight": torch.zeros(4, 32)}
         )
@@ -292,5 +300,5 @@ def test_pickled_adapters_are_not_read(tmp_path):
         (tmp_path, {"weight_name": "adapter.bin"}),
         (tmp_path / "adapter.bin", {}),
     ):
-        with pytest.raises(HubError, match="no safetensors file"):
+        with pytest.raises(AdapterError, match="no safetensors file"):
             network().load_lora_adapter(source, **options)

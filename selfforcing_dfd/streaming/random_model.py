@@ -1,0 +1,82 @@
+"""Models with random weights, for benchmarks: real speed, no picture."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan
+from torch import nn
+
+from selfforcing_dfd.codecs.prompts import MAX_LENGTH
+from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE, WanCodec
+from selfforcing_dfd.common import find_device
+from selfforcing_dfd.models.identity import SELF_FORCING
+from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.streaming.load import TINY_STUDENT, default_dtype, latent_size, tiny_codec_file
+from selfforcing_dfd.streaming.parts import LoadError
+from selfforcing_dfd.streaming.session import StreamModel
+from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.text import TinyText
+from selfforcing_dfd.tiny.world import SIDE
+from selfforcing_dfd.weights.read import describe
+
+PUBLISHED_SIZES: dict[str, dict[str, int]] = {
+    "wan1.3b": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
+    "wan14b": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
+}
+"""Sizes of Wan2.1-T2V (arXiv 2503.20314, table 2); the others are WanTransformer's defaults."""
+SIZES = ("tiny", *PUBLISHED_SIZES)
+
+
+def random_stream_model(
+    size: str, device: str = "auto", dtype: torch.dtype | None = None, seed: int = 0
+) -> StreamModel:
+    """A model with random weights. size: tiny, as the shipped student, or wan1.3b or wan14b.
+
+    dtype: bfloat16 on a GPU and float32 elsewhere unless given. Raises LoadError for an unknown
+    size.
+    """
+    if size not in SIZES:
+        raise LoadError(f"size is {size!r}; use one of {', '.join(SIZES)}")
+    place = find_device(device)
+    dtype = dtype or default_dtype(place)
+    torch.manual_seed(seed)
+    with torch.device(place):
+        student = randomise(WanTransformer(**network_sizes(size)))
+        nn.Module.to(student.requires_grad_(False), dtype)
+        codec, video_size = _codec(size, place, dtype)
+    text_dim = student.config["text_dim"]
+    return StreamModel(
+        student=student,
+        codec=codec,
+        text=TinyText(text_dim) if size == "tiny" else TinyText(text_dim, MAX_LENGTH),
+        ladder=SELF_FORCING.sigmas,
+        chunk_frames=SELF_FORCING.chunk_frames,
+        latent_size=latent_size(video_size, codec.strides, student.patch),
+    )
+
+
+def network_sizes(size: str) -> dict[str, Any]:
+    """WanTransformer's arguments for one of SIZES; the tiny ones come from the shipped student."""
+    if size == "tiny":
+        return dict(describe(TINY_STUDENT).sizes)
+    return dict(PUBLISHED_SIZES[size])
+
+
+def _codec(size: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, tuple[int, int]]:
+    """The codec that belongs to a size, and the height and width of its usual video."""
+    if size == "tiny":
+        return TinyCodec.load(tiny_codec_file(TINY_STUDENT)).to(device), (SIDE, SIDE)
+    vae: Any = AutoencoderKLWan()
+    return WanCodec(vae.to(dtype), channels_last=device.type == "cuda"), VIDEO_SIZE
+
+
+@torch.no_grad()
+def randomise(network: WanTransformer) -> WanTransformer:
+    """Random weights under which values stay finite however long a stream runs."""
+    for parameter in network.parameters():
+        if parameter.ndim > 1:
+            parameter.normal_(std=parameter[0].numel() ** -0.5)
+    network.proj_out.weight.mul_(0.1)
+    return network

@@ -1,0 +1,214 @@
+"""The README.md of an exported student: what it is, how to run it, its training, its limits."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from selfforcing_dfd.codecs.wan_vae import FPS, TIME
+from selfforcing_dfd.models.identity import SELF_FORCING, Recipe
+
+GENERATED = (
+    "<!-- Written by selfforcing_dfd; edit it freely, or delete this line to keep exports from "
+    "replacing it. -->"
+)
+SHOWN = (
+    "run",
+    "rollout",
+    "score",
+    "dfd",
+    "optim.student",
+    "optim.fake",
+    "ema",
+    "batch",
+)  # sections of a training config
+LIMITS = (
+    "Made by distillation: it has the teacher's biases and weaknesses (hands, text, counting, "
+    "physics) and somewhat less variety than the teacher has.",
+    "No guidance scale and no negative prompt: guidance was distilled into the weights.",
+    "Beyond the {frames} video frames of its training clips it continues its own output; colours "
+    "and contrast may drift in minutes-long streams.",
+    "It has no filter for prompts or pictures. Its videos are generated; they are no record of "
+    "real events.",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What a card says; nothing is claimed that is not given here.
+
+    size: height and width of the training clips, None if not known. training: the settings of the
+    run. measured: results for this model, name -> value with unit.
+    """
+
+    name: str
+    recipe: Recipe = SELF_FORCING
+    base_model: str = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
+    license: str = "apache-2.0"
+    num_parameters: int = 0
+    size: tuple[int, int] | None = None
+    training: Mapping[str, Any] = field(default_factory=dict)
+    measured: Mapping[str, str] = field(default_factory=dict)
+    limits: tuple[str, ...] = ()
+    tags: tuple[str, ...] = ()
+
+    @property
+    def num_video_frames(self) -> int:
+        return 1 + TIME * (self.recipe.frames - 1)
+
+
+def write_model_card(folder: Path | str, facts: ModelFacts) -> Path:
+    """Write README.md into an export's folder, unless somebody else wrote one; its path."""
+    path = Path(folder) / "README.md"
+    if not path.exists() or GENERATED in path.read_text():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(model_card(facts))
+    return path
+
+
+def model_card(facts: ModelFacts) -> str:
+    """The card's text."""
+    sections = [
+        f"# {facts.name}",
+        _summary(facts),
+        "## Use",
+        _usage(facts),
+        "## Settings",
+        _settings(facts),
+    ]
+    if facts.training:
+        sections += ["## Training", "The settings of the run:", _training(facts.training)]
+    sections += ["## Measured", _measured(facts), "## Limits", _limits(facts)]
+    return "\n\n".join([_front_matter(facts), GENERATED, *sections]) + "\n"
+
+
+def _front_matter(facts: ModelFacts) -> str:
+    tags = (
+        "text-to-video",
+        "autoregressive",
+        "streaming",
+        "self-forcing",
+        "distillation",
+        *facts.tags,
+    )
+    lines = [
+        f"license: {json.dumps(facts.license)}",  # JSON strings are YAML strings
+        f"base_model: {json.dumps(facts.base_model)}",
+        "base_model_relation: finetune",
+        "pipeline_tag: text-to-video",
+        "library_name: diffusers",
+        "tags:",
+        *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)),
+    ]
+    return "\n".join(["---", *lines, "---"])
+
+
+def _summary(facts: ModelFacts) -> str:
+    origin = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
+    count = f"{parameter_count(facts.num_parameters)}, " if facts.num_parameters else ""
+    size = ""
+    if facts.size:
+        height, width = facts.size
+        size = f" Trained for {width} x {height} pixels, {FPS} video frames a second."
+    return (
+        f"A causal few-step student of {origin}: {count}video in chunks of "
+        f"{facts.recipe.chunk_frames} latent frames, {len(facts.recipe.ladder)} network calls "
+        f"each, without end.{size}"
+    )
+
+
+def parameter_count(number: int) -> str:
+    """A number of parameters in words: 1.42 billion, 1.6 million, or below a million exactly."""
+    if number >= 10**9:
+        return f"{number / 1e9:.2f} billion parameters"
+    if number >= 10**6:
+        return f"{number / 1e6:.1f} million parameters"
+    return f"{number:,} parameters"
+
+
+def _usage(facts: ModelFacts) -> str:
+    return f"""```python
+import torch
+from diffusers.utils import export_to_video
+from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
+
+pipe = CausalWanPipeline.from_pretrained("FOLDER", dtype=torch.bfloat16).to("cuda")
+clip = pipe("a red fox walks through fresh snow", seed=0).frames[0]
+export_to_video(clip, "fox.mp4", fps={FPS})
+
+stream = pipe.stream("a red fox walks through fresh snow")  # without end
+for chunk in stream:
+    show(chunk.frames)  # uint8 [T, H, W, 3]
+    if chunk.chunk_index == 10:
+        stream.session.set_prompt("the fox begins to run")
+```
+
+From the command line:
+
+    python inference/stream.py --model FOLDER --prompt "a red fox walks through fresh snow"
+
+`WanPipeline` and `DiffusionPipeline` cannot run it: the transformer is causal. The parts are plain:
+diffusers reads `transformer` as `WanTransformer3DModel` and `vae` as `AutoencoderKLWan`."""
+
+
+def _settings(facts: ModelFacts) -> str:
+    recipe = facts.recipe
+    chunk = recipe.chunk_frames
+    rows = {
+        "ladder before the shift": _numbers(recipe.ladder),
+        "shift": f"{recipe.shift:g}",
+        "sigmas": _numbers(recipe.sigmas),
+        "chunk": f"{chunk} latent frames ({TIME * chunk} video frames)",
+        "training clips": f"{recipe.frames} latent frames ({facts.num_video_frames} video frames)",
+    }
+    if recipe.window:
+        rows["window"] = f"{recipe.window} latent frames of history and current chunk"
+        rows["sink"] = f"{recipe.sink} latent frames"
+    if recipe.first_ladder:
+        rows["first chunk's ladder before the shift"] = _numbers(recipe.first_ladder)
+    return _table(("setting", "value"), rows)
+
+
+def _numbers(values: Iterable[float]) -> str:
+    return ", ".join(f"{value:.4g}" for value in values)
+
+
+def _training(settings: Mapping[str, Any]) -> str:
+    rows = {name: f"`{value}`" for name, value in _flat(settings) if _is_shown(name)}
+    return _table(("setting", "value"), rows)
+
+
+def _measured(facts: ModelFacts) -> str:
+    return _table(("what", "value"), facts.measured) if facts.measured else "Nothing yet."
+
+
+def _limits(facts: ModelFacts) -> str:
+    limits = [limit.format(frames=facts.num_video_frames) for limit in LIMITS] + list(facts.limits)
+    return "\n".join(f"- {limit}" for limit in limits)
+
+
+def _is_shown(name: str) -> bool:
+    sections = any(f"{name}.".startswith(f"{section}.") for section in SHOWN)
+    return sections and not name.startswith("run.out")
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    """Dotted names with their values."""
+    pairs: list[tuple[str, Any]] = []
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            pairs += _flat(value, f"{prefix}{name}.")
+        else:
+            pairs.append((f"{prefix}{name}", value))
+    return pairs
+
+
+def _table(head: tuple[str, str], rows: Mapping[str, str]) -> str:
+    lines = [f"| {head[0]} | {head[1]} |", "| --- | --- |"]
+    for name, value in rows.items():
+        escaped = str(value).replace("|", r"\|")
+        lines.append(f"| {name} | {escaped} |")
+    return "\n".join(lines)
