@@ -166,11 +166,11 @@ class CausalWanPipeline(DiffusionPipeline):
             )
         super().save_pretrained(save_directory, **options)
         data = identity_of(self.transformer.config).data
-        parameters = self.transformer.parameters()
+        facts = facts or ModelFacts(Path(save_directory).name)
         known = dataclasses.replace(
-            facts or ModelFacts(Path(save_directory).name),
+            facts,
             recipe=self.recipe,
-            num_parameters=sum(parameter.numel() for parameter in parameters),
+            num_parameters=sum(map(torch.numel, self.transformer.parameters())),
             size=None if data is None else trained_size(data),
         )
         write_model_card(Path(save_directory), known)
