@@ -61,7 +61,8 @@ def rotate_by_table(
     rows, columns.
     """
     rows, columns = grid
-    frames, (time, row, column) = x.shape[1] // (rows * columns), table
+    frames = x.shape[1] // (rows * columns)
+    (time, row, column) = table
     size = (frames, rows, columns, -1)
     turns = [
         time[start_frame : start_frame + frames, None, None].expand(size),
@@ -128,7 +129,8 @@ class NaiveCache:
 
     def _cut(self, x: Tensor, chunk_frames: int) -> Tensor:
         tokens = self.grid[0] * self.grid[1]
-        sink, history = self.sink_frames * tokens, (self.window_frames - chunk_frames) * tokens
+        sink = self.sink_frames * tokens
+        history = (self.window_frames - chunk_frames) * tokens
         if x.shape[1] <= sink + history:
             return x
         return torch.cat([x[:, :sink].clone(), x[:, x.shape[1] - history :].clone()], dim=1)
@@ -191,12 +193,13 @@ class NaiveSession:
                 f"with {settings.sink_frames} sink_frames cannot be compared: use sink_relative, "
                 "or sink_frames 0"
             )
-        student, (rows, columns) = model.student, model.latent_size
-        self.model, self.settings, self.chunk_index = model, settings, 0
-        self._network, grid = (
-            NaiveNetwork(student),
-            (rows // student.patch[1], columns // student.patch[2]),
-        )
+        student = model.student
+        (rows, columns) = model.latent_size
+        self.model = model
+        self.settings = settings
+        self.chunk_index = 0
+        self._network = NaiveNetwork(student)
+        grid = (rows // student.patch[1], columns // student.patch[2])
         table = rotary_table(student.head_dim, model.device)
         self._cache = NaiveCache(table, grid, settings.sink_frames, settings.window_frames)
         self._conditioning = Conditioning(model.text.encode([prompt]).to(model.device, model.dtype))
@@ -212,7 +215,8 @@ class NaiveSession:
         x0, _ = denoise_chunk(
             self._network, self._noise(), self._conditioning, past, self.model.ladder
         )
-        copy, latents = FrameCopy(), x0.to(self.model.decode_device or x0.device)
+        copy = FrameCopy()
+        latents = x0.to(self.model.decode_device or x0.device)
         for frame in range(latents.shape[1]):
             copy.add(self._decoder.decode(latents[:, frame : frame + 1])[0])
         self.latents = x0
@@ -226,7 +230,8 @@ class NaiveSession:
         """The draws of `StreamSession`."""
         model = self.model
         shape = (1, model.chunk_frames, model.codec.channels, *model.latent_size)
-        seed, steps = self.settings.seed, range(len(model.ladder))
+        seed = self.settings.seed
+        steps = range(len(model.ladder))
         draws = [rng.normal(shape, seed, "stream noise", self.chunk_index, step) for step in steps]
         return torch.stack(draws).to(model.device)
 
@@ -242,7 +247,8 @@ def compare_with_naive(
     profiler makes small operators slower. ratio_without_naive_costs: what would be left without
     any of it. A ring does not reach that either, since it must rotate and store the current chunk.
     """
-    ours, naive = StreamSession(model, prompt, settings), NaiveSession(model, prompt, settings)
+    ours = StreamSession(model, prompt, settings)
+    naive = NaiveSession(model, prompt, settings)
     for _ in range(ours.visible_frames // model.chunk_frames + 1):
         ours.next_chunk()
         naive.next_chunk()
@@ -258,12 +264,13 @@ def compare_with_naive(
     products = sum(found.values())
     found, wall = profiled_ms(naive.next_chunk, model.device, num_profiled, COSTS.__contains__)
     costs = {name: found[name] / wall for name in COSTS}
+    ratios = [one / other for one, other in zip(*samples, strict=True)]
     return {
         "num_chunks": num_chunks,
         "ours_p50_ms": ours_ms,
         "naive_p50_ms": naive_ms,
         "ratio": ours_ms / naive_ms,
-        "ratio_p50_of_pairs": median(a / b for a, b in zip(*samples, strict=True)),
+        "ratio_p50_of_pairs": median(ratios),
         "matrix_products_ms": products,
         "least_possible_ratio": products / naive_ms,
         "naive_costs_ms": {name: share * naive_ms for name, share in costs.items()},

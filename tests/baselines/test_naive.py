@@ -45,9 +45,11 @@ def test_the_naive_cache_generates_the_same_video(model, positions, sink, window
     noise.
     """
     settings = StreamSettings(seed=3, sink_frames=sink, window_frames=window, positions=positions)
-    ours, naive = StreamSession(model, PROMPT, settings), NaiveSession(model, PROMPT, settings)
+    ours = StreamSession(model, PROMPT, settings)
+    naive = NaiveSession(model, PROMPT, settings)
     for _ in range(CHUNKS):
-        a, b = ours.next_chunk(), naive.next_chunk()
+        a = ours.next_chunk()
+        b = naive.next_chunk()
         torch.testing.assert_close(naive.latents, newest_latents(ours), rtol=0, atol=ROUNDING)
         assert torch.equal(a.frames, b.frames)
 

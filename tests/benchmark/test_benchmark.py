@@ -68,36 +68,32 @@ KEYS = {
     "peak_memory_bytes": {"resident"},
 }
 PLAIN = {
-    *(
-        "ttff_cold_ms",
-        "ttff_warm_ms",
-        "ttfc_cold_ms",
-        "ttfc_warm_ms",
-        "num_steady_chunks",
-        "steady_fps_with_vae",
-    ),
-    *(
-        "dit_only_fps",
-        "dit_only_pass_fps",
-        "decode_exposed_ms",
-        "rtf",
-        "playback_fps",
-        "deadline_miss_rate",
-    ),
-    *(
-        "min_buffer_ms",
-        "mem_growth_mb_per_1k_chunks",
-        "syncs_per_chunk",
-        "kernels_per_chunk",
-        "cpu_launch_ms",
-    ),
-    *("peak_tflops", "ramp_latency_ms"),
+    "ttff_cold_ms",
+    "ttff_warm_ms",
+    "ttfc_cold_ms",
+    "ttfc_warm_ms",
+    "num_steady_chunks",
+    "steady_fps_with_vae",
+    "dit_only_fps",
+    "dit_only_pass_fps",
+    "decode_exposed_ms",
+    "rtf",
+    "playback_fps",
+    "deadline_miss_rate",
+    "min_buffer_ms",
+    "mem_growth_mb_per_1k_chunks",
+    "syncs_per_chunk",
+    "kernels_per_chunk",
+    "cpu_launch_ms",
+    "peak_tflops",
+    "ramp_latency_ms",
 }
 
 
 def run(*arguments: str) -> tuple[int, str, str]:
     """The program in this process, where torch is imported already: status, stdout, stderr."""
-    out, err = io.StringIO(), io.StringIO()
+    out = io.StringIO()
+    err = io.StringIO()
     with redirect_stdout(out), redirect_stderr(err):
         status = main(["benchmark", *arguments])
     return status, out.getvalue(), err.getvalue()
@@ -255,7 +251,7 @@ def model() -> StreamModel:
 
 
 def test_timing_does_not_change_the_video(model):
-    """Catches a timed decoder that drops a frame or forgets its state, and hooks that stay behind."""
+    """Catches a timed decoder that drops a frame or forgets its state, and hooks that stay."""
     settings = StreamSettings(sink_frames=0, window_frames=6)
     bench = Bench(model, settings, ("a", "b"), Plan())
     with timed_calls(model.student, bench.clocks[0], model.ladder):

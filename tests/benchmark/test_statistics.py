@@ -80,7 +80,8 @@ def test_a_deadline_met_exactly_is_met():
 
 def test_min_buffer_is_enough_and_no_more():
     """Catches a minimum that is not: with it no frame is late, with a little less one is."""
-    ready, frames = [0.0, 1.9, 2.0, 4.4, 4.5], [12, 12, 9, 12, 12]
+    ready = [0.0, 1.9, 2.0, 4.4, 4.5]
+    frames = [12, 12, 9, 12, 12]
     needed_s = playout(ready, frames, playback_fps=16.0).min_buffer_ms / 1000
     in_chunks = needed_s * 16.0 / 12
     assert playout(ready, frames, playback_fps=16.0, buffer_chunks=in_chunks).miss_rate == 0.0

@@ -1,4 +1,4 @@
-"""Every attention kernel that this device can run, by the rule of twice the error. With `-m gpu`."""
+"""Every attention kernel of this device keeps the rule of twice the error. Run with `-m gpu`."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def runnable() -> list[str]:
     """SDPA, and what is installed and written for this device; nothing without one."""
     if not torch.cuda.is_available():
         return []
-    capability, installed = torch.cuda.get_device_capability(), installed_kernels()
+    capability = torch.cuda.get_device_capability()
+    installed = installed_kernels()
     return [
         "sdpa",
         *(
@@ -65,7 +66,9 @@ def test_kernels_agree_with_float32_at_wans_sizes(name, shape):
 def test_keys_may_be_a_view_of_the_ring(name):
     """Catches a kernel that reads a strided view of the ring's slots as if it were packed."""
     ring = rng.normal((2, 300, 3, 2, HEAD_DIM), 0, "ring").to("cuda", torch.bfloat16)
-    q, k, v = ring[:, :48, 0], ring[:, :, 1], ring[:, :, 2]
+    q = ring[:, :48, 0]
+    k = ring[:, :, 1]
+    v = ring[:, :, 2]
     exact = attend(*(x.float().contiguous() for x in (q, k, v)))
     error = (load_kernel(name, torch.device("cuda"))(q, k, v).float() - exact).norm() / exact.norm()
     assert error < 5e-3

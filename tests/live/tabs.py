@@ -71,7 +71,8 @@ class Tab:
 
     def chunk(self, ack: bool = True) -> Chunk:
         """The next chunk, with its headers checked: every video frame of it, once and in order."""
-        info, frames = self.until("chunk"), []
+        info = self.until("chunk")
+        frames = []
         for _ in range(info["num_frames"]):
             data = self.socket.recv(PATIENCE_S)
             assert isinstance(data, bytes)

@@ -1,4 +1,4 @@
-"""A writer in a thread of its own writes what it would have written here, and its errors come back."""
+"""A writer in a thread writes the same frames, and its errors reach the stream."""
 
 from __future__ import annotations
 
@@ -22,12 +22,10 @@ class Gate(Writer):
     """Writes when it is let; fails at a given chunk."""
 
     def __init__(self, fails_at: int = -1) -> None:
-        self.open, self.written, self.fails_at, self.closed = (
-            threading.Event(),
-            list[Frames](),
-            fails_at,
-            False,
-        )
+        self.open = threading.Event()
+        self.written = list[Frames]()
+        self.fails_at = fails_at
+        self.closed = False
 
     def write(self, frames: Frames) -> None:
         self.open.wait(5)
@@ -55,7 +53,8 @@ def test_a_slow_writer_holds_the_stream_back():
     the room is taken.
     """
     gate = Gate()
-    writer, accepted = BackgroundWriter(gate), []
+    writer = BackgroundWriter(gate)
+    accepted = []
 
     def feed() -> None:
         for number in range(MAX_WAITING + 3):

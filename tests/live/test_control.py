@@ -139,7 +139,8 @@ def test_lines_do_not_depend_on_how_bytes_arrive(piece):
         + "y" * (2 * MAX_LINE_BYTES + 1)
         + "\nlast\n"
     )
-    data, splitter = text.encode(), LineSplitter()
+    data = text.encode()
+    splitter = LineSplitter()
     lines = [
         line for i in range(0, len(data), piece) for line in splitter.feed(data[i : i + piece])
     ]
@@ -148,7 +149,8 @@ def test_lines_do_not_depend_on_how_bytes_arrive(piece):
 
 def test_a_line_without_end_takes_no_memory():
     """Catches a splitter that gathers for ever: 16 MiB without a line's end."""
-    splitter, piece = LineSplitter(), b"x" * 4096
+    splitter = LineSplitter()
+    piece = b"x" * 4096
     tracemalloc.start()
     for _ in range(4096):
         assert list(splitter.feed(piece)) == []
@@ -162,7 +164,8 @@ class Pipe:
 
     def __init__(self) -> None:
         read_end, self._write_end = os.pipe()
-        self.control, self.replies = Control(), []
+        self.control = Control()
+        self.replies = []
         self._stream = os.fdopen(read_end, "rb")
         self.reader = LineReader(self._stream, self.control, self.replies.append)
 

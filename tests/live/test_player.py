@@ -21,7 +21,9 @@ class Obeying(Writer):
     """Keeps the chunks, and gives commands after some of them."""
 
     def __init__(self, commands: dict[int, str]) -> None:
-        self.commands, self.chunks, self.player = commands, list[Frames](), None
+        self.commands = commands
+        self.chunks = list[Frames]()
+        self.player = None
 
     def write(self, frames: Frames) -> None:
         self.chunks.append(frames)
@@ -64,7 +66,7 @@ def test_reset_keeps_a_prompt_that_was_asked_for():
 
 
 def test_a_prompt_is_answered_by_the_model():
-    """Catches `ok` for a prompt that the model then refuses, and a refusal that changes the video."""
+    """Catches `ok` for a prompt that the model refuses, and a refusal that changes the video."""
     said = io.StringIO()
     chunks = play("0: a disc moves\n", {1: "a lion"}, 3, said)
     assert said.getvalue().count("error") == 1
@@ -81,9 +83,10 @@ def test_the_stream_ends_when_it_is_told():
 
 
 def test_warming_up_leaves_nothing_to_compile(capsys):
-    """Catches a compiled stream whose first seconds are spent compiling, with the viewer waiting."""
+    """Catches a compiled stream that compiles during its first seconds, while a viewer waits."""
     torch._dynamo.reset()
-    counter, model = CompileCounter(), load_stream_model()
+    counter = CompileCounter()
+    model = load_stream_model()
     model.student.compile_blocks(backend=counter)
     settings = load_settings("tiny")
     warm_up(model, settings, "a disc moves")

@@ -73,7 +73,7 @@ def test_after_a_context_the_first_chunk_is_as_long_as_others():
 
 
 def test_other_chunk_lengths():
-    """Catches three latent frames and stride 4 taken for granted: one and 2 give starts 0, 1, 3, 5."""
+    """Catches fixed chunks of three and stride 4: with one and 2, chunks start at 0, 1, 3, 5."""
     schedule = PromptSchedule.parse(
         "0: a\n3s: b\n4s: c", fps=1, clock=ChunkClock(chunk_frames=1, stride=2)
     )

@@ -49,8 +49,9 @@ def alone(
     num_chunks: int,
     change: tuple[int, str, PromptMode] | None = None,
 ) -> list[list[bytes]]:
-    """The pictures of a session without any server; `change`: before which chunk, to what, and how."""
-    session, chunks = StreamSession(model, prompt, replace(SETTINGS, seed=seed)), []
+    """The pictures of a session without a server. change: before which chunk, prompt, and mode."""
+    session = StreamSession(model, prompt, replace(SETTINGS, seed=seed))
+    chunks = []
     for index in range(num_chunks):
         if change is not None and index == change[0]:
             session.set_prompt(*change[1:])

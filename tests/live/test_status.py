@@ -97,7 +97,7 @@ def test_video_so_far_is_in_seconds_of_video(clock):
 
 
 def test_a_pause_counts_in_no_rate(clock):
-    """Catches ten minutes of pause that make the stream look slow, in the line as in the summary."""
+    """Catches ten minutes of pause that make the stream look slow, in line or summary."""
     stream = io.StringIO()
     with StatusLine(stream, fps=16, every_s=0, clock=clock) as status:
         play(status, clock, (12, 1.0), (12, 1.0))
@@ -111,11 +111,14 @@ def test_a_pause_counts_in_no_rate(clock):
 
 
 def test_the_summary_counts_all_chunks(clock):
-    """Catches a summary of the recent chunks only, and one that leaves the first chunk's time out."""
+    """Catches a summary of recent chunks only, and one without the first chunk's time."""
     stream = io.StringIO()
     with StatusLine(stream, fps=16, clock=clock) as status:
         play(status, clock, (9, 3.0), *[(12, 1.0)] * 99)
-    wanted = "100 chunks, 1197 video frames (74.8 s) in 102.0 s, 11.7 FPS, latency 1020 ms on average, 3000 ms at most"
+    wanted = (
+        "100 chunks, 1197 video frames (74.8 s) in 102.0 s, 11.7 FPS, "
+        "latency 1020 ms on average, 3000 ms at most"
+    )
     assert last_line(stream).startswith(wanted)
 
 
@@ -155,8 +158,8 @@ def test_a_terminal_keeps_one_line(clock):
 @pytest.mark.parametrize("columns", [10, 40, 100, 300])
 @pytest.mark.parametrize("prompt", ["x" * 500, "漢字" * 200, "a\nb\r\x1b[2J" * 50])
 def test_the_line_fits_and_its_prompt_cannot_move_the_cursor(clock, columns, prompt):
-    """Catches lines that wrap, wide characters counted as one column, and escape sequences from a
-    socket's client.
+    """Catches lines that wrap, wide characters counted as one column, and escape sequences in a
+    prompt.
     """
     screen = Screen(columns)
     StatusLine(screen.stream, fps=16, clock=clock).update(0, 9, 50.0, prompt)

@@ -115,7 +115,7 @@ for i in range(1000):
 
 
 def test_mp4_survives_a_kill(tmp_path):
-    """Catches bytes that are still in the process when it dies: SIGKILL lets it write nothing more."""
+    """Catches bytes that are still in the process when SIGKILL ends it."""
     path = tmp_path / "v.mp4"
     with subprocess.Popen(
         [sys.executable, "-c", ENDLESS, path], cwd=ROOT, stdout=subprocess.PIPE
@@ -135,7 +135,8 @@ def test_mp4_cut_within_the_newest_fragment_shows_the_others(tmp_path, part):
     """Catches an index at the end, or a header that a torn write makes useless: a kill in the
     middle of a write.
     """
-    path, sizes = tmp_path / "v.mp4", []
+    path = tmp_path / "v.mp4"
+    sizes = []
     generator = torch.Generator().manual_seed(1)
     with Mp4Writer(path, FPS) as writer:
         for i, length in enumerate(LENGTHS[:2]):
@@ -168,7 +169,7 @@ def test_mp4_shows_the_colours_it_was_given(tmp_path):
 
 
 def test_an_existing_file_is_replaced_only_by_intent(tmp_path):
-    """Catches yesterday's video lost to a default name; the refused run must not touch it either."""
+    """Catches yesterday's video lost to a default name, or touched by the refused run."""
     path = tmp_path / "v.mp4"
     path.write_bytes(b"yesterday")
     with pytest.raises(OutputError, match="--overwrite"):

@@ -174,7 +174,8 @@ def test_sdpa_is_softmax_over_keys():
 
 def test_a_model_says_what_it_uses_and_uses_it():
     """Catches a setting that reaches self-attention alone, or no block at all."""
-    network, text = tiny_network(), Conditioning(rng.normal((2, 5, 12), 0, "text").double())
+    network = tiny_network()
+    text = Conditioning(rng.normal((2, 5, 12), 0, "text").double())
     assert network.set_attention("auto") == network.attention_backend == "sdpa"
     calls = []
     for block in network.wan_blocks():

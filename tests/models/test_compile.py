@@ -37,7 +37,8 @@ def test_no_chunk_compiles_again():
     a stream for seconds.
     """
     torch._dynamo.reset()
-    counter, model = CompileCounter(), stream_model()
+    counter = CompileCounter()
+    model = stream_model()
     model.student.compile_blocks(backend=counter)
     session = StreamSession(model, "a disc moves", StreamSettings(seed=1))
     session.next_chunk()
@@ -54,7 +55,8 @@ def test_no_chunk_compiles_again():
 def test_compiled_blocks_make_the_same_video(backend):
     """Catches a graph that freezes a position, a modulation or a weight of the first call."""
     torch._dynamo.reset()
-    plain, compiled = stream_model(), stream_model()
+    plain = stream_model()
+    compiled = stream_model()
     compiled.student.compile_blocks(backend=backend)
     one, other = (
         StreamSession(model, "a disc moves", StreamSettings(seed=1)) for model in (plain, compiled)

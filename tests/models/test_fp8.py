@@ -39,7 +39,8 @@ def test_a_layer_is_the_product_of_its_8_bit_numbers():
     """Catches scales of the wrong side, a transposed weight and a lost bias: to the rounding of a
     bf16 result, 2^-8.
     """
-    linear, x = layer(), rng.normal((2, 7, 64), 0, "x") * 10
+    linear = layer()
+    x = rng.normal((2, 7, 64), 0, "x") * 10
     rows, scale = to_fp8(x.flatten(0, 1))
     weight, weight_scale = to_fp8(linear.weight)
     wanted = (rows.double() * scale) @ (

@@ -51,7 +51,9 @@ def sequential(
     behind.
     """
     flows: dict[str, list[Tensor]] = {"pass0": [], "pass1": [], "context": []}
-    cache, left, text = KVCache(sink, window), [], Conditioning(data["text"])
+    cache = KVCache(sink, window)
+    left = []
+    text = Conditioning(data["text"])
     for chunk in plan_chunks(data["x_context"].shape[1], CHUNK):
         context = cache.read(chunk.frames)
         for name, outputs in flows.items():
@@ -78,7 +80,7 @@ def test_golden_files_are_the_ones_that_were_published(name):
 
 
 def test_original_names_cover_every_parameter_and_no_other():
-    """Catches the classic swap: Wan's norm3 (affine, before cross-attention) is diffusers' norm2."""
+    """Catches a swap: Wan's norm3 (affine, before cross-attention) is diffusers' norm2."""
     names = {diffusers_name(key) for key in golden("weights")}
     assert names == {
         name for name, _ in WanTransformer(num_layers=2, num_attention_heads=1).named_parameters()
@@ -121,7 +123,8 @@ def test_sequential_noisy_chunks_equal_the_block_causal_mask(student):
     after chunk.
     """
     data = golden("block_mask")
-    cache, flows = KVCache(), []
+    cache = KVCache()
+    flows = []
     for chunk in plan_chunks(6, CHUNK):
         sigma = chunk.of(data["t"]) / 1000
         out: NetworkOutput = student(
@@ -137,7 +140,8 @@ def test_packed_noisy_chunks_over_clean_context_equal_teacher_forcing(student):
     chunk here.
     """
     data = golden("block_mask")
-    text, chunks = Conditioning(data["text"]), plan_chunks(6, CHUNK)
+    text = Conditioning(data["text"])
+    chunks = plan_chunks(6, CHUNK)
     clean = student(chunks[0].of(data["tf_clean"]), 0.0, text, ChunkContext()).kv
     packed = PackedContext((ChunkContext(), ChunkContext((clean,), CHUNK)), (CHUNK, CHUNK))
     out = student(data["x"], data["t"] / 1000, text, packed)

@@ -17,7 +17,8 @@ def test_prepared_text_and_levels_change_nothing(sigma):
     """Catches a level that goes to another sigma or block, a scale without its one, and text of
     another layer.
     """
-    network, text = tiny_network(), conditioning()
+    network = tiny_network()
+    text = conditioning()
     prepared = network.prepare(text, (*LADDER, 0.0))
     cache = KVCache()
     cache.append(network(latents("past", 2), 0.0, text, cache.read(2)).kv)
@@ -32,7 +33,9 @@ def test_prepared_text_and_levels_change_nothing(sigma):
 
 def test_levels_differ():
     """Catches the test above passing on a network that does not listen to sigma."""
-    network, text, x_t = tiny_network(), conditioning(), latents("x_t", 2)
+    network = tiny_network()
+    text = conditioning()
+    x_t = latents("x_t", 2)
     low, high = (network(x_t, sigma, text).flow for sigma in LADDER[:2])
     assert (low - high).abs().max() > 1e-3
 
@@ -57,7 +60,9 @@ def test_kept_rotations_serve_training_after_inference():
     """Catches tables made under inference mode, which autograd refuses to keep for the backward
     pass.
     """
-    network, text, x_t = tiny_network(), conditioning(), latents("x_t", 2)
+    network = tiny_network()
+    text = conditioning()
+    x_t = latents("x_t", 2)
     positions_rotary.cache_clear()
     with torch.inference_mode():
         network(x_t, 0.5, text)

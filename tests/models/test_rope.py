@@ -1,4 +1,4 @@
-"""Rotary positions: Wan's axis split and frequencies, and that only differences of positions count."""
+"""Rotary positions: Wan's axes and frequencies, and that only differences of positions count."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_rotation_equals_the_reference(head_dim, start):
 
 
 def test_sinusoid_equals_the_reference():
-    """Catches sines before cosines, or angles in float32, which are off by 6e-5 at timestep 1000."""
+    """Catches sines before cosines, or angles in float32: 6e-5 off at timestep 1000."""
     tables = golden("primitives")
     features = sinusoid(tables["sinusoid256/t"].double(), 256)
     # one float32 ulp

@@ -34,7 +34,8 @@ def diffusers_flow(
 
 def packed_context(network: WanTransformer, clean: Tensor, text: Conditioning) -> PackedContext:
     """Every chunk's context when the clip `clean` came before it."""
-    cache, contexts = KVCache(), []
+    cache = KVCache()
+    contexts = []
     for chunk in plan_chunks(clean.shape[1], CHUNK):
         contexts.append(cache.read(chunk.frames))
         commit_chunk(network, chunk.of(clean), text, cache)
@@ -48,9 +49,12 @@ def test_flow_without_context_equals_diffusers():
     float32 on both sides. Theirs computes the angles 1000 sigma w in float32, wrong by up to 3e-5,
     ours in float64; the distance measured here is 1.4e-5.
     """
-    twin, ours = diffusers_twin(), tiny_network(dtype=torch.float32)
+    twin = diffusers_twin()
+    ours = tiny_network(dtype=torch.float32)
     ours.load_state_dict(twin.state_dict(), strict=True)
-    x, text, sigma = latents("x").float(), conditioning().text.float(), SIGMA.float()
+    x = latents("x").float()
+    text = conditioning().text.float()
+    sigma = SIGMA.float()
     expected = diffusers_flow(twin, x, 1000 * sigma, text)
     torch.testing.assert_close(ours(x, sigma, Conditioning(text)).flow, expected, atol=5e-5, rtol=0)
 
@@ -59,9 +63,11 @@ def test_sigma_of_each_latent_frame_equals_diffusers_timestep_of_each_token():
     """Catches modulation of the wrong frame: with one sigma for the clip, every mix-up of frames is
     invisible.
     """
-    twin, ours = diffusers_twin(), tiny_network(dtype=torch.float32)
+    twin = diffusers_twin()
+    ours = tiny_network(dtype=torch.float32)
     ours.load_state_dict(twin.state_dict(), strict=True)
-    x, text = latents("x").float(), conditioning().text.float()
+    x = latents("x").float()
+    text = conditioning().text.float()
     sigma = torch.linspace(0.05, 0.95, 2 * FRAMES).reshape(2, FRAMES)
     tokens = x.shape[3] * x.shape[4] // 4
     expected = diffusers_flow(twin, x, 1000 * sigma.repeat_interleave(tokens, dim=1), text)
@@ -89,8 +95,10 @@ def test_folders_saved_here_load_in_diffusers(tmp_path):
 
 
 def test_one_chunk_over_all_frames_is_bidirectional():
-    """Catches a causal path that differs from the bidirectional one by more than what it may see."""
-    network, x, text = tiny_network(), latents("x"), conditioning()
+    """Catches a causal path that differs from the bidirectional one by more than its context."""
+    network = tiny_network()
+    x = latents("x")
+    text = conditioning()
     plain = network(x, SIGMA, text).flow
     assert torch.equal(network(x, SIGMA, text, ChunkContext()).flow, plain)
     assert torch.equal(
@@ -103,8 +111,11 @@ def test_flow_depends_on_differences_of_positions_only(shift):
     """Catches absolute positions and tables with an end, in an endless video.
     Angles of 1e6 are good to 1e-10 in float64.
     """
-    network, x, text = tiny_network(), latents("x"), conditioning()
-    past, present = x[:, :CHUNK], x[:, CHUNK:]
+    network = tiny_network()
+    x = latents("x")
+    text = conditioning()
+    past = x[:, :CHUNK]
+    present = x[:, CHUNK:]
 
     def flow(start: int) -> Tensor:
         kv = network(past, 0.0, text, ChunkContext((), start)).kv
@@ -114,8 +125,10 @@ def test_flow_depends_on_differences_of_positions_only(shift):
 
 
 def test_distance_in_time_matters():
-    """Catches positions that are ignored altogether, which the relative test alone would welcome."""
-    network, x, text = tiny_network(), latents("x"), conditioning()
+    """Catches positions that are ignored, which the test of relative positions would not see."""
+    network = tiny_network()
+    x = latents("x")
+    text = conditioning()
     kv = network(x[:, :CHUNK], 0.0, text, ChunkContext()).kv
     near, far = (
         network(x[:, CHUNK:], SIGMA, text, ChunkContext((kv,), start)).flow
@@ -128,7 +141,9 @@ def test_samples_of_a_batch_do_not_see_each_other():
     """Catches statistics or modulation taken over the batch. float64; kernels may round by batch
     size.
     """
-    network, x, text = tiny_network(), latents("x"), conditioning()
+    network = tiny_network()
+    x = latents("x")
+    text = conditioning()
     clean = latents("clean")
     both = network(x, SIGMA, text, packed_context(network, clean, text)).flow
     for row in range(2):
@@ -142,7 +157,9 @@ def test_packed_chunks_equal_one_after_the_other():
     """Catches positions, noise levels or contexts mixed up by packing.
     Same sums in float64 up to the kernel's order.
     """
-    network, x, text = tiny_network(), latents("x"), conditioning()
+    network = tiny_network()
+    x = latents("x")
+    text = conditioning()
     sigma = torch.linspace(0.1, 0.9, 2 * FRAMES, dtype=torch.float64).reshape(2, FRAMES)
     packed = packed_context(network, latents("clean"), text)
     together = network(x, sigma, text, packed).flow
@@ -155,7 +172,9 @@ def test_packed_chunks_do_not_see_each_other():
     """Catches noisy chunks that attend to noisy neighbours instead of clean context:
     bitwise, by changing one of them.
     """
-    network, x, text = tiny_network(), latents("x"), conditioning()
+    network = tiny_network()
+    x = latents("x")
+    text = conditioning()
     packed = packed_context(network, latents("clean"), text)
     changed = x.clone()
     changed[:, CHUNK : 2 * CHUNK] += 1
@@ -170,7 +189,9 @@ def test_gradient_checkpointing_changes_nothing(with_context):
     """Catches recomputation that sees another context or another precision:
     outputs and gradients are equal bit for bit.
     """
-    x, text, results = latents("x"), conditioning(), []
+    x = latents("x")
+    text = conditioning()
+    results = []
     for checkpointing in (False, True):
         network = tiny_network(dtype=torch.float32)
         if checkpointing:
@@ -196,9 +217,12 @@ def test_gradient_checkpointing_does_recompute():
         if checkpointing:
             network.enable_gradient_checkpointing()
         sizes: list[int] = []
-        with torch.autograd.graph.saved_tensors_hooks(
-            lambda t, sizes=sizes: sizes.append(t.numel()) or t, lambda t: t
-        ):
+
+        def keep(tensor: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(tensor.numel())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             network(latents("x"), SIGMA, conditioning()).flow.sum()
         kept.append(sum(sizes))
     assert kept[1] < 0.3 * kept[0]
@@ -226,7 +250,9 @@ def test_padding_of_the_text_is_attended_to():
     """Catches a text mask, which Wan does not have: its checkpoints were trained with the padding
     visible.
     """
-    network, x, text = tiny_network(), latents("x"), conditioning().text
+    network = tiny_network()
+    x = latents("x")
+    text = conditioning().text
     longer = torch.nn.functional.pad(text, (0, 0, 0, 3))
     short, long = (network(x, SIGMA, Conditioning(value)).flow for value in (text, longer))
     assert (short - long).abs().max() > 1e-3
@@ -239,7 +265,9 @@ def test_sigma_reaches_the_network_as_a_fine_thousandfold_timestep():
     The fastest feature is cos(1000 sigma), which such a step moves by up to 1e-4; three steps move
     it three times as far.
     """
-    network, x, text = tiny_network(), latents("x"), conditioning()
+    network = tiny_network()
+    x = latents("x")
+    text = conditioning()
     base = network(x, 0.5, text).flow
     one, three = (
         (network(x, 0.5 + step, text).flow - base).abs().max().item() for step in (1e-7, 3e-7)
@@ -254,7 +282,8 @@ def test_norms_have_wans_epsilon():
 
     With a variance near 1e-6 the two epsilons differ by a factor of two in what leaves the norm.
     """
-    twin, ours = diffusers_twin(), tiny_network(dtype=torch.float32)
+    twin = diffusers_twin()
+    ours = tiny_network(dtype=torch.float32)
     with torch.no_grad():
         for name, parameter in twin.named_parameters():
             if any(
@@ -262,7 +291,9 @@ def test_norms_have_wans_epsilon():
             ):
                 parameter.mul_(1e-3)
     ours.load_state_dict(twin.state_dict(), strict=True)
-    x, text, sigma = latents("x").float(), conditioning().text.float(), SIGMA.float()
+    x = latents("x").float()
+    text = conditioning().text.float()
+    sigma = SIGMA.float()
     expected = diffusers_flow(twin, x, 1000 * sigma, text)
     torch.testing.assert_close(ours(x, sigma, Conditioning(text)).flow, expected, atol=5e-5, rtol=0)
 
@@ -277,10 +308,8 @@ def test_half_precision_answers_as_full_precision_does():
     half = tiny_network(dtype=torch.bfloat16)
     exact = tiny_network()
     exact.load_state_dict({name: value.double() for name, value in half.state_dict().items()})
-    x, text = (
-        latents("x").bfloat16().double(),
-        Conditioning(conditioning().text.bfloat16().double()),
-    )
+    x = latents("x").bfloat16().double()
+    text = Conditioning(conditioning().text.bfloat16().double())
     context = ChunkContext((), 10_000)
     flow = exact(x, SIGMA, text, context).flow
     error = half(x, SIGMA, text, context).flow.double() - flow

@@ -170,7 +170,8 @@ def test_noisy_steps_leave_nothing_and_touch_nothing_else(model):
     """
     cache = ring(model.student, 2, 4, "absolute")
     made = run(model.student, cache, conditioning(model), [2] * 5)
-    before, own = cache.keys.clone(), cache.read(2).own
+    before = cache.keys.clone()
+    own = cache.read(2).own
     noise = rng.normal((3, 1, 2, 16, *LATENT_SIZE), 1, "other").double()
     denoise_chunk(model.student, noise, conditioning(model), cache.read(2), LADDER)
     others = torch.ones(cache.keys.shape[2], dtype=torch.bool)
@@ -278,7 +279,8 @@ def test_flush_reaches_the_stream(model):
 def test_keep_changes_the_text_alone(model):
     """Catches a past that is touched although it should be kept."""
     session = prompted(model, "keep", 3, sink_frames=0, window_frames=8, positions="absolute")
-    cache, text = KVCache(), conditioning(model)
+    cache = KVCache()
+    text = conditioning(model)
     for x0 in session.latents[:3]:
         commit_chunk(model.student, x0, text, cache)
     noise = torch.stack(
@@ -356,7 +358,8 @@ def test_context_is_what_came_before(model, num_frames):
     assert len(session.context_frames) == num_frames
     chunk = session.next_chunk()
     latents = model.codec.start_encoding().encode(video[None])
-    cache, count = KVCache(), latents.shape[1]
+    cache = KVCache()
+    count = latents.shape[1]
     for x0 in latents.split([count % 2 or 2, *[2] * ((count - 1) // 2)], dim=1):
         commit_chunk(model.student, x0.double(), conditioning(model), cache)
     noise = torch.stack(

@@ -18,7 +18,9 @@ from selfforcing_dfd.streaming.load import load_settings, load_stream_model
 from selfforcing_dfd.streaming.session import StreamChunk, StreamModel, StreamSession
 from selfforcing_dfd.tiny.readout import read
 
-NUM_CHUNKS, PART, RAMP = 5000, 500, 20
+NUM_CHUNKS = 5000
+PART = 500
+RAMP = 20
 MIB = 2**20
 
 
@@ -74,7 +76,8 @@ def test_five_thousand_chunks(model, capsys):
     latencies: list[float] = []
     young_latencies: list[float] = []
     recent: list[StreamChunk] = []
-    valid, memory = [], []
+    valid = []
+    memory = []
     for index in tqdm(range(NUM_CHUNKS + RAMP), desc="streaming", unit="chunk", disable=None):
         chunk = session.next_chunk()
         latencies.append(chunk.timings.total_ms)
@@ -95,8 +98,9 @@ def test_five_thousand_chunks(model, capsys):
     growth = (memory[-1] - memory[1]) / MIB
     with capsys.disabled():
         print(
-            f"\nfirst {PART} {first:.2f} ms, last {PART} {last:.2f} ms, ratio {last / first:.4f}; in turn with a young stream "
-            f"of {fresh:.2f} ms, ratio {last / fresh:.4f}; grown by {growth:.2f} MiB"
+            f"\nfirst {PART} {first:.2f} ms, last {PART} {last:.2f} ms, "
+            f"ratio {last / first:.4f}; in turn with a young stream of {fresh:.2f} ms, "
+            f"ratio {last / fresh:.4f}; grown by {growth:.2f} MiB"
         )
         print(f"latent frames {session.next_frame}; read-out (chunk, valid, contrast) {valid}")
     assert abs(last / fresh - 1) < 0.02
