@@ -1,6 +1,4 @@
-"""Tabs of a browser, as far as the live page's server sees them, and the server itself on a free
-port.
-"""
+"""Tabs of a browser as the live page's server sees them, a server on a free port, and a model."""
 
 from __future__ import annotations
 
@@ -12,20 +10,25 @@ import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import uvicorn
+from tiny_models import tiny_network
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
 from selfforcing_dfd.live import server
-from selfforcing_dfd.live.web.messages import HEADER
-from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
+from selfforcing_dfd.live.web.messages import HEADER, encode_jpeg
+from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
+from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.text import TinyText
 
 SETTINGS = StreamSettings(sink_frames=2, window_frames=4)
 QUIET_S = 0.4  # many times what a chunk takes: whoever would send one has done so
+ASSETS = Path(__file__).parents[2] / "assets" / "tiny"
 PATIENCE_S = 20.0
 
 
@@ -138,3 +141,30 @@ def get(port: int, path: str, **headers: str) -> tuple[int, str]:
 
 def num_sessions(port: int) -> int:
     return json.loads(get(port, "/healthz")[1])["sessions"]
+
+
+def make_model(**sizes: Any) -> StreamModel:
+    """The real network, codec and text encoder, small, with random weights.
+
+    Chunks of two latent frames; five words fit.
+    """
+    codec = TinyCodec.load(ASSETS / "codec.safetensors")
+    student = tiny_network(in_channels=16, out_channels=16).requires_grad_(False)
+    return replace(StreamModel(student, codec, TinyText(12, 5), (1.0, 0.625), 2, (4, 6)), **sizes)
+
+
+def alone(
+    model: StreamModel,
+    prompt: str,
+    seed: int,
+    num_chunks: int,
+    change: tuple[int, str, PromptMode] | None = None,
+) -> list[list[bytes]]:
+    """The pictures of a session without a server. change: before which chunk, prompt, and mode."""
+    session = StreamSession(model, prompt, replace(SETTINGS, seed=seed))
+    chunks = []
+    for index in range(num_chunks):
+        if change is not None and index == change[0]:
+            session.set_prompt(*change[1:])
+        chunks.append([encode_jpeg(frame) for frame in session.next_chunk().frames.numpy()])
+    return chunks

@@ -2,61 +2,27 @@
 
 from __future__ import annotations
 
-import json
 import re
 import socket
 import time
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from itertools import groupby
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tabs import SETTINGS, Tab, get, num_sessions, serving, wait_for
+from tabs import ASSETS, Tab, alone, get, make_model, num_sessions, serving, wait_for
 from tiny_models import tiny_network
 from torch import Tensor
-from websockets.exceptions import InvalidStatus
-from websockets.sync.client import connect
 
-from selfforcing_dfd.live import server
-from selfforcing_dfd.live.web.messages import MAX_SEED, encode_jpeg
-from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession
+from selfforcing_dfd.streaming.session import StreamModel
 from selfforcing_dfd.tiny.codec import TinyCodec, TinyDecoder
 from selfforcing_dfd.tiny.text import TinyText
-
-ASSETS = Path(__file__).parents[2] / "assets" / "tiny"
-
-
-def make_model(**sizes: Any) -> StreamModel:
-    """The real network, codec and text encoder, small, with random weights. Chunks of two latent
-    frames; five words fit.
-    """
-    codec = TinyCodec.load(ASSETS / "codec.safetensors")
-    student = tiny_network(in_channels=16, out_channels=16).requires_grad_(False)
-    return replace(StreamModel(student, codec, TinyText(12, 5), (1.0, 0.625), 2, (4, 6)), **sizes)
 
 
 @pytest.fixture(scope="module")
 def model() -> StreamModel:
     return make_model()
-
-
-def alone(
-    model: StreamModel,
-    prompt: str,
-    seed: int,
-    num_chunks: int,
-    change: tuple[int, str, PromptMode] | None = None,
-) -> list[list[bytes]]:
-    """The pictures of a session without a server. change: before which chunk, prompt, and mode."""
-    session = StreamSession(model, prompt, replace(SETTINGS, seed=seed))
-    chunks = []
-    for index in range(num_chunks):
-        if change is not None and index == change[0]:
-            session.set_prompt(*change[1:])
-        chunks.append([encode_jpeg(frame) for frame in session.next_chunk().frames.numpy()])
-    return chunks
 
 
 def test_two_tabs_are_two_streams(model):
@@ -153,94 +119,6 @@ def test_viewer_who_reads_nothing_is_ended():
         with Tab(port, {"sock": narrow, "max_queue": 1, "close_timeout": 0.1}).start():
             assert num_sessions(port) == 1
             wait_for(lambda: num_sessions(port) == 0)
-
-
-BAD = {
-    "no JSON": ("pause", "not JSON"),
-    "nested too deep": ("[" * 9000, "not JSON"),
-    "no object": ("[1]", "want an object"),
-    "no type": ("{}", "type None"),
-    "unknown type": ('{"type": "rewind"}', "type 'rewind'"),
-    "type is no string": ('{"type": ["ack"]}', "type ['ack']"),
-    "field is missing": ('{"type": "prompt", "text": "a disc"}', "'text'; want 'text, mode'"),
-    "field too many": ('{"type": "pause", "now": true}', "'now'; want 'nothing'"),
-    "wrong mode": ('{"type": "prompt", "text": "a disc", "mode": "blend"}', "recache, flush, keep"),
-    "text is a number": ('{"type": "prompt", "text": 3, "mode": "keep"}', "text is 3"),
-    "text is too long": (
-        json.dumps({"type": "prompt", "text": "x" * 2001, "mode": "keep"}),
-        "at most 2,000 characters",
-    ),
-    "text is no text": ('{"type": "prompt", "text": "\\ud800", "mode": "keep"}', "surrogates"),
-    "seed is a truth": ('{"type": "seed", "seed": true}', "seed is True"),
-    "seed is negative": ('{"type": "seed", "seed": -1}', "seed is -1"),
-    "seed is too large": (json.dumps({"type": "seed", "seed": MAX_SEED + 1}), f"0 to {MAX_SEED}"),
-    "ack of a chunk to come": ('{"type": "ack", "chunk": 99}', "chunk is 99"),
-    "second start": ('{"type": "start", "prompt": "a disc", "seed": 0}', "start after start"),
-    "binary": (b"\x00\x01", "2 bytes of binary data"),
-    "too large": (json.dumps({"type": "pause", "x": "y" * 17_000}), "at most 16,384"),
-}
-
-
-def test_bad_messages_are_refused_one_by_one(model):
-    """Catches a message that is half obeyed, an error that does not say what is wrong, and a stream
-    that such a one ends.
-    """
-    with serving(model, max_queue_chunks=1) as port, Tab(port).start() as tab:
-        chunks = [tab.chunk(ack=False)]
-        for name, (message, told) in BAD.items():
-            tab.socket.send(message)
-            error = tab.until("error")
-            assert error["about"] == "message" and told in error["message"], (name, error)
-        tab.send("ack", chunk=0)
-        chunks.append(tab.chunk())
-    assert [chunk.frames for chunk in chunks] == alone(model, "a disc", 0, 2)
-
-
-def test_too_many_bad_messages_end_the_connection(model):
-    """Catches a client that may go on with nonsense for ever, and one that is thrown out for a
-    slip.
-    """
-    with serving(model) as port, Tab(port) as tab:
-        for _ in range(20):
-            tab.send("resume")
-            assert "resume before start" in tab.until("error")["message"]
-        tab.send("resume")
-        code, reason = tab.closing()
-        assert code == 1008 and "more than 20 bad messages" in reason
-
-
-@pytest.mark.parametrize(
-    "origin", ["http://evil.example", "http://127.0.0.1:1", "null", "http://127.0.0.1.evil.example"]
-)
-def test_page_of_another_site_may_not_connect(model, origin):
-    """Catches a stream that any web page which the user visits could start, steer and watch."""
-    with serving(model) as port:
-        with pytest.raises(InvalidStatus, match="403"), Tab(port, {"origin": origin}):
-            pass
-        assert num_sessions(port) == 0
-        with Tab(port, {"origin": f"http://127.0.0.1:{port}"}).start() as own:
-            assert own.chunk().info["index"] == 0
-
-
-@pytest.mark.parametrize(
-    "host", ["evil.example", "127.0.0.1.evil.example", "[::1", "", "localhost@evil.example"]
-)
-def test_other_names_for_this_machine_are_refused(model, host):
-    """Catches DNS rebinding: another site's name that is made to point here, with which its page
-    would be our own.
-    """
-    with serving(model) as port:
-        for path in ("/", "/healthz", "/page.js"):
-            assert get(port, path, Host=host)[0] in (400, 403)
-        assert get(port, "/healthz", Host="localhost:9")[0] == 200
-
-
-def test_other_name_may_not_open_a_stream(model):
-    """Catches a check of the Host that pages pass and streams do not have."""
-    with serving(model) as port, socket.create_connection(("127.0.0.1", port)) as line:
-        with pytest.raises(InvalidStatus, match="403"):
-            connect("ws://evil.example/stream", sock=line)
-        assert num_sessions(port) == 0
 
 
 def test_prompt_holds_from_the_next_chunk(model):
@@ -416,29 +294,3 @@ def test_figures_are_those_of_the_stream(model):
     assert infos[0]["fps"] is None
     assert sum(num_frames[1:]) / wall_s < infos[-1]["fps"] < sum(num_frames[1:]) / (11 * 0.05)
     assert all(0 < sum(info["stages_ms"].values()) <= info["latency_ms"] for info in infos[1:])
-
-
-@pytest.mark.parametrize(
-    ("wrong", "told"),
-    [
-        ({"fps": 0.0}, "fps"),
-        ({"max_sessions": 0}, "max_sessions"),
-        ({"idle_s": 0}, "idle_s"),
-        ({"max_queue_chunks": 0}, "max_queue"),
-    ],
-)
-def test_wrong_options_are_refused_at_once(model, wrong, told):
-    """Catches a server that starts and then fails for every viewer."""
-    with pytest.raises(ValueError, match=told):
-        server.create_app(model, SETTINGS, **{"fps": 16.0, **wrong})
-    with pytest.raises(ValueError, match="sink_frames is 3"):
-        server.create_app(model, replace(SETTINGS, sink_frames=3), fps=16.0)
-
-
-def test_port_in_use_is_told(model):
-    """Catches a traceback, or a server that ends without a word."""
-    with (
-        socket.create_server(("127.0.0.1", 0)) as taken,
-        pytest.raises(OSError, match="choose another port"),
-    ):
-        server.serve(server.create_app(model, SETTINGS, fps=16.0), port=taken.getsockname()[1])
