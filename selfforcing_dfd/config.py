@@ -1,26 +1,29 @@
-"""Typed, frozen settings: YAML over dataclasses, dotlist overrides on top, every mistake named with
-its cure.
+"""Typed, frozen settings: YAML over dataclasses, with dotlist overrides on top.
 
-    config = load_config("dfd_ar.yaml", ["optim.student.lr=1e-5"])
-
-Objects never receive a `Config`; `build.py` unpacks it into plain arguments.
+Every number has a range beside its default. Sections that only some stages need belong to those
+stages: they pass them to `load`, and `Config.of` gives them back. `stages.load_config` knows them
+all. Other code never receives a `Config`; `training/build.py` unpacks it into plain arguments.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from selfforcing_dfd.common import UserError, shipped
 from selfforcing_dfd.context import check_frames
 from selfforcing_dfd.flow import few_step_ladder
+
+SectionType = TypeVar("SectionType")
 
 
 class ConfigError(UserError):
@@ -33,170 +36,122 @@ def require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
+class Range(NamedTuple):
+    """Numbers from low to high, both included unless `above` excludes low."""
+
+    low: float
+    high: float
+    above: bool = False
+
+    def check(self, name: str, value: float) -> None:
+        """Raise ConfigError unless the value is finite and lies in the range."""
+        high_enough = value > self.low if self.above else value >= self.low
+        least = f"above {self.low:,g}" if self.above else f"at least {self.low:,g}"
+        require(
+            math.isfinite(value) and high_enough and value <= self.high,
+            f"{name} is {value}; it must be {least} and at most {self.high:,g}",
+        )
+
+
+def ranged(default: Any, low: float, high: float, above: bool = False) -> Any:
+    """A setting with a range; of a tuple, each value has it."""
+    return field(default=default, metadata={"range": Range(low, high, above)})
+
+
+MILLION = 10**6
+MOST_FRAMES = 10_000  # latent frames of a training clip
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RunConfig:
     name: str = "run"  # the run's folder is out/name
-    stage: Literal["teacher", "pairs", "init", "dmd", "dfd"] = "dfd"
-    seed: int = 0
-    student_updates: int = 40
+    stage: str = "dfd"
+    seed: int = ranged(0, 0, 2**63 - 1)
+    student_updates: int = ranged(40, 1, 10 * MILLION)
     out: str = "runs"
     device: str = "auto"  # auto | cpu | cuda | cuda:N
-    gpus: int = 1  # what --dry-run plans for; training itself runs on one
-
-    def __post_init__(self) -> None:
-        require(self.gpus >= 1, f"run.gpus is {self.gpus}; it must be at least 1")
+    gpus: int = ranged(1, 1, 4096)  # what --dry-run plans for; training itself runs on one
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
-    """Size of student, teacher and fake score (Wan2.1's names in research and code: dim = heads *
-    head_dim).
-    """
+    """How the networks compute. Their sizes come with their weights."""
 
-    num_heads: int = 4
-    head_dim: int = 32
-    num_layers: int = 6
-    ffn_dim: int = 384
-    channels: int = 16  # of the latents
-    text_dim: int = 32
-    freq_dim: int = 256
     gradient_checkpointing: bool = False
     # bfloat16: trained weights stay float32, training/precision.py
     compute: Literal["float32", "bfloat16"] = "float32"
     # the kernel where compute is bfloat16
     attention: Literal["auto", "sdpa", "fa2", "fa3", "fa4"] = "auto"
 
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class NetworkConfig:
+    """Size of a network that is made from nothing, as a first teacher is; dim = heads * head_dim."""
+
+    num_heads: int = ranged(4, 1, 1024)
+    head_dim: int = ranged(32, 6, 1024)
+    num_layers: int = ranged(6, 1, 1024)
+    ffn_dim: int = ranged(384, 1, MILLION)
+    channels: int = ranged(16, 1, 4096)  # of the latents
+    text_dim: int = ranged(32, 1, MILLION)
+    freq_dim: int = ranged(256, 2, MILLION)
+
     def __post_init__(self) -> None:
         require(
-            self.head_dim % 2 == 0 and self.head_dim >= 6,
-            f"model.head_dim is {self.head_dim}; rotary positions on three axes need an even number of at least 6",
+            self.head_dim % 2 == 0,
+            f"network.head_dim is {self.head_dim}; rotary positions need an even number",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class WeightsConfig:
-    """What to start from; empty means from nothing (student, fake: from the teacher where there is
-    one).
+    """What to start from: a file or folder in any format that `weights` reads.
 
-    A file or folder in any format of `models/weights.py`; the entry picks one model of a file that
-    holds several.
+    Empty student or fake: from the teacher, or from nothing where there is none. The entry picks
+    one network of a file that holds several, such as generator_ema of a Self-Forcing .pt file.
     """
 
     student: str = ""
     teacher: str = ""
     fake: str = ""
-    student_entry: str = ""  # such as generator_ema in a Self-Forcing .pt file
+    student_entry: str = ""
     teacher_entry: str = ""
     fake_entry: str = ""
+    # values of a head, for files that do not state it and are of no published size; 0: not needed
+    head_dim: int = ranged(0, 0, 1024)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class RolloutConfig:
-    frames: int = 9  # latent frames of a training clip
-    chunk_frames: int = 3  # latent frames generated together
-    ladder: tuple[float, ...] = (1000.0, 750.0, 500.0, 250.0)  # unshifted timesteps
-    shift: float = 5.0
-    sink: int = 0  # latent frames at the video's start that every chunk sees
-    window: int = 0  # latent frames of history and the chunk itself, sink not counted; 0 is all
+    frames: int = ranged(9, 1, MOST_FRAMES)  # latent frames of a training clip
+    chunk_frames: int = ranged(3, 1, MOST_FRAMES)  # latent frames generated together
+    # timesteps before the shift
+    ladder: tuple[float, ...] = ranged((1000.0, 750.0, 500.0, 250.0), 0, 1000, above=True)
+    shift: float = ranged(5.0, 0, 1000, above=True)
+    # latent frames at the video's start that every chunk sees
+    sink: int = ranged(0, 0, MOST_FRAMES)
+    # latent frames of history and the chunk itself, the sink not counted; 0 is all of them
+    window: int = ranged(0, 0, MOST_FRAMES)
 
     def __post_init__(self) -> None:
-        for name, frames in (("frames", self.frames), ("sink", self.sink), ("window", self.window)):
-            if name != "window" or frames != 0:
-                check_frames(f"rollout.{name}", frames, self.chunk_frames)
+        check_frames("rollout.frames", self.frames, self.chunk_frames)
+        check_frames("rollout.sink", self.sink, self.chunk_frames)
+        if self.window != 0:
+            check_frames("rollout.window", self.window, self.chunk_frames)
         # raises for a ladder that does not fall from 1000
         few_step_ladder(tuple(self.ladder), self.shift)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreConfig:
-    """Distribution matching: where teacher and fake score are compared, and how often each model
-    learns.
-    """
-
-    guidance: float = 4.0  # uncond + w (cond - uncond); 1 is off. Self-Forcing's 3.0 is 4.0 here
-    shift: float = 5.0
-    sigma_min: float = 0.02
-    sigma_max: float = 0.98
-    min_normaliser: float = 1e-3
-    fake_per_student: int = 5  # fake-score updates for each student update
-
-    def __post_init__(self) -> None:
-        require(
-            0 < self.sigma_min < self.sigma_max <= 1,
-            f"score.sigma_min ({self.sigma_min}) and score.sigma_max ({self.sigma_max}) must satisfy 0 < min < max <= 1",
-        )
-        require(
-            self.fake_per_student >= 1,
-            f"score.fake_per_student is {self.fake_per_student}; it must be at least 1",
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DFDConfig:
-    """Data forcing: which rows of a batch ask the teacher about a real video (arXiv 2606.18478, Eq.
-    9-10).
-    """
-
-    p: float = 0.5  # probability that a row is anchored by data
-    p_start: float = 0.5  # probability at the first student update, ramped linearly to p
-    ramp_updates: int = 0  # student updates the ramp takes; 0 is constant p
-    granularity: Literal["update", "micro", "sample"] = "update"  # what shares one coin
-    pairing: Literal["caption", "assignment", "inversion", "prefix"] = "caption"
-    sigma_range: tuple[float, float] = (0.0, 1.0)  # rows outside it fall back to DMD
-
-    def __post_init__(self) -> None:
-        require(
-            0 <= self.p <= 1 and 0 <= self.p_start <= 1,
-            f"dfd.p ({self.p}) and dfd.p_start ({self.p_start}) are probabilities in [0, 1]",
-        )
-        low, high = self.sigma_range
-        require(
-            0 <= low < high <= 1,
-            f"dfd.sigma_range is {self.sigma_range}; it must satisfy 0 <= low < high <= 1",
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class FlowConfig:
-    """Flow matching on data, for the stages teacher and init."""
-
-    shift: float = 3.0  # of the training noise levels, and of the teacher's ODE in stage pairs
-    text_dropout: float = 0.1  # share of samples trained without caption
-    # stage init: all noise levels, or only those of rollout.ladder
-    levels: Literal["any", "ladder"] = "any"
-    paired: Literal["first", "all"] = (
-        "first"  # stage init: the chunks that start from the stored noise, where there is some
-    )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class PairsConfig:
-    """Stage pairs: noise and what the teacher's ODE makes of it, for each caption of data.shards,
-    as shards of their own.
-    """
-
-    out: str = ""  # folder
-    num: int = 0  # captions, from the first one; 0 takes all
-    steps: int = 24  # of Heun's method, 2 steps - 1 calls
-    guidance: float = 6.0
-
-    def __post_init__(self) -> None:
-        require(
-            self.steps >= 1 and self.num >= 0,
-            f"pairs.steps is {self.steps}, pairs.num {self.num}; use 1 and 0 at least",
-        )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
 class OptimizerConfig:
     kind: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, adamw for the rest
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.0, 0.999)
-    weight_decay: float = 0.01
-    clip: float = 10.0  # gradient norm
-    warmup: int = 0  # updates of linear warm-up
+    lr: float = ranged(1e-4, 0, 1, above=True)
+    betas: tuple[float, float] = ranged((0.0, 0.999), 0, 0.999999)
+    weight_decay: float = ranged(0.01, 0, 10)
+    clip: float = ranged(10.0, 0, MILLION, above=True)  # gradient norm
+    warmup: int = ranged(0, 0, 10 * MILLION)  # updates of linear warm-up
     # learning rate at the last update as a share of lr, by half a cosine; 1 is constant
-    decay: float = 1.0
+    decay: float = ranged(1.0, 0, 1)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -207,59 +162,58 @@ class OptimConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EMAConfig:
-    decay: float = 0.9  # per student update
-    start: int = 0  # student updates before averaging begins
+    decay: float = ranged(0.9, 0, 0.999999)  # per student update
+    start: int = ranged(0, 0, 10 * MILLION)  # student updates before averaging begins
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
-    size: int = 16  # samples an update, over all processes
-    micro: int = 16  # samples a forward pass; the gradient is accumulated over size / micro passes
+    size: int = ranged(16, 1, MILLION)  # samples an update, over all processes
+    # samples a forward pass; the gradient is accumulated over size / micro passes
+    micro: int = ranged(16, 1, MILLION)
     # neighbouring samples that share a caption (assignment pairing works within them)
-    group: int = 1
+    group: int = ranged(1, 1, MILLION)
 
     def __post_init__(self) -> None:
+        lower = max(self.size - self.size % self.micro, self.micro)
         require(
             self.size % self.micro == 0,
             f"batch.size ({self.size}) is not a multiple of batch.micro ({self.micro}); "
-            f"use {max(self.size - self.size % self.micro, self.micro)} or {self.size + -self.size % self.micro}",
+            f"use {lower} or {self.size + -self.size % self.micro}",
         )
         require(
             self.micro % self.group == 0,
-            f"batch.micro ({self.micro}) is not a multiple of batch.group ({self.group}): groups would be cut apart; "
-            f"use {self.micro + -self.micro % self.group}",
+            f"batch.micro ({self.micro}) is not a multiple of batch.group ({self.group}): groups "
+            f"would be cut apart; use {self.micro + -self.micro % self.group}",
         )
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class TinyDataConfig:
-    """How many tiny-world clips to render and pack when data.shards does not exist yet; 0 clips
-    never makes data.
-    """
+    """Tiny-world clips to render and pack when data.shards does not exist; 0 clips makes none."""
 
-    clips: int = 0
-    seed: int = 0
+    clips: int = ranged(0, 0, 10 * MILLION)
+    seed: int = ranged(0, 0, 2**63 - 1)
     level: Literal["short", "medium", "long"] = "short"
-    # steps of the teacher's ODE that finds each clip's noise (`inversion`, stage init); 0: none
-    noise_steps: int = 0
+    # steps of the teacher's ODE that finds each clip's noise; 0 finds none
+    noise_steps: int = ranged(0, 0, 10_000)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     shards: str = ""  # folder with index.json and tar shards
     # height and width of its clips, for --dry-run while there are no shards
-    video_size: tuple[int, int] = (64, 64)
-    workers: int = 0
+    video_size: tuple[int, int] = ranged((64, 64), 8, 16_384)
+    workers: int = ranged(0, 0, 256)
     tiny: TinyDataConfig = field(default_factory=TinyDataConfig)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CheckpointConfig:
-    every: int = 10  # student updates
-    keep: int = 3
-    export: Literal["float16", "float32"] = (
-        "float16"  # of the finished weights; small steps of a large model need float32
-    )
+    every: int = ranged(10, 1, 10 * MILLION)  # student updates
+    keep: int = ranged(3, 1, 10_000)
+    # of the finished weights; small steps of a large model need float32
+    export: Literal["float16", "float32"] = "float16"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -272,11 +226,10 @@ class LogConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class GuardsConfig:
-    """Saturation, contrast, sharpness, motion and spread of the student's samples against the
-    data's.
-    """
+    """Saturation, contrast, sharpness, motion and spread of the samples against the data's."""
 
-    tolerance: float = 0.5  # warn where the ratio leaves 1 / (1 + tolerance) .. 1 + tolerance
+    # warn where the ratio leaves 1 / (1 + tolerance) .. 1 + tolerance
+    tolerance: float = ranged(0.5, 0, MILLION, above=True)
     stop: bool = False  # end the run instead of warning
 
 
@@ -284,26 +237,24 @@ class GuardsConfig:
 class ReportConfig:
     """The table after training; 0 clips writes none."""
 
-    clips: int = 0  # samples generated for each row
-    teacher_steps: int = 16  # of the teacher's ODE sampler, two network calls each
-    teacher_guidance: float = 1.0
+    clips: int = ranged(0, 0, MILLION)  # samples generated for each row
+    teacher_steps: int = ranged(16, 1, 10_000)  # of its ODE sampler, two network calls each
+    teacher_guidance: float = ranged(1.0, 0, 1000)
     # diffusers folder with the VAE that decodes clips of any codec but the tiny world's; empty:
     # weights.teacher
     model: str = ""
 
 
-@dataclass(frozen=True, kw_only=True, slots=True)
+@dataclass(frozen=True, kw_only=True)
 class Config:
+    """The sections that every stage has, and in `stage` those of single stages, by name."""
+
     base: str = ""  # another config file that this one changes
     run: RunConfig = field(default_factory=RunConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    teacher_model: ModelConfig | None = None  # where the teacher's size is not the student's
+    network: NetworkConfig = field(default_factory=NetworkConfig)
     weights: WeightsConfig = field(default_factory=WeightsConfig)
     rollout: RolloutConfig = field(default_factory=RolloutConfig)
-    score: ScoreConfig = field(default_factory=ScoreConfig)
-    dfd: DFDConfig = field(default_factory=DFDConfig)
-    flow: FlowConfig = field(default_factory=FlowConfig)
-    pairs: PairsConfig = field(default_factory=PairsConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     ema: EMAConfig = field(default_factory=EMAConfig)
     batch: BatchConfig = field(default_factory=BatchConfig)
@@ -312,55 +263,93 @@ class Config:
     log: LogConfig = field(default_factory=LogConfig)
     guards: GuardsConfig = field(default_factory=GuardsConfig)
     report: ReportConfig = field(default_factory=ReportConfig)
-    # runs to make and compare: name -> overrides
-    arms: dict[str, list[str]] = field(default_factory=dict)
+    arms: dict[str, list[str]] = field(default_factory=dict)  # runs to compare: name -> overrides
+    stage: Mapping[str, Any] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
-        needs_teacher = self.run.stage in ("pairs", "dmd", "dfd")
-        require(
-            not needs_teacher or bool(self.weights.teacher),
-            f"run.stage is {self.run.stage} but weights.teacher is empty: name the teacher's weights",
-        )
-        require(
-            self.run.stage != "pairs" or bool(self.pairs.out),
-            "run.stage is pairs but pairs.out is empty: name the folder for the teacher's clips and their noise",
-        )
-        self._check_teacher_model()
-        require(
-            not (
-                self.run.stage == "dfd"
-                and self.dfd.pairing == "assignment"
-                and self.batch.group == 1
-            ),
-            "dfd.pairing is assignment but batch.group is 1: one sample has one possible partner; use batch.group=8",
-        )
-        require(
-            bool(self.data.shards),
-            "data.shards is empty: name a folder written by `python -m selfforcing_dfd pack`",
+    def of(self, section: type[SectionType]) -> SectionType:
+        """A stage's own section, by its class."""
+        return next(value for value in self.stage.values() if isinstance(value, section))
+
+
+OWN_SECTIONS = {name: kind for name, kind in get_type_hints(Config).items() if name != "stage"}
+
+
+def load(
+    name: str, overrides: list[str] | tuple[str, ...], stage_sections: Mapping[str, type]
+) -> Config:
+    """Settings of the file `name` (and of its `base`), with overrides such as `dfd.p=0.3` on top.
+
+    Raises ConfigError with the file and the full path of an unknown key, a wrong type or a value
+    out of its range.
+    """
+    with explained(name):
+        schema = {key: kind() for key, kind in stage_sections.items()}
+        return _config(
+            OmegaConf.merge(_open(Config(stage=schema)), _layers(name)), overrides, schema
         )
 
-    def _check_teacher_model(self) -> None:
-        """A teacher of another size sees the same latents and text, and cannot stand in for the
-        student or the fake score.
-        """
-        teacher, own, weights = self.teacher_model, self.model, self.weights
-        if teacher is None:
-            return
-        ends = (teacher.channels, teacher.text_dim), (own.channels, own.text_dim)
-        require(
-            ends[0] == ends[1],
-            f"teacher_model has (channels, text_dim) {ends[0]}, model has {ends[1]}; both see the same data: make them equal",
-        )
-        empty = [
-            role
-            for role, name in (("student", weights.student), ("fake", weights.fake))
-            if not name
-        ]
-        require(
-            self.run.stage not in ("dmd", "dfd") or not empty,
-            f"teacher_model is set, but weights.{' and weights.'.join(empty)} would start from the teacher, which has "
-            "another size; name weights of the student's size",
-        )
+
+def change(config: Config, overrides: list[str]) -> Config:
+    """The same settings with dotlist overrides on top. Raises ConfigError like `load`."""
+    with explained(config.run.name):
+        return _config(_open(config), overrides, config.stage)
+
+
+def _open(config: Config) -> Any:
+    """The settings as one OmegaConf tree that knows every section's types."""
+    tree: Any = OmegaConf.create({})
+    for key in OWN_SECTIONS:
+        value = vars(config)[key]
+        tree[key] = OmegaConf.structured(value) if dataclasses.is_dataclass(value) else value
+    for key, section in config.stage.items():
+        tree[key] = OmegaConf.structured(section)
+    OmegaConf.set_struct(tree, True)
+    OmegaConf.set_struct(tree.arms, False)
+    return tree
+
+
+def _config(
+    tree: Any, overrides: list[str] | tuple[str, ...], stage_sections: Mapping[str, Any]
+) -> Config:
+    for override in overrides:
+        require("=" in override, f"override {override!r} is not of the form section.setting=value")
+    # an empty value is an empty text, not None
+    dotlist = [f"{override}''" if override.endswith("=") else override for override in overrides]
+    tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(dotlist))
+    for key in tree:
+        kind = OmegaConf.get_type(tree, key)
+        if kind is not None and dataclasses.is_dataclass(kind):
+            check_ranges(kind, tree[key], str(key))
+    values = {str(key): _plain(tree[key]) for key in tree}
+    stage = {key: values.pop(key) for key in stage_sections}
+    return Config(**values, stage=stage)
+
+
+def _plain(value: Any) -> Any:
+    return OmegaConf.to_object(value) if OmegaConf.is_config(value) else value
+
+
+def check_ranges(section: type, values: Any, path: str) -> None:
+    """Raise ConfigError for the first number of a section that leaves its range."""
+    kinds = get_type_hints(section)
+    for setting in dataclasses.fields(section):
+        name, value = f"{path}.{setting.name}", values[setting.name]
+        if dataclasses.is_dataclass(kinds[setting.name]):
+            check_ranges(kinds[setting.name], value, name)
+        elif "range" in setting.metadata:
+            for number in value if OmegaConf.is_config(value) else [value]:
+                setting.metadata["range"].check(name, number)
+
+
+@contextmanager
+def explained(name: str) -> Iterator[None]:
+    """Turn what OmegaConf, YAML and our own checks raise into ConfigError with the file's name."""
+    try:
+        yield
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split("\n    full_key")[0].split())
+        path = getattr(error, "full_key", None)
+        raise ConfigError(f"{name}: {f'{path}: ' if path else ''}{reason}") from error
 
 
 def find_config(name: str) -> Path:
@@ -384,67 +373,24 @@ def find_file(name: str) -> Path:
     return path if path.exists() or not shipped(name).exists() else shipped(name)
 
 
-def load_config(name: str, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """Settings of the file `name` (and of its `base`), with dotlist overrides such as `dfd.p=0.3`
-    on top.
-
-    Raises ConfigError with the file and the full path of an unknown key, a wrong type or a value
-    that does not fit.
-    """
-    with _explained(name):
-        merged = OmegaConf.merge(OmegaConf.structured(Config), _layers(find_config(name)))
-    return _to_config(merged, list(overrides), name)
-
-
-def _to_config(settings: Any, overrides: list[str], name: str) -> Config:
-    with _explained(name):
-        for override in overrides:
-            require(
-                "=" in override, f"override {override!r} is not of the form section.setting=value"
-            )
-        # empty, not None
-        dotlist = [
-            f"{override}''" if override.endswith("=") else override for override in overrides
-        ]
-        config = OmegaConf.to_object(OmegaConf.merge(settings, OmegaConf.from_dotlist(dotlist)))
-    assert isinstance(config, Config)
-    return config
-
-
-@contextmanager
-def _explained(name: str) -> Iterator[None]:
-    """Turn what OmegaConf and our own checks raise into ConfigError with the file's name and the
-    setting's path.
-    """
-    try:
-        yield
-    except (OmegaConfBaseException, ValueError) as error:
-        reason, path = str(error).split("\n    full_key")[0], getattr(error, "full_key", None)
-        raise ConfigError(f"{name}: {f'{path}: ' if path else ''}{reason}") from error
-
-
-def change(config: Config, overrides: list[str]) -> Config:
-    """The same settings with dotlist overrides on top. Raises ConfigError like `load_config`."""
-    return _to_config(OmegaConf.structured(config), overrides, config.run.name)
-
-
-def _layers(path: Path) -> Any:
-    """The file's settings over those of its `base`, which is looked up beside it and then in
-    `configs/`.
-    """
+def _layers(name: str, seen: tuple[Path, ...] = ()) -> Any:
+    """The file's settings over those of its `base`, looked up beside it and then in `configs/`."""
+    beside = seen[-1].parent / name if seen else Path(name)
+    path = (beside if beside.is_file() else find_config(name)).resolve()
+    require(path not in seen, f"base leads back to {name}; remove one `base:`")
     own: Any = OmegaConf.load(path)
-    base = own.get("base") if OmegaConf.is_dict(own) else None
-    if not base:
-        return own
-    beside = path.parent / base
-    return OmegaConf.merge(_layers(beside if beside.is_file() else find_config(base)), own)
+    require(OmegaConf.is_dict(own), f"{path.name} holds a list; write sections such as `run: ...`")
+    base = own.get("base")
+    return OmegaConf.merge(_layers(str(base), (*seen, path)), own) if base else own
 
 
 def as_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dict, as it is saved with a run."""
-    return dataclasses.asdict(config)
+    """Plain nested dict, as it is saved with a run; stage sections stand beside the others."""
+    settings = dataclasses.asdict(config)
+    stage_sections = settings.pop("stage")
+    return {**settings, **stage_sections}
 
 
 def to_yaml(config: Config) -> str:
     """The resolved settings, loadable again anywhere: what came from `base` is in them."""
-    return OmegaConf.to_yaml(OmegaConf.structured(dataclasses.replace(config, base="")))
+    return OmegaConf.to_yaml(_open(dataclasses.replace(config, base="")))

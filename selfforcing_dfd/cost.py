@@ -80,8 +80,9 @@ def network_flops(
     network: a `WanTransformer` on any device; only its config is read. frames, past_frames: of each
     chunk in the call, its latent frames and those of the history that it sees. A bidirectional call
     is one chunk without history. latent_size: rows and columns. prepared: the text's K/V and the
-    noise level are ready, as `WanTransformer.prepare` makes them. gradient: with the backward pass
-    to all weights; checkpointing: which runs each block again.
+    noise level are ready, as `WanTransformer.prepare` makes them; else every latent frame has its
+    own noise level, as in training. gradient: with the backward pass to all weights; checkpointing:
+    which runs each block again.
     """
 
     def count(num_layers: int) -> int:
@@ -94,7 +95,8 @@ def network_flops(
             context = history(small, batch, frames, past_frames, latent_size)
             with torch.set_grad_enabled(gradient):
                 given = small.prepare(text, (0.5,)) if prepared else text
-                return flops_of(lambda: run(small(x_t, 0.5, given, context).flow, gradient))
+                sigma = 0.5 if prepared else torch.empty(batch, sum(frames))
+                return flops_of(lambda: run(small(x_t, sigma, given, context).flow, gradient))
 
     one_layer = count(1)
     each_further = count(2) - one_layer  # all layers are equal

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from selfforcing_dfd.cli.main import COMMANDS, parse
-from selfforcing_dfd.config import load_config
+from selfforcing_dfd.stages import load_config
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()

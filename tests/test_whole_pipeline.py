@@ -23,24 +23,17 @@ from y4m import y4m
 from selfforcing_dfd import rng
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.cli.train import run
-from selfforcing_dfd.config import ConfigError, load_config
+from selfforcing_dfd.config import ConfigError
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
 from selfforcing_dfd.weights.read import load_network
 
 HEADS, HEAD_DIM, LAYERS, FFN, FREQ = 8, 32, 3, 512, 64
 VIDEO_FRAMES, LATENT_FRAMES, NUM_CLIPS = 21, 6, 4
 SMALL = (
-    *(
-        f"model.{key}={value}"
-        for key, value in (("num_heads", HEADS), ("head_dim", HEAD_DIM), ("num_layers", LAYERS))
-    ),
-    *(
-        f"model.{key}={value}"
-        for key, value in (("ffn_dim", FFN), ("freq_dim", FREQ), ("text_dim", DIM))
-    ),
     *(
         f"rollout.frames={LATENT_FRAMES}",
         "batch.size=2",
@@ -156,9 +149,7 @@ def student(place: Path, wan: Path, shards: Path, prompts: Path) -> Path:
         "run.student_updates=1",
         "ema.start=0",
     )
-    dmd = train(
-        "dmd_ar", place, prompts, start, f"weights.fake={teacher}", "teacher_model=null", *teachers
-    )
+    dmd = train("dmd_ar", place, prompts, start, f"weights.fake={teacher}", *teachers)
     weights = (
         f"weights.student={dmd / 'student.safetensors'}",
         f"weights.fake={dmd / 'fake.safetensors'}",
@@ -293,7 +284,7 @@ def test_what_needs_clips_refuses_prompts(place, wan, prompts):
     teacher = wan / "transformer"
     weights = [f"weights.{role}={teacher}" for role in ("student", "teacher", "fake")]
     with pytest.raises(
-        ConfigError, match="holds prompts without clips, which do for pairs and dmd"
+        ConfigError, match="holds prompts without clips, which do for dmd and pairs"
     ):
         train("dfd_ar", place, prompts, *weights, "run.name=refused")
     assert not (place / "runs" / "refused").exists()

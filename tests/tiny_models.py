@@ -5,6 +5,7 @@ function of a seed.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -15,8 +16,11 @@ from selfforcing_dfd.context import ChunkKV, Conditioning, NetworkOutput
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.flow import expand_sigma
 from selfforcing_dfd.forcing import PAIRINGS, Forcing, tied_rows
+from selfforcing_dfd.models.identity import Identity, Role
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.rng import Draw
+from selfforcing_dfd.weights.tensors import save_weights
+from selfforcing_dfd.weights.write import file_metadata
 
 TINY: dict[str, Any] = {
     "num_attention_heads": 2,
@@ -53,6 +57,11 @@ def tiny_network(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any
     network = WanTransformer(**{**TINY, **sizes})
     fill_weights(network, seed)
     return network.to(dtype)
+
+
+def save_network(path: Path, network: WanTransformer, role: Role = "teacher") -> None:
+    """One safetensors file that says what it holds, as a run exports it."""
+    save_weights(path, network, file_metadata(network.config, Identity(role)))
 
 
 def latents(

@@ -260,8 +260,8 @@ def invert(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.config import load_config
         from selfforcing_dfd.data.noise import store_noise
+        from selfforcing_dfd.stages import load_config
         from selfforcing_dfd.training.build import build_invert, build_teacher
         from selfforcing_dfd.weights.tensors import model_fingerprint
 

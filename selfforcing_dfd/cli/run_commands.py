@@ -55,7 +55,7 @@ def train(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.cli.train import run
-        from selfforcing_dfd.config import load_config
+        from selfforcing_dfd.stages import load_config
         from selfforcing_dfd.training.plan import plan
 
         gpus = [] if args.gpus is None else [f"run.gpus={args.gpus}"]
@@ -165,8 +165,8 @@ def rebuild(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.cli.train import run as train
-        from selfforcing_dfd.config import load_config
-        from selfforcing_dfd.training.build import run_folder
+        from selfforcing_dfd.stages import load_config
+        from selfforcing_dfd.training.folders import run_folder
 
         assets = shipped("assets/tiny")
         assets.mkdir(parents=True, exist_ok=True)

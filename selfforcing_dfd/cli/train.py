@@ -4,46 +4,36 @@ report.
 
 from __future__ import annotations
 
-import json
 import logging
 import shutil
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from selfforcing_dfd import rng
-from selfforcing_dfd.common import find_device
-from selfforcing_dfd.config import Config, ConfigError, find_file, require, to_yaml
-from selfforcing_dfd.context import Conditioning
-from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, NOISE, TEXT, PackError, npy
+from selfforcing_dfd.common import UserError, find_device
+from selfforcing_dfd.config import Config, find_file, require, to_yaml
 from selfforcing_dfd.data.noise import store_noise
-from selfforcing_dfd.data.shards import ShardError, ShardReader
+from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards
-from selfforcing_dfd.data.write import Job, Record, Refuse, write_folder
-from selfforcing_dfd.models.identity import Identity, Role, TrainingData, recipe_of_rollout
-from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.ode import sample
+from selfforcing_dfd.models.identity import Identity, TrainingData, recipe_of_rollout
+from selfforcing_dfd.stages import arms_of, stage_of
+from selfforcing_dfd.stages.base import ShardStage
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.training.build import (
-    arms,
     build_invert,
+    build_networks,
     build_teacher,
     build_trainer,
     check_start,
-    run_folder,
 )
 from selfforcing_dfd.training.build_data import BASIS, build_reader, codec_file
-from selfforcing_dfd.training.exclusive import ExclusiveError, lock_folders, refuse_many_processes
-from selfforcing_dfd.training.finite import NonFiniteError
-from selfforcing_dfd.training.guards import GuardError, Guards, latent_statistics
+from selfforcing_dfd.training.exclusive import lock_folders, refuse_many_processes
+from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.training.guards import Guards, latent_statistics
 from selfforcing_dfd.training.loop import Interrupted, Trainer
-from selfforcing_dfd.training.tracking import TrackingError
-from selfforcing_dfd.weights.checkpoint_files import CheckpointError
 from selfforcing_dfd.weights.tensors import model_fingerprint, save_weights
 from selfforcing_dfd.weights.write import file_metadata
 
@@ -51,19 +41,9 @@ logger = logging.getLogger(__name__)
 
 __all__ = ["USER_ERRORS", "Interrupted", "run"]
 
-PAIRS_PER_SHARD = 256
 CODEC_FILE = "codec.safetensors"
 
-USER_ERRORS = (
-    ConfigError,
-    CheckpointError,
-    ExclusiveError,
-    ShardError,
-    PackError,
-    GuardError,
-    NonFiniteError,
-    TrackingError,
-)
+USER_ERRORS = (UserError,)
 
 
 def run(config: Config, resume: bool = False) -> None:
@@ -72,7 +52,7 @@ def run(config: Config, resume: bool = False) -> None:
     """
     refuse_many_processes()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    runs = list(arms(config))
+    runs = list(arms_of(config))
     require(
         config.run.gpus == 1,
         f"run.gpus is {config.run.gpus}, but training runs on one GPU; it is for --dry-run",
@@ -84,8 +64,9 @@ def run(config: Config, resume: bool = False) -> None:
         for arm in runs:
             build_reader(arm)  # what does not fit the last arm is said before the first is trained
         for arm in runs:
-            if arm.run.stage == "pairs":
-                make_pairs(arm, resume)
+            stage = stage_of(arm)
+            if issubclass(stage, ShardStage):
+                make_shards(arm, stage, resume)
             else:
                 train(arm, resume)
         if config.report.clips:
@@ -116,76 +97,11 @@ def prepare_data(config: Config) -> None:
         )
 
 
-def make_pairs(config: Config, resume: bool = False) -> None:
-    """Noise and what the guided teacher's ODE makes of it, for each caption of the shards, as
-    shards of their own.
-
-    PackError if `pairs.out` exists, or holds what another config has begun. resume: go on with
-    complete shards.
-    """
-    reader, pairs = build_reader(config), config.pairs
-    device = find_device(config.run.device, "run.device")
-    teacher = build_teacher(config, device)
-    solver = f"{model_fingerprint(teacher)}-{pairs.steps}-{pairs.guidance:g}-{config.flow.shift:g}-{config.run.seed}"
-    negative = {"negative": reader.index.about["negative"]} if reader.negative is not None else {}
-    job = Job(
-        name=pairs.out,
-        num_items=min(pairs.num or len(reader), len(reader)),
-        latent_shape=reader.index.latent_shape,
-        text_shape=reader.index.text_shape,
-        fingerprints={**reader.index.fingerprints, "noise": solver},
-        about={"source": {"shards": config.data.shards, "sha256": reader.index_hash}, **negative},
-        shard_size=PAIRS_PER_SHARD,
-        files={NEGATIVE_NAME: (reader.folder / NEGATIVE_NAME).read_bytes()} if negative else {},
-    )
-
-    def records(first: int, refuse: Refuse) -> Iterator[Record]:
-        micro = config.batch.micro
-        for start in tqdm(
-            range(first, job.num_items, micro), desc="pairs", unit="batch", disable=None
-        ):
-            yield from pair_records(
-                config, teacher, reader, range(start, min(start + micro, job.num_items)), device
-            )
-
-    summary = write_folder(pairs.out, job, records, unfinished="resume" if resume else "keep")
-    print(f"{summary.folder}: {summary.num_samples} pairs in {summary.num_shards} shards")
-
-
-def pair_records(
-    config: Config,
-    teacher: WanTransformer,
-    reader: ShardReader,
-    numbers: range,
-    device: torch.device,
-) -> Iterator[Record]:
-    """One batch of `make_pairs`: pair n starts from noise that depends on the seed and n alone."""
-    pairs, samples = config.pairs, [reader[number] for number in numbers]
-    noise = torch.stack(
-        [rng.normal(reader.index.latent_shape, config.run.seed, "pairs", n) for n in numbers]
-    ).to(device)
-    text = torch.stack([sample.text for sample in samples]).to(device)
-    negative = (
-        None if reader.negative is None else Conditioning(reader.negative.to(text).expand_as(text))
-    )
-    made = sample(
-        teacher, noise, Conditioning(text), pairs.steps, config.flow.shift, pairs.guidance, negative
-    )
-    for number, one, latents, start in zip(numbers, samples, made, noise, strict=True):
-        about = {
-            "caption": one.caption,
-            "source": f"pair {number}",
-            "steps": pairs.steps,
-            "guidance": pairs.guidance,
-        }
-        arrays = {LATENT: latents, NOISE: start}
-        stored = {name: npy(array, "float16", f"pair {number}") for name, array in arrays.items()}
-        members = {
-            **stored,
-            TEXT: reader.members(number)[TEXT],
-            "json": json.dumps(about, ensure_ascii=False).encode(),
-        }
-        yield Record(number, one.key, one.caption, members)
+def make_shards(config: Config, stage: type[ShardStage], resume: bool) -> None:
+    """Run a stage that writes shards. PackError if they exist or another config began them."""
+    networks = build_networks(config, find_device(config.run.device, "run.device"))
+    fingerprints = {role: model_fingerprint(network) for role, network in networks.items()}
+    print(stage.make_shards(config, networks, fingerprints, build_reader(config), resume))
 
 
 def train(config: Config, resume: bool) -> None:
@@ -230,11 +146,11 @@ def export(trainer: Trainer, folder: Path, config: Config) -> None:
 
 
 def student_identity(config: Config, data: TrainingData) -> Identity:
-    """What the run's `student` is: in stage teacher it is a teacher."""
-    if config.run.stage == "teacher":
+    """What the run's student is, and how it was trained to be run."""
+    makes = stage_of(config).makes
+    if makes != "causal_student":
         return Identity("teacher", None, data)
-    role: Role = "causal_student"
-    return Identity(role, recipe_of_rollout(asdict(config.rollout)), data)
+    return Identity("causal_student", recipe_of_rollout(asdict(config.rollout)), data)
 
 
 def build_guards(config: Config) -> Guards | None:
@@ -243,7 +159,7 @@ def build_guards(config: Config) -> Guards | None:
 
     A decoded clip of Wan's VAE would cost seconds and gigabytes at every student update.
     """
-    if config.run.stage not in ("dmd", "dfd"):
+    if not stage_of(config).has_guards:
         return None
     guards = config.guards
     if holds_tiny_world(config.data.shards):

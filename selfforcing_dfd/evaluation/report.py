@@ -29,7 +29,8 @@ from selfforcing_dfd.evaluation.sources import Source, run_source, sources
 from selfforcing_dfd.evaluation.tables import TEACHER, Row
 from selfforcing_dfd.evaluation.world import World
 from selfforcing_dfd.evaluation.worlds import world_of
-from selfforcing_dfd.training.build import arms, run_folder, student_of
+from selfforcing_dfd.stages import arms_of, stage_of
+from selfforcing_dfd.training.folders import run_folder, student_of
 from selfforcing_dfd.training.tracking import METRICS_FILE, read_metrics
 
 __all__ = ["combine", "sample_videos", "write_report"]
@@ -100,7 +101,7 @@ def _tried(config: Config) -> str:
     same = "All rows show the same captions, from the same noise."
     if not config.arms:
         return f"One run of stage {config.run.stage}, held against the data. {same}"
-    updates = {arm.run.student_updates for arm in arms(config)}
+    updates = {arm.run.student_updates for arm in arms_of(config)}
     each = f" of {updates.pop()} student updates" if len(updates) == 1 else ""
     return f"{len(config.arms)} runs{each} from one start, held against the data. {same}"
 
@@ -126,7 +127,7 @@ def measure(
 
 def run_metrics(config: Config) -> dict[str, list[dict[str, Any]]]:
     """Lines of the metrics file of each run behind a row, where there is one."""
-    alone = TEACHER if config.run.stage == "teacher" else "student"
+    alone = TEACHER if stage_of(config).makes == "teacher" else "student"
     named = {name: config.run.name + "/" + name for name in config.arms} or {alone: config.run.name}
     files = {name: Path(config.run.out) / run / METRICS_FILE for name, run in named.items()}
     return {name: read_metrics(path) for name, path in files.items() if path.exists()}

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from selfforcing_dfd.common import atomic_file
-from selfforcing_dfd.config import Config, load_config, require
+from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.evaluation import curves, tables
 from selfforcing_dfd.evaluation.combine import load_report
 from selfforcing_dfd.evaluation.page import colours
@@ -25,6 +25,7 @@ from selfforcing_dfd.evaluation.pictures import (
 from selfforcing_dfd.evaluation.sources import sources
 from selfforcing_dfd.evaluation.tables import DATA, Metric, Row
 from selfforcing_dfd.evaluation.worlds import world_named, world_of
+from selfforcing_dfd.stages import load_config
 
 MOVING = (".gif", ".webp")
 PLOTS = (".svg", ".png")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from selfforcing_dfd.common import find_device
-from selfforcing_dfd.config import Config, ModelConfig, find_file, require
+from selfforcing_dfd.config import Config, find_file, require
 from selfforcing_dfd.evaluation.generate import (
     Decode,
     EvaluationSet,
@@ -17,22 +17,17 @@ from selfforcing_dfd.evaluation.generate import (
 from selfforcing_dfd.evaluation.tables import DATA, REFERENCES, START, TEACHER
 from selfforcing_dfd.evaluation.world import World
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.training.build import (
-    STUDENT_FILE,
-    arms,
-    build_chunks,
-    build_ladder,
-    load_frozen,
-    run_folder,
-    teacher_size,
+from selfforcing_dfd.stages import arms_of, stage_of
+from selfforcing_dfd.stages.base import (
+    FlowConfig,
+    Start,
+    chunks_of,
+    ladder_of,
+    student_start,
+    teacher_start,
 )
-
-PAIRINGS = {
-    "caption": "the real clip shares the caption and nothing else, as in the paper",
-    "assignment": "real clips of the same caption, each given to the nearest sample",
-    "inversion": "the real clip's own noise",
-    "prefix": "the first chunk from the real clip's noise, later ones after its real past",
-}
+from selfforcing_dfd.training.build import load_frozen
+from selfforcing_dfd.training.folders import STUDENT_FILE, run_folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,30 +53,24 @@ def sources(config: Config, world: World) -> list[Source]:
     if world.has_real_clips(config):
         found.append(data_source(config, world))
     own = str(run_folder(config) / STUDENT_FILE)
-    weights = config.weights
-    if config.run.stage == "teacher":
+    stage = stage_of(config)
+    if stage.makes == "teacher":
         return [*found, run_source(TEACHER, "", config, own)]
-    if weights.teacher:
-        size = teacher_size(config)
-        found.append(teacher_source(config, size, weights.teacher, weights.teacher_entry))
-    if weights.student and (config.arms or config.run.stage == "dfd"):
+    if config.weights.teacher:
+        found.append(teacher_source(config, teacher_start(config)))
+    if config.weights.student and (config.arms or stage.continues_student):
         about = "the student that training began from"
-        found.append(student_source(START, about, config, weights.student, weights.student_entry))
+        found.append(student_source(START, about, config, student_start(config)))
     if not config.arms:
         return [*found, run_source("student", about_run(config), config, own)]
-    for name, arm in zip(config.arms, arms(config), strict=True):
+    for name, arm in zip(config.arms, arms_of(config), strict=True):
         found.append(run_source(name, about_run(arm), arm, str(run_folder(arm) / STUDENT_FILE)))
     return found
 
 
 def about_run(config: Config) -> str:
     """How a run trained its student, in words."""
-    method = {
-        "dmd": "DMD alone, without data forcing",
-        "dfd": f"data forcing, pairing {config.dfd.pairing}: "
-        f"{PAIRINGS.get(config.dfd.pairing, 'see the settings')}",
-    }.get(config.run.stage, f"stage {config.run.stage}")
-    return f"{method}; {config.run.student_updates} student updates"
+    return f"{stage_of(config).about(config)}; {config.run.student_updates} student updates"
 
 
 def data_source(config: Config, world: World) -> Source:
@@ -94,25 +83,25 @@ def data_source(config: Config, world: World) -> Source:
 
 
 def run_source(name: str, about: str, config: Config, weights: str) -> Source:
-    """Clips of the network that a run trained: in stage teacher a teacher, else a student."""
-    if config.run.stage == "teacher":
-        return teacher_source(config, config.model, weights, "")
-    return student_source(name, about, config, weights, "")
+    """Clips of the network that a run trained, a teacher or a student."""
+    if stage_of(config).makes == "teacher":
+        return teacher_source(config, Start(weights))
+    return student_source(name, about, config, Start(weights))
 
 
-def teacher_source(config: Config, size: ModelConfig, weights: str, entry: str) -> Source:
+def teacher_source(config: Config, start: Start) -> Source:
     """Many-step samples of the network in a weights file or folder."""
     steps = config.report.teacher_steps
     guidance = config.report.teacher_guidance
-    check_weights(weights)
+    check_weights(start.path)
 
     def clips(evaluation: EvaluationSet, decode: Decode) -> Videos:
         return teacher_clips(
-            load(config, size, weights, entry),
+            load(config, start),
             evaluation,
             decode,
             num_steps=steps,
-            shift=config.flow.shift,
+            shift=config.of(FlowConfig).shift,
             guidance=guidance,
             description=TEACHER,
         )
@@ -120,17 +109,17 @@ def teacher_source(config: Config, size: ModelConfig, weights: str, entry: str) 
     return Source(TEACHER, f"{steps} ODE steps, guidance {guidance:g}", clips)
 
 
-def student_source(name: str, about: str, config: Config, weights: str, entry: str) -> Source:
+def student_source(name: str, about: str, config: Config, start: Start) -> Source:
     """Rollouts of the network in a weights file, with its config's ladder, chunks and window."""
-    check_weights(weights)
+    check_weights(start.path)
 
     def clips(evaluation: EvaluationSet, decode: Decode) -> Videos:
         return student_clips(
-            load(config, config.model, weights, entry),
+            load(config, start),
             evaluation,
             decode,
-            ladder=build_ladder(config),
-            chunks=build_chunks(config),
+            ladder=ladder_of(config),
+            chunks=chunks_of(config),
             sink=config.rollout.sink,
             window=config.rollout.window or None,
             description=name,
@@ -146,5 +135,5 @@ def check_weights(weights: str) -> None:
     )
 
 
-def load(config: Config, size: ModelConfig, weights: str, entry: str) -> WanTransformer:
-    return load_frozen(size, weights, find_device(config.run.device, "run.device"), entry)
+def load(config: Config, start: Start) -> WanTransformer:
+    return load_frozen(config, start, find_device(config.run.device, "run.device"))

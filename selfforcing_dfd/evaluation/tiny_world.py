@@ -16,6 +16,8 @@ from selfforcing_dfd.evaluation.curves import histogram
 from selfforcing_dfd.evaluation.generate import EVALUATION_SEED, Decode, EvaluationSet, Videos
 from selfforcing_dfd.evaluation.tables import CONTROL, FEWEST, Finding, Metric, Row, find, stated
 from selfforcing_dfd.evaluation.world import Chart, Layout, Measured
+from selfforcing_dfd.stages import arms_of, stage_of
+from selfforcing_dfd.stages.matching import DFDConfig, DFDStage
 from selfforcing_dfd.tiny.codec import CHANNELS, SPACE, TIME, TinyCodec
 from selfforcing_dfd.tiny.metrics import summarise
 from selfforcing_dfd.tiny.readout import Reading, read
@@ -32,8 +34,8 @@ from selfforcing_dfd.tiny.world import (
     parse_caption,
     render,
 )
-from selfforcing_dfd.training.build import arms
 from selfforcing_dfd.training.build_data import codec_file
+from selfforcing_dfd.training.sizes import known_sizes
 
 # with fewer clips than modes, the prior that smooths the sample's law dominates it
 FEWEST_FOR_MODES = len(MODE_PRIOR)
@@ -136,7 +138,7 @@ class TinyWorld:
         return self._asked(config, captions)
 
     def _asked(self, config: Config, captions: Sequence[str]) -> EvaluationSet:
-        text = TinyText(config.model.text_dim).encode(list(captions))
+        text = TinyText(text_width(config)).encode(list(captions))
         shape = (config.rollout.frames, CHANNELS, SIDE // SPACE, SIDE // SPACE)
         return EvaluationSet(tuple(captions), text, shape)
 
@@ -161,9 +163,7 @@ class TinyWorld:
 
     def background(self, config: Config) -> str:
         loose = config.data.tiny.level == "short"
-        tied_to_caption = any(
-            arm.run.stage == "dfd" and arm.dfd.pairing == "caption" for arm in arms(config)
-        )
+        tied_to_caption = any(ties_to_the_caption(arm) for arm in arms_of(config))
         return DOSE if loose and tied_to_caption else ""
 
     def notes(self, rows: Sequence[Row], num_clips: int, num_seeds: int = 1) -> list[str]:
@@ -198,3 +198,14 @@ def evaluation_factors(num_clips: int) -> Factors:
 def expected_modes(num_clips: int) -> float:
     """How many of the 24 modes as many independent draws from the prior hit on average."""
     return float((1 - (1 - MODE_PRIOR.double()) ** num_clips).sum())
+
+
+def ties_to_the_caption(config: Config) -> bool:
+    """Whether a run ties samples to real clips by their caption alone, as in the paper."""
+    is_dfd = issubclass(stage_of(config), DFDStage)
+    return is_dfd and config.of(DFDConfig).pairing == "caption"
+
+
+def text_width(config: Config) -> int:
+    """The width of the text that the run's networks take."""
+    return next(iter(known_sizes(config).values())).text_dim

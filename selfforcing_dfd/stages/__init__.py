@@ -1,0 +1,40 @@
+"""The training stages, and configs that know their settings."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+
+from selfforcing_dfd import config as settings
+from selfforcing_dfd.config import Config
+from selfforcing_dfd.stages import init, matching, pairs, teacher
+from selfforcing_dfd.stages.base import STAGES, stage_of
+
+__all__ = ["STAGES", "arms_of", "init", "load_config", "matching", "pairs", "stage_of", "teacher"]
+
+
+def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
+    """A config file with overrides on top, checked by its stage. Raises ConfigError."""
+    sections = {key: kind for stage in STAGES.values() for key, kind in stage.sections.items()}
+    return checked(settings.load(name, list(overrides), sections), name)
+
+
+def arms_of(config: Config) -> Iterator[Config]:
+    """The runs that a config stands for: one for each arm, in runs/name/arm; or the config itself."""
+    if not config.arms:
+        yield config
+    for arm, overrides in config.arms.items():
+        alone = dataclasses.replace(config, arms={})
+        arm_of_run = [f"run.name={config.run.name}/{arm}", *overrides]
+        yield checked(settings.change(alone, arm_of_run), f"arm {arm}")
+
+
+def checked(config: Config, name: str) -> Config:
+    """The config, if its stage takes it. Raises ConfigError."""
+    with settings.explained(name):
+        settings.require(
+            bool(config.data.shards),
+            "data.shards is empty: name a folder written by `selfforcing-dfd pack`",
+        )
+        stage_of(config).check(config)
+    return config

@@ -1,16 +1,34 @@
-"""What a training stage is: networks, and a loss for one micro-batch. The loop does the rest."""
+"""What a training stage is. One stage is one file of this folder; nothing else compares its name.
+
+A stage says which settings are its own, which networks it wants and what each starts from, what it
+needs of the data, which passes an update costs, and the loss of one micro-batch. The training loop,
+the data set, `--dry-run` and the report ask it.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
+from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.context import Conditioning
-from selfforcing_dfd.data.shards import Batch
+from selfforcing_dfd.data.shards import Batch, ShardReader
+from selfforcing_dfd.flow import few_step_ladder
 from selfforcing_dfd.rng import Draw
+from selfforcing_dfd.rollout import Chunks, plan_chunks
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class FlowConfig:
+    """Flow matching on data."""
+
+    shift: float = ranged(3.0, 0, 1000, above=True)  # of the noise levels, and of the teacher's ODE
+    text_dropout: float = ranged(0.1, 0, 1)  # share of samples trained without caption
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +45,176 @@ class StageLoss:
     real: Tensor | None = None
 
 
-class Stage(Protocol):
-    """`trained` maps each turn to the network that it updates; `student` is always among them."""
+@dataclass(frozen=True, slots=True)
+class Start:
+    """The weights that a network starts from: a file or folder; empty for a network from nothing.
+
+    entry: which network of a file that holds several. head_dim: see `WeightsConfig`.
+    """
+
+    path: str
+    entry: str = ""
+    head_dim: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Pass:
+    """One kind of network call in an update, for estimates of cost.
+
+    over: `clip`, all frames at once; `chunks`, each chunk after its past; `committed`, all chunks
+    but the last. times: passes of one sample, on average. rows: how many of them are made at once.
+    """
+
+    name: str
+    role: str
+    over: Literal["clip", "chunks", "committed"]
+    times: float = 1.0
+    rows: int = 1
+    gradient: bool = False
+
+
+class Stage:
+    """What a config, the data set, `--dry-run` and the report ask of a stage."""
+
+    name: ClassVar[str]
+    sections: ClassVar[Mapping[str, type]]  # its own settings, by their name in a config
+    needs_clips: ClassVar[bool] = True  # else captions without clips will do
+    has_guards: ClassVar[bool] = False  # whether guards watch the student's samples
+    # whether it goes on from a finished student, which the report then shows beside its own
+    continues_student: ClassVar[bool] = False
+    makes: ClassVar[Literal["teacher", "causal_student", "shards"]] = "causal_student"
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        """Raise ConfigError for settings that do not go together in this stage."""
+
+    @classmethod
+    def starts(cls, config: Config) -> dict[str, Start]:
+        """What each network starts from, by role."""
+        return {"student": student_start(config)}
+
+    @classmethod
+    def needs_noise(cls, config: Config) -> str:
+        """The setting that needs noise stored with the clips; empty where none does."""
+        return ""
+
+    @classmethod
+    def passes(cls, config: Config) -> dict[str, list[Pass]]:
+        """The network calls of one sample in one update, by turn."""
+        return {"student": [Pass("with gradient", "student", "clip", gradient=True)]}
+
+    @classmethod
+    def updates(cls, config: Config) -> dict[str, int]:
+        """How many updates each turn makes in the whole run."""
+        return {"student": config.run.student_updates}
+
+    @classmethod
+    def num_items(cls, config: Config, num_samples: int) -> int:
+        """How many samples a stage without updates goes through, of `num_samples` in the shards."""
+        return num_samples
+
+    @classmethod
+    def about(cls, config: Config) -> str:
+        """How it trains, in a few words for the report."""
+        return f"stage {cls.name}"
+
+    @classmethod
+    def describe(cls, config: Config) -> Iterator[tuple[str, str]]:
+        """(name, text) of what `--dry-run` says about this stage alone."""
+        return iter(())
+
+
+class TrainingStage(Stage, ABC):
+    """A stage that trains networks, built from a config for one run.
+
+    trained: the network that each turn updates; `student` is always among them.
+    """
 
     trained: dict[str, nn.Module]
-    fake_per_student: int
+    fake_per_student: int = 0
 
-    def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss: ...
+    @classmethod
+    @abstractmethod
+    def build(
+        cls, config: Config, networks: Mapping[str, nn.Module], negative: Tensor | None
+    ) -> Self:
+        """networks: by role. negative: [L, D_text], the text of no caption; None is zeros."""
+
+    @abstractmethod
+    def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
+        """The loss of one micro-batch for the network of this turn."""
+
+
+class ShardStage(Stage, ABC):
+    """A stage that trains nothing and writes shards."""
+
+    makes = "shards"
+
+    @classmethod
+    @abstractmethod
+    def make_shards(
+        cls,
+        config: Config,
+        networks: Mapping[str, nn.Module],
+        fingerprints: Mapping[str, str],
+        reader: ShardReader,
+        resume: bool,
+    ) -> str:
+        """Write the shards and return one line about them. fingerprints: of the networks."""
+
+
+STAGES: dict[str, type[Stage]] = {}
+"""Every stage by the name that `run.stage` gives it."""
+
+
+def register(stage: type[Stage]) -> type[Stage]:
+    """Make a stage known; a class decorator."""
+    STAGES[stage.name] = stage
+    return stage
+
+
+def stage_of(config: Config) -> type[Stage]:
+    """The stage of a config. Raises ConfigError for an unknown one."""
+    require(
+        config.run.stage in STAGES,
+        f"run.stage is {config.run.stage!r}; use one of {', '.join(sorted(STAGES))}",
+    )
+    return STAGES[config.run.stage]
+
+
+def student_start(config: Config) -> Start:
+    """The student's weights, or the teacher's where it has none of its own."""
+    weights = config.weights
+    if weights.student:
+        return Start(weights.student, weights.student_entry, weights.head_dim)
+    return teacher_start(config)
+
+
+def teacher_start(config: Config) -> Start:
+    weights = config.weights
+    return Start(weights.teacher, weights.teacher_entry, weights.head_dim)
+
+
+def require_teacher(config: Config) -> None:
+    require(
+        bool(config.weights.teacher),
+        f"run.stage is {config.run.stage} but weights.teacher is empty: name the teacher's weights",
+    )
+
+
+def chunks_of(config: Config) -> Chunks:
+    """The chunks of a training clip."""
+    return plan_chunks(config.rollout.frames, config.rollout.chunk_frames)
+
+
+def ladder_of(config: Config) -> tuple[float, ...]:
+    """The ladder's sigmas."""
+    return few_step_ladder(tuple(config.rollout.ladder), config.rollout.shift)
+
+
+def cache_sizes(config: Config) -> dict[str, Any]:
+    """Sink and window as `KVCache` takes them."""
+    return {"sink": config.rollout.sink, "window": config.rollout.window or None}
 
 
 def drop_text(

@@ -2,31 +2,94 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from selfforcing_dfd import forcing
+from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.flow import shift_sigma
-from selfforcing_dfd.forcing import Forcing, Pair
+from selfforcing_dfd.forcing import PAIRINGS, Forcing, Pair
 from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import Chunks, Rollout, replay, rollout
-from selfforcing_dfd.stages.base import StageLoss, no_text
+from selfforcing_dfd.stages.base import (
+    Pass,
+    StageLoss,
+    Start,
+    TrainingStage,
+    cache_sizes,
+    chunks_of,
+    ladder_of,
+    no_text,
+    register,
+    require_teacher,
+    student_start,
+    teacher_start,
+)
+
+PAIRINGS_IN_WORDS = {
+    "caption": "the real clip shares the caption and nothing else, as in the paper",
+    "assignment": "real clips of the same caption, each given to the nearest sample",
+    "inversion": "the real clip's own noise",
+    "prefix": "the first chunk from the real clip's noise, later ones after its real past",
+}
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class ScoreConfig:
+    """Where teacher and fake score are compared, and how often each network learns."""
+
+    # uncond + w (cond - uncond); 1 is off. Self-Forcing's 3.0 is 4.0 here
+    guidance: float = ranged(4.0, 0, 1000)
+    shift: float = ranged(5.0, 0, 1000, above=True)
+    sigma_min: float = ranged(0.02, 0, 1, above=True)
+    sigma_max: float = ranged(0.98, 0, 1, above=True)
+    min_normaliser: float = ranged(1e-3, 0, 1000, above=True)
+    fake_per_student: int = ranged(5, 1, 10_000)  # fake-score updates for each student update
+
+    def __post_init__(self) -> None:
+        require(
+            self.sigma_min < self.sigma_max,
+            f"score.sigma_min is {self.sigma_min} and score.sigma_max {self.sigma_max}; "
+            "the first must be smaller",
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class DFDConfig:
+    """Which rows of a batch ask the teacher about a real video (arXiv 2606.18478, Eq. 9-10)."""
+
+    p: float = ranged(0.5, 0, 1)  # probability that a row is tied to a real clip
+    # probability at the first student update; it goes linearly to p
+    p_start: float = ranged(0.5, 0, 1)
+    # student updates until p is reached; 0 is constant p
+    ramp_updates: int = ranged(0, 0, 10_000_000)
+    granularity: Literal["update", "micro", "sample"] = "update"  # what shares one coin
+    pairing: Literal["caption", "assignment", "inversion", "prefix"] = "caption"
+    # noise levels at which a tied row is anchored; at others it is trained by DMD
+    sigma_range: tuple[float, float] = ranged((0.0, 1.0), 0, 1)
+
+    def __post_init__(self) -> None:
+        low, high = self.sigma_range
+        require(low < high, f"dfd.sigma_range is [{low}, {high}]; the first must be smaller")
 
 
 @dataclass(slots=True)
-class MatchingStage:
+class MatchingStage(TrainingStage):
     """DMD, or DFD in the rows that `forcing` picks.
 
     The fake score learns by flow matching on the student's own samples, `fake_per_student` times
     for each student update. coin_shared_by: what shares one data-forcing coin. negative:
     [L, D_text], the text of guidance's unconditional half; None is zeros.
     """
+
+    has_guards = True
 
     trained: dict[str, nn.Module]
     teacher: nn.Module
@@ -43,6 +106,80 @@ class MatchingStage:
     sink: int = 0
     window: int | None = None
     negative: Tensor | None = None
+
+    @classmethod
+    def build(
+        cls, config: Config, networks: Mapping[str, nn.Module], negative: Tensor | None
+    ) -> Self:
+        score = config.of(ScoreConfig)
+        return cls(
+            trained={"student": networks["student"], "fake": networks["fake"]},
+            teacher=networks["teacher"],
+            chunks=chunks_of(config),
+            ladder=ladder_of(config),
+            guidance=score.guidance,
+            shift=score.shift,
+            sigma_min=score.sigma_min,
+            sigma_max=score.sigma_max,
+            min_normaliser=score.min_normaliser,
+            fake_per_student=score.fake_per_student,
+            negative=negative,
+            **cls.forcing_settings(config),
+            **cache_sizes(config),
+        )
+
+    @classmethod
+    def forcing_settings(cls, config: Config) -> dict[str, Any]:
+        """`forcing` and `coin_shared_by`; none for DMD."""
+        return {}
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        require_teacher(config)
+
+    @classmethod
+    def starts(cls, config: Config) -> dict[str, Start]:
+        weights, teacher = config.weights, teacher_start(config)
+        fake = teacher
+        if weights.fake:
+            fake = Start(weights.fake, weights.fake_entry, weights.head_dim)
+        return {"student": student_start(config), "fake": fake, "teacher": teacher}
+
+    @classmethod
+    def passes(cls, config: Config) -> dict[str, list[Pass]]:
+        # exit steps are drawn evenly, so half of the ladder and half a step on average
+        steps = (len(config.rollout.ladder) + 1) / 2
+        guided = 1 if config.of(ScoreConfig).guidance == 1 else 2
+        roll_out = [
+            Pass("rollout", "student", "chunks", steps),
+            Pass("commits", "student", "committed"),
+        ]
+        return {
+            "student": [
+                *roll_out,
+                Pass("replay with gradient", "student", "chunks", gradient=True),
+                Pass("fake score", "fake", "clip"),
+                Pass("teacher", "teacher", "clip", guided, rows=guided),
+            ],
+            "fake": [*roll_out, Pass("with gradient", "fake", "clip", gradient=True)],
+        }
+
+    @classmethod
+    def updates(cls, config: Config) -> dict[str, int]:
+        student = config.run.student_updates
+        return {"student": student, "fake": student * config.of(ScoreConfig).fake_per_student}
+
+    @classmethod
+    def describe(cls, config: Config) -> Iterator[tuple[str, str]]:
+        ladder = ", ".join(f"{sigma:.4g}" for sigma in ladder_of(config))
+        guidance = config.of(ScoreConfig).guidance
+        yield "ladder", f"sigma {ladder}; teacher guided by {guidance:g}"
+        yield from cls.describe_forcing(config)
+
+    @classmethod
+    def describe_forcing(cls, config: Config) -> Iterator[tuple[str, str]]:
+        """What `describe` adds about data forcing; nothing for DMD."""
+        return iter(())
 
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         if turn == "fake":
@@ -105,6 +242,69 @@ class MatchingStage:
         noise = draw.normal("score", latents.shape[1:], latents)
         sigma = score_sigma(draw.uniform("sigma"), self.shift, self.sigma_min, self.sigma_max)
         return noise, sigma.to(latents)
+
+
+@register
+@dataclass(slots=True)
+class DMDStage(MatchingStage):
+    """Distribution matching on the student's own samples. Captions without clips will do."""
+
+    name = "dmd"
+    sections = {"score": ScoreConfig}
+    needs_clips = False
+
+    @classmethod
+    def about(cls, config: Config) -> str:
+        return "DMD alone, without data forcing"
+
+
+@register
+@dataclass(slots=True)
+class DFDStage(MatchingStage):
+    """Distribution matching with real clips as anchors."""
+
+    name = "dfd"
+    continues_student = True
+    sections = {"score": ScoreConfig, "dfd": DFDConfig}
+
+    @classmethod
+    def forcing_settings(cls, config: Config) -> dict[str, Any]:
+        dfd = config.of(DFDConfig)
+        low, high = dfd.sigma_range
+        pairing = PAIRINGS[dfd.pairing]
+        return {
+            "forcing": Forcing(pairing, dfd.p, dfd.p_start, dfd.ramp_updates, (low, high)),
+            "coin_shared_by": dfd.granularity,
+        }
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        require_teacher(config)
+        assigned = PAIRINGS[config.of(DFDConfig).pairing].assigned
+        require(
+            not assigned or config.batch.group > 1,
+            "dfd.pairing is assignment but batch.group is 1: one sample has one possible partner; "
+            "use batch.group=8",
+        )
+
+    @classmethod
+    def needs_noise(cls, config: Config) -> str:
+        pairing = config.of(DFDConfig).pairing
+        return "" if PAIRINGS[pairing].stored_noise == "none" else f"dfd.pairing is {pairing}"
+
+    @classmethod
+    def about(cls, config: Config) -> str:
+        pairing = config.of(DFDConfig).pairing
+        return f"data forcing, pairing {pairing}: {PAIRINGS_IN_WORDS[pairing]}"
+
+    @classmethod
+    def describe_forcing(cls, config: Config) -> Iterator[tuple[str, str]]:
+        dfd = config.of(DFDConfig)
+        low, high = dfd.sigma_range
+        yield (
+            "data rows",
+            f"p {dfd.p:g} a {dfd.granularity}, pairing {dfd.pairing}, sigma {low:g} to {high:g}",
+        )
 
 
 def score_sigma(u: Tensor, shift: float, low: float, high: float) -> Tensor:

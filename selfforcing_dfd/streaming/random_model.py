@@ -12,6 +12,7 @@ from selfforcing_dfd.codecs.prompts import MAX_LENGTH
 from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE, WanCodec
 from selfforcing_dfd.common import find_device
 from selfforcing_dfd.models.identity import SELF_FORCING
+from selfforcing_dfd.models.sizes import PUBLISHED_SIZES
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.streaming.load import TINY_STUDENT, default_dtype, latent_size, tiny_codec_file
 from selfforcing_dfd.streaming.parts import LoadError
@@ -21,11 +22,6 @@ from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE
 from selfforcing_dfd.weights.read import describe
 
-PUBLISHED_SIZES: dict[str, dict[str, int]] = {
-    "wan1.3b": {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960},
-    "wan14b": {"num_attention_heads": 40, "num_layers": 40, "ffn_dim": 13824},
-}
-"""Sizes of Wan2.1-T2V (arXiv 2503.20314, table 2); the others are WanTransformer's defaults."""
 SIZES = ("tiny", *PUBLISHED_SIZES)
 
 

@@ -2,53 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from selfforcing_dfd.config import Config, ConfigError, find_file
+from selfforcing_dfd.config import Config, find_file, require
 from selfforcing_dfd.data.shards import SampleOrder, ShardReader
+from selfforcing_dfd.stages import STAGES, stage_of
 
 BASIS = "assets/tiny/codec.safetensors"
-NEED_NO_CLIPS = ("pairs", "dmd")
-"""Stages that ask data for captions only."""
-
-
-def noise_wish(config: Config) -> str:
-    """The setting that needs noise stored with the clips; empty where none does."""
-    if config.run.stage == "dfd" and config.dfd.pairing in ("inversion", "prefix"):
-        return f"dfd.pairing is {config.dfd.pairing}"
-    if config.run.stage == "init" and (config.flow.paired, config.flow.levels) != ("first", "any"):
-        return f"flow.paired is {config.flow.paired} and flow.levels {config.flow.levels}"
-    return ""
 
 
 def build_reader(config: Config) -> ShardReader:
-    """The data set; refuses latents, text or missing noise that do not fit the configured model,
-    clip length and pairing.
-    """
-    reader = ShardReader(Path(config.data.shards))
-    if not reader.has_clips and config.run.stage not in NEED_NO_CLIPS:
-        raise ConfigError(
-            f"run.stage is {config.run.stage}, but {config.data.shards} holds prompts without clips, which do for "
-            f"{' and '.join(NEED_NO_CLIPS)}; write shards of clips with `python -m selfforcing_dfd pack`"
-        )
-    wish = noise_wish(config)
-    if wish and not reader.has_noise:
-        raise ConfigError(
-            f"{wish}, but {config.data.shards} holds no noise: add it with "
-            f"`python -m selfforcing_dfd invert {config.data.shards} --config CONFIG`, or change that setting"
-        )
-    wanted = (config.rollout.frames, config.model.channels)
-    if tuple(reader.index.latent_shape[:2]) != wanted:
-        raise ConfigError(
-            f"{config.data.shards} holds latents {tuple(reader.index.latent_shape)} [F, C, H, W], but rollout.frames is "
-            f"{wanted[0]} and model.channels is {wanted[1]}; change these or pack the clips again"
-        )
-    if reader.index.text_shape[1] != config.model.text_dim:
-        raise ConfigError(
-            f"{config.data.shards} holds text of width {reader.index.text_shape[1]}, but model.text_dim is "
-            f"{config.model.text_dim}; use model.text_dim={reader.index.text_shape[1]} or pack with another text encoder"
-        )
+    """The data set. Raises ConfigError for clips, text or noise that do not fit the settings."""
+    reader, shards = ShardReader(Path(config.data.shards)), config.data.shards
+    stage = stage_of(config)
+    captions_do = [known.name for known in STAGES.values() if not known.needs_clips]
+    require(
+        reader.has_clips or not stage.needs_clips,
+        f"run.stage is {stage.name}, but {shards} holds prompts without clips, which do for "
+        f"{' and '.join(captions_do)}; write shards of clips with `selfforcing-dfd pack`",
+    )
+    setting = stage.needs_noise(config)
+    require(
+        reader.has_noise or not setting,
+        f"{setting}, but {shards} holds no noise: add it with "
+        f"`selfforcing-dfd invert {shards} --config CONFIG`, or change that setting",
+    )
     return reader
+
+
+def check_shapes(config: Config, reader: ShardReader, network: Mapping[str, Any]) -> None:
+    """ConfigError for latents or text of another shape than the network's; network: its config."""
+    shards, index = config.data.shards, reader.index
+    wanted = (config.rollout.frames, network["in_channels"])
+    require(
+        tuple(index.latent_shape[:2]) == wanted,
+        f"{shards} holds latents {tuple(index.latent_shape)} [F, C, H, W], but rollout.frames is "
+        f"{wanted[0]} and the network has {wanted[1]} channels; change these or pack the clips "
+        "again",
+    )
+    require(
+        index.text_shape[1] == network["text_dim"],
+        f"{shards} holds text of width {index.text_shape[1]}, but the network's text width is "
+        f"{network['text_dim']}; pack with the text encoder that belongs to the weights",
+    )
 
 
 def codec_file(config: Config) -> Path:

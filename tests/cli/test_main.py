@@ -12,7 +12,8 @@ import pytest
 import selfforcing_dfd
 from selfforcing_dfd.cli.main import COMMANDS, GROUPS, main, name_of, parse, parser_of
 from selfforcing_dfd.common import EXIT_USER_ERROR, UserError, shipped
-from selfforcing_dfd.config import ConfigError, load_config
+from selfforcing_dfd.config import ConfigError
+from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.training.plan import plan
 
 ROOT = Path(__file__).parents[2]

@@ -10,18 +10,18 @@ import av
 import imageio.v2 as imageio
 import pytest
 from test_page import parsed
-from tiny_models import fill_weights
+from tiny_models import fill_weights, save_network
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.config import Config, ConfigError, change, load_config
+from selfforcing_dfd.config import Config, ConfigError, NetworkConfig, change
 from selfforcing_dfd.evaluation.report import sample_videos, write_report
 from selfforcing_dfd.evaluation.showcase import write_showcase
 from selfforcing_dfd.evaluation.sources import sources
 from selfforcing_dfd.evaluation.worlds import TINY
+from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.training.build import build_network
-from selfforcing_dfd.weights.tensors import save_weights
 
-SIZES = "{num_heads: 2, head_dim: 16, num_layers: 2, ffn_dim: 48, freq_dim: 32}"
+SIZES = NetworkConfig(num_heads=2, head_dim=16, num_layers=2, ffn_dim=48, freq_dim=32)
 
 
 def config_of(folder: Path, *overrides: str) -> Config:
@@ -31,7 +31,6 @@ def config_of(folder: Path, *overrides: str) -> Config:
     """
     text = f"""
     run: {{name: demo, stage: dfd, out: {folder}/runs, device: cpu}}
-    model: {SIZES}
     rollout: {{frames: 6, ladder: [1000, 500]}}
     weights: {{student: {folder}/student.safetensors, teacher: {folder}/teacher.safetensors}}
     data: {{shards: {folder}/none, tiny: {{clips: 8}}}}
@@ -43,11 +42,11 @@ def config_of(folder: Path, *overrides: str) -> Config:
     arms = folder / "runs" / "demo"
     files = [folder / f"{role}.safetensors" for role in ("student", "teacher")]
     files += [arms / name / "student.safetensors" for name in ("control", "twin", "caption")]
-    network = build_network(config.model)
+    network = build_network(SIZES)
     for path in files:
         path.parent.mkdir(parents=True, exist_ok=True)
         fill_weights(network, seed=1 if "caption" in path.parts[-2] else 0)
-        save_weights(path, network, {})
+        save_network(path, network)
     line = {"kind": "student", "student_update": 1, "loss": 0.5, "contrast_ratio": 0.9}
     (arms / "twin" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     return config

@@ -10,11 +10,11 @@ import av
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
-from tiny_models import fill_weights
+from tiny_models import fill_weights, save_network
 
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.config import Config, ConfigError, load_config
+from selfforcing_dfd.config import Config, ConfigError, NetworkConfig
 from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.files import FileSource
@@ -23,10 +23,10 @@ from selfforcing_dfd.evaluation.report import sample_videos, write_report
 from selfforcing_dfd.evaluation.video_world import clip_statistics
 from selfforcing_dfd.evaluation.worlds import TINY, VIDEO, world_of
 from selfforcing_dfd.rng import generator
+from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, draw_factors, render, write_clips
 from selfforcing_dfd.training.build import build_network
-from selfforcing_dfd.weights.tensors import save_weights
 
 BASIS = Path(__file__).parents[2] / "assets" / "tiny" / "codec.safetensors"
 CLIPS = 4
@@ -47,10 +47,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+SIZES = NetworkConfig(num_heads=2, head_dim=16, num_layers=1, ffn_dim=32, freq_dim=32)
+
+
 def config_of(folder: Path, *overrides: str) -> Config:
     text = f"""
     run: {{name: demo, stage: dmd, out: {folder}/runs, device: cpu}}
-    model: {{num_heads: 2, head_dim: 16, num_layers: 1, ffn_dim: 32, freq_dim: 32}}
     rollout: {{frames: {FRAMES}, ladder: [1000, 500]}}
     weights: {{teacher: {folder}/teacher.safetensors}}
     data: {{shards: {folder}/shards}}
@@ -58,11 +60,11 @@ def config_of(folder: Path, *overrides: str) -> Config:
     """
     (folder / "demo.yaml").write_text(text)
     config = load_config(str(folder / "demo.yaml"), overrides)
-    network = build_network(config.model)
+    network = build_network(SIZES)
     fill_weights(network, seed=0)
     for path in ("teacher.safetensors", "runs/demo/student.safetensors"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        save_weights(folder / path, network, {})
+        save_network(folder / path, network)
     return config
 
 

@@ -87,8 +87,10 @@ def test_pairs_of_every_chunk_where_the_noise_was_found_after_the_past():
     assert batch.noise is not None
     later = batch.noise.clone()
     later[:, CHUNKS[0].frames :] += 1
-    for num_paired in (1, len(CHUNKS)):
-        stage = InitStage({"student": tiny_network()}, CHUNKS, 3.0, 0.0, num_paired=num_paired)
+    for num_stored_noise in (1, len(CHUNKS)):
+        stage = InitStage(
+            {"student": tiny_network()}, CHUNKS, 3.0, 0.0, num_stored_noise=num_stored_noise
+        )
         losses.append(
             [
                 stage.loss("student", replace(batch, noise=n), draw(), 0).loss

@@ -16,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from selfforcing_dfd.models.hub import HubError
 from selfforcing_dfd.models.identity import Identity, Recipe, TrainingData, recipe_of
+from selfforcing_dfd.models.sizes import PUBLISHED_SIZES
 from selfforcing_dfd.streaming.load import load_settings, load_stream_model
 from selfforcing_dfd.streaming.parts import LoadError
-from selfforcing_dfd.streaming.random_model import PUBLISHED_SIZES, random_stream_model
+from selfforcing_dfd.streaming.random_model import random_stream_model
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.world import draw_factors, render
 from selfforcing_dfd.weights.read import describe

@@ -9,21 +9,17 @@ from pathlib import Path
 import pytest
 
 from selfforcing_dfd.common import shipped
-from selfforcing_dfd.config import Config, ModelConfig, load_config
+from selfforcing_dfd.config import Config, NetworkConfig
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
 from selfforcing_dfd.ode import invert
+from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.training.build import build_network
-from selfforcing_dfd.weights.tensors import save_weights
-from tests.tiny_models import fill_weights
+from tests.tiny_models import fill_weights, save_network
 
-MODEL = ModelConfig(num_heads=2, head_dim=8, num_layers=1, ffn_dim=32, freq_dim=16)
-SMALL = [
-    f"model.{name}={value}"
-    for name, value in asdict(MODEL).items()
-    if name != "gradient_checkpointing"
-]
+MODEL = NetworkConfig(num_heads=2, head_dim=8, num_layers=1, ffn_dim=32, freq_dim=16)
+SMALL = [f"network.{name}={value}" for name, value in asdict(MODEL).items()]
 
 
 @pytest.fixture(scope="session")
@@ -34,7 +30,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     teacher = build_network(MODEL)
     fill_weights(teacher, seed=1)
-    save_weights(folder / "teacher.safetensors", teacher)
+    save_network(folder / "teacher.safetensors", teacher)
     basis = shipped("assets/tiny/codec.safetensors")
     make_tiny_shards(folder / "shards", 24, 0, "short", 9, basis)
     store_noise(

@@ -14,51 +14,30 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from selfforcing_dfd.config import BatchConfig, Config, ModelConfig, RolloutConfig, load_config
+from selfforcing_dfd.config import BatchConfig, Config, NetworkConfig, RolloutConfig
 from selfforcing_dfd.context import Conditioning
-from selfforcing_dfd.cost import network_flops, peak_tflops
 from selfforcing_dfd.data.shards import Batch
-from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.rng import Draw
-from selfforcing_dfd.streaming.random_model import network_sizes
-from selfforcing_dfd.training.build import build_network, build_stage, shape_of
+from selfforcing_dfd.stages import load_config
+from selfforcing_dfd.training.build import build_network, training_stage_of
 from selfforcing_dfd.training.estimate import (
     GPUS,
     Clip,
+    Estimate,
+    clip_flops,
     clip_of,
-    estimate_memory,
-    fake_flops,
     fewest_gpus,
-    forward_flops,
     gpu_hours,
-    kv_bytes,
     num_parameters,
-    run_flops,
     saved_bytes,
-    student_flops,
 )
 from selfforcing_dfd.training.precision import compute_in
 
-
-def published(size: str) -> ModelConfig:
-    """The section `model` of a recipe for a published model."""
-    with torch.device("meta"):
-        config = WanTransformer(**network_sizes(size)).config
-    return ModelConfig(
-        num_heads=config["num_attention_heads"],
-        head_dim=config["attention_head_dim"],
-        num_layers=config["num_layers"],
-        ffn_dim=config["ffn_dim"],
-        text_dim=config["text_dim"],
-        gradient_checkpointing=True,
-        compute="bfloat16",
-    )
-
-
-WAN = published("wan1.3b")
-WAN_14B = published("wan14b")
+# Wan2.1, arXiv 2503.20314, table 2
+WAN = NetworkConfig(num_heads=12, head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096)
+WAN_14B = NetworkConfig(num_heads=40, head_dim=128, num_layers=40, ffn_dim=13824, text_dim=4096)
 LATENT_SIZE, TEXT_TOKENS = (60, 104), 512
-SMALL = ModelConfig(
+SMALL = NetworkConfig(
     num_heads=2, head_dim=16, num_layers=2, ffn_dim=48, channels=4, text_dim=12, freq_dim=32
 )
 
@@ -72,14 +51,20 @@ def wan_clip(config: Config) -> Clip:
     return clip_of(config, LATENT_SIZE, TEXT_TOKENS)
 
 
+def estimate(
+    config: Config, size: NetworkConfig = WAN, teacher: NetworkConfig | None = None
+) -> Estimate:
+    """Of a matching stage at 480x832."""
+    sizes = {"student": size, "fake": size, "teacher": teacher or size}
+    return Estimate(config, wan_clip(config), sizes)
+
+
 def test_parameters_are_those_of_the_published_models():
     """Catches a size in a recipe that is not Wan's: 1,418,996,800 and 14,288,491,584 are counted
     from its checkpoints.
     """
     assert num_parameters(WAN) == 1_418_996_800
     assert num_parameters(WAN_14B) == 14_288_491_584
-    assert recipe().model == WAN
-    assert load_config("wan14b/dmd_ar.yaml").model == WAN_14B
 
 
 def test_a_whole_clip_by_hand():
@@ -89,38 +74,25 @@ def test_a_whole_clip_by_hand():
     2 x 32760 x (6 x 1536^2 + 2 x 1536 x 8960) x 30 = 81.93; 4 x 32760^2 x 1536 x 30 = 197.82; text
     .04 + 3.09; ends .01.
     """
-    clip = wan_clip(recipe()).whole
+    clip = wan_clip(recipe()).over("clip")
     assert clip.tokens == 32_760
-    assert forward_flops(WAN, clip) / 1e12 == pytest.approx(
-        81.93 + 197.82 + 3.09 + 0.15 + 0.01, abs=0.02
-    )
+    by_hand = 81.93 + 197.82 + 3.09 + 0.15 + 0.01
+    assert clip_flops(WAN, clip, False, False) / 1e12 == pytest.approx(by_hand, abs=0.02)
 
 
 def test_chunks_see_their_past_and_themselves():
-    """Catches attention counted over the whole clip, or a window that counts the chunk twice.
+    """Catches attention over the whole clip, or a window that counts the sink or the chunk twice.
 
-    Seven chunks of 3: 3 x (3 + 6 + ... + 21) = 252 of 441 pairs of latent frames; a window of 9
-    leaves 3 x (3 + 6 + 9 x 5).
+    Seven chunks of 3 see 0, 3, ... 18 latent frames; with a window of 9, or of 6 beside a sink of
+    3, at most 6.
     """
     config = recipe()
     clip = wan_clip(config)
-    assert (clip.pairs, clip.whole.pairs) == (252 * 1560**2, 441 * 1560**2)
+    assert (clip.past, clip.over("clip").past) == ((0, 3, 6, 9, 12, 15, 18), (0,))
     window = replace(config, rollout=replace(config.rollout, window=9))
-    assert wan_clip(window).pairs == 3 * (3 + 6 + 9 * 5) * 1560**2
-
-
-def test_streaming_counts_the_same():
-    """Catches two packages' arithmetic drifting apart: a chunk that sees 21 frames, text included,
-    in both.
-    """
-    clip = Clip((3,), (18,), 30 * 52, TEXT_TOKENS)
-    student = shape_of(WAN)
-    own = network_flops(student, 1, (3,), LATENT_SIZE, TEXT_TOKENS, (18,))
-    # a time embedding for each latent frame here, one for all of them there
-    assert forward_flops(WAN, clip) == pytest.approx(own, rel=1e-4)
-    assert {gpu.name: gpu.tflops for gpu in GPUS} == {
-        gpu.name: peak_tflops(gpu.name) for gpu in GPUS
-    }
+    assert wan_clip(window).past == (0, 3, 6, 6, 6, 6, 6)
+    sink = replace(config, rollout=replace(config.rollout, window=6, sink=3))
+    assert wan_clip(sink).past == wan_clip(window).past
 
 
 def counted(config: Config, turn: str, rows: int = 2) -> tuple[int, Clip]:
@@ -135,9 +107,9 @@ def counted(config: Config, turn: str, rows: int = 2) -> tuple[int, Clip]:
     batch = Batch(batch.latents.float(), batch.text.float(), batch.captions, batch.keys, None)
     # torch counts it as products only
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        build_stage(config, networks).loss(
-            turn, batch, Draw(0, 0, 0, tuple(range(rows))), 0
-        ).loss.backward()
+        stage = training_stage_of(config).build(config, networks, None)
+        draw = Draw(0, 0, 0, tuple(range(rows)))
+        stage.loss(turn, batch, draw, 0).loss.backward()
     clip = clip_of(config, (batch.latents.shape[3], batch.latents.shape[4]), TEXT_LENGTH)
     return counter.get_total_flops() // rows, clip
 
@@ -156,13 +128,11 @@ def test_operations_are_those_that_run(stage: str, turn: str):
     """
     config = load_config("dfd_ar.yaml", [f"run.stage={stage}"])
     config = replace(
-        config,
-        model=SMALL,
-        arms={},
-        rollout=RolloutConfig(frames=6, chunk_frames=2, ladder=(1000.0,)),
+        config, arms={}, rollout=RolloutConfig(frames=6, chunk_frames=2, ladder=(1000.0,))
     )
     number, clip = counted(config, turn)
-    parts = student_flops(config, clip) if turn == "student" else fake_flops(config, clip)
+    sizes = dict.fromkeys(("student", "fake", "teacher"), SMALL)
+    parts = Estimate(config, clip, sizes).turn_flops(turn)
     assert number == pytest.approx(sum(parts.values()), rel=0.015)
 
 
@@ -177,7 +147,8 @@ def test_operations_are_the_published_estimates():
     """
     config = recipe()
     clip = wan_clip(config)
-    student, fake = student_flops(config, clip), fake_flops(config, clip)
+    of_student = estimate(config).turn_flops("student")
+    of_fake = estimate(config).turn_flops("fake")
     wanted = {
         "whole": 283,
         "14B": 1678,
@@ -187,12 +158,12 @@ def test_operations_are_the_published_estimates():
         "fake": 1826 - 40,
     }
     found = {
-        "whole": forward_flops(WAN, clip.whole),
-        "14B": forward_flops(WAN_14B, clip.whole),
-        "causal": forward_flops(WAN, clip),
-        "rollout": student["rollout"],
-        "student": sum(student.values()),
-        "fake": sum(fake.values()),
+        "whole": clip_flops(WAN, clip.over("clip"), False, False),
+        "14B": clip_flops(WAN_14B, clip.over("clip"), False, False),
+        "causal": clip_flops(WAN, clip, False, False),
+        "rollout": of_student["rollout"] + of_student["commits"],
+        "student": sum(of_student.values()),
+        "fake": sum(of_fake.values()),
     }
     assert {name: flops / 1e12 for name, flops in found.items()} == pytest.approx(wanted, rel=0.005)
 
@@ -204,20 +175,20 @@ def test_gpu_hours_are_the_published_ones():
     Self-Forcing's README: under 2 hours on 64 H100, from which the utilisation is taken.
     """
     dfd, dmd = recipe(), load_config("wan1.3b/dmd_ar.yaml")
-    assert gpu_hours(run_flops(dfd, wan_clip(dfd)), GPUS[0]) == pytest.approx(27, rel=0.02)
-    assert gpu_hours(run_flops(dmd, wan_clip(dmd)), GPUS[0]) == pytest.approx(128, rel=0.05)
+    assert gpu_hours(estimate(dfd).run_flops(), GPUS[0]) == pytest.approx(27, rel=0.02)
+    flops = estimate(dmd, teacher=WAN_14B).run_flops()
+    assert gpu_hours(flops, GPUS[0]) == pytest.approx(128, rel=0.05)
 
 
 @pytest.mark.parametrize(
     ("teacher", "gpus", "gigabytes"),
     [(None, 1, 64), (WAN_14B, 1, 90), (None, 8, 24), (WAN_14B, 8, 28)],
 )
-def test_memory_is_the_published_estimate(teacher: ModelConfig | None, gpus: int, gigabytes: int):
+def test_memory_is_the_published_estimate(teacher: NetworkConfig | None, gpus: int, gigabytes: int):
     """Catches a term that is lost or doubled: research/training.md 5.2, within a tenth ("about", it
     says).
     """
-    config = recipe(teacher_model=teacher)
-    memory = estimate_memory(config, wan_clip(config), gpus)
+    memory = estimate(recipe(), teacher=teacher).memory(gpus)
     assert memory.total / 1e9 == pytest.approx(gigabytes, rel=0.1), memory.lasting
 
 
@@ -225,11 +196,10 @@ def test_lasting_memory_by_hand():
     """Catches bytes a parameter: two networks and an average at 4, moments at 8 each, a teacher at
     2; a share on 4 GPUs.
     """
-    config = recipe()
     size = num_parameters(WAN)
-    memory = estimate_memory(config, wan_clip(config))
+    memory = estimate(recipe()).memory()
     assert sum(memory.lasting.values()) == (2 * 4 + 2 * 8 + 4 + 2) * size
-    shards = estimate_memory(config, wan_clip(config), 4).lasting
+    shards = estimate(recipe()).memory(4).lasting
     shared = {name: amount for name, amount in shards.items() if "gathered" not in name}
     assert sum(shared.values()) == pytest.approx((2 * 4 + 2 * 8 + 4 + 2) * size / 4, rel=1e-6)
 
@@ -238,9 +208,10 @@ def test_keys_and_values_of_a_clip():
     """Catches one of the two, or float32: 274 MiB a latent frame at 1.3B, 1,219 at 14B
     (research/selfforcing.md 1.1).
     """
-    frame = Clip((1,), (0,), 1560, TEXT_TOKENS)
-    assert kv_bytes(WAN, frame) / 2**20 == pytest.approx(274, abs=0.5)
-    assert kv_bytes(WAN_14B, frame) / 2**20 == pytest.approx(1219, abs=0.5)
+    frame = Clip((1,), (0,), LATENT_SIZE, TEXT_TOKENS)
+    sizes = estimate(recipe(), teacher=WAN_14B)
+    assert sizes.kv_bytes("student", frame) / 2**20 == pytest.approx(274, abs=0.5)
+    assert sizes.kv_bytes("teacher", frame) / 2**20 == pytest.approx(1219, abs=0.5)
 
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
@@ -251,18 +222,20 @@ def test_a_block_saves_what_is_estimated(compute: str):
     Between two sizes, so that what does not grow with the clip drops out. 6 %: a few values a token
     (norms' statistics).
     """
-    size = replace(SMALL, num_heads=4, head_dim=32, ffn_dim=512, num_layers=1, compute=compute)
-    found = [kept_by_block(size, side) for side in (8, 16)]
-    wanted = [saved_bytes(size, Clip((3,), (0,), side**2 // 4, TEXT_LENGTH)) for side in (8, 16)]
+    size = replace(SMALL, num_heads=4, head_dim=32, ffn_dim=512, num_layers=1)
+    width = 2 if compute == "bfloat16" else 4
+    found = [kept_by_block(size, side, compute) for side in (8, 16)]
+    clips = [Clip((3,), (0,), (side, side), TEXT_LENGTH) for side in (8, 16)]
+    wanted = [saved_bytes(size, clip, width) for clip in clips]
     assert found[1] - found[0] == pytest.approx(wanted[1] - wanted[0], rel=0.06)
 
 
-def kept_by_block(size: ModelConfig, side: int) -> int:
+def kept_by_block(size: NetworkConfig, side: int, compute: str) -> int:
     """Bytes of all tensors that the network's one block saves for its backward pass, weights and
     inputs left out.
     """
     network = build_network(size)
-    if size.compute == "bfloat16":
+    if compute == "bfloat16":
         compute_in(network, torch.bfloat16)
     kept: dict[int, tuple[int, Tensor]] = {}
     block = network.blocks[0]
@@ -288,14 +261,11 @@ def test_fewest_gpus_fit_and_half_of_them_do_not():
     """Catches a comparison the wrong way round; a 14B student fits no single GPU, and a 1.3B one
     fits 80 GB.
     """
-    config = recipe()
-    assert [fewest_gpus(config, wan_clip(config), gpu) for gpu in GPUS] == [1, 1, 1]
-    large = load_config("wan14b/dmd_ar.yaml")
-    fewest = fewest_gpus(large, wan_clip(large), GPUS[1])
+    assert [fewest_gpus(estimate(recipe()), gpu) for gpu in GPUS] == [1, 1, 1]
+    large = estimate(load_config("wan14b/dmd_ar.yaml"), WAN_14B)
+    fewest = fewest_gpus(large, GPUS[1])
     assert fewest is not None and fewest > 1
-    totals = [
-        estimate_memory(large, wan_clip(large), gpus).total / 1e9 for gpus in (fewest, fewest // 2)
-    ]
+    totals = [large.memory(gpus).total / 1e9 for gpus in (fewest, fewest // 2)]
     assert totals[0] <= GPUS[1].gigabytes < totals[1]
 
 
@@ -303,7 +273,7 @@ def test_more_rows_cost_more_memory_but_not_more_weights():
     """Catches activations that forget the micro-batch."""
     config = recipe()
     two = replace(config, batch=BatchConfig(size=64, micro=2))
-    before, after = (estimate_memory(each, wan_clip(config)) for each in (config, two))
+    before, after = (estimate(each).memory() for each in (config, two))
     assert before.lasting == after.lasting
     past = "keys and values of the past"
-    assert after.phases["scores"][past] == 2 * before.phases["scores"][past]
+    assert after.phases["teacher"][past] == 2 * before.phases["teacher"][past]

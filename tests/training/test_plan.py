@@ -11,8 +11,9 @@ import pytest
 from safetensors.torch import save_file
 
 from selfforcing_dfd.common import shipped
-from selfforcing_dfd.config import Config, load_config
+from selfforcing_dfd.config import Config
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
+from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.training.build import build_network
 from selfforcing_dfd.training.plan import plan
 
@@ -166,7 +167,7 @@ def test_planning_loads_no_weights(nowhere: Path) -> None:
     folder = nowhere / "weights" / "Wan2.1-T2V-14B-Diffusers"
     folder.mkdir(parents=True)
     save_file(
-        dict(build_network(load_config("dfd_ar.yaml").model).state_dict()),
+        dict(build_network(load_config("dfd_ar.yaml").network).state_dict()),
         folder / "model.safetensors",
     )
     assert "teacher 14,288,491,584" in table(load_config("wan1.3b/dmd_ar.yaml"))

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from safetensors.torch import load_file
 
 from selfforcing_dfd.cli.train import build_guards, run
 from selfforcing_dfd.common import shipped
-from selfforcing_dfd.config import Config, ConfigError, ModelConfig
+from selfforcing_dfd.config import Config, ConfigError, NetworkConfig
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.data.format import INDEX_NAME, Index
 from selfforcing_dfd.data.noise import store_noise
@@ -26,18 +25,16 @@ from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.files import FileSource
 from selfforcing_dfd.ode import sample
 from selfforcing_dfd.rng import normal
+from selfforcing_dfd.stages import pairs
+from selfforcing_dfd.stages.base import Start
 from selfforcing_dfd.stages.init import InitStage
 from selfforcing_dfd.stages.matching import MatchingStage
+from selfforcing_dfd.stages.pairs import PairsStage
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import write_clips
-from selfforcing_dfd.training.build import (
-    build_invert,
-    build_network,
-    build_trainer,
-    load_network,
-    run_folder,
-)
+from selfforcing_dfd.training.build import build_invert, build_network, build_trainer, load_start
+from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.tracking import read_metrics
 from tests.tiny_models import fill_weights
 from tests.training.conftest import MODEL
@@ -98,7 +95,7 @@ def test_weights_come_from_a_diffusers_folder(
     """Catches a format of models/weights.py that training cannot start from: folder and file give
     the same run.
     """
-    teacher = load_network(MODEL, str(world / "teacher.safetensors"))
+    teacher = load_start(Start(str(world / "teacher.safetensors")))
     teacher.save_pretrained(tmp_path / "diffusers")
     results = []
     for name, weights in (
@@ -128,7 +125,12 @@ def test_entries_choose_between_the_models_of_one_file(settings: Settings, tmp_p
     both = tmp_path / "model.pt"
     fake = [f"weights.fake={both}", "weights.fake_entry=critic"]
     trainer = build_trainer(
-        settings(f"weights.student={both}", "weights.student_entry=generator", *fake)
+        settings(
+            f"weights.student={both}",
+            "weights.student_entry=generator",
+            "weights.head_dim=8",
+            *fake,
+        )
     )
     for turn, entry in (("student", "generator"), ("fake", "critic")):
         own = trainer.learners[turn].network.get_parameter("patch_embedding.weight")
@@ -143,25 +145,32 @@ def wan_names(network: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def test_the_teacher_may_have_another_size(settings: Settings, tmp_path: Path) -> None:
     """Catches one size for all: Self-Forcing distils a 1.3B student from a 14B teacher."""
-    large = ModelConfig(num_heads=4, head_dim=8, num_layers=2, ffn_dim=48, freq_dim=16)
+    large = NetworkConfig(num_heads=4, head_dim=8, num_layers=2, ffn_dim=48, freq_dim=16)
     teacher, student = build_network(large), build_network(MODEL)
     fill_weights(teacher, 3)
     fill_weights(student, 4)
     teacher.save_pretrained(tmp_path / "teacher")
     student.save_pretrained(tmp_path / "student")
-    names = ("num_heads", "head_dim", "num_layers", "ffn_dim", "freq_dim")
-    sizes = [
-        f"teacher_model.{name}={value}" for name, value in asdict(large).items() if name in names
-    ]
     small = [f"weights.{role}={tmp_path / 'student'}" for role in ("student", "fake")]
-    config = settings(
-        f"weights.teacher={tmp_path / 'teacher'}", *sizes, *small, "run.student_updates=1"
-    )
+    config = settings(f"weights.teacher={tmp_path / 'teacher'}", *small, "run.student_updates=1")
     run(config)
     assert (run_folder(config) / "student.safetensors").is_file()
-    wrong = settings(f"weights.teacher={tmp_path / 'teacher'}", "run.name=wrong")
-    with pytest.raises(ConfigError, match="holds another model: settings want 1 layers of 2 heads"):
-        run(wrong)
+
+
+def test_networks_of_different_data_are_refused(settings: Settings, tmp_path: Path) -> None:
+    """Catches a teacher of another VAE or text encoder, whose answers would be nonsense."""
+    other = build_network(NetworkConfig(num_heads=2, head_dim=8, num_layers=1, text_dim=16))
+    other.save_pretrained(tmp_path / "other")
+    own = tmp_path / "own"
+    build_network(MODEL).save_pretrained(own)
+    with pytest.raises(ConfigError, match=r"see different data.*teacher \(16, 16\)"):
+        run(
+            settings(
+                f"weights.teacher={tmp_path / 'other'}",
+                f"weights.student={own}",
+                f"weights.fake={own}",
+            )
+        )
 
 
 @pytest.mark.parametrize("stage", ["init", "dmd", "dfd"])
@@ -248,7 +257,7 @@ def test_pairs_are_the_teachers_clips_with_their_noise(
         and source.negative is not None
         and torch.equal(made.negative, source.negative)
     )
-    teacher = load_network(MODEL, config.weights.teacher)
+    teacher = load_start(Start(config.weights.teacher))
     noise = normal(source.index.latent_shape, 0, "pairs", 5)[None]
     text, negative = Conditioning(source[5].text[None]), Conditioning(source.negative[None])
     latents = sample(teacher, noise, text, 2, 5.0, 6.0, negative)[0]
@@ -265,15 +274,13 @@ def test_interrupted_pairs_go_on(
     """Catches hours of the teacher's ODE lost to a kill: complete shards stay, and the end is that
     of an unbroken run.
     """
-    monkeypatch.setattr("selfforcing_dfd.cli.train.PAIRS_PER_SHARD", 4)
+    monkeypatch.setattr(PairsStage, "pairs_per_shard", 4)
     whole, parts = (
         pairs_config(settings, world / "shards", tmp_path / name, "pairs.num=12")
         for name in ("whole", "parts")
     )
     run(whole)
-    from selfforcing_dfd.cli import train as runner
-
-    original, calls = runner.pair_records, []
+    original, calls = pairs.make_pairs, []
 
     def failing(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -281,7 +288,7 @@ def test_interrupted_pairs_go_on(
             raise KeyboardInterrupt
         return original(*arguments)
 
-    monkeypatch.setattr(runner, "pair_records", failing)
+    monkeypatch.setattr(pairs, "make_pairs", failing)
     with pytest.raises(KeyboardInterrupt):
         run(parts)
     run(parts, resume=True)
@@ -303,13 +310,13 @@ def test_a_student_is_initialised_from_pairs(
     init = settings(
         "run.stage=init",
         "run.name=init",
-        "flow.levels=ladder",
+        "init.sigmas=ladder",
         f"data.shards={tmp_path / 'pairs'}",
         "run.student_updates=1",
     )
     stage = build_trainer(init).stage
     assert isinstance(stage, InitStage)
-    assert (len(stage.sigmas), stage.num_paired) == (4, 1)
+    assert (len(stage.sigmas), stage.num_stored_noise) == (4, 1)
     run(init)
     student = run_folder(init) / "student.safetensors"
     run(settings("run.stage=dmd", f"weights.student={student}", "run.student_updates=1"))
@@ -321,7 +328,7 @@ def test_causal_pairs_start_every_chunk(
     """Catches the bidirectional inversion behind flow.paired all: later chunks' noise must depend
     on the clean past.
     """
-    config = settings("run.stage=init", "flow.paired=all", f"data.shards={with_negative}")
+    config = settings("run.stage=init", "init.stored_noise=all", f"data.shards={with_negative}")
     by_chunks, whole = (build_invert(c, 2) for c in (config, settings("run.stage=init")))
     latents, text = (
         ShardReader(with_negative)[0].latents[None],
@@ -334,18 +341,18 @@ def test_causal_pairs_start_every_chunk(
     assert not torch.equal(whole(latents, text)[:, :6], whole(changed, text)[:, :6])
     store_noise(with_negative, by_chunks, out=tmp_path / "noised", noise_fingerprint="causal")
     stage = build_trainer(
-        settings("run.stage=init", "flow.paired=all", f"data.shards={tmp_path / 'noised'}")
+        settings("run.stage=init", "init.stored_noise=all", f"data.shards={tmp_path / 'noised'}")
     ).stage
     assert isinstance(stage, InitStage)
-    assert stage.num_paired == 3
+    assert stage.num_stored_noise == 3
 
 
-@pytest.mark.parametrize("override", ["flow.paired=all", "flow.levels=ladder"])
+@pytest.mark.parametrize("override", ["init.stored_noise=all", "init.sigmas=ladder"])
 def test_pairs_need_noise(settings: Settings, with_negative: Path, override: str) -> None:
     """Catches a few-step initialisation that quietly is teacher forcing from fresh noise, whose few
     steps give a mean.
     """
-    with pytest.raises(ConfigError, match=r"flow\.paired is .* holds no noise"):
+    with pytest.raises(ConfigError, match=r"init\.stored_noise is .* holds no noise"):
         build_trainer(settings("run.stage=init", override, f"data.shards={with_negative}"))
 
 

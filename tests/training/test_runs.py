@@ -19,8 +19,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import UserError, shipped
 from selfforcing_dfd.config import Config, ConfigError
-from selfforcing_dfd.training.build import build_trainer, run_folder
+from selfforcing_dfd.training.build import build_trainer
 from selfforcing_dfd.training.finite import NonFiniteError
+from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.loop import Interrupted, Trainer
 from selfforcing_dfd.training.tracking import read_metrics
 from selfforcing_dfd.weights.checkpoint_files import CheckpointError
@@ -229,9 +230,9 @@ def test_used_folder_is_refused(settings: Settings) -> None:
         ),
         ("run.device=cuda:7", r"run\.device is cuda:7 but torch sees \d+ GPUs"),
         ("run.device=abacus", r"run\.device is 'abacus'; use auto, cpu, cuda or cuda:N"),
-        ("model.num_layers=2", r"holds another model: .* want"),
+        ("network.num_layers=2", r"holds another model: .* want"),
         ("rollout.frames=6", r"holds latents \(9, 16, 8, 8\).*rollout\.frames is 6"),
-        ("model.text_dim=16", r"text\.width|holds text of width 32"),
+        ("network.text_dim=16", r"text\.width|holds text of width 32"),
     ],
 )
 def test_bad_start_is_explained(settings: Settings, override: str, message: str) -> None:

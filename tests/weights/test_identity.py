@@ -59,7 +59,7 @@ def test_the_shipped_weights_say_what_they_are(name, role, tmp_path):
 
 def test_the_shipped_student_has_the_recipe_that_trained_it():
     """Catches metadata that was typed in and differs from the recipe in configs/tiny/dmd.yaml."""
-    from selfforcing_dfd.config import load_config
+    from selfforcing_dfd.stages import load_config
 
     rollout = dataclasses.asdict(load_config("tiny/dmd.yaml").rollout)
     assert describe(ASSETS / "student.safetensors").recipe == recipe_of_rollout(rollout)

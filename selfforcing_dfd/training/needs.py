@@ -1,0 +1,171 @@
+"""What a run starts from, and for what is not there the command that fetches or makes it."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+from omegaconf import OmegaConf
+
+from selfforcing_dfd.common import shipped
+from selfforcing_dfd.config import Config, find_file
+from selfforcing_dfd.data.shards import INDEX_NAME, ShardReader
+from selfforcing_dfd.stages import load_config, stage_of
+from selfforcing_dfd.stages.base import Start
+
+ENCODERS = "weights/Wan2.1-T2V-1.3B-Diffusers"  # VAE and text encoder; those of 14B are the same
+DFD_DATA, DFD_FOLDER = "csusupergear/vipe_long_lmdb", "data/vipe_long_lmdb"
+# of Self-Forcing: prompts are all that DMD needs
+PROMPTS, PROMPT_FOLDER = "vidprom_filtered_extended.txt", "data"
+COMMAND = "selfforcing-dfd"
+
+REPOSITORIES = {
+    "Wan2.1-T2V-1.3B-Diffusers": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+    "Wan2.1-T2V-14B-Diffusers": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "Wan2.1-T2V-1.3B": "Wan-AI/Wan2.1-T2V-1.3B",
+    "Wan2.1-T2V-14B": "Wan-AI/Wan2.1-T2V-14B",
+    "Self-Forcing": "gdhe17/Self-Forcing",
+}
+"""Hub repositories by the name of the folder that a config expects them in."""
+
+FILES = {
+    "checkpoints/self_forcing_dmd.pt": "gdhe17/Self-Forcing",
+    "checkpoints/ode_init.pt": "gdhe17/Self-Forcing",
+}
+"""Hub repositories by the end of a file's path, whatever folder it was downloaded to."""
+
+
+def describe_needs(config: Config, prompts_do: bool, is_wan: bool) -> Iterator[str]:
+    """The weights, clips and noise that a run starts from, a line each; (MISSING) with its cure.
+
+    prompts_do: captions without clips will do. is_wan: the networks are of Wan's text width.
+    """
+    yield from describe_starts(config)
+    folder, tiny = config.data.shards, config.data.tiny
+    if has_shards(config):
+        yield f"  {'data':<12}{folder}, {len(reader_of(config))} samples"
+    elif tiny.clips:
+        made = f"{tiny.clips} tiny-world clips with {tiny.level} captions"
+        yield f"  {'data':<12}{folder}, to be made from {made}"
+    else:
+        yield f"  {'data':<12}{folder} (MISSING)"
+        yield from (
+            f"{'':14}{command}" for command in how_to_make_shards(config, prompts_do, is_wan)
+        )
+    has_noise = has_shards(config) and reader_of(config).has_noise
+    if stage_of(config).needs_noise(config) and not tiny.noise_steps and not has_noise:
+        yield f"  {'noise':<12}not in {folder} (MISSING)"
+        yield f"{'':14}{COMMAND} invert {folder} --config CONFIG   # this one"
+
+
+def describe_starts(config: Config) -> Iterator[str]:
+    roles_of: dict[Start, list[str]] = {}
+    for role, start in stage_of(config).starts(config).items():
+        if start.path:
+            roles_of.setdefault(start, []).append(role)
+    for start, roles in roles_of.items():
+        entry = f" [{start.entry}]" if start.entry else ""
+        text = f"  {'start':<12}{' and '.join(roles)}: {start.path}{entry}"
+        if find_file(start.path).exists():
+            yield text
+        else:
+            yield f"{text} (MISSING)"
+            yield f"{'':14}{how_to_get(start.path)}"
+    if not roles_of:
+        yield f"  {'start':<12}nothing: fresh weights from run.seed"
+
+
+def is_published(path: str) -> bool:
+    """Whether a path names weights that can be downloaded."""
+    in_folder = REPOSITORIES.keys() & set(Path(path).parts)
+    return bool(in_folder) or any(path.endswith(f"/{ending}") for ending in FILES)
+
+
+def how_to_get(path: str) -> str:
+    """The command that fetches published weights, or trains what a shipped config exports."""
+    for ending, repository in FILES.items():
+        if path.endswith(f"/{ending}") and not REPOSITORIES.keys() & set(Path(path).parts):
+            folder = path.removesuffix(f"/{ending}")
+            return f"hf download {repository} {ending} --local-dir {shlex.quote(folder)}"
+    parts = Path(path).parts
+    for depth, part in enumerate(parts):
+        if part in REPOSITORIES:
+            folder = shlex.quote(str(Path(*parts[: depth + 1])))
+            inside = "/".join(parts[depth + 1 :])
+            wanted = f" {shlex.quote(inside)}" if inside else ""
+            return f"hf download {REPOSITORIES[part]}{wanted} --local-dir {folder}"
+    maker = maker_of_run(str(Path(path).parent))
+    if maker:
+        return f"{COMMAND} train --config {maker}"
+    return "no shipped config makes it; correct the path"
+
+
+def how_to_make_shards(config: Config, prompts_do: bool, is_wan: bool) -> Iterator[str]:
+    """The commands that write data.shards: a shipped config of pairs, the packer, the importer."""
+    maker = maker_of_shards(config.data.shards)
+    if maker:
+        yield f"{COMMAND} train --config {maker}"
+        return
+    height, width = config.data.video_size
+    models = f" --model {ENCODERS}" if is_wan else ""
+    frames = f"--frames {1 + 4 * (config.rollout.frames - 1)} --size {height}x{width}"
+    out = f"--out {config.data.shards}"
+    if is_wan and prompts_do:
+        yield f"hf download {REPOSITORIES['Self-Forcing']} {PROMPTS} --local-dir {PROMPT_FOLDER}"
+        yield f"{COMMAND} prompts {PROMPT_FOLDER}/{PROMPTS}{models} {frames} {out}"
+        yield f"or, from clips: {COMMAND} pack CLIPS --codec wan{models} {frames} {out}"
+        return
+    yield f"{COMMAND} pack CLIPS --codec {'wan' if is_wan else 'tiny'}{models} {frames} {out}"
+    if is_wan:
+        yield f"or, DFD's own: hf download {DFD_DATA} --repo-type dataset --local-dir {DFD_FOLDER}"
+        yield f"               {COMMAND} import {DFD_FOLDER}{models} {out}"
+
+
+def shipped_configs() -> Iterator[tuple[str, dict[str, dict[str, str]]]]:
+    """Name and own settings of every shipped training config."""
+    for path in sorted((shipped("configs")).rglob("*.yaml")):
+        own = OmegaConf.to_container(OmegaConf.load(path))
+        if isinstance(own, dict):
+            yield path.relative_to(shipped("configs")).as_posix(), own  # type: ignore[misc]
+
+
+def maker_of_run(folder: str) -> str:
+    """The shipped config whose run writes this folder; empty for none."""
+    for name, own in shipped_configs():
+        run = own.get("run") or {}
+        if f"{run.get('out', 'runs')}/{run.get('name', '')}" == folder:
+            return name
+    return ""
+
+
+def maker_of_shards(folder: str) -> str:
+    """The shipped config of stage pairs that writes this folder; empty for none."""
+    for name, own in shipped_configs():
+        if (own.get("pairs") or {}).get("out", "") == folder:
+            return name
+    return ""
+
+
+def chain_of(config: Config) -> dict[str, Config]:
+    """The shipped recipes that make what this config starts from and is not there, by name; what
+    comes first stands first.
+    """
+    chain: dict[str, Config] = {}
+    names = [maker_of_shards(config.data.shards)] if not has_shards(config) else []
+    for start in stage_of(config).starts(config).values():
+        if start.path and not find_file(start.path).exists():
+            names.append(maker_of_run(str(Path(start.path).parent)))
+    for name in filter(None, names):
+        maker = load_config(name)
+        if maker.run.name != config.run.name:
+            chain = {**chain, **chain_of(maker), name: maker}
+    return chain
+
+
+def has_shards(config: Config) -> bool:
+    return (Path(config.data.shards) / INDEX_NAME).is_file()
+
+
+def reader_of(config: Config) -> ShardReader:
+    return ShardReader(config.data.shards)
