@@ -15,7 +15,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, get_type_hints
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -343,11 +342,15 @@ def check_ranges(section: type, values: Any, path: str) -> None:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turn what OmegaConf, YAML and our own checks raise into ConfigError with the file's name."""
+    """Turn what OmegaConf and our own checks raise into ConfigError with the file's name.
+
+    Errors of YAML itself name file and line already.
+    """
     try:
         yield
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, RecursionError) as error:
-        reason = " ".join(str(error).split("\n    full_key")[0].split())
+    except (OmegaConfBaseException, ValueError) as error:
+        reason = str(error).split("\n    full_key")[0]
+        reason = reason.replace("is not in struct", "is no section of a config")
         path = getattr(error, "full_key", None)
         raise ConfigError(f"{name}: {f'{path}: ' if path else ''}{reason}") from error
 

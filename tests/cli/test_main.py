@@ -157,7 +157,7 @@ def test_the_scripts_are_the_commands(capsys):
         (["benchmark", "--window", "0"], "--window is 0"),
         (["report", "runs/a", "--out", "b"], "runs/a is one"),
         (["train", "--config", "nowhere"], "no config file nowhere"),
-        (["train", "--config", "dfd_ar", "lr=1"], "dfd_ar: lr: Key 'lr' not in 'Config'"),
+        (["train", "--config", "dfd_ar", "lr=1"], "dfd_ar: lr: Key 'lr' is no section of a config"),
         (["train", "--config", "dfd_ar", "--gpus", "0"], "'0', want a whole number of at least 1"),
         (["clips", "a", "--num", "-3"], "'-3', want a whole number of at least 1"),
     ],

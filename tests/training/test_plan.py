@@ -32,8 +32,8 @@ def nowhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def table(config: Config) -> str:
-    text, settings = plan(config).split("\nsettings\n")
-    assert settings.startswith("base:")
+    text, settings = plan(config).split("\nsettings other than the defaults\n")
+    assert "run:" in settings
     return text
 
 
