@@ -5,20 +5,15 @@ report.
 from __future__ import annotations
 
 import logging
-import shutil
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
-import torch
 from torch import Tensor
 
-from selfforcing_dfd.common import UserError, find_device
+from selfforcing_dfd.common import find_device
 from selfforcing_dfd.config import Config, find_file, require, to_yaml
 from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards
-from selfforcing_dfd.models.identity import Identity, TrainingData, recipe_of_rollout
 from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.base import ShardStage
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -31,25 +26,17 @@ from selfforcing_dfd.training.build import (
 )
 from selfforcing_dfd.training.build_data import BASIS, build_reader, codec_file
 from selfforcing_dfd.training.exclusive import lock_folders, refuse_many_processes
+from selfforcing_dfd.training.exports import export
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.guards import Guards, latent_statistics
-from selfforcing_dfd.training.loop import Interrupted, Trainer
-from selfforcing_dfd.weights.tensors import model_fingerprint, save_weights
-from selfforcing_dfd.weights.write import file_metadata
+from selfforcing_dfd.training.needs import has_shards
+from selfforcing_dfd.weights.tensors import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
-__all__ = ["USER_ERRORS", "Interrupted", "run"]
-
-CODEC_FILE = "codec.safetensors"
-
-USER_ERRORS = (UserError,)
-
 
 def run(config: Config, resume: bool = False) -> None:
-    """Train every arm of `config` (or its one run) and write the report. Errors in USER_ERRORS
-    explain themselves.
-    """
+    """Train every arm of `config` (or its one run) and write the report. Raises UserError."""
     refuse_many_processes()
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
     runs = list(arms_of(config))
@@ -57,22 +44,30 @@ def run(config: Config, resume: bool = False) -> None:
         config.run.gpus == 1,
         f"run.gpus is {config.run.gpus}, but training runs on one GPU; it is for --dry-run",
     )
+    # what does not fit the last arm is said before the first is trained
     for arm in runs:
         check_start(arm)
+        if has_shards(arm):
+            build_reader(arm)
     with lock_folders(run_folder(config), *map(run_folder, runs)):
         prepare_data(config)
         for arm in runs:
-            build_reader(arm)  # what does not fit the last arm is said before the first is trained
+            build_reader(arm)
         for arm in runs:
-            stage = stage_of(arm)
-            if issubclass(stage, ShardStage):
-                make_shards(arm, stage, resume)
-            else:
-                train(arm, resume)
+            train_or_make(arm, resume)
         if config.report.clips:
             from selfforcing_dfd.evaluation.report import write_report
 
             print(write_report(config))
+
+
+def train_or_make(config: Config, resume: bool) -> None:
+    """One run: of a stage that trains, or of one that writes shards."""
+    stage = stage_of(config)
+    if issubclass(stage, ShardStage):
+        make_shards(config, stage, resume)
+    else:
+        train(config, resume)
 
 
 def prepare_data(config: Config) -> None:
@@ -116,41 +111,6 @@ def train(config: Config, resume: bool) -> None:
     (folder / "config.yaml").write_text(to_yaml(config))
     trainer.run(config.run.name)
     export(trainer, folder, config)
-
-
-def export(trainer: Trainer, folder: Path, config: Config) -> None:
-    """The averaged student, and the fake score where there is one, as single safetensors files."""
-    about = {
-        "run": config.run.name,
-        "stage": config.run.stage,
-        "student_updates": str(config.run.student_updates),
-    }
-    dtype = {"float16": torch.float16, "float32": torch.float32}[config.checkpoint.export]
-    index = trainer.reader.index
-    data = TrainingData(
-        codec=index.fingerprints["codec"],
-        text=index.fingerprints["text"],
-        latent_size=(index.latent_shape[2], index.latent_shape[3]),
-    )
-    if "fake" in trainer.learners:
-        fake: Any = trainer.learners["fake"].network
-        metadata = about | file_metadata(fake.config, Identity("fake_score", None, data))
-        save_weights(folder / "fake.safetensors", fake, metadata, dtype)
-    student: Any = trainer.learners["student"].network
-    metadata = about | file_metadata(student.config, student_identity(config, data))
-    codec = Path(config.data.shards) / CODEC_FILE
-    if codec.is_file():  # the packer's, perhaps refitted: the run can be streamed without its data
-        shutil.copyfile(codec, folder / CODEC_FILE)
-    with trainer.ema.swap(student):
-        save_weights(folder / "student.safetensors", student, metadata, dtype)
-
-
-def student_identity(config: Config, data: TrainingData) -> Identity:
-    """What the run's student is, and how it was trained to be run."""
-    makes = stage_of(config).makes
-    if makes != "causal_student":
-        return Identity("teacher", None, data)
-    return Identity("causal_student", recipe_of_rollout(asdict(config.rollout)), data)
 
 
 def build_guards(config: Config) -> Guards | None:

@@ -34,6 +34,7 @@ from selfforcing_dfd.stages.init import InitConfig
 from selfforcing_dfd.training.build_data import build_order, build_reader, check_shapes
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.ema import EMA
+from selfforcing_dfd.training.exports import describe_networks
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.loop import Trainer, Watch, World
 from selfforcing_dfd.training.optimizers import build_learner
@@ -215,15 +216,16 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
     fixed = {
         role: model_fingerprint(network) for role, network in networks.items() if role == "teacher"
     }
+    settings = as_dict(config) | {"networks": describe_networks(config, reader, networks)}
     checkpoints = CheckpointManager(
         folder / "checkpoints",
         config.checkpoint.keep,
-        config=as_dict(config),
+        config=settings,
         models=fixed | {"data": reader.index_hash},
     )
     newest = checkpoints.latest() if resume else None
     if newest is not None:
-        check_config(newest, as_dict(config), MAY_CHANGE)
+        check_config(newest, settings, MAY_CHANGE)
     optim = {"student": config.optim.student, "fake": config.optim.fake}
     trainer = Trainer(
         stage=stage,

@@ -16,13 +16,11 @@ from selfforcing_dfd.models.hub import ARCHITECTURE
 from selfforcing_dfd.models.identity import (
     ROLE,
     STUDENT_CLASSES,
-    STUDENT_ROLES,
     TEACHER_CLASSES,
     Identity,
     Recipe,
     Role,
     identity_of,
-    recipe_of_rollout,
 )
 from selfforcing_dfd.weights.checkpoint_files import (
     is_training_checkpoint,
@@ -211,30 +209,13 @@ def _read_torch(path: Path, entry: str, drop_gan_heads: bool) -> StoredWeights:
 
 
 def _read_checkpoint(folder: Path, entry: str) -> StoredWeights:
-    """One of our training checkpoints; the run's settings say role and recipe."""
+    """One of our training checkpoints; its settings hold each network's config."""
     models, settings = read_training_checkpoint(folder)
     name, entries = _choose(folder, entry, tuple(models))
-    model = settings.get("model", {})
-    heads = {
-        "num_attention_heads": model.get("num_heads"),
-        "attention_head_dim": model.get("head_dim"),
-    }
-    config: dict[str, Any] = {key: value for key, value in heads.items() if value}
-    role: Role = "causal_student"
-    if settings.get("run", {}).get("stage") == "teacher":
-        role = "teacher"
-    elif name == "fake":
-        role = "fake_score"
-    rollout = settings.get("rollout")
-    recipe = recipe_of_rollout(rollout) if rollout and role in STUDENT_ROLES else None
-    return _named(
-        f"{folder} (entry {name})",
-        "training checkpoint",
-        models[name],
-        config | Identity(role, recipe).notes(),
-        False,
-        entries,
-    )
+    networks = settings.get("networks", {})
+    config = networks.get("fake" if name == "fake" else "student", {})
+    where = f"{folder} (entry {name})"
+    return _named(where, "training checkpoint", models[name], config, False, entries)
 
 
 def _choose(path: Path, entry: str, entries: tuple[str, ...]) -> tuple[str, tuple[str, ...]]:

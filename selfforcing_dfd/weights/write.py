@@ -220,8 +220,12 @@ def file_metadata(sizes: Mapping[str, Any], identity: Identity) -> dict[str, str
 
     sizes: WanTransformer's arguments, such as a network's config; other keys are left out.
     """
-    config = diffusers_config({name: sizes[name] for name in SIZES}) | identity.notes()
-    return {"config": json.dumps(config)}
+    return {"config": json.dumps(network_config(sizes, identity))}
+
+
+def network_config(sizes: Mapping[str, Any], identity: Identity) -> dict[str, Any]:
+    """config.json of a network; sizes as in `file_metadata`."""
+    return diffusers_config({name: sizes[name] for name in SIZES}) | identity.notes()
 
 
 def diffusers_config(sizes: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,14 +4,15 @@ brings it.
 
 from __future__ import annotations
 
+import re
 import shlex
 from pathlib import Path
 
 import pytest
-from safetensors.torch import save_file
+from tiny_models import save_network
 
 from selfforcing_dfd.common import shipped
-from selfforcing_dfd.config import Config
+from selfforcing_dfd.config import Config, NetworkConfig
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
 from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.training.build import build_network
@@ -48,9 +49,7 @@ def test_shipped_config_plans_without_its_files(name: str) -> None:
     assert "no shipped config makes it" not in text
     for line, following in zip(text.split("\n"), text.split("\n")[1:], strict=False):
         if line.endswith("(MISSING)"):
-            assert following.strip().startswith(
-                ("hf download ", "python -m selfforcing_dfd ", "python train.py --config ")
-            )
+            assert following.strip().startswith(("hf download ", "selfforcing-dfd "))
 
 
 def test_every_named_config_exists() -> None:
@@ -59,7 +58,7 @@ def test_every_named_config_exists() -> None:
         for line in table(load_config(name)).split("\n"):
             words = (
                 shlex.split(line.split("#")[0])
-                if line.strip().startswith("python train.py")
+                if line.strip().startswith("selfforcing-dfd train")
                 else []
             )
             assert not words or (shipped("configs") / words[words.index("--config") + 1]).is_file()
@@ -81,18 +80,18 @@ def test_commands_for_weights_and_data() -> None:
         in text
     )
     assert (
-        "pack CLIPS --codec wan --model weights/Wan2.1-T2V-1.3B-Diffusers --frames 81 --size 480x832"
-        in text
+        "pack CLIPS --codec wan --model weights/Wan2.1-T2V-1.3B-Diffusers --frames 81 "
+        "--size 480x832" in text
     )
     text = table(load_config("wan1.3b/dfd_ar.yaml"))
     assert (
-        "selfforcing_dfd import data/vipe_long_lmdb --model weights/Wan2.1-T2V-1.3B-Diffusers --out data/wan-480p"
-        in text
+        "selfforcing-dfd import data/vipe_long_lmdb --model weights/Wan2.1-T2V-1.3B-Diffusers "
+        "--out data/wan-480p" in text
     )
-    assert "python train.py --config wan1.3b/ode_pairs.yaml" in table(
+    assert "selfforcing-dfd train --config wan1.3b/ode_pairs.yaml" in table(
         load_config("wan1.3b/init_ode.yaml")
     )
-    assert "python train.py --config wan1.3b/dmd_ar.yaml" in table(
+    assert "selfforcing-dfd train --config wan1.3b/dmd_ar.yaml" in table(
         load_config("wan1.3b/dfd_ar.yaml")
     )
 
@@ -156,18 +155,40 @@ def test_missing_noise_is_named_with_its_command(nowhere: Path) -> None:
     config = load_config(
         "tiny/dmd.yaml", ["run.stage=dfd", "dfd.pairing=prefix", "data.shards=shards"]
     )
-    assert "python -m selfforcing_dfd invert shards" in table(config)
+    assert "selfforcing-dfd invert shards" in table(config)
     assert "invert shards" not in table(load_config("tiny/dmd.yaml", ["data.shards=shards"]))
 
 
-def test_planning_loads_no_weights(nowhere: Path) -> None:
-    """Catches 57 GB read, or made, to count 14B parameters: the file at hand is of another model
-    and nobody may notice.
-    """
-    folder = nowhere / "weights" / "Wan2.1-T2V-14B-Diffusers"
-    folder.mkdir(parents=True)
-    save_file(
-        dict(build_network(load_config("dfd_ar.yaml").network).state_dict()),
-        folder / "model.safetensors",
-    )
+def test_planning_reads_sizes_and_no_tensors(
+    nowhere: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches 57 GB read to count 14B parameters: a weights file's header tells its sizes."""
+    network = build_network(NetworkConfig(num_heads=2, head_dim=8, num_layers=1, ffn_dim=32))
+    save_network(nowhere / "mine.safetensors", network)
+    monkeypatch.setattr("selfforcing_dfd.training.build.load_network", None)
+    text = table(load_config("dfd_ar.yaml", ["weights.teacher=mine.safetensors"]))
+    count = sum(parameter.numel() for parameter in network.parameters())
+    assert f"teacher {count:,}" in text
     assert "teacher 14,288,491,584" in table(load_config("wan1.3b/dmd_ar.yaml"))
+
+
+def test_sum_over_the_recipes_that_come_before() -> None:
+    """Catches 27 hours for a student that takes 440 hours from the beginning."""
+    text = table(load_config("wan1.3b/dfd_ar.yaml"))
+    total = re.search(r"with the recipes that it starts from: ([\d.,]+) H100-hours", text)
+    assert total is not None
+    parts = re.findall(r"([\d.]+) h  (wan1\.3b/\S+)", text)
+    assert [name for _, name in parts] == [
+        "wan1.3b/ode_pairs.yaml",
+        "wan1.3b/init_ode.yaml",
+        "wan1.3b/dmd_ar.yaml",
+        "wan1.3b/dfd_ar",
+    ]
+    assert float(total[1]) == pytest.approx(sum(float(hours) for hours, _ in parts), abs=0.3)
+
+
+def test_unknown_sizes_are_said_to_be_unknown() -> None:
+    """Catches a cost of invented sizes for weights that nobody has seen."""
+    text = table(load_config("dfd_ar.yaml", ["weights.student=mine.safetensors"]))
+    assert "student unknown until it is there" in text
+    assert "cost        unknown until the weights are there" in text

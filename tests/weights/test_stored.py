@@ -18,12 +18,13 @@ from safetensors.torch import save_file
 from tiny_models import TINY, tiny_network
 from wan_files import same, sharded_folder, wan_state
 
+from selfforcing_dfd.models.identity import SELF_FORCING, Identity
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.ema import EMA
 from selfforcing_dfd.weights.read import StoredWeights, WeightsError, load_network, read_weights
 from selfforcing_dfd.weights.stored import StoredTensor, stored
-from selfforcing_dfd.weights.write import convert
+from selfforcing_dfd.weights.write import convert, network_config
 
 
 def test_a_missing_shard_is_named(tmp_path):
@@ -148,13 +149,14 @@ def test_what_is_no_transformer_is_refused(tmp_path):
         read_weights(tmp_path / "fp8.safetensors")
 
 
-MODEL = {"num_heads": TINY["num_attention_heads"], "head_dim": TINY["attention_head_dim"]}
-
-
 def training_checkpoint(folder: Path) -> Path:
     """As the trainer saves them: seed 0 is the average, 1 the student, 2 the fake score."""
     average, student, fake = (tiny_network(seed, torch.float32) for seed in range(3))
-    manager = CheckpointManager(folder, config={"run": {"stage": "dmd"}, "model": MODEL})
+    networks = {
+        "student": network_config(student.config, Identity("causal_student", SELF_FORCING)),
+        "fake": network_config(fake.config, Identity("fake_score")),
+    }
+    manager = CheckpointManager(folder, config={"networks": networks})
     return manager.save(7, {"ema": EMA(average, 0.9), "student": student, "fake": fake})
 
 

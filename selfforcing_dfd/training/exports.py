@@ -1,0 +1,68 @@
+"""What a run says of its networks, in checkpoints and exports, and the exported weights."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from selfforcing_dfd.common import DTYPES
+from selfforcing_dfd.config import Config
+from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.models.identity import Identity, Role, TrainingData, recipe_of_rollout
+from selfforcing_dfd.stages import stage_of
+from selfforcing_dfd.training.folders import FAKE_FILE, STUDENT_FILE
+from selfforcing_dfd.training.loop import Trainer
+from selfforcing_dfd.weights.tensors import save_weights
+from selfforcing_dfd.weights.write import file_metadata, network_config
+
+CODEC_FILE = "codec.safetensors"
+
+
+def identities(config: Config, reader: ShardReader) -> dict[str, Identity]:
+    """What the networks are that a run trains, by role in the stage."""
+    index = reader.index
+    _, _, rows, columns = index.latent_shape
+    data = TrainingData(index.fingerprints["codec"], index.fingerprints["text"], (rows, columns))
+    makes: Role = "teacher" if stage_of(config).makes == "teacher" else "causal_student"
+    recipe = recipe_of_rollout(asdict(config.rollout)) if makes == "causal_student" else None
+    return {"student": Identity(makes, recipe, data), "fake": Identity("fake_score", None, data)}
+
+
+def describe_networks(
+    config: Config, reader: ShardReader, networks: Mapping[str, Any]
+) -> dict[str, dict[str, Any]]:
+    """config.json of each trained network, by role: sizes, role, recipe and data."""
+    stated = identities(config, reader)
+    return {
+        role: network_config(network.config, stated[role])
+        for role, network in networks.items()
+        if role in stated
+    }
+
+
+def export(trainer: Trainer, folder: Path, config: Config) -> None:
+    """The averaged student, and the fake score where there is one, as single safetensors files.
+
+    A codec that lies beside the shards is copied: the run can be streamed without its data.
+    """
+    about = {
+        "run": config.run.name,
+        "stage": config.run.stage,
+        "student_updates": str(config.run.student_updates),
+    }
+    dtype = DTYPES[config.checkpoint.export]
+    stated = identities(config, trainer.reader)
+    codec = Path(config.data.shards) / CODEC_FILE
+    if codec.is_file():
+        shutil.copyfile(codec, folder / CODEC_FILE)
+    if "fake" in trainer.learners:
+        fake: Any = trainer.learners["fake"].network
+        own = file_metadata(fake.config, stated["fake"])
+        save_weights(folder / FAKE_FILE, fake, about | own, dtype)
+    student: Any = trainer.learners["student"].network
+    with trainer.ema.swap(student):
+        own = file_metadata(student.config, stated["student"])
+        save_weights(folder / STUDENT_FILE, student, about | own, dtype)
