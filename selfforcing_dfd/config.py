@@ -85,7 +85,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
-    """Size of a network that is made from nothing, as a first teacher is; dim = heads * head_dim."""
+    """Size of a network that is made from nothing, as a first teacher is."""
 
     num_heads: int = ranged(4, 1, 1024)
     head_dim: int = ranged(32, 6, 1024)
@@ -356,7 +356,7 @@ def explained(name: str) -> Iterator[None]:
 
 
 def find_config(name: str) -> Path:
-    """The config file of that name, in the current folder or in `configs/`; `.yaml` may be left out.
+    """The config file of that name, here or in `configs/`; `.yaml` may be left out.
 
     Raises ConfigError with the names of all shipped configs.
     """

@@ -1,8 +1,8 @@
 """What a chunk sees: text, and the keys and values (K/V) of the chunks before it.
 
 A network gets noisy latents, a noise level, conditioning and a context; it returns the flow and its
-own K/V. Context is immutable and carries no gradient: K/V are detached when they enter a `ChunkKV`.
-The public Self-Forcing code writes its cache in place, so gradient reaches earlier chunks there.
+own K/V. Context is immutable, and K/V are detached when they enter a `ChunkKV`: no gradient reaches
+earlier chunks. (In the public Self-Forcing code, which writes its cache in place, it does.)
 """
 
 from collections.abc import Callable
@@ -111,8 +111,11 @@ class PackedContext:
     def attend(self, attention: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         tokens_per_frame = q.shape[1] // sum(self.frames)
         lengths = [frames * tokens_per_frame for frames in self.frames]
-        per_chunk = zip(self.contexts, *(part.split(lengths, 1) for part in (q, k, v)), strict=True)
-        attended = [context.attend(attention, layer, *qkv) for context, *qkv in per_chunk]
+        own = zip(q.split(lengths, 1), k.split(lengths, 1), v.split(lengths, 1), strict=True)
+        attended = [
+            context.attend(attention, layer, own_q, own_k, own_v)
+            for context, (own_q, own_k, own_v) in zip(self.contexts, own, strict=True)
+        ]
         return torch.cat(attended, dim=1)
 
 
@@ -128,9 +131,8 @@ class Cache(Protocol):
 class KVCache:
     """Sink and window, in latent frames, by whole chunks. The only mutable part of a rollout.
 
-    sink: the first frames of the video, always seen. window: frames of history that a chunk sees,
-    the chunk itself included, the sink not; None is all of it. Raises ValueError for a sink or
-    window that cuts a chunk in two.
+    sink: the first frames, always seen. window: frames of history that a chunk sees, itself
+    included, the sink not; None is all. Raises ValueError for one that cuts a chunk in two.
     """
 
     sink: int = 0

@@ -13,16 +13,16 @@ from selfforcing_dfd.objectives import guided_x0
 from selfforcing_dfd.rollout import Chunks, commit_chunk
 
 
-def with_context(network: Network, context: Context) -> Network:
+def with_context(network: Network, fixed: Context) -> Network:
     """The network with one context for every call."""
 
     def run(
         x_t: Tensor,
         sigma: Tensor | float,
         conditioning: Conditioning,
-        unused: Context | None = None,
+        context: Context | None = None,
     ) -> NetworkOutput:
-        return network(x_t, sigma, conditioning, context)
+        return network(x_t, sigma, conditioning, fixed)
 
     return run
 
@@ -112,7 +112,7 @@ def invert_by_chunks(
     chunks: Chunks,
     cache: Cache,
 ) -> Tensor:
-    """The noise from which a causal network's ODE makes each chunk after the clean chunks before it.
+    """The noise from which a causal network's ODE makes each chunk after the clean ones before it.
 
     Given the past, a chunk's noise is as good as fresh: a student may learn to follow it in every
     chunk (the causal ODE of Causal-Forcing, turned round: its endpoints are the data itself).

@@ -32,7 +32,7 @@ LEVELS = (
     {"training", "benchmark", "live"},
     {"evaluation"},
     {"cli"},
-    {"__main__", "train", "inference"},
+    {"__main__", PACKAGE, "train", "inference"},
 )
 """Each part may import from its own level and from those before it."""
 

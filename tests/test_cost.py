@@ -40,7 +40,8 @@ def test_meta_counts_what_a_real_call_runs(cache):
     network = tiny_network(num_layers=2)
     x_t = latents("x_t", 2, 1)
     past = cache.read(2)
-    real = flops_of(lambda: network(x_t, LADDER[1], conditioning(1), past))
+    per_frame = torch.full((1, 2), LADDER[1])  # as in training
+    real = flops_of(lambda: network(x_t, per_frame, conditioning(1), past))
     assert network_flops(network, 1, (2,), LATENT_SIZE, TEXT_LENGTH, (4,)) == real
     prepared = network.prepare(conditioning(1), LADDER)
     real = flops_of(lambda: network(x_t, LADDER[1], prepared, past))
@@ -59,7 +60,8 @@ def test_meta_counts_a_backward_pass(cache, checkpointing):
     x_t = latents("x_t", 4, 1)
     empty = KVCache().read(2)
     context = PackedContext((empty, empty), (2, 2))
-    real = flops_of(lambda: network(x_t, LADDER[1], conditioning(1), context).flow.sum().backward())
+    sigma = torch.full((1, 4), LADDER[1])
+    real = flops_of(lambda: network(x_t, sigma, conditioning(1), context).flow.sum().backward())
     options = {"gradient": True, "checkpointing": checkpointing}
     assert network_flops(network, 1, (2, 2), LATENT_SIZE, TEXT_LENGTH, (0, 0), **options) == real
 

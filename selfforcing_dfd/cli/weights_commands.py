@@ -14,57 +14,8 @@ if TYPE_CHECKING:
 
 def convert(parser: argparse.ArgumentParser) -> Run:
     """Turn a transformer's weights into another format, bit for bit."""
-    parser.add_argument(
-        "source",
-        type=Path,
-        metavar="SRC",
-        help="diffusers or Wan folder, .pt or .safetensors file, or a training checkpoint",
-    )
-    parser.add_argument(
-        "destination", type=Path, metavar="DST", help="folder (diffusers, wan) or file to write"
-    )
-    parser.add_argument(
-        "--to",
-        choices=("diffusers", "wan", "self-forcing", "single-file"),
-        required=True,
-        help="the format to write",
-    )
-    parser.add_argument(
-        "--entry",
-        default="",
-        metavar="NAME",
-        help="model of a file with several (default: the first of generator_ema, generator, model "
-        "and ema that is there)",
-    )
-    parser.add_argument(
-        "--dtype",
-        choices=("keep", *DTYPE_NAMES),
-        default="keep",
-        help="of the tensors written (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--max-shard-size",
-        default="5GB",
-        metavar="BYTES",
-        help="of each file in a folder (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--role",
-        choices=("teacher", "bidirectional_student", "causal_student", "fake_score"),
-        help="what the weights are, where SRC does not state it",
-    )
-    parser.add_argument(
-        "--head-dim",
-        type=int,
-        default=0,
-        metavar="N",
-        help="values of an attention head, where SRC does not state them (default: Wan's 128)",
-    )
-    _add_recipe_options(
-        parser.add_argument_group(
-            "recipe of a student, where SRC states none or another one (counts in latent frames)"
-        )
-    )
+    _add_places(parser)
+    _add_what_source_lacks(parser)
     parser.add_argument(
         "--drop-gan-heads", action="store_true", help="leave a Self-Forcing critic's GAN heads out"
     )
@@ -101,6 +52,65 @@ def convert(parser: argparse.ArgumentParser) -> Run:
         _print_converted(done)
 
     return run
+
+
+def _add_places(parser: argparse.ArgumentParser) -> None:
+    """Source, destination and what is written."""
+    parser.add_argument(
+        "source",
+        type=Path,
+        metavar="SRC",
+        help="diffusers or Wan folder, .pt or .safetensors file, or a training checkpoint",
+    )
+    parser.add_argument(
+        "destination", type=Path, metavar="DST", help="folder (diffusers, wan) or file to write"
+    )
+    parser.add_argument(
+        "--to",
+        choices=("diffusers", "wan", "self-forcing", "single-file"),
+        required=True,
+        help="the format to write",
+    )
+    parser.add_argument(
+        "--entry",
+        default="",
+        metavar="NAME",
+        help="model of a file with several (default: the first of generator_ema, generator, model "
+        "and ema that is there)",
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=("keep", *DTYPE_NAMES),
+        default="keep",
+        help="of the tensors written (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--max-shard-size",
+        default="5GB",
+        metavar="BYTES",
+        help="of each file in a folder (default: %(default)s)",
+    )
+
+
+def _add_what_source_lacks(parser: argparse.ArgumentParser) -> None:
+    """Role, heads and recipe, for sources that do not state them."""
+    parser.add_argument(
+        "--role",
+        choices=("teacher", "bidirectional_student", "causal_student", "fake_score"),
+        help="what the weights are, where SRC does not state it",
+    )
+    parser.add_argument(
+        "--head-dim",
+        type=int,
+        default=0,
+        metavar="N",
+        help="values of an attention head, where SRC does not state them (default: Wan's 128)",
+    )
+    _add_recipe_options(
+        parser.add_argument_group(
+            "recipe of a student, where SRC states none or another one (counts in latent frames)"
+        )
+    )
 
 
 def _print_converted(done: Summary) -> None:

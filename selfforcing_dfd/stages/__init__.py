@@ -20,7 +20,7 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
 
 
 def arms_of(config: Config) -> Iterator[Config]:
-    """The runs that a config stands for: one for each arm, in runs/name/arm; or the config itself."""
+    """The runs of a config: one for each arm, in runs/name/arm, or the config itself."""
     if not config.arms:
         yield config
     for arm, overrides in config.arms.items():

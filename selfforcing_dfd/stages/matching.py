@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self
 
 import torch
@@ -101,7 +101,7 @@ class MatchingStage(TrainingStage):
     sigma_max: float
     min_normaliser: float
     fake_per_student: int
-    forcing: Forcing = Forcing()
+    forcing: Forcing = field(default_factory=Forcing)
     coin_shared_by: Literal["update", "micro", "sample"] = "update"
     sink: int = 0
     window: int | None = None

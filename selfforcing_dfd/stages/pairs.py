@@ -116,8 +116,7 @@ class PairsStage(ShardStage):
                 numbers = range(start, min(start + config.batch.micro, job.num_items))
                 yield from make_pairs(config, networks["teacher"], reader, numbers)
 
-        unfinished = "resume" if resume else "keep"
-        summary = write_folder(pairs.out, job, records, unfinished=unfinished)
+        summary = write_folder(pairs.out, job, records, unfinished="resume" if resume else "keep")
         return f"{summary.folder}: {summary.num_samples} pairs in {summary.num_shards} shards"
 
 

@@ -153,7 +153,8 @@ def check_start(config: Config) -> None:
     ):
         if name and not find_file(name).exists():
             raise ConfigError(
-                f"weights.{role} is {name}, which does not exist; train it first, or correct the path"
+                f"weights.{role} is {name}, which does not exist; train it first, or correct the "
+                "path"
             )
 
 

@@ -1,4 +1,4 @@
-"""What a run costs, from sizes, before anything is loaded: operations, GPU-hours, memory of one GPU.
+"""What a run costs before anything is loaded: operations, GPU-hours, memory of one GPU.
 
 Arithmetic, not measurement. The stage says which passes an update makes; operations are matrix
 products and attention, two for each multiply-add. Bytes are those of tensors that are known to be
@@ -215,7 +215,7 @@ class Estimate:
         return {"gradients of one network": self.master_bytes(role) // gpus}
 
     def kept_bytes(self, one: Pass) -> dict[str, int]:
-        """What a pass with gradient keeps for its backward pass, and the past that it attends to."""
+        """What a pass keeps for its backward pass, and the past that it attends to."""
         size, over = self.sizes[one.role], self.clip.over(one.over)
         rows = self.config.batch.micro
         kept = {}
@@ -249,8 +249,9 @@ class Estimate:
         return 2 * self.sizes[role].num_layers * self.block_bytes(role, clip)
 
     def passing_bytes(self, one: Pass) -> dict[str, int]:
-        """A pass at its widest: rotated queries and keys (15 D values a token), or the inside of the
-        feed-forward.
+        """A pass at its widest.
+
+        That is rotated queries and keys (15 D values a token) or the inside of the feed-forward.
         """
         size, clip = self.sizes[one.role], self.clip.over(one.over)
         rows = self.config.batch.micro * one.rows

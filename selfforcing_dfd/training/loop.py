@@ -19,7 +19,7 @@ from tqdm import tqdm
 from selfforcing_dfd.common import Interrupted
 from selfforcing_dfd.data.shards import Batch, SampleOrder, ShardReader, batches
 from selfforcing_dfd.rng import Draw
-from selfforcing_dfd.stages.base import Stage, StageLoss
+from selfforcing_dfd.stages.base import StageLoss, TrainingStage
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock, Turn
 from selfforcing_dfd.training.ema import EMA
@@ -71,7 +71,7 @@ class Trainer:
     process.
     """
 
-    stage: Stage
+    stage: TrainingStage
     learners: Mapping[str, Learner]
     ema: EMA
     reader: ShardReader

@@ -35,7 +35,8 @@ def split_parameters(
     network: nn.Module, kind: str
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
     """(for Muon, for AdamW)"""
-    matrices, rest = [], []
+    matrices: list[nn.Parameter] = []
+    rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         is_matrix = name.startswith("blocks.") and parameter.ndim == 2
         (matrices if kind == "muon" and is_matrix else rest).append(parameter)

@@ -91,8 +91,10 @@ def plan_run(config: Config, prompts_do: bool = False) -> list[str]:
         f"  no caption  {describe_negative(config)}",
     ]
     lines += [f"  {name:<12}{text}" for name, text in stage_of(config).describe(config)]
+    lines += describe_updates(config)
     is_wan = any(size.text_dim == UMT5_WIDTH for size in sizes.values())
-    return [*lines, *describe_updates(config), *describe_needs(config, prompts_do, is_wan)]
+    lines += describe_needs(config, prompts_do, is_wan)
+    return lines
 
 
 def describe_parameters(config: Config) -> str:

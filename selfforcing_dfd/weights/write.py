@@ -44,16 +44,8 @@ EXPORTED = re.compile(
     rf"{re.escape(CONFIG)}|{re.escape(INDEX)}|{WEIGHTS}(-\d{{5}}-of-\d{{5}})?\.safetensors"
 )
 """Files of an exported folder: nothing else is ever overwritten."""
-UNITS = {
-    "": 1,
-    "B": 1,
-    "KB": 10**3,
-    "MB": 10**6,
-    "GB": 10**9,
-    "KIB": 2**10,
-    "MIB": 2**20,
-    "GIB": 2**30,
-}
+UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9}
+UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 SHARD_BYTES = 5 * 10**9
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 ALIGNMENT = 64  # of the first tensor in a file: what mapped files are read fastest with
