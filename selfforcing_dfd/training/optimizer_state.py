@@ -8,8 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from selfforcing_dfd.training.compare import copy_same
-
 
 def optimizer_state(
     model: nn.Module, optimizer: torch.optim.Optimizer
@@ -45,17 +43,6 @@ def optimizer_state(
     return state
 
 
-def load_optimizer_state(
-    model: nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Mapping[str, Tensor]]
-) -> None:
-    """Copy into `optimizer` what `optimizer_state` gave.
-
-    ValueError, before anything is changed, if it is another model's.
-    """
-    own = optimizer_state(model, optimizer)
-    copy_same("optimizer", _by_dotted_name(state), _by_dotted_name(own))
-
-
 def _fresh_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tensor]:
     """What Muon or AdamW creates at its first step (`_init_group` in torch/optim)."""
     if "momentum" in group:
@@ -66,12 +53,4 @@ def _fresh_state(parameter: Tensor, group: Mapping[str, Any]) -> dict[str, Tenso
         "step": torch.zeros((), dtype=torch.float32, device=device),
         "exp_avg": torch.zeros_like(parameter, requires_grad=False),
         "exp_avg_sq": torch.zeros_like(parameter, requires_grad=False),
-    }
-
-
-def _by_dotted_name(state: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    return {
-        f"{name}.{key}": tensor
-        for name, tensors in state.items()
-        for key, tensor in tensors.items()
     }

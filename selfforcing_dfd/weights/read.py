@@ -22,13 +22,12 @@ from typing import Any
 
 import torch
 
-from selfforcing_dfd.models.identity import Identity, Recipe, Role, TrainingData, identity_of
+from selfforcing_dfd.models.identity import Recipe, Role, TrainingData
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.weights.names import Shape, sizes_of, to_wan
 from selfforcing_dfd.weights.sources import SIZES, StoredWeights, describe_extras
 from selfforcing_dfd.weights.sources import read_weights as read_weights
 from selfforcing_dfd.weights.stored import WeightsError as WeightsError
-from selfforcing_dfd.weights.stored import stored
 
 logger = logging.getLogger(__name__)
 
@@ -112,47 +111,6 @@ def load_network(
     network.load_state_dict(tensors, strict=True, assign=True)
     network.register_to_config(**weights.identity.notes())
     return network
-
-
-def load_into(
-    network: WanTransformer,
-    source: Path | str | StoredWeights,
-    entry: str = "",
-    drop_gan_heads: bool = False,
-) -> None:
-    """Copy weights into a network, one tensor at a time, in its own dtypes and on its devices.
-
-    Raises WeightsError, before anything is changed, unless every tensor fits and none is left over.
-    """
-    weights = source
-    if not isinstance(weights, StoredWeights):
-        weights = read_weights(weights, entry, drop_gan_heads)
-    own = network.state_dict()
-    _check_tensors(weights, {name: tuple(tensor.shape) for name, tensor in own.items()})
-    _check_config(weights, {name: network.config[name] for name in SIZES})
-    if any(tensor.is_meta for tensor in own.values()):
-        raise WeightsError(
-            "the network is on the meta device and has no memory; use load_network, or to_empty() "
-            "it first"
-        )
-    with torch.no_grad():
-        for name, tensor in weights.tensors.items():
-            own[name].copy_(tensor.read())
-
-
-def stored_network(network: WanTransformer, role: Role | None = None) -> StoredWeights:
-    """A network in memory as if it were stored, for `convert`; role: where its config has none."""
-    tensors = {name: stored(name, tensor) for name, tensor in network.state_dict().items()}
-    sizes = {name: network.config[name] for name in SIZES}
-    stated = identity_of(network.config)
-    return StoredWeights(
-        source="the network",
-        format="network",
-        layout="diffusers",
-        tensors=tensors,
-        config=sizes,
-        identity=stated if stated.role else Identity(role),
-    )
 
 
 def meta_network(weights: StoredWeights, head_dim: int = 0) -> WanTransformer:

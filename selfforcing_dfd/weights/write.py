@@ -9,9 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfforcing_dfd import __version__
-from selfforcing_dfd.common import sync
+from selfforcing_dfd.common import atomic_file, atomic_folder
 from selfforcing_dfd.models.hub import ARCHITECTURE
 from selfforcing_dfd.models.identity import STUDENT_ROLES, Identity, Recipe, Role
 from selfforcing_dfd.weights.names import to_wan
@@ -39,6 +37,7 @@ from selfforcing_dfd.weights.stored import (
 )
 
 FORMATS = ("diffusers", "wan", "self-forcing", "single-file")
+FOLDER_FORMATS = ("diffusers", "wan")
 CONFIG = "config.json"
 EXPORTED = re.compile(
     rf"{re.escape(CONFIG)}|{re.escape(INDEX)}|{WEIGHTS}(-\d{{5}}-of-\d{{5}})?\.safetensors"
@@ -105,9 +104,9 @@ def convert(
     bar = tqdm(unit="B", unit_scale=True, desc=destination.name, disable=None if progress else True)
     outgoing = Outgoing(weights.source, dict(sorted(named.items())), dtype, bar.update)
     bar.total = sum(map(outgoing.num_bytes, named))
-    with bar, _whole(destination, overwrite) as temporary:
+    appears = atomic_folder if to in FOLDER_FORMATS else atomic_file
+    with bar, appears(destination) as temporary:
         _write(temporary, to, outgoing, sizes, weights, max_shard_bytes)
-        _sync_all(temporary)
     num_files = sum(1 for _ in destination.iterdir()) if destination.is_dir() else 1
     return Summary(
         source=weights.source,
@@ -188,7 +187,7 @@ def _write(
     weights: StoredWeights,
     max_shard_bytes: int,
 ) -> None:
-    """One format's files at a place that does not exist yet."""
+    """One format's files: in an empty folder, or in a file that does not exist yet."""
     config = diffusers_config(sizes) | weights.identity.notes()
     if to in ("single-file", "self-forcing") and weights.role is None:
         config["_class_name"] = "WanTransformer"  # this package's class, which has any role
@@ -200,7 +199,6 @@ def _write(
         with place.open("wb") as file:
             torch.save({"generator": state, "config": config}, file)
     else:
-        place.mkdir()
         if to == "wan":
             config = wan_config(sizes) | weights.identity.notes()
         _write_json(place / CONFIG, config)
@@ -338,7 +336,7 @@ def _check_destination(destination: Path, to: str, overwrite: bool) -> None:
             f"{destination} exists; name another place, or replace it with overwrite=True "
             "(--overwrite)"
         )
-    if destination.is_dir() != (to in ("diffusers", "wan")):
+    if destination.is_dir() != (to in FOLDER_FORMATS):
         kind = "folder" if destination.is_dir() else "file"
         raise WeightsError(f"{destination} is a {kind}, which {to} is not; name another place")
     files = sorted(path.name for path in destination.iterdir()) if destination.is_dir() else []
@@ -349,50 +347,5 @@ def _check_destination(destination: Path, to: str, overwrite: bool) -> None:
         )
 
 
-@contextmanager
-def _whole(destination: Path, overwrite: bool) -> Iterator[Path]:
-    """A place to write to that takes the destination's name at the end; removed if that fails.
-
-    A folder that is replaced keeps another name until then, and gets its own back if the new one
-    cannot take it.
-    """
-    destination = destination.absolute()
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    temporary = destination.with_name(f".tmp-{destination.name}")
-    aside = destination.with_name(f".tmp-old-{destination.name}")
-    _remove(temporary)
-    try:
-        yield temporary
-        if destination.exists() and not overwrite:
-            raise WeightsError(f"{destination} has appeared meanwhile; name another place")
-        if not destination.is_dir():
-            temporary.replace(destination)
-        else:
-            _remove(aside)
-            destination.rename(aside)
-            try:
-                temporary.rename(destination)
-            except OSError:
-                aside.rename(destination)
-                raise
-            _remove(aside)
-        sync(destination.parent)
-    finally:
-        _remove(temporary)
-
-
-def _remove(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def _sync_all(path: Path) -> None:
-    for file in sorted(path.iterdir()) if path.is_dir() else []:
-        sync(file)
-    sync(path)

@@ -14,7 +14,7 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock
 from selfforcing_dfd.training.ema import EMA
-from selfforcing_dfd.training.optimizer_state import load_optimizer_state, optimizer_state
+from selfforcing_dfd.training.optimizer_state import optimizer_state
 from selfforcing_dfd.training.same_run import config_fingerprint
 from selfforcing_dfd.weights.checkpoint_files import CheckpointError, read_meta
 from selfforcing_dfd.weights.tensors import model_fingerprint
@@ -183,30 +183,6 @@ def test_plain_values_come_back_exactly(tmp_path: Path) -> None:
     assert nested["deep"] == values
     assert {name: state[name] for name in values} == values
     assert str(state["minus"]) == "-0.0"
-
-
-def test_optimizer_state_can_be_handed_over_separately(tmp_path: Path) -> None:
-    """Catches load_optimizer_state sharing tensors with its source.
-
-    Training one run would move the other's moments.
-    """
-    run = Run()
-    other = Run()
-    run.train(2)
-    for turn, network in run.networks.items():
-        other.networks[turn].load_state_dict(network.state_dict())
-        load_optimizer_state(
-            other.networks[turn],
-            other.optimizers[turn],
-            optimizer_state(network, run.optimizers[turn]),
-        )
-    other.ema.load_state_dict(run.ema.state_dict())
-    other.clock.load_state_dict(run.clock.state_dict())
-    before = other.bits()
-    run.train(4)
-    assert_same(other.bits(), before)
-    other.train(4)
-    assert_same(other.bits(), run.bits())
 
 
 def test_it_says_where_it_came_from(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from test_ema import assert_same, bits, make_model
 from torch import nn
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.training.optimizer_state import load_optimizer_state, optimizer_state
+from selfforcing_dfd.training.optimizer_state import optimizer_state
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, updates: range) -> None:
@@ -83,23 +83,13 @@ def test_optimizer_state_follows_names_not_positions() -> None:
     reversed_optimizer = torch.optim.AdamW(
         [{"params": [p]} for p in reversed(list(other.parameters()))], lr=1e-2
     )
-    load_optimizer_state(other, reversed_optimizer, optimizer_state(model, optimizer))
+    own = optimizer_state(other, reversed_optimizer)
+    for name, tensors in optimizer_state(model, optimizer).items():
+        for key, tensor in tensors.items():
+            own[name][key].copy_(tensor)  # in place, as a checkpoint is loaded
     train(model, optimizer, range(3, 6))
     train(other, reversed_optimizer, range(3, 6))
     assert_same(bits(other), bits(model))
-
-
-def test_a_learning_rate_that_may_change_stays_changed() -> None:
-    """Catches hyperparameters in the state.
-
-    They would silently undo what the config says on resume.
-    """
-    model = make_model()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    state = optimizer_state(model, optimizer)
-    slower = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    load_optimizer_state(model, slower, state)
-    assert slower.param_groups[0]["lr"] == 1e-3
 
 
 def test_strange_optimizers_are_refused() -> None:
@@ -111,11 +101,3 @@ def test_strange_optimizers_are_refused() -> None:
         optimizer_state(model, torch.optim.AdamW(model.parameters(), amsgrad=True))
     with pytest.raises(ValueError, match="that the model has not"):
         optimizer_state(model, torch.optim.AdamW(make_model().parameters()))
-    optimizer = torch.optim.AdamW(model.parameters())
-    wider = make_model(width=5)
-    with pytest.raises(
-        ValueError, match="optimizer state was made by another model: 6 entries differ"
-    ):
-        load_optimizer_state(
-            model, optimizer, optimizer_state(wider, torch.optim.AdamW(wider.parameters()))
-        )

@@ -16,11 +16,11 @@ from safetensors.torch import load_file
 from tiny_models import TINY, conditioning, latents, tiny_network
 from wan_files import HEAD_DIM, same, wan_folder, wan_state
 
+from selfforcing_dfd import common
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.models.identity import Recipe, mark, recipe_of
-from selfforcing_dfd.weights import write as export
 from selfforcing_dfd.weights.names import to_wan
-from selfforcing_dfd.weights.read import WeightsError, load_network, read_weights, stored_network
+from selfforcing_dfd.weights.read import WeightsError, load_network, read_weights
 from selfforcing_dfd.weights.write import FORMATS, convert, parse_bytes
 
 RECIPE = Recipe(
@@ -152,7 +152,8 @@ def test_a_student_stays_one_with_its_recipe(to, tmp_path):
     """Catches a student that is taken for Wan's bidirectional transformer after a conversion."""
     network = tiny_network(dtype=torch.float32)
     mark(network, "causal_student", RECIPE)
-    convert(stored_network(network), tmp_path / "w", to)
+    network.save_pretrained(tmp_path / "network")
+    convert(tmp_path / "network", tmp_path / "w", to)
     found = load_network(tmp_path / "w")
     assert found.config["role"] == "causal_student"
     assert recipe_of(found.config) == RECIPE
@@ -223,7 +224,7 @@ def test_a_failure_leaves_what_was_there(to, original, tmp_path, monkeypatch):
     def fail(path: Path) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(export, "sync", fail)
+    monkeypatch.setattr(common, "sync", fail)
     with pytest.raises(OSError, match="No space left"):
         convert(wan_folder(tmp_path / "other", wan_state(1)), tmp_path / "w", to, overwrite=True)
     assert digest(tmp_path / "w") == before

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import TINY, tiny_network
+from tiny_models import TINY, save_network, tiny_network
 from wan_files import HEAD_DIM, same, wan_state
 
 from selfforcing_dfd.cli.main import main
@@ -26,13 +26,7 @@ from selfforcing_dfd.models.identity import (
     mark,
     recipe_of_rollout,
 )
-from selfforcing_dfd.weights.read import (
-    WeightsError,
-    describe,
-    load_network,
-    read_weights,
-    stored_network,
-)
+from selfforcing_dfd.weights.read import WeightsError, describe, load_network, read_weights
 from selfforcing_dfd.weights.recipes import asked_settings, settle_recipe
 from selfforcing_dfd.weights.write import convert, file_metadata
 
@@ -115,7 +109,8 @@ def test_one_loader_takes_everything_from_the_file(dtype, tmp_path):
 
 def test_a_description_refuses_other_sizes(tmp_path):
     """Catches a mismatch that is found by a matrix product, deep inside."""
-    about = describe(stored_network(tiny_network(dtype=torch.float32), "teacher"))
+    save_network(tmp_path / "w.safetensors", tiny_network(dtype=torch.float32))
+    about = describe(tmp_path / "w.safetensors")
     about.require("the data", text_dim=12, in_channels=4)
     with pytest.raises(WeightsError, match=r"text_dim 12 instead of 32, as data\.shards wants"):
         about.require("data.shards", text_dim=32, in_channels=4)
