@@ -85,7 +85,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
-    """Size of a network that is made from nothing, as a first teacher is."""
+    """Size of a network without weights, such as a first teacher; dim = heads * head_dim."""
 
     num_heads: int = ranged(4, 1, 1024)
     head_dim: int = ranged(32, 6, 1024)
@@ -332,7 +332,8 @@ def check_ranges(section: type, values: Any, path: str) -> None:
     """Raise ConfigError for the first number of a section that leaves its range."""
     kinds = get_type_hints(section)
     for setting in dataclasses.fields(section):
-        name, value = f"{path}.{setting.name}", values[setting.name]
+        name = f"{path}.{setting.name}"
+        value = values[setting.name]
         if dataclasses.is_dataclass(kinds[setting.name]):
             check_ranges(kinds[setting.name], value, name)
         elif "range" in setting.metadata:
@@ -356,7 +357,7 @@ def explained(name: str) -> Iterator[None]:
 
 
 def find_config(name: str) -> Path:
-    """The config file of that name, here or in `configs/`; `.yaml` may be left out.
+    """The config file of that name (`.yaml` may be left out), in this folder or in `configs/`.
 
     Raises ConfigError with the names of all shipped configs.
     """

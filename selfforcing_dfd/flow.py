@@ -1,10 +1,9 @@
-"""Flow-matching algebra on the straight path between data and noise. Sigma in [0, 1] is the only
-time there is.
+"""Flow-matching algebra on the straight path between data and noise.
 
     x_t = (1 - sigma) x0 + sigma noise        flow = noise - x0        x0 = x_t - sigma flow
 
-Sigma is a tensor [B] or [B, F] or a float and broadcasts over latents [B, F, C, H, W]. No lookup
-tables, no timesteps.
+Sigma in [0, 1] is the only measure of time: there are no timesteps and no lookup tables. It is a
+float or a tensor [B] or [B, F], and it broadcasts over latents [B, F, C, H, W].
 """
 
 import torch
@@ -31,8 +30,9 @@ def x0_from_flow(x_t: Tensor, flow: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def shift_sigma(u: Tensor, shift: float) -> Tensor:
-    """Wan's time shift, s u / (1 + (s - 1) u): shift > 1 spends more of [0, 1] at high noise, 1
-    changes nothing.
+    """Wan's time shift, s u / (1 + (s - 1) u).
+
+    A shift above 1 spends more of [0, 1] at high noise; a shift of 1 changes nothing.
     """
     return shift * u / (1 + (shift - 1) * u)
 

@@ -64,7 +64,8 @@ def distribution_matching(
     """
     with torch.no_grad():
         generated = x0.detach()
-        fake_t, anchor_t = add_noise(generated, noise, sigma), add_noise(anchor, noise, sigma)
+        fake_t = add_noise(generated, noise, sigma)
+        anchor_t = add_noise(anchor, noise, sigma)
         fake_x0 = x0_from_flow(fake_t, fake(fake_t, sigma, conditioning).flow, sigma)
         teacher_x0 = guided_x0(teacher, anchor_t, sigma, conditioning, negative, guidance)
         d = fake_x0 - teacher_x0

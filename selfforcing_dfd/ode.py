@@ -43,12 +43,11 @@ def integrate(
     guidance: float = 1.0,
     negative: Conditioning | None = None,
 ) -> Tensor:
-    """Move latents [B, F, C, H, W] along dx / dsigma = flow(x, sigma) through `sigmas`, up or down,
-    with Heun's method.
+    """Integrate latents [B, F, C, H, W] along dx / dsigma = flow(x, sigma) with Heun's method.
 
-    At sigma 0 the flow is asked just above, where it is defined by the data; the last step down to
-    0 is Euler's, which is exact for a straight path. negative: guidance's unconditional text, zeros
-    by default.
+    sigmas: the levels to pass through, rising or falling. At sigma 0 the flow is taken slightly
+    above 0, where the data define it. The last step down to 0 is an Euler step, which is exact for
+    a straight path. negative: guidance's unconditional text, zeros by default.
     """
     negative = negative or Conditioning(torch.zeros_like(conditioning.text))
 
@@ -76,8 +75,9 @@ def sample(
     guidance: float = 1.0,
     negative: Conditioning | None = None,
 ) -> Tensor:
-    """Clean latents from noise [B, F, C, H, W] with a bidirectional network; 2 num_steps - 1
-    network calls.
+    """Sample clean latents from noise [B, F, C, H, W]; 2 num_steps - 1 network calls.
+
+    network: bidirectional.
     """
     ladder = sampling_ladder(num_steps, shift)
     return integrate(teacher, noise, ladder, conditioning, guidance, negative)
@@ -112,10 +112,11 @@ def invert_by_chunks(
     chunks: Chunks,
     cache: Cache,
 ) -> Tensor:
-    """The noise from which a causal network's ODE makes each chunk after the clean ones before it.
+    """The noise from which a causal network's ODE makes each chunk, given the clean chunks before.
 
-    Given the past, a chunk's noise is as good as fresh: a student may learn to follow it in every
-    chunk (the causal ODE of Causal-Forcing, turned round: its endpoints are the data itself).
+    Given these chunks, a chunk's noise is as good as fresh, so a student may learn to follow it in
+    every chunk. This is the causal ODE of Causal-Forcing in the other direction: its end points are
+    the data.
     """
     ladder = sampling_ladder(num_steps, shift)[::-1]
     contexts = teacher_forced_contexts(network, latents, conditioning, cache, chunks)

@@ -1,9 +1,8 @@
-"""Counter-based randomness: every draw is a function of what it is for, never of what was drawn
-before.
+"""Counter-based randomness: a draw depends on its name and counters only.
 
 A stream is named by `(seed, name, *counters)`, for example `(0, "noise", student_update, sample)`.
-Nothing random has to be saved, ranks need no broadcast, and resuming or changing the number of
-processes cannot change a draw.
+No random state has to be saved or broadcast. Resuming a run or changing the number of processes
+cannot change a draw.
 """
 
 from __future__ import annotations
@@ -17,17 +16,16 @@ from torch import Tensor
 
 
 def stream_seed(seed: int, name: str, *counters: int) -> int:
-    """A 63-bit seed for one draw: BLAKE2b of the stream's name and counters, so that neighbouring
-    counters are unrelated.
+    """A 63-bit seed for one draw: BLAKE2b of the stream's name and counters.
+
+    Neighbouring counters therefore give unrelated seeds.
     """
     text = ":".join([str(seed), name, *(str(int(counter)) for counter in counters)])
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little") >> 1
 
 
 def generator(seed: int, name: str, *counters: int) -> torch.Generator:
-    """A fresh CPU generator for one stream. CPU, so that a run draws the same numbers on every
-    device.
-    """
+    """A fresh generator for one stream, on the CPU so that all devices get the same draws."""
     return torch.Generator().manual_seed(stream_seed(seed, name, *counters))
 
 

@@ -112,7 +112,9 @@ def rollout(
     not committed, since no chunk comes after it.
     """
     exit_steps = exit_steps or (len(ladder) - 1,) * len(chunks)
-    x0s, exit_inputs, contexts = [], [], []
+    x0s = []
+    exit_inputs = []
+    contexts = []
     for chunk, exit_step in zip(chunks, exit_steps, strict=True):
         contexts.append(cache.read(chunk.frames))
         x0, x_t = denoise_chunk(

@@ -153,8 +153,9 @@ def _is_ours(error: Exception) -> bool:
 
 
 def _class(module: str, name: str) -> type[Exception]:
-    """An exception class of a library. If the library was not imported, none of its errors can be
-    here, and a class stands in that no error has.
+    """An exception class of a library, or a class that no error has if the library is not imported.
+
+    If the library was not imported, none of its errors can be raised.
     """
     if module not in sys.modules:
         return type("Absent", (Exception,), {})
@@ -167,8 +168,9 @@ def _first_line(error: Exception) -> str:
 
 
 def _reader_is_gone() -> bool:
-    """Whether nobody reads our stdout any more. What is left to write is then thrown away, so that
-    Python does not complain at its end.
+    """Whether the reader of our stdout has left.
+
+    If so, the remaining output is thrown away, so that Python does not complain at exit.
     """
     poll = select.poll()
     poll.register(STDOUT, 0)

@@ -1,6 +1,4 @@
-"""What `train.py` does: make sure there is data, train one stage or every arm of a comparison,
-report.
-"""
+"""`train.py`: prepare the data, train one stage or every arm of a comparison, report."""
 
 from __future__ import annotations
 
@@ -71,10 +69,9 @@ def train_or_make(config: Config, resume: bool) -> None:
 
 
 def prepare_data(config: Config) -> None:
-    """Render and pack tiny-world clips, and find their noise, where the config asks for it and it
-    is not there yet.
-    """
-    folder, tiny = Path(config.data.shards), config.data.tiny
+    """Make the tiny-world clips and their noise that the config asks for, unless they exist."""
+    folder = Path(config.data.shards)
+    tiny = config.data.tiny
     if not tiny.clips:
         return
     if not folder.exists():
@@ -114,10 +111,10 @@ def train(config: Config, resume: bool) -> None:
 
 
 def build_guards(config: Config) -> Guards | None:
-    """Guards for distribution matching: of pixels where the tiny codec made the data, else of the
-    latents themselves.
+    """Guards for distribution matching.
 
-    A decoded clip of Wan's VAE would cost seconds and gigabytes at every student update.
+    They look at pixels where the tiny codec made the data, else at the latents. Decoding a clip
+    with Wan's VAE would cost seconds and gigabytes at every student update.
     """
     if not stage_of(config).has_guards:
         return None

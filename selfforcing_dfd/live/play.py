@@ -218,8 +218,9 @@ def load_model(options: argparse.Namespace) -> StreamModel:
         raise UserError(
             "both --model and --run are given; name the run's student by --weights instead of --run"
         )
+    dtype = options.dtype or "auto"
+    vae_device = options.vae_device or ""
     size = options.size or (None, None)
-    dtype, vae_device = options.dtype or "auto", options.vae_device or ""
     return load_wan_model(
         options.model, options.weights, options.device, dtype, vae_device, size, recipe
     )

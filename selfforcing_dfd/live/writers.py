@@ -112,13 +112,13 @@ class OutputFile:
 
 
 class Mp4Writer(Writer):
-    """A fragmented mp4 (H.264, 4:2:0, BT.601): each write appends one whole fragment that begins
-    with a keyframe.
+    """A fragmented mp4 (H.264, 4:2:0, BT.601) that can be played while it is written.
 
-    The file under its own name plays at any time with every chunk written so far, during the stream
-    as after `kill -9`; closing adds nothing. Nothing waits in the encoder: no B-frames, no
-    lookahead. Raises OutputError for an existing file without `overwrite`, for odd sizes and for
-    frames that are not uint8 [T, H, W, 3] of one size.
+    Each write appends one whole fragment that begins with a keyframe. The file plays at any time
+    with every chunk written so far, also after `kill -9`; closing it adds nothing. The encoder
+    holds no frames back: it uses no B-frames and no lookahead. Raises OutputError for an existing
+    file without `overwrite`, for odd sizes and for frames that are not uint8 [T, H, W, 3] of one
+    size.
     """
 
     def __init__(self, path: Path | str, fps: float, overwrite: bool = False) -> None:

@@ -70,7 +70,8 @@ class InitStage(TrainingStage):
     def build(
         cls, config: Config, networks: Mapping[str, nn.Module], negative: Tensor | None
     ) -> Self:
-        flow, own = config.of(FlowConfig), config.of(InitConfig)
+        flow = config.of(FlowConfig)
+        own = config.of(InitConfig)
         chunks = chunks_of(config)
         return cls(
             {"student": networks["student"]},

@@ -139,7 +139,8 @@ class MatchingStage(TrainingStage):
 
     @classmethod
     def starts(cls, config: Config) -> dict[str, Start]:
-        weights, teacher = config.weights, teacher_start(config)
+        weights = config.weights
+        teacher = teacher_start(config)
         fake = teacher
         if weights.fake:
             fake = Start(weights.fake, weights.fake_entry, weights.head_dim)

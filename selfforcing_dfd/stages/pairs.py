@@ -16,7 +16,7 @@ from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, NOISE, TEXT, npy
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.write import Job, Record, Refuse, write_folder
+from selfforcing_dfd.data.write import Job, Record, Refuse, Unfinished, write_folder
 from selfforcing_dfd.ode import sample
 from selfforcing_dfd.stages.base import (
     FlowConfig,
@@ -91,7 +91,8 @@ class PairsStage(ShardStage):
         reader: ShardReader,
         resume: bool,
     ) -> str:
-        pairs, flow = config.of(PairsConfig), config.of(FlowConfig)
+        pairs = config.of(PairsConfig)
+        flow = config.of(FlowConfig)
         solver = f"{fingerprints['teacher']}-{pairs.steps}-{pairs.guidance:g}-{flow.shift:g}"
         negative = {}
         if reader.negative is not None:
@@ -116,7 +117,8 @@ class PairsStage(ShardStage):
                 numbers = range(start, min(start + config.batch.micro, job.num_items))
                 yield from make_pairs(config, networks["teacher"], reader, numbers)
 
-        summary = write_folder(pairs.out, job, records, unfinished="resume" if resume else "keep")
+        unfinished: Unfinished = "resume" if resume else "keep"
+        summary = write_folder(pairs.out, job, records, unfinished=unfinished)
         return f"{summary.folder}: {summary.num_samples} pairs in {summary.num_shards} shards"
 
 

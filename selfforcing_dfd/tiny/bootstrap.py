@@ -42,8 +42,9 @@ class Resamples:
         return cls(torch.cat([torch.ones(1, num_clips), drawn]).double())
 
     def only(self, which: Tensor) -> Resamples:
-        """The same draws without the other clips; the number of clips then varies from draw to
-        draw, as it would in new samples.
+        """The same draws with some clips left out.
+
+        The number of clips then varies from draw to draw, as it would in new samples.
         """
         return Resamples(self.counts * which)
 

@@ -153,8 +153,8 @@ def check_start(config: Config) -> None:
     ):
         if name and not find_file(name).exists():
             raise ConfigError(
-                f"weights.{role} is {name}, which does not exist; train it first, or correct the "
-                "path"
+                f"weights.{role} is {name}, which does not exist; "
+                "train it first, or correct the path"
             )
 
 
@@ -165,14 +165,17 @@ def build_invert(config: Config, num_steps: int) -> Invert:
     chunk.
     """
     device = find_device(config.run.device, "run.device")
-    teacher, shift = build_teacher(config, device), config.of(FlowConfig).shift
+    teacher = build_teacher(config, device)
+    shift = config.of(FlowConfig).shift
     by_chunks = config.of(InitConfig).stored_noise == "all"
 
     def run(latents: Tensor, text: Tensor) -> Tensor:
-        latents, conditioning = latents.to(device), Conditioning(text.to(device))
+        latents = latents.to(device)
+        conditioning = Conditioning(text.to(device))
         if not by_chunks:
             return invert(teacher, latents, conditioning, num_steps, shift).cpu()
-        cache, chunks = KVCache(**cache_sizes(config)), chunks_of(config)
+        cache = KVCache(**cache_sizes(config))
+        chunks = chunks_of(config)
         return invert_by_chunks(
             teacher, latents, conditioning, num_steps, shift, chunks, cache
         ).cpu()
@@ -205,9 +208,7 @@ MAY_CHANGE = {
 
 
 def build_trainer(config: Config, watch: Watch | None = None, resume: bool = False) -> Trainer:
-    """Everything that one run of `train.py` needs, continued from its newest checkpoint where asked
-    and there is one.
-    """
+    """The trainer of one run, resumed from its newest checkpoint if asked and if there is one."""
     device = find_device(config.run.device, "run.device")
     reader = build_reader(config)
     networks = build_networks(config, device)

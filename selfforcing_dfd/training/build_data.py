@@ -15,7 +15,8 @@ BASIS = "assets/tiny/codec.safetensors"
 
 def build_reader(config: Config) -> ShardReader:
     """The data set. Raises ConfigError for clips, text or noise that do not fit the settings."""
-    reader, shards = ShardReader(Path(config.data.shards)), config.data.shards
+    shards = config.data.shards
+    reader = ShardReader(Path(shards))
     stage = stage_of(config)
     captions_do = [known.name for known in STAGES.values() if not known.needs_clips]
     require(
@@ -34,7 +35,8 @@ def build_reader(config: Config) -> ShardReader:
 
 def check_shapes(config: Config, reader: ShardReader, network: Mapping[str, Any]) -> None:
     """ConfigError for latents or text of another shape than the network's; network: its config."""
-    shards, index = config.data.shards, reader.index
+    shards = config.data.shards
+    index = reader.index
     wanted = (config.rollout.frames, network["in_channels"])
     require(
         tuple(index.latent_shape[:2]) == wanted,

@@ -1,9 +1,9 @@
-"""What a run costs before anything is loaded: operations, GPU-hours, memory of one GPU.
+"""The cost of a run, estimated from sizes: operations, GPU-hours, memory of one GPU.
 
-Arithmetic, not measurement. The stage says which passes an update makes; operations are matrix
+Arithmetic, not measurement. The stage says which passes an update makes. Operations are matrix
 products and attention, two for each multiply-add. Bytes are those of tensors that are known to be
-alive at once; allocator and CUDA context take some more, which is why a GPU's nominal size is taken
-for what fits: an 80 GB board has 85.
+alive at once. The allocator and the CUDA context take some more. What fits is therefore judged by a
+GPU's nominal size: a board of 80 GB has 85.
 """
 
 from __future__ import annotations
@@ -63,9 +63,11 @@ class Clip:
         if what == "chunks":
             return self
         last = -1 if what == "committed" else len(self.chunks)
-        chunks, past = self.chunks[:last], self.past[:last]
+        chunks = self.chunks[:last]
+        past = self.past[:last]
         if what == "clip":
-            chunks, past = (sum(self.chunks),), (0,)
+            chunks = (sum(self.chunks),)
+            past = (0,)
         return Clip(chunks, past, self.latent_size, self.text_tokens)
 
 
@@ -215,8 +217,9 @@ class Estimate:
         return {"gradients of one network": self.master_bytes(role) // gpus}
 
     def kept_bytes(self, one: Pass) -> dict[str, int]:
-        """What a pass keeps for its backward pass, and the past that it attends to."""
-        size, over = self.sizes[one.role], self.clip.over(one.over)
+        """Bytes that a pass keeps for its backward pass, with the K/V that it attends to."""
+        size = self.sizes[one.role]
+        over = self.clip.over(one.over)
         rows = self.config.batch.micro
         kept = {}
         if len(over.chunks) > 1:
@@ -231,8 +234,9 @@ class Estimate:
         return kept
 
     def again(self, one: Pass) -> int:
-        """One block's activations, and its weights in bf16 with their gradient before it becomes
-        float32.
+        """Bytes of one block's activations, and of its bf16 weights with their gradient.
+
+        The gradient becomes float32 afterwards.
         """
         size = self.sizes[one.role]
         cast = 2 * 2 * num_parameters(size) // size.num_layers if self.width == 2 else 0
@@ -249,11 +253,13 @@ class Estimate:
         return 2 * self.sizes[role].num_layers * self.block_bytes(role, clip)
 
     def passing_bytes(self, one: Pass) -> dict[str, int]:
-        """A pass at its widest.
+        """Bytes of a pass where it needs most memory.
 
-        That is rotated queries and keys (15 D values a token) or the inside of the feed-forward.
+        That is either the rotated queries and keys (15 D values a token) or the inside of the
+        feed-forward.
         """
-        size, clip = self.sizes[one.role], self.clip.over(one.over)
+        size = self.sizes[one.role]
+        clip = self.clip.over(one.over)
         rows = self.config.batch.micro * one.rows
         dim = size.num_heads * size.head_dim
         token = self.width * max(15 * dim, 2 * size.ffn_dim + 3 * dim)

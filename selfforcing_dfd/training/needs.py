@@ -15,9 +15,11 @@ from selfforcing_dfd.stages import load_config, stage_of
 from selfforcing_dfd.stages.base import Start
 
 ENCODERS = "weights/Wan2.1-T2V-1.3B-Diffusers"  # VAE and text encoder; those of 14B are the same
-DFD_DATA, DFD_FOLDER = "csusupergear/vipe_long_lmdb", "data/vipe_long_lmdb"
+DFD_DATA = "csusupergear/vipe_long_lmdb"
+DFD_FOLDER = "data/vipe_long_lmdb"
 # of Self-Forcing: prompts are all that DMD needs
-PROMPTS, PROMPT_FOLDER = "vidprom_filtered_extended.txt", "data"
+PROMPTS = "vidprom_filtered_extended.txt"
+PROMPT_FOLDER = "data"
 COMMAND = "selfforcing-dfd"
 
 REPOSITORIES = {
@@ -42,7 +44,8 @@ def describe_needs(config: Config, prompts_do: bool, is_wan: bool) -> Iterator[s
     prompts_do: captions without clips will do. is_wan: the networks are of Wan's text width.
     """
     yield from describe_starts(config)
-    folder, tiny = config.data.shards, config.data.tiny
+    folder = config.data.shards
+    tiny = config.data.tiny
     if has_shards(config):
         yield f"  {'data':<12}{folder}, {len(reader_of(config))} samples"
     elif tiny.clips:
@@ -148,9 +151,7 @@ def maker_of_shards(folder: str) -> str:
 
 
 def chain_of(config: Config) -> dict[str, Config]:
-    """The shipped recipes that make what this config starts from and is not there, by name; what
-    comes first stands first.
-    """
+    """Names of the shipped recipes that make the missing weights of this config, in order."""
     chain: dict[str, Config] = {}
     names = [maker_of_shards(config.data.shards)] if not has_shards(config) else []
     for start in stage_of(config).starts(config).values():

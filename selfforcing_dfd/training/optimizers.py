@@ -15,7 +15,8 @@ from selfforcing_dfd.training.loop import Learner
 
 def build_learner(network: nn.Module, config: OptimizerConfig, student_updates: int) -> Learner:
     """A network with AdamW. With kind muon, torch.optim.Muon takes the blocks' matrices."""
-    rate, decay = config.lr, config.weight_decay
+    rate = config.lr
+    decay = config.weight_decay
     matrices, rest = split_parameters(network, config.kind)
     optimizers: list[Optimizer] = [
         torch.optim.AdamW(rest, lr=rate, betas=config.betas, weight_decay=decay)
@@ -34,7 +35,7 @@ def build_learner(network: nn.Module, config: OptimizerConfig, student_updates: 
 def split_parameters(
     network: nn.Module, kind: str
 ) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
-    """(for Muon, for AdamW)"""
+    """The parameters for Muon and those for AdamW."""
     matrices: list[nn.Parameter] = []
     rest: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():

@@ -1,6 +1,4 @@
-"""Prompts without clips: all that Self-Forcing's own training, and the teacher's trajectories, ask
-of data.
-"""
+"""Prompts without clips, which are enough for DMD and for the teacher's pairs."""
 
 from __future__ import annotations
 

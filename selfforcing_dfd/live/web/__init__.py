@@ -1,3 +1,1 @@
-"""The live page: its files, the messages it exchanges with the server, and what runs behind one
-connection.
-"""
+"""The live page: its files, its messages, and the work behind each connection."""
