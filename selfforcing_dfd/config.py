@@ -79,8 +79,7 @@ class ModelConfig:
     gradient_checkpointing: bool = False
     # bfloat16: trained weights stay float32, training/precision.py
     compute: Literal["float32", "bfloat16"] = "float32"
-    # the kernel where compute is bfloat16
-    attention: Literal["auto", "sdpa", "fa2", "fa3", "fa4"] = "auto"
+    attention: Literal["auto", "sdpa", "fa2", "fa3", "fa4"] = "auto"  # kernel in bfloat16
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -25,8 +25,9 @@ CODEC_FILE = Path(__file__).parents[1] / "assets" / "tiny" / "codec.safetensors"
 
 @pytest.fixture(scope="session")
 def clips() -> Clips:
-    """64 draws from the data law; all shapes, sizes, speeds and directions and at least five hues
-    occur.
+    """64 draws from the data law.
+
+    All shapes, sizes, speeds and directions and at least five hues occur.
     """
     factors = draw_factors(64, generator(0, "test clips"))
     videos = render(factors)

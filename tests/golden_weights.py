@@ -1,5 +1,6 @@
-"""Tensors and weights computed with the public reference code; golden/README.md and
-golden/manifest.json say how.
+"""Tensors and weights computed with the public reference code.
+
+Their origin is in golden/README.md and golden/manifest.json.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def golden_state(name: str) -> dict[str, Tensor]:
 
 
 def golden_network(name: str = "weights", dtype: torch.dtype = torch.float32) -> WanTransformer:
-    """The reference's student (`weights`), `weights_teacher` or `weights_fake`; every key must fit."""
+    """The reference's `weights` (student), `weights_teacher` or `weights_fake`, all keys used."""
     network = WanTransformer(**SIZES)
     network.load_state_dict(golden_state(name), strict=True)
     return network.to(dtype)

@@ -57,8 +57,9 @@ def rotary_table(head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
 def rotate_by_table(
     x: Tensor, table: tuple[Tensor, ...], grid: tuple[int, int], start_frame: int
 ) -> Tensor:
-    """x [B, frames * rows * columns, heads, head_dim] at latent frames from `start_frame` on; grid:
-    rows, columns.
+    """Rotate x [B, frames * rows * columns, heads, head_dim] from latent frame `start_frame` on.
+
+    grid: rows and columns.
     """
     rows, columns = grid
     frames = x.shape[1] // (rows * columns)
@@ -100,8 +101,9 @@ class NaivePast:
 
 @dataclass(slots=True)
 class NaiveCache:
-    """Keys and values as lists that grow by concatenation and are cut and cloned when they are too
-    long.
+    """Keys and values as lists that grow by concatenation.
+
+    Lists that are too long are cut and cloned.
     """
 
     table: tuple[Tensor, ...]
@@ -114,9 +116,7 @@ class NaiveCache:
         return NaivePast(self._layers, self.table, self.grid)
 
     def append(self, kv: ChunkKV) -> None:
-        """Remember keys before rotation, and of the window what a next chunk of the same size will
-        see.
-        """
+        """Store keys before rotation, and keep what a next chunk of the same size will see."""
         old = self._layers or tuple((k[:, :0], v[:, :0]) for k, v in kv.layers)
         with record_function("forget"):
             self._layers = tuple(
@@ -179,11 +179,10 @@ def unrotated(
 
 
 class NaiveSession:
-    """`StreamSession` on the naive cache: one prompt, no context, the same order of work in each
-    chunk.
+    """`StreamSession` on the naive cache: one prompt, no context, the same order of work.
 
-    Raises ValueError for an absolute sink, which this cache, that counts positions anew each time,
-    cannot place.
+    Raises ValueError for an absolute sink: this cache counts positions from zero for each chunk, so
+    it cannot place one.
     """
 
     def __init__(self, model: StreamModel, prompt: str, settings: StreamSettings) -> None:
@@ -293,8 +292,9 @@ def profiled_ms(
     num_calls: int,
     wanted: Callable[[str], object],
 ) -> tuple[dict[str, float], float]:
-    """Milliseconds a call by operator, or by range with all that runs in it, of the names that are
-    wanted; and of all.
+    """Milliseconds a call, by name and in total.
+
+    A name is an operator, or a range with all that runs in it.
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]

@@ -41,9 +41,7 @@ def newest_latents(session: StreamSession) -> torch.Tensor:
     ],
 )
 def test_the_naive_cache_generates_the_same_video(model, positions, sink, window):
-    """Catches a baseline that forgets other chunks, rotates to other positions, or draws other
-    noise.
-    """
+    """Catches a baseline with other chunks in its window, other positions or other noise."""
     settings = StreamSettings(seed=3, sink_frames=sink, window_frames=window, positions=positions)
     ours = StreamSession(model, PROMPT, settings)
     naive = NaiveSession(model, PROMPT, settings)
@@ -55,8 +53,9 @@ def test_the_naive_cache_generates_the_same_video(model, positions, sink, window
 
 
 def test_the_past_matters_to_the_test_above(model):
-    """Catches an equality that holds because the random network ignores its past: a shorter window,
-    another video.
+    """Catches an equality that holds only because the random network ignores its context.
+
+    A shorter window must give another video.
     """
     long, short = (
         NaiveSession(model, PROMPT, StreamSettings(sink_frames=3, window_frames=window))
@@ -69,8 +68,9 @@ def test_the_past_matters_to_the_test_above(model):
 
 
 def test_the_cache_stays_as_long_as_the_window(model):
-    """Catches a baseline that grows, and so looks slower the longer it runs: sink and history, 9 of
-    K = 12 frames.
+    """Catches a baseline that grows, and so gets slower the longer it runs.
+
+    Sink and history are 9 of K = 12 frames.
     """
     naive = NaiveSession(model, PROMPT, StreamSettings())
     lengths = []
@@ -87,9 +87,7 @@ def test_an_absolute_sink_is_refused(model):
 
 
 def test_both_are_timed_in_one_run(model):
-    """Catches a ratio upside down, costs that no profiler range catches, and products counted with
-    what they call.
-    """
+    """Catches an inverted ratio, costs outside all profiler ranges, and costs counted twice."""
     result = compare_with_naive(model, PROMPT, StreamSettings(), num_chunks=3)
     assert result["ratio"] == pytest.approx(result["ours_p50_ms"] / result["naive_p50_ms"])
     assert result["least_possible_ratio"] == pytest.approx(
@@ -100,8 +98,9 @@ def test_both_are_timed_in_one_run(model):
 
 
 def test_the_table_turns_by_the_frequencies_of_the_network():
-    """Catches a table of another base, or axes of other widths: exp(i * 3 * 10000^(-2/8)) for the
-    second pair in time.
+    """Catches a table with another base or other widths of the axes.
+
+    The second pair in time turns by exp(i * 3 * 10000^(-2/8)).
     """
     time, rows, columns = rotary_table(16, torch.device("cpu"))
     assert [part.shape[1] for part in (time, rows, columns)] == [4, 2, 2]

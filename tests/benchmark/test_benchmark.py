@@ -1,6 +1,4 @@
-"""The command line as users run it, on the shipped tiny student: what it prints is what the
-specification asks for.
-"""
+"""The benchmark's command line on the shipped tiny student."""
 
 from __future__ import annotations
 
@@ -123,8 +121,9 @@ def quick(tmp_path_factory) -> tuple[str, Path]:
 
 
 def test_a_run_ends_with_one_line_of_json(quick):
-    """Catches a log line after the result, a result over several lines, and NaN, which JSON does
-    not know.
+    """Catches a log line after the result, a result over several lines, and NaN.
+
+    JSON has no NaN.
     """
     printed, out = quick
     assert json.loads(printed.splitlines()[-1], parse_constant=pytest.fail) == json.loads(
@@ -142,9 +141,7 @@ def test_everything_that_was_asked_for_is_in_the_result(quick):
 
 
 def test_the_figures_fit_together(quick):
-    """Catches units that are off by a thousand, frames counted in latent ones, and a breakdown that
-    does not add up.
-    """
+    """Catches units off by a thousand, a mix of video and latent frames, and a wrong breakdown."""
     result = read_result(quick[1])
     stages = dict(result["stages_ms"])
     wall = stages.pop("wall")
@@ -161,9 +158,7 @@ def test_the_figures_fit_together(quick):
 
 
 def test_a_table_for_people_comes_first(quick):
-    """Catches figures without a name for what they include, and random weights that nobody
-    mentions.
-    """
+    """Catches figures that do not say what they include, and random weights without a word."""
     for words in (
         "steady FPS, VAE included",
         "DiT-only FPS",
@@ -175,8 +170,9 @@ def test_a_table_for_people_comes_first(quick):
 
 
 def test_compare_shows_both_their_ratio_and_what_differs(quick, tmp_path):
-    """Catches two machines that look like two versions, a ratio upside down, and two rows of one
-    name, of which the second one's value would stand beside both.
+    """Catches two machines taken for two versions, an inverted ratio, and rows of equal names.
+
+    Of two rows with one name, the second one's value would stand beside both.
     """
     result = read_result(quick[1])
     other = {
@@ -265,8 +261,9 @@ def test_timing_does_not_change_the_video(model):
 
 
 def test_every_call_of_the_network_is_a_stage(model):
-    """Catches a step that is not counted, or a commit pass taken for one: four steps and one commit
-    a chunk.
+    """Catches a step that is not counted, or a commit counted as a step.
+
+    A chunk has four steps and one commit.
     """
     bench = Bench(model, StreamSettings(sink_frames=0, window_frames=6), ("a", "b"), Plan())
     with timed_calls(model.student, bench.clocks[0], model.ladder):
@@ -284,8 +281,9 @@ def test_every_call_of_the_network_is_a_stage(model):
 
 
 def test_the_ramp_is_no_part_of_the_steady_state(model):
-    """Catches cheap first chunks in the median: K = 9 is full at the third chunk; steady ones
-    forget another.
+    """Catches cheap first chunks in the median.
+
+    K = 9 is full at the third chunk; each later chunk forgets one.
     """
     bench = Bench(model, StreamSettings(sink_frames=3, window_frames=6), ("a", "b"), Plan())
     session = StreamSession(model, "a", bench.settings)
@@ -296,10 +294,10 @@ def test_the_ramp_is_no_part_of_the_steady_state(model):
 
 
 def test_a_wish_is_answered_by_the_next_chunk(model):
-    """Catches a wait that begins at the chunk's end: never shorter than the chunk that follows, nor
-    longer than two.
+    """Catches a latency that is measured from the end of a chunk.
 
-    The other prompt must have come, or the first frame would not be one made under it.
+    It is at least as long as the next chunk and at most as long as two. The new prompt must be in
+    use, or the first frame would not be one made under it.
     """
     bench = Bench(model, StreamSettings(), ("a", "b"), Plan(num_prompt_trials=3))
     session, _ = bench.start()
@@ -329,8 +327,9 @@ def recorded(ready_s: list[float], stages: list[dict[str, float]]) -> Recording:
 
 
 def test_only_steady_chunks_count_in_sums_and_pace():
-    """Catches a ramp in the sums: four chunks, steady from the third; 24 frames in the three
-    seconds after the second.
+    """Catches the first chunks in the sums.
+
+    Four chunks, steady from the third: 24 frames in the three seconds after the second.
     """
     recording = recorded(
         [0.0, 1.0, 2.0, 4.0], [{"noise": 99.0}, {"noise": 99.0}, {"noise": 3.0}, {"noise": 5.0}]
@@ -345,8 +344,9 @@ def test_only_steady_chunks_count_in_sums_and_pace():
 
 
 def test_the_parts_of_a_stage_are_taken_out_of_it():
-    """Catches time that is shown twice: steps within denoising, the VAE within decoding, the pass
-    within the commit.
+    """Catches time that is shown twice.
+
+    Steps lie within denoising, the VAE within decoding, the pass within the commit.
     """
     parts: dict[str, Any] = {
         "denoise": 50.0,

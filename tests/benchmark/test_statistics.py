@@ -34,8 +34,9 @@ def test_summary_has_the_tail():
 
 
 def test_jitter_is_the_spread_of_intervals():
-    """Catches the spread of ready times, or a variance: intervals 1, 1, 3, 3 are one from their
-    mean of two.
+    """Catches the spread of ready times, or a variance, in place of the spread of intervals.
+
+    Intervals of 1, 1, 3, 3 have mean 2 and spread 1.
     """
     assert jitter([1.0, 1.0, 3.0, 3.0]) == pytest.approx(
         {"std": 1.0, "p99_minus_p50": 1.0}, abs=EXACT
@@ -61,8 +62,9 @@ def test_a_late_chunk_misses_the_frames_whose_turn_has_passed():
 
 
 def test_the_buffer_delays_every_deadline():
-    """Catches a buffer that is subtracted, or that is taken in seconds: one chunk of four frames is
-    two seconds.
+    """Catches a buffer that is subtracted, or that is read as seconds.
+
+    One chunk of four frames is two seconds.
     """
     assert playout([5.0, 7.75], [4, 4], playback_fps=2.0, buffer_chunks=1).miss_rate == 0.0
     assert playout(
@@ -71,8 +73,9 @@ def test_the_buffer_delays_every_deadline():
 
 
 def test_a_deadline_met_exactly_is_met():
-    """Catches a miss made of rounding: chunks that arrive at the very pace of playback, at a rate
-    that is no binary.
+    """Catches a missed deadline that is only rounding.
+
+    Chunks arrive exactly at the pace of playback, at a rate that is no binary fraction.
     """
     ready = list(accumulate([12 / 16.1] * 200))
     assert playout(ready, [12] * 200, playback_fps=16.1, buffer_chunks=0).miss_rate == 0.0
@@ -91,8 +94,9 @@ def test_min_buffer_is_enough_and_no_more():
 
 
 def test_growth_is_the_slope_of_the_fit():
-    """Catches last minus first: three more a sample, with an outlier that the fit weighs as one of
-    five.
+    """Catches last minus first in place of the slope.
+
+    The values grow by three a sample, with one outlier among five.
     """
     assert growth_per_thousand([0.0, 3.0, 6.0, 9.0]) == pytest.approx(3000, abs=1e-9)
     assert growth_per_thousand([0.0, 0.0, 10.0, 0.0, 0.0]) == pytest.approx(0, abs=1e-9)

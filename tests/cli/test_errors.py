@@ -250,9 +250,7 @@ def test_errors_name_the_option_that_was_typed(capsys):
 
 
 def test_importing_the_boundary_is_cheap():
-    """Catches an import at the top that makes every --help wait: only the standard library and
-    ourselves.
-    """
+    """Catches a heavy import that slows down every --help: only the standard library is allowed."""
     program = "import sys; before = set(sys.modules); import selfforcing_dfd.cli.errors\n"
     program += "print(*{name.split('.')[0] for name in set(sys.modules) - before})"
     done = subprocess.run(

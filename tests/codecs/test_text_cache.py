@@ -49,8 +49,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_cached_embeddings_are_the_encoders(text, tmp_path):
-    """Catches an entry under another prompt's name, lost rows, or rows left over: in any order,
-    first and later.
+    """Catches an entry under another prompt's name, lost rows and extra rows.
+
+    Prompts come in any order, for the first time and again.
     """
     encoder = Counting(text)
     cached = CachedText(encoder, tmp_path)
@@ -62,8 +63,9 @@ def test_cached_embeddings_are_the_encoders(text, tmp_path):
 
 
 def test_prompts_that_clean_alike_share_an_entry_and_are_cleaned_once(text, tmp_path):
-    """Catches a prompt cleaned by the cache and by the encoder: entities would be decoded four
-    times.
+    """Catches a prompt cleaned by both the cache and the encoder.
+
+    Entities would be decoded four times.
     """
     encoder = Counting(text)
     cached = CachedText(encoder, tmp_path)
@@ -97,8 +99,9 @@ def test_the_encoder_is_not_loaded_when_every_prompt_is_cached(folder, tmp_path)
 
 
 def test_nothing_heavy_is_imported_until_an_encoder_is_loaded():
-    """Catches `import transformers` at the top: five seconds for a stream whose prompts are all
-    known.
+    """Catches `import transformers` at the top of a module.
+
+    A stream whose prompts are all cached would wait five seconds for it.
     """
     code = "import sys, selfforcing_dfd.codecs.text; print('transformers' in sys.modules)"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
@@ -147,8 +150,9 @@ def test_a_damaged_entry_is_made_anew_with_a_warning(text, tmp_path, caplog, dam
 
 
 def test_two_processes_may_write_the_same_entry(tmp_path, caplog):
-    """Catches an entry written in place: a reader would find half of it, a second writer would mix
-    with the first.
+    """Catches an entry written in place.
+
+    A reader would find half of it, and a second writer would mix with the first.
     """
     states = rng.normal((512, 256), 0, "states")
     path = tmp_path / "entry.safetensors"
@@ -186,9 +190,7 @@ def test_any_text_encoder_can_be_cached(tmp_path):
 
 
 def test_packs_and_streams(text, tmp_path):
-    """Catches a method, a device or a dtype that packing or a session expects and the tiny world's
-    encoder has.
-    """
+    """Catches a method, device or dtype that packing and sessions need and the cache lacks."""
     write_clips(tmp_path / "clips", 1, seed=0, detail="short", num_frames=9)
     basis = [
         torch.linalg.qr(rng.normal((size, 16), 0, "basis", size)).Q.contiguous()

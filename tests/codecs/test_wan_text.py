@@ -48,22 +48,22 @@ def own_folder(folder: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.parametrize("prompt", NASTY)
 def test_prompts_are_cleaned_as_in_diffusers(prompt):
-    """Catches one unescape instead of two, mojibake left in, and white space that the tokenizer
-    would see.
-    """
+    """Catches one unescape instead of two, broken characters left in, and extra white space."""
     assert clean_prompt(prompt) == prompt_clean(prompt)
 
 
 def test_cleaning_repairs_decodes_twice_and_collapses():
-    """Catches both sides of the comparison above without ftfy: diffusers leaves it out silently
-    where it is missing.
+    """Catches errors in cleaning that the comparison above misses without ftfy.
+
+    diffusers silently skips ftfy where it is missing.
     """
     assert clean_prompt("  caf\u00c3\u00a9\n&amp;amp;  \u201ca\u201d ") == 'caf\u00e9 & "a"'
 
 
 def test_embeddings_are_those_of_diffusers_wan_pipeline(text):
-    """Catches another padding, mask, cleaning or length than Wan's: its pipeline pads every prompt
-    to the full length.
+    """Catches another padding, mask, cleaning or length than Wan's.
+
+    Wan's pipeline pads every prompt to the full length.
     """
     pipeline = WanPipeline(text.tokenizer, text.encoder, vae=None, scheduler=None)
     expected = pipeline._get_t5_prompt_embeds(
@@ -73,8 +73,9 @@ def test_embeddings_are_those_of_diffusers_wan_pipeline(text):
 
 
 def test_padding_is_exactly_zero_and_nothing_else_is(text):
-    """Catches states of padding tokens, which are of the size of words and which Wan's transformer
-    attends to.
+    """Catches states of padding tokens that are not zero.
+
+    They are as large as those of words, and Wan's transformer attends to them.
     """
     states = text.encode(PROMPTS)
     lengths = [len(text.tokenizer(prompt)["input_ids"]) for prompt in PROMPTS]
@@ -83,8 +84,9 @@ def test_padding_is_exactly_zero_and_nothing_else_is(text):
 
 
 def test_a_prompt_does_not_depend_on_its_batch(text):
-    """Catches a mask that does not reach the encoder: a short prompt would read the padding beside
-    a long one.
+    """Catches a mask that does not reach the encoder.
+
+    A short prompt would read the padding next to a long one.
     """
     together = text.encode(PROMPTS)
     for row, prompt in zip(together, PROMPTS, strict=True):
@@ -100,8 +102,9 @@ def test_the_empty_prompt_is_the_end_token_alone(text):
 
 @pytest.mark.parametrize("words", [MAX_LENGTH - 1, MAX_LENGTH, 80])
 def test_long_prompts_keep_their_end_and_say_so(text, caplog, words):
-    """Catches a cut that drops eos, which no training prompt ever lacked, and a cut that no one
-    hears of: 24 fit.
+    """Catches a cut that drops the end token, and a cut without a warning.
+
+    Every training prompt had an end token. 24 tokens fit.
     """
     ids, _ = text.tokenize(["disc " * words])
     assert ids.shape == (1, MAX_LENGTH)
@@ -118,8 +121,7 @@ def test_an_encoder_in_training_mode_is_put_to_rest():
 
 
 def test_half_precision_comes_out_as_float32_near_the_exact_states(text):
-    """Catches states computed in another dtype than asked, or handed on in bfloat16, which no
-    latent is.
+    """Catches states computed in another dtype than asked, or returned in bfloat16.
 
     Relative error 1e-2: two layers of bfloat16, each operation good to 4e-3.
     """
@@ -169,8 +171,9 @@ def add_words(tokenizer: Any) -> None:
     ],
 )
 def test_a_tokenizer_of_another_model_is_refused(damage, message):
-    """Catches prompts without their end, and ids that index past the word vectors deep inside a
-    CUDA kernel.
+    """Catches prompts without an end token, and ids beyond the word vectors.
+
+    Such ids fail deep inside a CUDA kernel.
     """
     tokenizer = tiny_tokenizer()
     damage(tokenizer)
@@ -183,10 +186,10 @@ def test_a_tokenizer_of_another_model_is_refused(damage, message):
 )
 @pytest.mark.parametrize("tied", [True, False])
 def test_what_was_saved_is_what_is_loaded(folder, tmp_path, names, tied):
-    """Catches word vectors left at zero or at random: transformers 5 ties them by a rule that has
-    changed twice.
+    """Catches word vectors left at zero or at random.
 
-    Checkpoints have either name or both; their configs say that nothing is tied.
+    transformers 5 ties them by a rule that has changed twice. Checkpoints have either name or both,
+    and their configs say that nothing is tied.
     """
     shutil.copytree(folder / "tokenizer", tmp_path / "tokenizer")
     encoder = tiny_encoder(seed=1)
@@ -205,8 +208,9 @@ def test_what_was_saved_is_what_is_loaded(folder, tmp_path, names, tied):
 
 
 def test_a_sharded_folder_gives_the_saved_encoder(folder, text):
-    """Catches a tokenizer rebuilt from its vocabulary: AutoTokenizer drops the normalisation of
-    tokenizer.json.
+    """Catches a tokenizer rebuilt from its vocabulary.
+
+    AutoTokenizer then drops the normalisation of tokenizer.json.
     """
     loaded = WanText.from_pretrained(folder, dtype=torch.float32, max_length=MAX_LENGTH)
     assert loaded.tokenizer("A DISC")["input_ids"] == tiny_tokenizer()("a disc")["input_ids"]
@@ -214,8 +218,9 @@ def test_a_sharded_folder_gives_the_saved_encoder(folder, text):
 
 
 def test_word_vectors_that_did_not_arrive_are_noticed(folder):
-    """Catches the fault of transformers 5.0: embed_tokens stays at zero, every prompt gives the
-    same states.
+    """Catches embed_tokens left at zero, a fault of transformers 5.0.
+
+    Every prompt would give the same states.
     """
     encoder = tiny_encoder()
     check_embedding(encoder, folder / "text_encoder")
@@ -293,8 +298,9 @@ def test_fingerprint_follows_what_the_embeddings_depend_on(own_folder):
 
 
 def test_fingerprint_in_memory_knows_the_weights_and_survives_use(text):
-    """Catches a mark of the config alone, and one that changes with the first call, which sets the
-    tokenizer's padding.
+    """Catches a fingerprint of the config alone, and one that changes with the first call.
+
+    The first call sets the tokenizer's padding.
     """
     text.encode(PROMPTS)
     assert (

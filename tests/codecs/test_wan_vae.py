@@ -1,6 +1,4 @@
-"""Wan's VAE in pieces: the bits of diffusers' own full decode and encode, for any split, with all
-state the caller's.
-"""
+"""Wan's VAE in pieces: bit for bit diffusers' full decode and encode, for any split."""
 
 from __future__ import annotations
 
@@ -56,10 +54,10 @@ def larger(codec: WanCodec) -> tuple[Tensor, Tensor, Tensor]:
 
 @pytest.fixture(scope="module")
 def bare() -> WanCodec:
-    """Without the two 1 x 1 x 1 convolutions outside encoder and decoder, whose last bits depend on
-    how many frames they get.
+    """The VAE without the two 1 x 1 x 1 convolutions outside encoder and decoder.
 
-    diffusers gives them all latent frames at once; in a stream there is one at a time.
+    Their last bits depend on how many frames they get. diffusers gives them all latent frames at
+    once; a stream gives them one at a time.
     """
     torch.manual_seed(0)
     vae: Any = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
@@ -81,8 +79,9 @@ def encoded_in_pieces(codec: WanCodec, video: Tensor, split: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_pieces_are_the_whole_to_the_bit(codec, video, latents, split):
-    """Catches features lost between pieces, groups of video frames cut across them, a later frame
-    taken for the first.
+    """Catches features lost between pieces, and video frames that are grouped wrongly.
+
+    For example a later frame that is taken for the first.
     """
     assert torch.equal(decoded_in_pieces(codec, latents, split), codec.decode(latents))
     assert torch.equal(encoded_in_pieces(codec, video, split), latents)
@@ -90,9 +89,7 @@ def test_pieces_are_the_whole_to_the_bit(codec, video, latents, split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_pieces_are_diffusers_whole_to_the_bit(bare, video, split):
-    """Catches caches that are handed in otherwise than diffusers does within one call, and
-    misplaced normalisation.
-    """
+    """Catches caches passed otherwise than within diffusers' own call, and wrong normalisation."""
     latents, decoded = by_diffusers(bare.vae, video)
     assert torch.equal(encoded_in_pieces(bare, video, split), latents)
     assert torch.equal(decoded_in_pieces(bare, latents, split), decoded)
@@ -100,8 +97,9 @@ def test_pieces_are_diffusers_whole_to_the_bit(bare, video, split):
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_pieces_are_the_unchanged_vaes_whole_to_the_bit(codec, larger, split):
-    """The same with all of the VAE, at a size (4 x 6 latents) where a 1 x 1 x 1 convolution rounds
-    alike for any count.
+    """Catches a difference in the parts of the VAE that the tests above leave out.
+
+    At this size (4 x 6 latents) a 1 x 1 x 1 convolution rounds alike for any number of frames.
     """
     video, latents, decoded = larger
     assert torch.equal(encoded_in_pieces(codec, video, split), latents)
@@ -109,8 +107,9 @@ def test_pieces_are_the_unchanged_vaes_whole_to_the_bit(codec, larger, split):
 
 
 def test_whole_is_diffusers_whole(codec, video, latents):
-    """Catches wrong means, deviations or projections. 1e-5: ten times the rounding of sums taken in
-    another order.
+    """Catches wrong means, deviations or projections.
+
+    1e-5 is ten times the rounding of sums taken in another order.
     """
     wanted, decoded = by_diffusers(codec.vae, video)
     assert (latents - wanted).abs().max() < 1e-5
@@ -118,8 +117,9 @@ def test_whole_is_diffusers_whole(codec, video, latents):
 
 
 def test_a_batch_is_its_videos(codec, video):
-    """Catches samples of a batch that are mixed. In a batch convolutions sum in another order: 1e-5
-    is ten times that.
+    """Catches samples of a batch that are mixed.
+
+    In a batch convolutions sum in another order; 1e-5 is ten times that rounding.
     """
     batch = torch.cat([video, video.flip(1)])
     latents = codec.encode(batch)
@@ -185,8 +185,9 @@ def test_channels_last_changes_the_last_bits_only(codec, video, latents):
 
 
 def test_channels_last_reaches_all_weights():
-    """Catches two-dimensional convolutions left out: those of the upsamplers undo the layout for
-    all that follows.
+    """Catches two-dimensional convolutions that keep the old layout.
+
+    Those of the upsamplers would undo the layout for all layers after them.
     """
     vae: Any = AutoencoderKLWan(base_dim=8, z_dim=16, dim_mult=[1, 2, 4, 4], num_res_blocks=1)
     WanCodec(vae, channels_last=True)
@@ -201,8 +202,9 @@ def test_channels_last_reaches_all_weights():
 
 
 def test_the_vae_of_another_wan_is_refused():
-    """Catches the VAE of Wan2.2 5B, whose pixels come in patches, failing deep inside with a
-    message about shapes.
+    """Catches the VAE of Wan2.2 5B, which would fail later with a message about shapes.
+
+    Its pixels come in patches.
     """
     with pytest.raises(
         CodecError, match=r"patch_size 2, as Wan2\.2 5B has; want the one of Wan2\.1"

@@ -1,6 +1,4 @@
-"""Tiny-world clips and the shards packed from them, made once; a test that changes them works on a
-copy.
-"""
+"""Tiny-world clips and their shards, made once; a test that changes them works on a copy."""
 
 from __future__ import annotations
 
@@ -62,9 +60,7 @@ def own_clips(clips: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def frames() -> Tensor:
-    """uint8 [9, 64, 64, 3]: a smooth random field a frame, smooth enough for chroma at half
-    resolution.
-    """
+    """uint8 [9, 64, 64, 3]: a random field a frame, smooth enough for chroma at half size."""
     coarse = rng.uniform((9, 3, 3, 3), 0, "frames").float()
     smooth = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bicubic").clamp(0, 1)
     return (smooth * 255).round().byte().permute(0, 2, 3, 1).contiguous()

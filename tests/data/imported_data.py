@@ -25,8 +25,9 @@ def draw(*labels: int) -> Tensor:
 def write_lmdb(
     folder: Path, rows: dict[int, Tensor], prompts: list[str], shape: str | None = None
 ) -> Path:
-    """An environment as the scripts of Self-Forcing and CausVid fill it: raw float16, ASCII shapes,
-    written last.
+    """An environment as the scripts of Self-Forcing and CausVid write it.
+
+    Values are raw float16; shapes are ASCII and are written last.
     """
     environment = lmdb.open(str(folder), map_size=2**24)
     with environment.begin(write=True) as transaction:

@@ -1,6 +1,4 @@
-"""The order of a data stream: every sample once per epoch, whoever reads it, from wherever it is
-resumed.
-"""
+"""The order of a data stream: every sample once per epoch, also after a resume."""
 
 from __future__ import annotations
 
@@ -135,8 +133,9 @@ def test_an_empty_order_is_refused() -> None:
 def test_every_sample_once_per_epoch_for_any_number_of_ranks_and_workers(
     packed: Path, num_ranks: int, num_workers: int
 ) -> None:
-    """Catches shards split between ranks and workers, each of which keeps to its own part.
-    webdataset does that.
+    """Catches shards that are divided among ranks and workers, as webdataset does it.
+
+    Each of them would see its own part of the data only.
     """
     reader = ShardReader(packed)
     order = SampleOrder(len(reader), seed=3)

@@ -1,6 +1,4 @@
-"""Packing with the real classes of Wan's VAE and text encoder at tiny size, from a diffusers
-folder, by the command.
-"""
+"""The pack command with the real classes of Wan's VAE and text encoder at tiny size."""
 
 from __future__ import annotations
 

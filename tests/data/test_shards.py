@@ -39,9 +39,7 @@ def edit_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
 def replace_member(
     folder: Path, key: str, name: str, array: np.ndarray, size: int | None = None
 ) -> None:
-    """Overwrite a member in place with a .npy file of no more than its size, and enter its checksum
-    into the index.
-    """
+    """Overwrite a member in place with a .npy file that is not larger, and update its checksum."""
     buffer = io.BytesIO()
     np.save(buffer, array)
 

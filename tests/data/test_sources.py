@@ -1,6 +1,4 @@
-"""Where clips and captions come from: folders, lists, caption files; and at which size and rate
-frames are taken.
-"""
+"""Sources of clips and captions: folders, lists, caption files; sizes and frame rates."""
 
 from __future__ import annotations
 

@@ -1,6 +1,4 @@
-"""Streaming on a CUDA device: the same video as on a CPU, and a host that never waits for more than
-its frames.
-"""
+"""Streaming on a CUDA device: the CPU's video, and a host that waits for its frames only."""
 
 from __future__ import annotations
 
@@ -28,9 +26,7 @@ def stream_model(device: str, dtype: torch.dtype = torch.float32) -> StreamModel
 
 
 def test_a_chunk_waits_for_its_frames_only():
-    """Catches a hidden `.item()`, a copy from pageable memory, and a stage clock that synchronises
-    (T9).
-    """
+    """Catches a hidden `.item()`, a copy from pageable memory, and a clock that synchronises (T9)."""
     session = StreamSession(stream_model("cuda"), "a disc moves")
     for _ in range(RAMP):
         session.next_chunk()
@@ -44,8 +40,9 @@ def test_a_chunk_waits_for_its_frames_only():
 
 @pytest.mark.parametrize("positions", ["sink_relative", "absolute"])
 def test_the_gpu_makes_the_cpus_video(positions):
-    """Catches frames that are handed out before their copy is done. float64, so that kernels differ
-    by rounding only.
+    """Catches frames that are returned before their copy is done.
+
+    float64, so that kernels differ by rounding only.
     """
     settings = StreamSettings(positions=positions)
     sessions = [
@@ -58,8 +55,9 @@ def test_the_gpu_makes_the_cpus_video(positions):
 
 
 def test_memory_does_not_grow():
-    """Catches pinned buffers or events that pile up: allocated bytes are the same after each chunk
-    of the steady state.
+    """Catches pinned buffers or events that pile up.
+
+    Allocated bytes are the same after each chunk of the steady state.
     """
     session = StreamSession(stream_model("cuda"), "a disc moves")
     for _ in range(RAMP):

@@ -49,8 +49,9 @@ def test_the_file_is_the_same(tmp_path: Path):
 
 
 def test_a_slow_writer_holds_the_stream_back():
-    """Catches a queue without bounds: with the writer stuck, one chunk is in its hands, the rest of
-    the room is taken.
+    """Catches a queue without bounds.
+
+    The writer is stuck: it holds one chunk, and the queue is full.
     """
     gate = Gate()
     writer = BackgroundWriter(gate)
@@ -75,8 +76,9 @@ def test_a_slow_writer_holds_the_stream_back():
 
 
 def test_an_error_comes_back_once_and_the_file_is_closed():
-    """Catches a full disk, or a reader that has gone, that nobody hears of; and a close that hangs
-    or raises it again.
+    """Catches an unreported write error, and a close that hangs or raises it again.
+
+    Such errors are a full disk, or a reader that has left.
     """
     gate = Gate(fails_at=1)
     gate.open.set()

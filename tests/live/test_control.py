@@ -77,9 +77,7 @@ def test_lines_become_commands(line, command):
     ],
 )
 def test_wrong_commands_are_answered_and_do_nothing(line, message):
-    """Catches a mistyped command that becomes the prompt, a seed no generator takes, and a reply of
-    many lines.
-    """
+    """Catches a mistyped command used as a prompt, an impossible seed, and a reply of many lines."""
     control = Control()
     reply = control.submit(line)
     assert (
@@ -114,9 +112,7 @@ def test_quit_drops_what_waits():
 
 
 def test_a_flood_is_refused_and_prompts_still_pass():
-    """Catches memory that grows with the sender's speed, and a flood that locks out prompts or the
-    way to stop it.
-    """
+    """Catches memory that grows with a flood of lines, and a flood that locks out commands."""
     control = Control()
     replies = [control.submit(f"/seed {i}") for i in range(MAX_PENDING + 10)]
     assert [reply.startswith("ok") for reply in replies] == [True] * MAX_PENDING + [False] * 10
@@ -129,9 +125,7 @@ def test_a_flood_is_refused_and_prompts_still_pass():
 
 @pytest.mark.parametrize("piece", [1, 2, 7, 10_000])
 def test_lines_do_not_depend_on_how_bytes_arrive(piece):
-    """Catches a line torn at a packet's border, and the tail of a long line taken for a line of its
-    own.
-    """
+    """Catches a line cut where a packet ends, and the tail of a long line taken for a new one."""
     text = (
         "größer\n\n/pause\n"
         + "x" * MAX_LINE_BYTES
@@ -198,8 +192,9 @@ def test_lines_arrive_while_the_stream_is_open():
 
 
 def test_the_end_of_stdin_ends_nothing_else():
-    """Catches a stream that stops, or polls that fail, once `echo ... |` has said all; its last
-    line needs no end.
+    """Catches a stream that stops when its stdin ends, as after `echo ... |`.
+
+    The last line needs no line end.
     """
     pipe = Pipe()
     pipe.send(b"/pause\na disc")
@@ -222,8 +217,9 @@ def test_bytes_that_are_no_text_are_answered():
 
 
 def test_python_ends_while_the_reader_waits():
-    """Catches `Fatal Python error: could not acquire lock for stdin` at the end of each stream from
-    a terminal.
+    """Catches `Fatal Python error: could not acquire lock for stdin` at exit.
+
+    It came at the end of each stream from a terminal.
     """
     code = (
         "import sys\n"

@@ -31,8 +31,9 @@ def test_schedule_gives_each_prompt_at_its_chunk_only():
     [("0.001", 1), ("0.75", 1), ("0.7501", 2), ("1", 2), ("1.75", 2), ("2.75", 3), ("100", 101)],
 )
 def test_seconds_are_the_first_chunk_from_then_on(seconds, chunk):
-    """Catches rounding to the chunk before, and 12 video frames in the first chunk: at 12 a second,
-    chunks start at 0, 0.75, 1.75, 2.75 s.
+    """Catches rounding to the chunk before, and 12 video frames in the first chunk.
+
+    At 12 a second, chunks start at 0, 0.75, 1.75, 2.75 s.
     """
     assert PromptSchedule.parse(f"0s: a\n{seconds}s: b", fps=12).at(chunk) == "b"
 
@@ -42,8 +43,9 @@ def test_seconds_are_the_first_chunk_from_then_on(seconds, chunk):
     ("chunk_frames", "after_context"), [(3, False), (3, True), (1, False), (5, False)]
 )
 def test_seconds_agree_with_counting(fps, chunk_frames, after_context):
-    """Catches a formula that is right for the first chunks only: a hundredth of a second around
-    each of thirty starts.
+    """Catches a formula that is right for the first chunks only.
+
+    It is tried a hundredth of a second around each of thirty starts.
     """
     rate = Fraction(fps).limit_denominator(1001)
     first = 4 * chunk_frames - (0 if after_context else 3)
@@ -59,8 +61,9 @@ def test_seconds_agree_with_counting(fps, chunk_frames, after_context):
 
 
 def test_seconds_do_not_suffer_from_binary_fractions():
-    """Catches 8.3 * 30 > 249 in floats, which is a chunk too late: chunk 21 starts at video frame
-    249.
+    """Catches float errors: 8.3 * 30 > 249 would be a chunk too late.
+
+    Chunk 21 starts at video frame 249.
     """
     assert PromptSchedule.parse("0: a\n8.3s: b", fps=30).at(21) == "b"
 

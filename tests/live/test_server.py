@@ -62,9 +62,7 @@ def test_tab_that_leaves_makes_room(model):
 
 
 def test_viewer_who_acknowledges_nothing_stops_generation(model):
-    """Catches a queue that grows while nobody looks, and one acknowledgement that lets more than
-    one chunk through.
-    """
+    """Catches a queue that grows without a viewer, and an acknowledgement that counts twice."""
     with serving(model, max_queue_chunks=3) as port, Tab(port).start() as tab:
         assert tab.num_waiting_chunks() == 3
         tab.send("ack", chunk=0)
@@ -90,9 +88,7 @@ def test_idle_tab_is_ended(model, preparation, why):
 
 
 def test_watched_tab_is_not_idle(model):
-    """Catches a stream that ends under the eyes of its viewer, and a viewer in a pause who is
-    active.
-    """
+    """Catches a stream that ends while it is watched, and a paused viewer who counts as active."""
     with serving(model, idle_s=0.5) as port, Tab(port).start() as tab:
         for _ in range(4):
             tab.chunk()
@@ -106,9 +102,7 @@ def test_watched_tab_is_not_idle(model):
 
 
 def test_viewer_who_reads_nothing_is_ended():
-    """Catches a server that waits for ever, or keeps all that it could not send, behind a
-    connection that takes nothing.
-    """
+    """Catches a server that waits for ever, or keeps all data, for a client that reads nothing."""
     large = make_model(
         student=tiny_network(dtype=torch.float32, in_channels=16, out_channels=16),
         latent_size=(32, 32),
@@ -139,9 +133,7 @@ def test_prompt_holds_from_the_next_chunk(model):
 
 
 def test_wrong_prompt_changes_nothing(model):
-    """Catches a stream that ends, or goes on without a prompt, because the text encoder refused
-    one.
-    """
+    """Catches a refused prompt that ends the stream or leaves it without a prompt."""
     with serving(model) as port, Tab(port) as tab:
         tab.send("start", prompt="one two three four five six", seed=0)
         assert "6 words, 5 fit" in tab.until("error")["message"]
@@ -169,9 +161,7 @@ def test_pause_stops_and_resume_goes_on(model):
 
 
 def test_reset_begins_anew_with_the_new_seed_and_prompt(model):
-    """Catches remains of the old stream in the new one, and acknowledgements that are taken for the
-    other stream's.
-    """
+    """Catches remains of the old stream in the new one, and its acknowledgements in the new one."""
     with serving(model, max_queue_chunks=1) as port, Tab(port).start() as tab:
         tab.chunk()
         tab.chunk(ack=False)
@@ -277,9 +267,7 @@ def test_page_is_whole_and_needs_no_other_site(model):
 
 
 def test_figures_are_those_of_the_stream(model):
-    """Catches a rate from the time of computing alone, one that is a mean of rates, and stages that
-    exceed the whole.
-    """
+    """Catches a rate of computing time alone, a mean of rates, and stages above the whole."""
     infos: list[dict[str, Any]] = []
     with serving(model, max_queue_chunks=1) as port, Tab(port) as tab:
         begun = time.monotonic()

@@ -48,9 +48,7 @@ BAD = {
 
 
 def test_bad_messages_are_refused_one_by_one(model):
-    """Catches a message that is half obeyed, an error that does not say what is wrong, and a stream
-    that such a one ends.
-    """
+    """Catches a half-obeyed message, an unclear error, and a bad message that ends the stream."""
     with serving(model, max_queue_chunks=1) as port, Tab(port).start() as tab:
         chunks = [tab.chunk(ack=False)]
         for name, (message, told) in BAD.items():
@@ -63,9 +61,7 @@ def test_bad_messages_are_refused_one_by_one(model):
 
 
 def test_too_many_bad_messages_end_the_connection(model):
-    """Catches a client that may go on with nonsense for ever, and one that is thrown out for a
-    slip.
-    """
+    """Catches a client that may send nonsense for ever, and one that is cut off for one mistake."""
     with serving(model) as port, Tab(port) as tab:
         for _ in range(20):
             tab.send("resume")
@@ -92,8 +88,9 @@ def test_page_of_another_site_may_not_connect(model, origin):
     "host", ["evil.example", "127.0.0.1.evil.example", "[::1", "", "localhost@evil.example"]
 )
 def test_other_names_for_this_machine_are_refused(model, host):
-    """Catches DNS rebinding: another site's name that is made to point here, with which its page
-    would be our own.
+    """Catches DNS rebinding: another site's name that points to this machine.
+
+    With it, that site's page could use our server.
     """
     with serving(model) as port:
         for path in ("/", "/healthz", "/page.js"):

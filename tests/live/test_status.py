@@ -66,8 +66,7 @@ def last_line(stream: io.StringIO) -> str:
 
 
 def test_fps_is_frames_over_the_time_between_chunks(clock):
-    """Catches the mean of rates, the first chunk's frames without its time, and latency in place of
-    wall time.
+    """Catches a mean of rates, the first chunk's frames without its time, and latency as time.
 
     After the first chunk 12 frames took 1 s and 12 took 3 s: 24 in 4 s.
     """
@@ -88,8 +87,9 @@ def test_fps_forgets_old_chunks(clock):
 
 
 def test_video_so_far_is_in_seconds_of_video(clock):
-    """Catches wall seconds shown as the video's length: 9 + 12 + 12 frames at 16 a second are 2.1
-    s.
+    """Catches wall time shown as the video's length.
+
+    9 + 12 + 12 frames at 16 a second are 2.1 s.
     """
     stream = io.StringIO()
     play(StatusLine(stream, fps=16, every_s=0, clock=clock), clock, (9, 7.0), (12, 7.0), (12, 7.0))
@@ -130,8 +130,9 @@ def test_a_stream_without_chunks_ends_without_figures(clock):
 
 
 def test_a_log_gets_a_line_now_and_then(clock):
-    """Catches a log of a line per chunk, and escape sequences in it: 41 chunks a second apart,
-    every ten seconds.
+    """Catches a log with a line for each chunk, and escape sequences in it.
+
+    41 chunks come a second apart; a line is due every ten seconds.
     """
     stream = io.StringIO()
     status = StatusLine(stream, fps=16, every_s=10, clock=clock)
@@ -142,9 +143,7 @@ def test_a_log_gets_a_line_now_and_then(clock):
 
 
 def test_a_terminal_keeps_one_line(clock):
-    """Catches a screen full of status lines, and the end of a longer line that shows behind a
-    shorter one.
-    """
+    """Catches a screen full of status lines, and the end of a longer line behind a shorter one."""
     screen = Screen(columns=120)
     status = StatusLine(screen.stream, fps=16, clock=clock)
     status.update(7, 12, 50.0, "a rather long prompt")
@@ -158,9 +157,7 @@ def test_a_terminal_keeps_one_line(clock):
 @pytest.mark.parametrize("columns", [10, 40, 100, 300])
 @pytest.mark.parametrize("prompt", ["x" * 500, "漢字" * 200, "a\nb\r\x1b[2J" * 50])
 def test_the_line_fits_and_its_prompt_cannot_move_the_cursor(clock, columns, prompt):
-    """Catches lines that wrap, wide characters counted as one column, and escape sequences in a
-    prompt.
-    """
+    """Catches lines that wrap, wide characters of one column, and escape sequences in a prompt."""
     screen = Screen(columns)
     StatusLine(screen.stream, fps=16, clock=clock).update(0, 9, 50.0, prompt)
     shown = screen.shown().removeprefix("\r").removesuffix(LIVE_END)
@@ -187,9 +184,7 @@ def test_a_message_leaves_the_line_whole(clock):
 
 
 def test_the_summary_takes_the_place_of_the_line(clock):
-    """Catches the last status line left above or behind the summary, and a shell prompt on the same
-    line.
-    """
+    """Catches a status line left beside the summary, and a shell prompt on the summary's line."""
     screen = Screen(columns=120)
     with StatusLine(screen.stream, fps=16, clock=clock) as status:
         status.update(0, 12, 50.0, "a disc")
@@ -216,8 +211,9 @@ def test_text_is_cut_by_columns(text, columns, shown):
 
 
 def test_cutting_takes_time_in_proportion():
-    """Catches a cut that measures the whole text for each character it drops: minutes for this one,
-    in each chunk.
+    """Catches a cut that measures the whole text for each character that it drops.
+
+    For this text that would take minutes, in each chunk.
     """
     begun = time.perf_counter()
     assert text_columns(fit("漢" * 100_000, 80)) <= 80
@@ -225,8 +221,9 @@ def test_cutting_takes_time_in_proportion():
 
 
 def test_resident_memory_follows_what_is_held():
-    """Catches the peak or the address space reported as resident: 64 MiB come when they are used,
-    and go again.
+    """Catches the peak or the address space reported as resident memory.
+
+    64 MiB come when they are used, and go again.
     """
     before = resident_bytes()
     held = np.empty(2**26, dtype=np.uint8)

@@ -51,9 +51,7 @@ def assert_shows(pictures: np.ndarray, lengths: tuple[int, ...]) -> None:
 
 
 def test_mp4_plays_with_all_chunks_after_each_write(tmp_path):
-    """Catches the default GOP of 250, frames that linger in encoder or muxer, and a file that waits
-    for its end.
-    """
+    """Catches the default GOP of 250, frames held back by encoder or muxer, and a late header."""
     with Mp4Writer(tmp_path / "v.mp4", FPS) as writer:
         for i, length in enumerate(LENGTHS):
             writer.write(flat_chunk(i, length))
@@ -61,9 +59,7 @@ def test_mp4_plays_with_all_chunks_after_each_write(tmp_path):
 
 
 def test_mp4_has_even_times_and_one_keyframe_a_chunk(tmp_path):
-    """Catches fragments that each start at time zero, gaps at their borders, and keyframes of the
-    encoder's choosing.
-    """
+    """Catches fragments that each start at time zero, gaps between them, and extra keyframes."""
     generator = torch.Generator().manual_seed(0)
     with Mp4Writer(tmp_path / "v.mp4", FPS) as writer:
         for length in LENGTHS:  # noise: each frame a new scene
@@ -76,8 +72,9 @@ def test_mp4_has_even_times_and_one_keyframe_a_chunk(tmp_path):
 
 
 def test_mp4_fragments_are_numbered(tmp_path):
-    """Catches fragments that all say they are the first, which ISO/IEC 14496-12 forbids and strict
-    players refuse.
+    """Catches fragments that all have number one.
+
+    ISO/IEC 14496-12 forbids that, and strict players refuse it.
     """
     with Mp4Writer(tmp_path / "v.mp4", FPS) as writer:
         for i, length in enumerate(LENGTHS):
@@ -132,9 +129,7 @@ def test_mp4_survives_a_kill(tmp_path):
 
 @pytest.mark.parametrize("part", [0.02, 0.3, 0.6, 0.95])
 def test_mp4_cut_within_the_newest_fragment_shows_the_others(tmp_path, part):
-    """Catches an index at the end, or a header that a torn write makes useless: a kill in the
-    middle of a write.
-    """
+    """Catches an index at the end, or a header that is useless after a kill during a write."""
     path = tmp_path / "v.mp4"
     sizes = []
     generator = torch.Generator().manual_seed(1)
@@ -153,9 +148,7 @@ def test_mp4_cut_within_the_newest_fragment_shows_the_others(tmp_path, part):
 
 
 def test_mp4_shows_the_colours_it_was_given(tmp_path):
-    """Catches red for blue, another matrix than the file's tags name, and full range taken for
-    limited.
-    """
+    """Catches red for blue, a matrix other than the file's tags say, and a wrong range."""
     colours = torch.tensor(
         [[255, 0, 0], [0, 255, 0], [0, 0, 255], [255, 255, 255], [0, 0, 0], [200, 120, 40]]
     )
@@ -232,8 +225,9 @@ def test_y4m_has_one_header_and_all_frames():
 
 @pytest.mark.parametrize("name", ["v.mp4", "v.y4m"])
 def test_no_frames_write_nothing(tmp_path, name):
-    """Catches an empty fragment, or a header without a size, for the empty context of a stream from
-    text.
+    """Catches an empty fragment, or a header without a size.
+
+    The context of a stream from text is empty.
     """
     with open_writer(str(tmp_path / name), FPS) as writer:
         writer.write(flat_chunk(0, 0))
@@ -262,8 +256,9 @@ except ReaderGone:
 
 
 def test_stdout_of_a_reader_that_leaves_ends_quietly():
-    """Catches `Exception ignored ... BrokenPipeError` and exit status 120, when Python flushes
-    stdout at its end.
+    """Catches `Exception ignored ... BrokenPipeError` and exit status 120 at exit.
+
+    Python flushes stdout then.
     """
     with subprocess.Popen(
         [sys.executable, "-c", PIPED], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE
@@ -276,8 +271,9 @@ def test_stdout_of_a_reader_that_leaves_ends_quietly():
 
 
 def test_stdout_stays_open(capfdbinary):
-    """Catches a writer that closes the program's own stdout, so that the next word to it is an
-    error.
+    """Catches a writer that closes the program's own stdout.
+
+    The next print would be an error.
     """
     with open_writer("-", FPS) as writer:
         writer.write(flat_chunk(0, 9))
