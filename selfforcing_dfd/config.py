@@ -84,7 +84,7 @@ class ModelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class NetworkConfig:
-    """Size of a network without weights, such as a first teacher; dim = heads * head_dim."""
+    """Size of a network that starts without weights, as a first teacher does."""
 
     num_heads: int = ranged(4, 1, 1024)
     head_dim: int = ranged(32, 6, 1024)

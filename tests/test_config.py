@@ -60,7 +60,7 @@ def test_shipped_stream_settings_load(path: Path) -> None:
 
 
 def test_round_trip(minimal: str, tmp_path: Path) -> None:
-    """What is saved with a run is the run: a setting lost in the YAML would resume as another run."""
+    """Catches a setting that is lost in the YAML: the run would resume as another run."""
     config = load_config(
         minimal,
         ["dfd.p=0.25", "optim.fake.lr=3e-5", "rollout.ladder=[1000,500]", "dfd.pairing=inversion"],
@@ -131,8 +131,9 @@ def test_mistake_is_explained(minimal: str, override: str, message: str) -> None
 
 
 def test_assignment_needs_groups(minimal: str) -> None:
-    """Assignment over one sample is caption pairing in disguise: the run would claim what it does
-    not do.
+    """Catches assignment over one sample.
+
+    It would be caption pairing, and the run would claim something else.
     """
     with pytest.raises(ConfigError, match=r"batch\.group is 1.*use batch\.group=8"):
         load_config(minimal, ["run.stage=dfd", "dfd.pairing=assignment"])
@@ -198,8 +199,9 @@ def test_a_broken_file_is_one_sentence(tmp_path: Path, text: str) -> None:
 
 
 def test_recipes_state_the_published_settings() -> None:
-    """Catches a number of research/selfforcing.md 8.1 that a base file overwrites: what recipes say
-    once merged.
+    """Catches a base file that overwrites a published setting.
+
+    research/selfforcing.md 8.1 lists them; merged recipes are read.
     """
     dmd, dfd = load_config("wan1.3b/dmd_ar.yaml"), load_config("wan1.3b/dfd_ar.yaml")
     for config in (dmd, dfd):
@@ -230,7 +232,7 @@ def test_recipes_state_the_published_settings() -> None:
 
 
 def test_saved_settings_need_no_base(tmp_path):
-    """Catches a run's config.yaml that can only be read beside the configs that it was made from."""
+    """Catches a run's config.yaml that can only be read beside its base configs."""
     config = load_config("wan1.3b/dfd_ar.yaml", ["run.seed=5"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert as_dict(load_config(str(tmp_path / "config.yaml"))) == as_dict(config) | {"base": ""}

@@ -1,6 +1,4 @@
-"""Context as values: which chunks a chunk sees, that nothing seen can change, and that no gradient
-gets in.
-"""
+"""Context as values: what a chunk sees, that it cannot change, and that it has no gradient."""
 
 from __future__ import annotations
 
@@ -36,8 +34,9 @@ def seen_frames(context: ChunkContext) -> list[int]:
 
 
 def attended(cache: KVCache, num_chunks: int, split: int) -> list[list[int]]:
-    """The frames that each chunk of 3 attends to, itself included;
-    chunks are remembered in pieces of `split` frames.
+    """The frames that each chunk of 3 attends to, itself included.
+
+    Chunks are committed in pieces of `split` frames.
     """
     table = []
     for start in range(0, 3 * num_chunks, 3):
@@ -49,11 +48,10 @@ def attended(cache: KVCache, num_chunks: int, split: int) -> list[list[int]]:
 
 @pytest.mark.parametrize(("window", "sink", "split"), [(6, 0, 3), (6, 3, 3), (9, 3, 3), (7, 1, 1)])
 def test_sink_and_window_keep_the_frames_that_the_reference_attends_to(window, sink, split):
-    """Catches a window that forgets to count the sink or the chunk at hand: the student sees one
-    chunk more or less.
+    """Catches a window that forgets to count the current chunk.
 
-    The reference's lists were read off its running cache.
-    Its sink of 1 frame splits a chunk, so here chunks of 1 frame do.
+    The student would see one chunk more or less. The reference's lists were read off its running
+    cache. Its sink of 1 frame splits a chunk, so here chunks have 1 frame.
     """
     expected = manifest()["files"]["rolling.safetensors"]["attended_frames"][
         f"local{window}_sink{sink}"
@@ -99,8 +97,9 @@ def test_frame_index_counts_forgotten_chunks_too():
 
 
 def test_memory_does_not_grow_with_the_video():
-    """Catches a cache that hides chunks from readers but keeps them: memory of an endless video
-    grows without end.
+    """Catches a cache that hides old chunks but keeps them.
+
+    Memory of an endless video would grow without end.
     """
     cache, sizes = KVCache(sink=3, window=9), []
     for start in range(0, 120, 3):
@@ -111,8 +110,9 @@ def test_memory_does_not_grow_with_the_video():
 
 
 def test_what_was_read_does_not_change_when_the_cache_moves_on():
-    """Catches contexts that are views of a living cache: the recorded past of a rollout would be
-    overwritten.
+    """Catches contexts that are views of a changing cache.
+
+    The recorded context of a rollout would be overwritten.
     """
     cache = KVCache(sink=0, window=6)
     cache.append(frames_kv(0, 3))
@@ -123,8 +123,9 @@ def test_what_was_read_does_not_change_when_the_cache_moves_on():
 
 
 def test_reading_is_a_question():
-    """Catches a read that evicts: looking ahead for a larger chunk would take the past away from
-    the one that comes.
+    """Catches a read that evicts.
+
+    A read for a larger chunk would take K/V away from the next chunk.
     """
     cache = KVCache(window=12)
     for start in (0, 3, 6):
@@ -134,17 +135,13 @@ def test_reading_is_a_question():
 
 
 def test_keys_and_values_enter_without_gradient():
-    """Catches the leak of the public code: gradient of a later chunk flows into earlier ones
-    through their K/V.
-    """
+    """Catches the leak of the public code: gradient of later chunks in earlier ones, through K/V."""
     k, v = (torch.ones(1, 2, 1, 1, requires_grad=True) * 2 for _ in range(2))
     assert all(not part.requires_grad for pair in ChunkKV(1, ((k, v),)).layers for part in pair)
 
 
 def test_extend_puts_the_past_before_the_present_and_keeps_layers_apart():
-    """Catches keys of one layer or chunk paired with values of another; shapes agree, so nothing
-    else would notice.
-    """
+    """Catches keys of one layer or chunk paired with values of another, which no shape shows."""
     context = ChunkContext((frames_kv(0, 1, layers=2), frames_kv(1, 1, layers=2)), next_frame=2)
     present = frames_kv(2, 1, layers=2)
     for layer in range(2):
@@ -155,8 +152,9 @@ def test_extend_puts_the_past_before_the_present_and_keeps_layers_apart():
 
 
 def test_packed_chunks_attend_as_they_would_alone():
-    """Catches a chunk that looks into its packed neighbours: replay would train on a network that
-    never generates.
+    """Catches a chunk that sees its packed neighbours.
+
+    Replay would train on a network that never generates.
     """
     frames = (1, 3, 2)
     q, k, v = (rng.normal((2, TOKENS * sum(frames), 2, 4), 0, name).double() for name in "qkv")

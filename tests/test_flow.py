@@ -1,6 +1,4 @@
-"""Sigma algebra: identities of the straight path, the ladder, the shift,
-and its agreement with the reference's tables.
-"""
+"""Sigma algebra: the straight path, the ladder, the shift, and the reference's tables."""
 
 from __future__ import annotations
 
@@ -17,8 +15,9 @@ UNIT = torch.linspace(0, 1, 101, dtype=torch.float64)
 
 @pytest.mark.parametrize("sigma", [0.0, 1e-3, 0.5, 0.625, 1.0])
 def test_flow_leads_back_to_x0(sigma):
-    """Catches a wrong sign or a swapped end of the path; such a model still trains, on something
-    else.
+    """Catches a wrong sign or swapped ends of the path.
+
+    Such a model still trains, on something else.
     """
     x0, noise = latents("x0"), latents("noise")
     torch.testing.assert_close(
@@ -27,8 +26,9 @@ def test_flow_leads_back_to_x0(sigma):
 
 
 def test_x0_and_flow_are_inverse_at_any_noise_level():
-    """Catches conversions that only agree on a table's sigmas: x0 -> flow -> x0 for arbitrary flows
-    and sigmas.
+    """Catches conversions that only agree on a table's sigmas.
+
+    x0 -> flow -> x0 for arbitrary flows and sigmas.
     """
     x_t, flow = latents("x_t"), latents("flow")
     sigma = torch.tensor([0.37, 0.011], dtype=torch.float64)
@@ -38,8 +38,9 @@ def test_x0_and_flow_are_inverse_at_any_noise_level():
 
 
 def test_path_starts_at_data_and_ends_at_noise():
-    """Catches a sigma that never quite reaches its ends, as with lookup tables, where sigma(0) is
-    .005.
+    """Catches a sigma that never reaches its ends.
+
+    In lookup tables sigma(0) is .005.
     """
     x0, noise = latents("x0"), latents("noise")
     assert torch.equal(add_noise(x0, noise, 0.0), x0)
@@ -47,8 +48,9 @@ def test_path_starts_at_data_and_ends_at_noise():
 
 
 def test_sigma_may_be_a_number_one_a_sample_or_one_a_latent_frame():
-    """Catches a broadcast along the wrong axis: [B] read as frames mixes samples up without any
-    error when B = F.
+    """Catches a broadcast along the wrong axis.
+
+    When B = F, reading [B] as frames mixes up samples without any error.
     """
     x0, noise = latents("x0", frames=2), latents("noise", frames=2)
     sigma = torch.tensor([0.25, 0.75], dtype=torch.float64)
@@ -71,8 +73,9 @@ def test_ladder_is_self_forcings():
 
 @pytest.mark.parametrize("shift", [5, 8])
 def test_ladder_and_shift_equal_the_references_tables(shift):
-    """Catches a shift applied to the wrong end of time. Tables are float32: half an ulp of 1000 is
-    3e-5.
+    """Catches a shift applied to the wrong end of time.
+
+    Tables are float32: half an ulp of 1000 is 3e-5.
     """
     tables = golden("schedule")
     u = 1 - torch.arange(1000, dtype=torch.float64) / 1000
@@ -86,8 +89,9 @@ def test_ladder_and_shift_equal_the_references_tables(shift):
 
 
 def test_conversions_equal_the_references_examples():
-    """Catches a swapped argument: the reference's examples with sigma = t / 1000, float32 on both
-    sides.
+    """Catches a swapped argument.
+
+    The reference's examples with sigma = t / 1000, float32 on both sides.
     """
     tables = golden("schedule")
     sigma, x0, noise, flow = (tables[f"example/{name}"] for name in ("t", "x0", "eps", "flow"))
@@ -106,9 +110,7 @@ def test_shift_one_changes_nothing():
 
 
 def test_shifts_compose_and_keep_the_ends():
-    """Catches every other formula through (0, 0), (1, 1): shifting by a, then b, is shifting by a
-    b.
-    """
+    """Catches every other formula through (0, 0), (1, 1): shifts by a and by b are one by a b."""
     torch.testing.assert_close(
         shift_sigma(shift_sigma(UNIT, 3.0), 5.0), shift_sigma(UNIT, 15.0), **F64
     )
@@ -121,8 +123,9 @@ def test_shifts_compose_and_keep_the_ends():
     ids=["empty", "no pure noise", "repeated", "rising", "reaches zero", "negative"],
 )
 def test_bad_ladder_is_refused_with_a_remedy(timesteps):
-    """Catches a ladder that starts below noise or stands still:
-    it runs, and the student is trained at the wrong points.
+    """Catches a ladder that starts below noise or repeats a step.
+
+    It would run, and train the student at the wrong sigmas.
     """
     with pytest.raises(ValueError, match=r"must start at 1000, fall, and stay above 0") as error:
         few_step_ladder(timesteps, 5.0)

@@ -1,6 +1,4 @@
-"""Which real sample anchors which generated one: an optimal assignment within each caption, and the
-gap it leaves.
-"""
+"""Which real sample anchors which generated one: optimal assignment per caption, and the gap."""
 
 from __future__ import annotations
 
@@ -29,8 +27,9 @@ def view_cost(generated: Tensor, real: Tensor) -> Tensor:
 
 
 def best_total(cost: list[list[float]]) -> float:
-    """The least total cost by dynamic programming over sets of used columns: 2^n n steps, no
-    matching theory.
+    """The least total cost, by dynamic programming over sets of used columns.
+
+    It takes 2^n n steps and uses no matching theory.
     """
     n = len(cost)
     best = [0.0] + [float("inf")] * (2**n - 1)
@@ -52,8 +51,9 @@ def in_order(generated: Tensor, real: Tensor, captions: list[str]) -> Pair:
 
 
 def test_samples_that_are_not_finite_are_paired_too():
-    """Catches an error of the assignment on a student that has diverged: the training loop must get
-    to the loss, which says so.
+    """Catches an assignment that fails on a student that has diverged.
+
+    The training loop must reach the loss, which reports it.
     """
     generated, real = clips("generated", 4), clips("real", 4)
     generated[0], generated[1] = float("nan"), float("inf")
@@ -62,8 +62,9 @@ def test_samples_that_are_not_finite_are_paired_too():
 
 
 def test_identical_clips_find_each_other():
-    """Catches rows and columns exchanged: the anchor of each sample must be its own copy,
-    wherever that lies in the batch.
+    """Catches rows and columns exchanged.
+
+    The anchor of each sample must be its own copy, wherever that is in the batch.
     """
     real = clips("real", 8)
     order = torch.randperm(8, generator=rng.generator(1, "order"))
@@ -87,8 +88,9 @@ def test_assignment_never_crosses_captions():
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_real_clip_is_used_once_and_the_cost_never_rises(seed):
-    """Catches nearest-neighbour pairing, which leaves out exactly the modes that the student has
-    lost.
+    """Catches nearest-neighbour pairing.
+
+    It leaves out exactly the modes that the student has lost.
     """
     generated, real = clips("generated", 12, seed), clips("real", 12, seed)
     generated[:6] = generated[0]  # a collapsed student: half of its clips are one clip
@@ -107,8 +109,9 @@ def test_every_real_clip_is_used_once_and_the_cost_never_rises(seed):
 
 
 def test_layout_decides_and_texture_does_not():
-    """Catches a distance over single pixels: a checkerboard that averages out over 2 x 2 must not
-    change the pairing.
+    """Catches a distance over single pixels.
+
+    A checkerboard that averages out over 2 x 2 must not change the pairing.
     """
     generated, real = clips("generated", 6), clips("real", 6)
     checks = 10 * torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(SHAPE[2] // 2, SHAPE[3] // 2)
@@ -120,8 +123,9 @@ def test_layout_decides_and_texture_does_not():
 
 @pytest.mark.parametrize("name", sorted(set(PAIRINGS) - {"assignment"}))
 def test_other_pairings_keep_the_order_of_the_batch(name):
-    """Catches a shuffled anchor: the reader hands out each clip with its own caption,
-    and that is the paper's pairing.
+    """Catches a shuffled anchor.
+
+    The reader returns each clip with its own caption, which is the paper's pairing.
     """
     generated, real = clips("generated", 4), clips("real", 4)
     pairs = pair(PAIRINGS[name], generated, real, ["a", "a", "b", "b"])
@@ -130,8 +134,9 @@ def test_other_pairings_keep_the_order_of_the_batch(name):
 
 
 def test_gap_is_the_mean_squared_distance_to_the_own_anchor():
-    """Catches a gap of the low-resolution view, or one averaged over the batch: Eq. 7 is per sample
-    and per value.
+    """Catches a gap at low resolution or over the batch.
+
+    Eq. 7 is for each sample, a mean over its values.
     """
     generated, real = clips("generated", 6), clips("real", 6)
     for pairs in (in_order(generated, real, ["a"] * 6), by_assignment(generated, real, ["a"] * 6)):
@@ -142,8 +147,9 @@ def test_gap_is_the_mean_squared_distance_to_the_own_anchor():
 
 
 def test_assignment_narrows_the_gap_of_independent_clips():
-    """Catches a cost that is maximised. Over 64 independent clips the best pairing is far below the
-    first one found.
+    """Catches a cost that is maximised.
+
+    Over 64 independent clips the best pairing is far below the first one.
     """
     generated, real = clips("generated", 64), clips("real", 64)
     gap = {

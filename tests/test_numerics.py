@@ -42,8 +42,9 @@ def cast(network: WanTransformer, dtype: torch.dtype) -> WanTransformer:
 
 
 def flow(dtype: torch.dtype, start_frame: int = 0) -> Tensor:
-    """The golden network's answer with weights in dtype; inputs in float32, or float64 for the
-    exact one.
+    """The golden network's flow with weights in dtype.
+
+    Inputs are float32, or float64 for the exact flow.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     x, t, text = (golden("bidirectional")[name].to(wide) for name in ("x", "t", "text"))
@@ -53,8 +54,9 @@ def flow(dtype: torch.dtype, start_frame: int = 0) -> Tensor:
 
 
 def matching(dtype: torch.dtype, case: str, anchor: str) -> tuple[Matching, Tensor]:
-    """Distribution matching with scores in dtype, latents in float32 (float64 for the exact one);
-    with d loss / d x0.
+    """Distribution matching with scores in dtype; returns d loss / d x0 as well.
+
+    Latents are float32, or float64 for the exact result.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     data = {
@@ -91,12 +93,11 @@ def exact_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def check_attention(
     kernel: Attention, shape: Sequence[int], dtype: torch.dtype, device: str
 ) -> tuple[float, float]:
-    """The rule for kernels: at most twice the error that the same dtype costs when every step is
-    rounded.
+    """Check that a kernel has at most twice the error of the same dtype rounded at every step.
 
-    Against float64, on the same rounded inputs; half an ulp of the largest value is allowed on top,
-    since where a row has one key the step-by-step result is exact. Returns both errors, the
-    kernel's first.
+    Errors are against float64, on the same rounded inputs. Half an ulp of the largest value is
+    allowed on top, since where a row has one key the step-by-step result is exact. Returns both
+    errors, the kernel's first.
     """
     num_queries, num_keys, heads, head_dim = shape
     q, k, v = (
@@ -114,8 +115,9 @@ def check_attention(
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dtype", [BF16, torch.float16, torch.float32])
 def test_attention_on_the_cpu_keeps_the_rule_of_twice_the_error(shape, dtype):
-    """Catches a kernel whose scale, layout or accumulation is wrong by little, which a fixed
-    tolerance lets through.
+    """Catches a kernel with a slightly wrong scale, layout or accumulation.
+
+    A fixed tolerance would not notice.
     """
     check_attention(load_kernel("sdpa", torch.device("cpu")), shape, dtype, "cpu")
 
@@ -154,11 +156,10 @@ def test_bfloat16_is_float32_within_its_rounding():
 
 @pytest.mark.parametrize("start_frame", [77, 5003, 987_654])
 def test_rounding_does_not_grow_with_position(start_frame):
-    """Catches angles in float32, or in bfloat16, which at frame 5003 turn keys by arbitrary amounts
-    (error .6).
+    """Catches angles in float32 or bfloat16.
 
-    Without a past nothing depends on where the first frame is, so the exact answer is that of frame
-    0.
+    At frame 5003 bfloat16 rotates keys by arbitrary amounts (error .6). Without context nothing
+    depends on where the first frame is, so the exact result is that of frame 0.
     """
     exact = flow(torch.float64)
     assert relative(flow(torch.float64, start_frame), exact) < 1e-9
@@ -174,8 +175,9 @@ def test_rotation_of_half_precision_is_rounded_once():
 
 
 def test_gated_residual_sums_are_rounded_once():
-    """Catches product and sum rounded one after the other, as in Self-Forcing: 23 % of all values
-    would differ.
+    """Catches product and sum that are rounded separately, as in Self-Forcing.
+
+    23 % of all values would differ.
     """
     x, y, gate = tokens("x", 2, 24, DIM), tokens("y", 2, 24, DIM), tokens("gate", 2, FRAMES, DIM)
     frames = (FRAMES, -1)
@@ -212,8 +214,9 @@ def test_query_and_key_norms_are_rounded_once():
 
 
 def test_noise_levels_do_not_pass_through_bfloat16():
-    """Catches a timestep in 16 bits, as in Causal-Forcing: 937.5 would be 936, a different point of
-    the ladder.
+    """Catches a timestep in 16 bits, as in Causal-Forcing.
+
+    937.5 would be 936, a different point of the ladder.
     """
     network, exact = cast(golden_network(), BF16), cast(golden_network(), torch.float64)
     near, far = (
@@ -226,9 +229,7 @@ def test_noise_levels_do_not_pass_through_bfloat16():
 
 
 def test_clean_predictions_and_noise_stay_in_float32():
-    """Catches x0 in bfloat16 between the steps of a rollout, where the error of every step would be
-    added.
-    """
+    """Catches x0 in bfloat16 between the steps of a rollout, whose errors add up."""
     data = golden("losses")
     x_t = add_noise(data["x_gen"], data["eps"], 0.02)
     v = (data["eps"] - data["x_gen"]).to(BF16)
@@ -255,8 +256,9 @@ def test_matching_with_scores_in_bfloat16(case, anchor):
 
 
 def test_the_fake_scores_loss_is_float32():
-    """Catches a squared difference in bfloat16, or its target rounded: 2e-3 is the flows' error,
-    averaged.
+    """Catches a squared difference in bfloat16, or its target rounded.
+
+    2e-3 is the flows' error, averaged.
     """
     data = golden("losses")
     sigma, text = data["case0/t"] / 1000, Conditioning(data["cond"])

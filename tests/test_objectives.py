@@ -1,6 +1,4 @@
-"""Distribution matching, guidance and flow matching: identities, exact posteriors, and the
-reference's own numbers.
-"""
+"""Distribution matching, guidance, flow matching: identities, posteriors, reference numbers."""
 
 from __future__ import annotations
 
@@ -38,8 +36,9 @@ def match(x0: Tensor, anchor: Tensor, teacher: Network, fake: Network, **changes
 def direction(
     x0: Tensor, anchor: Tensor, teacher: Network, fake: Network, **changes: Any
 ) -> Tensor:
-    """d = fake - teacher, read off the gradient that the student receives:
-    d / n / numel, the loss summed over samples.
+    """d = fake - teacher, computed from the student's gradient.
+
+    The gradient is d / n / numel of the loss summed over samples.
     """
     x0 = x0.detach().requires_grad_()
     matching = match(x0, anchor, teacher, fake, **changes)
@@ -54,8 +53,9 @@ def networks() -> dict[str, Network]:
 
 
 def test_real_equal_to_own_sample_is_dmd_bitwise(networks):
-    """Catches a DFD branch that is another loss than DMD with another anchor:
-    data that equals the sample changes nothing.
+    """Catches a DFD branch that differs from DMD in more than the anchor.
+
+    Data that equal the sample change nothing.
     """
     results = []
     for anchor in ("own", "equal data"):
@@ -71,8 +71,9 @@ def test_real_equal_to_own_sample_is_dmd_bitwise(networks):
 
 
 def test_gradient_is_d_over_n_over_numel(networks):
-    """Catches a normaliser inside the graph, or a mean over the wrong axes:
-    the step size would depend on the clip's size.
+    """Catches a normaliser inside the graph, or a mean over the wrong axes.
+
+    The step size would depend on the clip's size.
     """
     x0, anchor, noise, text = (
         latents("x0").requires_grad_(),
@@ -98,7 +99,7 @@ def test_gradient_is_d_over_n_over_numel(networks):
 
 
 def test_samples_do_not_share_a_normaliser(networks):
-    """Catches a normaliser over the batch: one clip far from the teacher would silence all others."""
+    """Catches a normaliser over the batch: one clip far from the teacher would silence the others."""
     x0, real, text = latents("x0"), latents("real"), conditioning()
     both = match(x0, real, networks["teacher"], networks["fake"])
     for row in range(2):
@@ -117,8 +118,9 @@ def test_samples_do_not_share_a_normaliser(networks):
 
 
 def test_normaliser_is_clamped_where_the_teacher_agrees():
-    """Catches a division by zero on a student that is already right:
-    at sigma .02 an exact teacher moves almost nothing.
+    """Catches a division by zero on a student that is already right.
+
+    At sigma .02 an exact teacher moves almost nothing.
     """
     x0 = torch.full((1, 2, 4, 4, 6), 0.5, dtype=torch.float64)
     exact = ExactGaussian(0.5, 1e-9)
@@ -138,8 +140,9 @@ def test_normaliser_is_clamped_where_the_teacher_agrees():
 
 
 def test_nothing_to_learn_when_fake_and_teacher_agree_on_the_own_sample(networks):
-    """Catches an asymmetry between the branches: same network, no guidance, same input must give
-    exactly zero.
+    """Catches an asymmetry between the branches.
+
+    The same network, no guidance and the same input must give exactly zero.
     """
     x0 = latents("x0").requires_grad_()
     matching = match(x0, x0.detach(), networks["teacher"], networks["teacher"], guidance=1.0)
@@ -148,8 +151,9 @@ def test_nothing_to_learn_when_fake_and_teacher_agree_on_the_own_sample(networks
 
 
 def test_both_branches_share_noise_and_noise_level():
-    """Catches a second draw for the real branch: with one exact posterior k y for both, d must be k
-    alpha (G - x), noise-free.
+    """Catches a second draw for the real branch.
+
+    With one exact posterior k y for both, d must be k alpha (G - x), without noise.
     """
     x0, real, exact = latents("x0"), latents("real"), ExactGaussian()
     level = SIGMA[:, None, None, None, None]
@@ -161,8 +165,9 @@ def test_both_branches_share_noise_and_noise_level():
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_a_real_anchor_attracts_in_x0_space(sigma):
-    """Catches the wrong sign or space: with the exact posterior,
-    DFD minus DMD pulls the sample towards the data always.
+    """Catches the wrong sign or space.
+
+    With the exact posterior, DFD minus DMD always pulls the sample towards the data.
     """
     x0, real, exact = latents("x0"), latents("real"), ExactGaussian()
     at = {"sigma": torch.full((2,), sigma, dtype=torch.float64), "guidance": 1.0}
@@ -172,11 +177,10 @@ def test_a_real_anchor_attracts_in_x0_space(sigma):
 
 @pytest.mark.parametrize("sigma", SIGMAS)
 def test_score_space_repels_and_velocity_space_changes_sign(sigma):
-    """Why the loss is written in x0 space: the same difference taken between scores pushes the
-    sample away from the data.
+    """Catches a loss in score or velocity space.
 
-    score = (alpha x0 - y) / sigma^2; flow = (y - x0) / sigma, along whose negative a sample would
-    move.
+    A difference between scores pushes the sample away from the data. score = (alpha x0 - y) /
+    sigma^2; flow = (y - x0) / sigma, along whose negative a sample would move.
     """
     x0, real, noise, exact = latents("x0"), latents("real"), latents("noise"), ExactGaussian()
     own_t, real_t = add_noise(x0, noise, sigma), add_noise(real, noise, sigma)
@@ -192,11 +196,11 @@ def test_score_space_repels_and_velocity_space_changes_sign(sigma):
     ("mean", "balanced"), [(0.0, True), (0.1, False)], ids=["like the data", "off by 0.1"]
 )
 def test_direction_vanishes_in_expectation_only_when_samples_are_like_data(mean, balanced):
-    """Catches a biased estimator: with unpaired real anchors, E[d] = 0 at the optimum (arXiv
-    2606.18478, Prop. A.1).
+    """Catches a biased estimator.
 
-    98,304 independent values; 4 standard errors of their mean are crossed by chance once in 16,000.
-    An offset of 0.1 at sigma .3 moves the mean by .1 k alpha = .084, 20 standard errors.
+    With unpaired real anchors, E[d] = 0 at the optimum (arXiv 2606.18478, Prop. A.1). 98,304
+    independent values; 4 standard errors of their mean are crossed by chance once in 16,000. An
+    offset of 0.1 at sigma .3 moves the mean by .1 k alpha = .084, 20 standard errors.
     """
     shape = (256, 4, 4, 4, 6)
     own, real, noise = (rng.normal(shape, 3, name).double() for name in ("own", "real", "noise"))
@@ -209,9 +213,7 @@ def test_direction_vanishes_in_expectation_only_when_samples_are_like_data(mean,
 
 
 def test_guidance_one_asks_for_the_condition_only(networks):
-    """Catches a guidance that is off by one, the difference between Self-Forcing's convention and
-    the standard one.
-    """
+    """Catches a guidance that is off by one, as Self-Forcing's is against the standard one."""
     x_t, text, teacher = latents("x_t"), conditioning(), networks["teacher"]
     expected = x0_from_flow(x_t, teacher(x_t, SIGMA, text).flow, SIGMA)
     assert torch.equal(guided_x0(teacher, x_t, SIGMA, text, NO_TEXT, 1.0), expected)
@@ -219,8 +221,9 @@ def test_guidance_one_asks_for_the_condition_only(networks):
 
 @pytest.mark.parametrize("guidance", [0.0, 2.5, 4.0])
 def test_guidance_is_the_standard_one(networks, guidance):
-    """Catches cond + w (cond - uncond): uncond + w (cond - uncond) on clean predictions,
-    which equals guiding the flow.
+    """Catches cond + w (cond - uncond).
+
+    It is uncond + w (cond - uncond) on clean predictions, which equals guiding the flow.
     """
     x_t, text, teacher = latents("x_t"), conditioning(), networks["teacher"]
     cond, uncond = (x0_from_flow(x_t, teacher(x_t, SIGMA, t).flow, SIGMA) for t in (text, NO_TEXT))
@@ -243,8 +246,9 @@ def test_the_teacher_alone_is_guided(networks):
 
 
 def test_student_loss_gives_gradient_to_the_student_alone():
-    """Catches scores inside the graph: a teacher that learns, or a fake score that is pulled by the
-    student's loss.
+    """Catches scores inside the graph.
+
+    The student's loss would train the teacher or the fake score.
     """
     student, teacher, fake = tiny_network(0), tiny_network(1), tiny_network(2)
     noise = latents("start")
@@ -255,8 +259,9 @@ def test_student_loss_gives_gradient_to_the_student_alone():
 
 
 def test_flow_matching_regresses_noise_minus_data(networks):
-    """Catches the opposite flow: both train, but only one of them is what the sampler integrates.
-    One sigma a frame, too.
+    """Catches the opposite flow.
+
+    Both train, but the sampler integrates only one of them. One sigma a frame works as well.
     """
     x0, noise, text, network = latents("x0"), latents("noise"), conditioning(), networks["fake"]
     for sigma in (SIGMA, torch.linspace(0.1, 0.9, 12, dtype=torch.float64).reshape(2, 6)):
@@ -266,10 +271,10 @@ def test_flow_matching_regresses_noise_minus_data(networks):
 
 
 def test_the_best_flow_matching_loss_is_that_of_the_exact_posterior():
-    """Catches a target whose optimum is not the denoiser:
-    N(0, 1) leaves Var(x0 | x_t) / sigma^2 and nothing does better.
+    """Catches a target whose optimum is not the denoiser.
 
-    The loss of 98,304 values has a standard error of half a per cent.
+    N(0, 1) leaves Var(x0 | x_t) / sigma^2, the least possible. The loss of 98,304 values has a
+    standard error of half a per cent.
     """
     shape = (256, 4, 4, 4, 6)
     x0, noise = (rng.normal(shape, 0, name).double() for name in ("data", "noise"))
@@ -307,8 +312,9 @@ def reference() -> dict[str, Any]:
 @pytest.mark.parametrize("case", ["case0", "case1"])
 @pytest.mark.parametrize(("branch", "anchor"), [("dmd", "x_gen"), ("dfd", "x_real")])
 def test_matching_equals_the_reference(reference, case, branch, anchor):
-    """Catches any difference to the published DMD and DFD losses with sigma = t / 1000: loss,
-    normaliser, gradient.
+    """Catches any difference to the published DMD and DFD losses.
+
+    Loss, normaliser and gradient, with sigma = t / 1000.
     """
     data = reference["data"]
     expected = {
@@ -338,9 +344,7 @@ def test_matching_equals_the_reference(reference, case, branch, anchor):
 
 @pytest.mark.parametrize("case", ["case0", "case1"])
 def test_fake_score_loss_equals_the_reference(reference, case):
-    """Catches a weighting of the fake score's regression by noise level, or x0 in place of flow as
-    its target.
-    """
+    """Catches a weight by sigma in the fake score's regression, or x0 in place of flow."""
     data = reference["data"]
     sigma, text = data[f"{case}/t"] / 1000, Conditioning(data["cond"])
     loss = flow_matching(reference["fake"], data["x_gen"], data["eps"], sigma, text)
@@ -350,11 +354,11 @@ def test_fake_score_loss_equals_the_reference(reference, case):
 
 
 def test_parameter_gradients_of_a_whole_student_update_equal_the_reference(reference):
-    """Catches what no single part shows: rollout, replay and loss together give the reference's
-    detached gradient.
+    """Catches errors that no single part shows.
 
-    Per tensor 1e-4 of its largest value, over everything 1e-5 relative;
-    the leaky gradient of the public code is 7e-2 away.
+    Rollout, replay and loss together give the reference's detached gradient. Per tensor 1e-4 of its
+    largest value, over everything 1e-5 relative; the leaky gradient of the public code is 7e-2
+    away.
     """
     data, draws, student = golden("gradients"), golden("rollout_exit2"), golden_network()
     text = Conditioning(draws["text"])

@@ -1,6 +1,4 @@
-"""The teacher's ODE: against its closed form for Gaussian data, there and back again, and with
-guidance.
-"""
+"""The teacher's ODE: its closed form for Gaussian data, there and back, and guidance."""
 
 from __future__ import annotations
 
@@ -39,11 +37,10 @@ def smooth_network() -> WanTransformer:
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 0.5)])
 def test_sampling_is_the_closed_form_for_gaussian_data(mean, std):
-    """Catches a wrong sign, order or end of the integration: for N(m, s^2) the ODE maps noise z to
-    m + s z exactly.
+    """Catches a wrong sign, order or end of the integration.
 
-    Heun's local error is h^3 with h up to 1/64 under shift 1, and the last step is Euler's, h^2:
-    some 1e-4 together.
+    For N(m, s^2) the ODE maps noise z to m + s z exactly. Heun's local error is h^3 with h up to
+    1/64 under shift 1, and the last step is Euler's, h^2: some 1e-4 together.
     """
     noise = latents("noise")
     clip = sample(ExactGaussian(mean, std), noise, conditioning(), 64, 1.0)
@@ -52,8 +49,9 @@ def test_sampling_is_the_closed_form_for_gaussian_data(mean, std):
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 0.5)])
 def test_inversion_is_the_closed_form_for_gaussian_data(mean, std):
-    """Catches noise of the wrong scale: the student starts from it in place of a standard normal
-    draw.
+    """Catches noise of the wrong scale.
+
+    The student starts from it in place of a standard normal draw.
     """
     clip = mean + std * latents("noise")
     noise = invert(ExactGaussian(mean, std), clip, conditioning(), 64, 1.0)
@@ -61,11 +59,10 @@ def test_inversion_is_the_closed_form_for_gaussian_data(mean, std):
 
 
 def test_inversion_converges_with_the_square_of_the_steps():
-    """Catches a Heun step that has quietly become Euler's: four times the steps, a sixteenth of the
-    error.
+    """Catches a Heun step that is only Euler's.
 
-    The flow asked at sigma .001 in place of 0 costs .001 h, also less with more steps; so at least
-    a factor of ten.
+    Four times the steps leave a sixteenth of the error. The flow taken at sigma .001 in place of 0
+    costs .001 h, also less with more steps; so at least a factor of ten.
     """
     clip = 0.7 + 0.5 * latents("noise")
     errors = [
@@ -80,12 +77,11 @@ def test_inversion_converges_with_the_square_of_the_steps():
 
 
 def test_sampling_an_inverted_clip_returns_it():
-    """Catches inversion with other text, levels or direction than sampling: noise and clip would
-    not belong together.
+    """Catches inversion with other text, sigmas or direction than sampling.
 
-    Real network in float64. One way and the other differ by Heun's h^3 a step and by the last step,
-    Euler's, h^2: with twice the steps a quarter of the error is left (measured .130 and .036, of
-    clips that move by 3).
+    Noise and clip would not belong together. Real network in float64. The two ways differ by Heun's
+    h^3 a step and by the last step, Euler's, h^2. With twice the steps a quarter of the error is
+    left (measured .130 and .036, of clips that move by 3).
     """
     network, clip, text = smooth_network(), latents("clip", 2), conditioning()
     errors = []
@@ -98,8 +94,9 @@ def test_sampling_an_inverted_clip_returns_it():
 
 
 def test_inversion_walks_the_samplers_levels_backwards():
-    """Catches two ladders that differ: both would converge, but a few steps of one would not undo
-    those of the other.
+    """Catches two ladders that differ.
+
+    Both would converge, but a few steps of one would not undo those of the other.
     """
     network, clip, text = tiny_network(), latents("clip", 2), conditioning()
     backwards = integrate(network, clip, sampling_ladder(3, 5.0)[::-1], text)
@@ -107,8 +104,9 @@ def test_inversion_walks_the_samplers_levels_backwards():
 
 
 def test_integration_goes_down_as_it_goes_up():
-    """Catches a step taken with the level of its far end. Between inner levels both ways are
-    Heun's: 4e-5 at 20 steps.
+    """Catches a step taken with the sigma of its far end.
+
+    Between inner sigmas both ways are Heun's: 4e-5 at 20 steps.
     """
     network, start, text = smooth_network(), latents("x", 2), conditioning()
     levels = tuple(torch.linspace(0.2, 0.8, 21, dtype=torch.float64).tolist())
@@ -120,8 +118,9 @@ def test_integration_goes_down_as_it_goes_up():
 
 @pytest.mark.parametrize("guidance", [1.0, 4.0])
 def test_one_step_is_the_guided_prediction(guidance):
-    """Catches sampling with guidance left out, or with Self-Forcing's scale, which is one less:
-    uncond + w (cond - uncond).
+    """Catches sampling without guidance, or with Self-Forcing's scale, which is one less.
+
+    Guidance is uncond + w (cond - uncond).
     """
     network, noise, text = tiny_network(), latents("noise"), conditioning()
     cond, uncond = (
@@ -133,17 +132,13 @@ def test_one_step_is_the_guided_prediction(guidance):
 
 
 def test_sampling_keeps_no_graph():
-    """Catches memory that grows with the number of steps when a clip is sampled while networks
-    train.
-    """
+    """Catches memory that grows with each step when a clip is sampled during training."""
     clip = sample(tiny_network(), latents("noise").requires_grad_(), conditioning(), 2, 5.0)
     assert not clip.requires_grad
 
 
 def test_sampling_ladder_falls_from_noise_to_exactly_zero():
-    """Catches a sampler that stops short of sigma 0 and hands out noisy clips, or skips the first
-    step.
-    """
+    """Catches a sampler that stops short of sigma 0 and returns noisy clips, or skips a step."""
     ladder = sampling_ladder(8, 5.0)
     assert (ladder[0], ladder[-1], len(ladder)) == (1.0, 0.0, 9)
     assert all(high > low for high, low in pairwise(ladder))
@@ -151,11 +146,11 @@ def test_sampling_ladder_falls_from_noise_to_exactly_zero():
 
 
 def test_inversion_by_chunks_is_each_chunk_after_its_clean_past():
-    """Catches a past that is missing, noisy or of the wrong chunk: from the noise found, the ODE
-    leads back to each chunk.
+    """Catches a context that is missing, noisy or of the wrong chunk.
 
-    Heun's error at 48 steps there and back, from a network that varies slowly with sigma; without
-    the past it is larger.
+    From the noise found, the ODE leads back to each chunk. The tolerance is Heun's error at 48
+    steps there and back, from a network that varies slowly with sigma. Without the context the
+    error is larger.
     """
     network, clip, text = smooth_network(), latents("clip"), conditioning()
     chunks, cache = plan_chunks(clip.shape[1], 2), KVCache()

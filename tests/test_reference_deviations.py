@@ -1,9 +1,8 @@
-"""How far the published code is from its own formulas: the size of each deviation that this package
-does not have.
+"""How far the published code is from its own formulas.
 
-Sizes come from tensors of the reference code at tiny size with random weights; what they do to a
-trained model's pictures is not known. docs/differences.md quotes them. That this package is on the
-exact side is shown in test_objectives.py and test_rollout.py.
+This package has none of these deviations; test_objectives.py and test_rollout.py show that. Their
+sizes come from tensors of the reference code at tiny size with random weights. Their effect on the
+pictures of a trained model is not known. docs/differences.md quotes them.
 """
 
 from __future__ import annotations
@@ -38,8 +37,9 @@ def relative(theirs: Tensor, exact: Tensor) -> float:
 
 
 def looked_up(t: Tensor, shift: int) -> Tensor:
-    """Sigma as the published code has it: that of the nearest of 1000 timesteps in the table of
-    this shift.
+    """Sigma as the published code finds it.
+
+    It takes the nearest of 1000 timesteps in the table of this shift.
     """
     tables = golden("schedule")
     distance = (tables[f"shift{shift}/timesteps"] - t.reshape(-1, 1)).abs()
@@ -88,8 +88,9 @@ def golden_rollout(
 def second_context(
     record: Rollout, first: ChunkKV, layers: tuple[tuple[Tensor, Tensor], ...], leaky: bool
 ) -> ChunkContext:
-    """What chunk 1 sees of chunk 0: the clean pass's values, with the gradient of the exit pass's
-    if leaky.
+    """What chunk 1 sees of chunk 0.
+
+    These are the values of the clean pass; if leaky, with the gradient of the exit pass.
     """
     (clean,) = record.contexts[1].chunks
     if leaky:  # past ChunkKV's own detach, which makes the leak impossible
@@ -126,9 +127,7 @@ def exit_passes(
 
 
 def matching_loss(x0: Tensor, tables: bool) -> Tensor:
-    """DMD's loss; with `tables` noised by the sigma of one table and converted back by that of
-    another.
-    """
+    """DMD's loss; with `tables`, one table's sigma adds noise and another's converts back."""
     data, draws = golden("gradients"), golden("rollout_exit2")
     cond, uncond = Conditioning(draws["text"]), Conditioning(golden("losses")["uncond"])
     exact = data["t"] / 1000
@@ -182,8 +181,9 @@ def stored(variant: str) -> dict[str, Tensor]:
     ],
 )
 def test_these_three_deviations_are_all_there_is_in_a_student_update(deviations, variant):
-    """Catches a fourth one: this network with all three gives the published gradient to rounding,
-    1e-5.
+    """Catches a fourth deviation.
+
+    This network with all three gives the published gradient to rounding, 1e-5.
     """
     ours, theirs = student_update(deviations), stored(variant)
     assert relative(flat({name: ours[name] for name in theirs}), flat(theirs)) < 1e-5
@@ -199,16 +199,15 @@ def test_these_three_deviations_are_all_there_is_in_a_student_update(deviations,
     ids=["leaky context", "context noise", "two tables"],
 )
 def test_size_of_each_deviation_in_a_student_update(deviations, low, high):
-    """Catches a claim without a number: relative difference of the gradient over all parameters,
-    two chunks.
+    """Catches a claim without a number.
+
+    Relative difference of the gradient over all parameters, two chunks.
     """
     assert low < relative(flat(student_update(deviations)), flat(student_update(NONE))) < high
 
 
 def test_the_leak_changes_keys_and_values_most():
-    """Catches a leak looked for in the wrong place: queries and outputs of the last block are not
-    touched at all.
-    """
+    """Catches a leak in the wrong place: the last block's queries and outputs are not affected."""
     leaky, detached = stored("reference_leaky"), stored("detached")
     sizes = {name: relative(leaky[name], detached[name]) for name in leaky}
     assert sizes["blocks.0.self_attn.k.bias"] > 0.7
@@ -220,8 +219,9 @@ def test_the_leak_changes_keys_and_values_most():
 
 @pytest.mark.parametrize("exit_step", range(4))
 def test_context_noise_moves_every_chunk_but_the_first(exit_step):
-    """Catches a train-test mismatch called small without a number: up to 3.3e-3 of x0 of size one,
-    one chunk later.
+    """Catches a train-test mismatch whose size is not measured.
+
+    It is up to 3.3e-3 of x0 of size one, one chunk later.
     """
     data = golden(f"rollout_exit{exit_step}")
     noised = golden_rollout(golden_network(), data, exit_step, context_noise=True).x0
@@ -233,8 +233,9 @@ def test_context_noise_moves_every_chunk_but_the_first(exit_step):
 
 
 def test_the_scores_tables_disagree_by_up_to_a_fifth():
-    """Catches sigma taken from a table of another shift: noise added by shift 5, clean predictions
-    made by shift 8.
+    """Catches sigma taken from a table of another shift.
+
+    Noise is added by shift 5, clean predictions are made by shift 8.
     """
     t = score_timesteps()
     ratio, off = looked_up(t, 8) / looked_up(t, 5) - 1, looked_up(t, 8) / (t / 1000) - 1
@@ -256,8 +257,9 @@ def test_the_scores_tables_disagree_by_up_to_a_fifth():
     ],
 )
 def test_what_the_tables_do_to_the_losses(sigma, dmd, dfd, fake_flow):
-    """Catches sizes quoted from memory: relative differences of the gradients and of the flow that
-    the fake score fits.
+    """Catches sizes that are not measured.
+
+    Relative differences of the gradients and of the fake score's target flow.
     """
     (case, row), data = CASES[sigma], golden("losses")
     for name, size in (("dmd/grad", dmd), ("dfd/grad", dfd), ("critic/flow_pred", fake_flow)):
@@ -278,8 +280,9 @@ def test_what_the_tables_do_to_the_normaliser():
 
 @pytest.mark.parametrize(("t", "size"), [(20, 5.3e-2), (50, 2.1e-2), (100, 1.1e-2), (980, 1.1e-3)])
 def test_a_flow_does_not_survive_the_way_over_x0_in_bfloat16(t, size):
-    """Catches a fake score that is fitted by flow -> x0 in bfloat16 -> flow: rounding of x0 divided
-    by sigma.
+    """Catches a fake score trained by flow -> x0 in bfloat16 -> flow.
+
+    The rounding of x0 is divided by sigma.
     """
     data, sigma = golden("losses"), t / 1000
     x_t, flow = (
@@ -291,8 +294,9 @@ def test_a_flow_does_not_survive_the_way_over_x0_in_bfloat16(t, size):
 
 
 def test_guidance_three_is_four():
-    """Catches a recipe copied with its number: cond + 3 (cond - uncond) is guidance 4; read as 3,
-    x0 is a fifth away.
+    """Catches a recipe copied with its number: cond + 3 (cond - uncond) is guidance 4.
+
+    Read as 3, x0 is a fifth away.
     """
     data = golden("losses")
     cond, uncond, guided = (
@@ -303,8 +307,9 @@ def test_guidance_three_is_four():
 
 
 def test_the_demos_steps_are_not_the_trained_ones():
-    """Catches a student asked at noise levels that it never saw: the public demo shifts by 8,
-    training by 5.
+    """Catches a student used at sigmas that it never saw.
+
+    The public demo shifts by 8, training by 5.
     """
     tables, raw = golden("schedule"), (1000.0, 750.0, 500.0, 250.0)
     for shift in (5, 8):
@@ -318,8 +323,9 @@ def test_the_demos_steps_are_not_the_trained_ones():
 
 
 def test_timesteps_in_bfloat16_are_not_the_steps_taken():
-    """Catches noise levels in 16 bits, as in Causal-Forcing's consistency stage: a step's length is
-    off by up to 64 %.
+    """Catches sigmas in 16 bits, as in Causal-Forcing's consistency stage.
+
+    A step's length is wrong by up to 64 %.
     """
     t = 1000 * shift_sigma(1 - torch.arange(48) / 48, 5)
     error = (t.bfloat16().float().diff() / t.diff() - 1).abs()

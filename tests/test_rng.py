@@ -12,9 +12,7 @@ PINNED_UNIFORM = [0.5291465023447309, 0.686420254517702, 0.5870179369244336]
 
 
 def test_streams_never_change_between_versions():
-    """Catches a changed hash or text form: every resumed run would silently draw other numbers from
-    there on.
-    """
+    """Catches a changed hash or text form: every resumed run would silently draw other numbers."""
     assert rng.stream_seed(0, "noise", 1, 2) == PINNED_SEED
     torch.testing.assert_close(
         rng.uniform((3,), 7, "sigma", 11),
@@ -33,9 +31,7 @@ def test_draws_do_not_depend_on_what_was_drawn_before():
 
 
 def test_draws_leave_the_global_generator_alone():
-    """Catches use of torch's global state, which would couple the streams to anything else that
-    draws.
-    """
+    """Catches use of torch's global state, which other draws change as well."""
     before = torch.get_rng_state()
     rng.normal((4,), 0, "rollout", 5)
     rng.uniform((4,), 0, "rollout", 5)
@@ -54,13 +50,12 @@ def test_draws_leave_the_global_generator_alone():
     ids=["seed", "name", "order", "joined digits", "one counter more"],
 )
 def test_every_part_of_a_stream_name_counts(other):
-    """Catches an ambiguous key: two purposes, or samples 1, 11 and 11, 1, would share their noise."""
+    """Catches an ambiguous key: samples 1, 11 and 11, 1, or two purposes, would share noise."""
     assert rng.stream_seed(*other) != rng.stream_seed(0, "noise", 1, 11)
 
 
 def test_neighbouring_counters_are_unrelated():
-    """Catches seeds handed to the generator as they are: neighbouring Mersenne streams can be
-    correlated.
+    """Catches counters used as seeds: neighbouring Mersenne streams can be correlated.
 
     The correlation of independent streams of length 1000 has standard error .032; 5 of them over 63
     pairs.

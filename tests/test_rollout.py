@@ -1,6 +1,4 @@
-"""Rollout and replay: the gradient is the chunk-wise one, the past shapes the future,
-training generates as streaming does.
-"""
+"""Rollout and replay: the chunk-wise gradient, causality, and training that equals streaming."""
 
 from __future__ import annotations
 
@@ -50,8 +48,9 @@ def roll(
 
 
 def visible(index: int, sink: int, window: int | None) -> list[int]:
-    """Chunks before chunk `index` that it may see, written down from the words:
-    the sink, then what the window still holds.
+    """The earlier chunks that chunk `index` may see: the sink and the rest of the window.
+
+    Written from the definition, not from the code.
     """
     first = list(range(min(index, sink // CHUNK)))
     room = index if window is None else (window - CHUNK) // CHUNK
@@ -66,8 +65,9 @@ def chunk_by_chunk(
     sink: int = 0,
     window: int | None = None,
 ) -> Tensor:
-    """The oracle: Self-Forcing's Algorithm 1 word by word, with autograd through each chunk's exit
-    step. No code shared.
+    """Self-Forcing's Algorithm 1 as published, with autograd through each chunk's exit step.
+
+    It shares no code with the package.
     """
     text, past, clips = conditioning(), [], []
     for index, exit_step in enumerate(exit_steps):
@@ -98,11 +98,9 @@ def relative(ours: Tensor, expected: Tensor) -> float:
 
 @pytest.mark.parametrize("exit_steps", EXITS, ids=str)
 def test_replay_gradient_is_the_chunk_wise_gradient(exit_steps):
-    """Catches every way in which one packed pass could differ from the chunks: position, context,
-    sigma, leak.
+    """Catches a packed pass that differs from the chunks: position, context, sigma, leak.
 
-    float64; 1e-12 relative over all parameters together leaves room for sums in another order and
-    for nothing else.
+    float64; 1e-12 relative over all parameters allows sums in another order and nothing else.
     """
     network, noise = tiny_network(), ladder_noise(LONG)
     expected = chunk_by_chunk(network, noise, exit_steps)
@@ -134,8 +132,9 @@ def test_replay_gradient_is_the_chunk_wise_gradient_within_sink_and_window(sink,
 
 
 def test_replay_gradient_survives_gradient_checkpointing():
-    """Catches recomputation over a context that has moved on:
-    the public code needs an in-place cache to stand still.
+    """Catches recomputation over a context that has changed.
+
+    The public code needs an in-place cache that does not change.
     """
     noise, results = ladder_noise(), []
     for checkpointing in (False, True):
@@ -170,7 +169,7 @@ def test_no_gradient_reaches_another_chunk():
 
 
 def test_nothing_in_a_rollout_carries_gradient():
-    """Catches a graph kept alive through the recorded context: memory would grow with every chunk."""
+    """Catches a graph kept by the recorded context: memory would grow with every chunk."""
     network = tiny_network()
     record = roll(network, ladder_noise().requires_grad_(), (2, 2, 2))
     kv: list[ChunkKV] = [chunk for context in record.contexts for chunk in context.chunks]
@@ -180,8 +179,9 @@ def test_nothing_in_a_rollout_carries_gradient():
 
 
 def test_past_changes_the_future_and_never_the_other_way_round():
-    """Catches chunks generated independently (the minimal re-implementation's mistake), and a look
-    into the future.
+    """Catches chunks generated independently, and a look into the future.
+
+    The minimal re-implementation has the first fault.
     """
     network, noise = tiny_network(), ladder_noise()
     base = roll(network, noise).x0
@@ -196,10 +196,9 @@ def test_past_changes_the_future_and_never_the_other_way_round():
 
 
 def test_window_forgets_and_sink_remembers():
-    """Catches a sink that is evicted, or a window that keeps more than it says: what is out of
-    sight changes nothing.
+    """Catches a sink that is evicted, or a window that keeps too much.
 
-    Chunks of 2 frames, window 2, sink 2: chunk 2 sees chunk 0 and itself, so chunk 1 must not
+    Chunks of 2 frames, window 2, sink 2: chunk 2 sees chunk 0 and itself. So chunk 1 must not
     matter to it, bit for bit.
     """
     network, noise = tiny_network(), ladder_noise()
@@ -216,8 +215,9 @@ def test_window_forgets_and_sink_remembers():
 
 
 def test_rollout_generates_what_streaming_generates():
-    """Catches a training pipeline that drifts away from the sampler: chunk by chunk, the same clip
-    bit for bit.
+    """Catches a training rollout that differs from the sampler.
+
+    Chunk by chunk, it is the same clip bit for bit.
     """
     network, noise, text = tiny_network(), ladder_noise(), conditioning()
     cache, clips = KVCache(sink=2, window=2), []
@@ -231,8 +231,9 @@ def test_rollout_generates_what_streaming_generates():
 
 
 def test_exit_step_is_honoured():
-    """Catches a rollout that always walks the whole ladder:
-    what enters step 0 is the noise, and sigma is that of the exit.
+    """Catches a rollout that always takes all steps.
+
+    The input of step 0 is the noise, and sigma is that of the exit.
     """
     network, noise = tiny_network(), ladder_noise()
     record = roll(network, noise, (0, 3, 1))
@@ -245,9 +246,7 @@ def test_exit_step_is_honoured():
 
 
 def test_exit_step_beyond_the_ladder_is_an_error():
-    """Catches an index that wraps around: the fifth step of a ladder of four would quietly be its
-    first.
-    """
+    """Catches an index that wraps around: step five of four would be the first."""
     chunk = plan_chunks(FRAMES, CHUNK)[0]
     with pytest.raises(IndexError):
         denoise_chunk(
@@ -261,9 +260,7 @@ def test_exit_step_beyond_the_ladder_is_an_error():
 
 
 def test_each_step_adds_its_own_noise():
-    """Catches one noise re-used along the ladder: step 2's draw matters to exit 2, step 3's does
-    not.
-    """
+    """Catches one noise used for all steps: step 2's draw matters to exit 2, step 3's does not."""
     network, noise = tiny_network(), ladder_noise()
     base = roll(network, noise, (2, 2, 2)).x0
     for step, matters in ((0, True), (1, True), (2, True), (3, False)):
@@ -282,9 +279,7 @@ def test_last_chunk_is_not_committed():
 
 
 def test_commit_remembers_the_clean_chunk():
-    """Catches K/V of the noisy exit input in the context, and context noise (.005 in the public
-    code).
-    """
+    """Catches K/V of the noisy exit input, and context noise (.005 in the public code)."""
     network, text, x0 = tiny_network(), conditioning(), latents("x0", CHUNK)
     cache = KVCache()
     commit_chunk(network, x0, text, cache)
@@ -293,8 +288,9 @@ def test_commit_remembers_the_clean_chunk():
 
 
 def golden_noise(data: dict[str, Tensor]) -> Tensor:
-    """The reference's draws as [S, B, F, C, H, W]; it stores re-noising as [chunk, step, B, frames,
-    C, H, W].
+    """The reference's draws as [S, B, F, C, H, W].
+
+    It stores noise added later as [chunk, step, B, frames, C, H, W].
     """
     draws = [data["noise"]]
     if "renoise" in data:
@@ -307,8 +303,9 @@ def golden_noise(data: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("exit_step", range(4))
 def test_rollout_equals_the_reference(exit_step):
-    """Catches any difference to Self-Forcing's own rollout in order, noise,
-    ladder or context (clean context variant).
+    """Catches any difference to Self-Forcing's rollout in order, noise, ladder or context.
+
+    The variant with clean context.
     """
     data = golden(f"rollout_exit{exit_step}")
     ladder = tuple((data["steps"].double() / 1000).tolist())
@@ -328,8 +325,9 @@ def test_rollout_equals_the_reference(exit_step):
 
 
 def test_golden_rollout_would_notice_the_references_context_noise():
-    """Catches a tolerance too wide to tell clean context from the reference's sigma .005: they
-    differ by 1.6e-3.
+    """Catches a tolerance too wide to see the reference's context noise of sigma .005.
+
+    It moves the result by 1.6e-3.
     """
     data = golden("rollout_exit1")
     assert not torch.allclose(data["x0_reference"], data["x0_clean_context"], **ROLLOUT)

@@ -1,8 +1,7 @@
-"""From clips to a stream on a Wan-shaped model of random weights: the recipes for 1.3B with smaller
-numbers, nothing replaced.
+"""From clips to a stream on a Wan-shaped model of random weights.
 
-The transformer, AutoencoderKLWan, UMT5EncoderModel and tokenizer are the real classes in the real
-file layout.
+The recipes are those for 1.3B with smaller numbers; nothing is replaced. The transformer,
+AutoencoderKLWan, UMT5EncoderModel and tokenizer are the real classes in the real file layout.
 """
 
 from __future__ import annotations
@@ -128,9 +127,7 @@ def train(name: str, place: Path, shards: Path, *overrides: str) -> Path:
 
 @pytest.fixture(scope="module")
 def student(place: Path, wan: Path, shards: Path, prompts: Path) -> Path:
-    """Pairs of the teacher's ODE and causal student, DMD on prompts, DFD with its control; the
-    folder of the DFD arm.
-    """
+    """Pairs, causal student, DMD on prompts, DFD with its control; the folder of the DFD arm."""
     pairs, teacher = place / "pairs", wan / "transformer"
     train(
         "ode_pairs",
@@ -168,8 +165,9 @@ def exported(place: Path, wan: Path, student: Path) -> Path:
 
 
 def test_packed_clips_hold_text_and_the_negative_prompt(shards):
-    """Catches a data set that training would need the text encoder for, or whose unconditional half
-    is all zeros.
+    """Catches data without stored text, and a negative prompt of zeros.
+
+    Training would need the text encoder.
     """
     reader = ShardReader(shards)
     assert len(reader) == NUM_CLIPS
@@ -206,8 +204,9 @@ def test_an_export_is_read_by_diffusers(exported, student):
 
 
 def test_an_export_streams(place, exported, capsys):
-    """Catches an export that the command line cannot run; its video is the one that the pipeline
-    makes.
+    """Catches an export that the command line cannot run.
+
+    Its video is the one that the pipeline makes.
     """
     out = place / "stream.y4m"
     size = ("--size", f"{HEIGHT}x{WIDTH}")
@@ -263,8 +262,9 @@ def test_the_card_says_how_it_was_made(exported):
 
 
 def test_clips_are_what_was_packed(place, shards):
-    """Catches latents of other frames than the clip's first ones: the VAE's decode is nearer to its
-    own clip than to others.
+    """Catches latents of other frames than the clip's first ones.
+
+    The VAE's decode is nearer to its own clip than to others.
     """
     from selfforcing_dfd.codecs.wan_vae import WanCodec
 

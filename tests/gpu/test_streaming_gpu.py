@@ -26,7 +26,7 @@ def stream_model(device: str, dtype: torch.dtype = torch.float32) -> StreamModel
 
 
 def test_a_chunk_waits_for_its_frames_only():
-    """Catches a hidden `.item()`, a copy from pageable memory, and a clock that synchronises (T9)."""
+    """Catches a hidden `.item()`, a copy from pageable memory, and a blocking stage clock (T9)."""
     session = StreamSession(stream_model("cuda"), "a disc moves")
     for _ in range(RAMP):
         session.next_chunk()

@@ -77,7 +77,7 @@ def test_lines_become_commands(line, command):
     ],
 )
 def test_wrong_commands_are_answered_and_do_nothing(line, message):
-    """Catches a mistyped command used as a prompt, an impossible seed, and a reply of many lines."""
+    """Catches a mistyped command used as a prompt, an impossible seed, and a long reply."""
     control = Control()
     reply = control.submit(line)
     assert (

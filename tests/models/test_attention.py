@@ -46,8 +46,9 @@ BF16 = torch.bfloat16
     ],
 )
 def test_kernel_follows_the_compute_capability(capability, dtype, head_dim, installed, chosen):
-    """Catches a choice by a device's name, under which an H200 silently runs the slow kernel, and a
-    kernel that crashes.
+    """Catches a kernel chosen by a device's name, and a kernel that crashes.
+
+    By name, an H200 would silently run the slow kernel.
     """
     assert select_kernel(capability, dtype, head_dim, installed) == chosen
 

@@ -33,8 +33,9 @@ def newest_latents(session: StreamSession) -> torch.Tensor:
 
 
 def test_no_chunk_compiles_again():
-    """Catches programs that depend on the slot, the position or the chunk: each of them would stop
-    a stream for seconds.
+    """Catches compiled code that depends on the slot, the position or the chunk.
+
+    Each of them would stop a stream for seconds.
     """
     torch._dynamo.reset()
     counter = CompileCounter()

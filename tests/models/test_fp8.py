@@ -24,9 +24,7 @@ def layer(in_features: int = 64, out_features: int = 32) -> nn.Linear:
 
 
 def test_numbers_are_kept_to_half_a_step():
-    """Catches a scale that overflows to NaN, one for the whole tensor, and rows of zeros that are
-    divided by zero.
-    """
+    """Catches a scale that overflows to NaN, one scale for all rows, and a division by zero."""
     x = rng.normal((5, 64), 0, "x") * torch.tensor([1e-4, 1.0, 300.0, 1e4, 0.0])[:, None]
     values, scale = to_fp8(x)
     error = (values.float() * scale - x).abs()
@@ -36,8 +34,9 @@ def test_numbers_are_kept_to_half_a_step():
 
 
 def test_a_layer_is_the_product_of_its_8_bit_numbers():
-    """Catches scales of the wrong side, a transposed weight and a lost bias: to the rounding of a
-    bf16 result, 2^-8.
+    """Catches scales on the wrong side, a transposed weight and a lost bias.
+
+    Tolerance: the rounding of a bf16 result, 2^-8.
     """
     linear = layer()
     x = rng.normal((2, 7, 64), 0, "x") * 10
@@ -52,8 +51,9 @@ def test_a_layer_is_the_product_of_its_8_bit_numbers():
 
 
 def test_a_network_changes_a_little():
-    """Catches a layer converted twice or in another's place. 4 %: twice what was measured with
-    random weights.
+    """Catches a layer converted twice or in another's place.
+
+    4 % is twice what was measured with random weights.
     """
     plain = tiny_network(dtype=torch.float32).requires_grad_(False)
     quick = copy.deepcopy(plain)

@@ -1,6 +1,4 @@
-"""The network against tensors of the public reference code: bidirectional, causal, teacher-forced
-and rolling.
-"""
+"""The network against the public reference code: bidirectional, causal, teacher-forced, rolling."""
 
 from __future__ import annotations
 
@@ -47,8 +45,9 @@ def sequential(
     sink: int,
     split: int = CHUNK,
 ) -> tuple[dict[str, Tensor], list[ChunkKV]]:
-    """Flows of two noisy passes and the context pass over all chunks, and what each chunk left
-    behind.
+    """Flows and K/V, chunk after chunk.
+
+    Each chunk has two noisy passes and one context pass.
     """
     flows: dict[str, list[Tensor]] = {"pass0": [], "pass1": [], "context": []}
     cache = KVCache(sink, window)
@@ -70,9 +69,7 @@ def sequential(
     "name", ["bidirectional", "rolling", "losses", "gradients", "weights", "weights_teacher"]
 )
 def test_golden_files_are_the_ones_that_were_published(name):
-    """Catches a golden file regenerated from this package: it would agree with whatever the package
-    does.
-    """
+    """Catches a golden file made by this package, which would agree with whatever it does."""
     content = (FOLDER / f"{name}.safetensors").read_bytes()
     assert (
         hashlib.sha256(content).hexdigest() == manifest()["files"][f"{name}.safetensors"]["sha256"]
@@ -88,8 +85,9 @@ def test_original_names_cover_every_parameter_and_no_other():
 
 
 def test_bidirectional(student):
-    """Catches any error in the network itself: norms' eps, gelu form, modulation order, unpatchify,
-    text padding.
+    """Catches any error in the network itself.
+
+    Such as norms' eps, gelu form, modulation order, unpatchify, text padding.
     """
     data = golden("bidirectional")
     out = student(data["x"], data["t"] / 1000, Conditioning(data["text"]))
@@ -97,9 +95,7 @@ def test_bidirectional(student):
 
 
 def test_causal_passes_over_clean_context(student):
-    """Catches noisy K/V left in the context, a wrong order of chunks, or positions that restart
-    with each chunk.
-    """
+    """Catches noisy K/V in the context, chunks in a wrong order, and positions that restart."""
     data = golden("causal_kv")
     flows, _ = sequential(student, data, window=None, sink=0)
     for name, flow in flows.items():
@@ -107,8 +103,9 @@ def test_causal_passes_over_clean_context(student):
 
 
 def test_keys_and_values_left_behind(student):
-    """Catches keys handed out before their norm or rotation: flows of the chunk itself would still
-    be right.
+    """Catches keys returned before their norm or rotation.
+
+    Flows of the chunk itself would still be right.
     """
     data = golden("causal_kv")
     _, left = sequential(student, data, window=None, sink=0)
@@ -119,8 +116,9 @@ def test_keys_and_values_left_behind(student):
 
 
 def test_sequential_noisy_chunks_equal_the_block_causal_mask(student):
-    """Catches context that is not a chunk's own K/V: the masked training forward must equal chunk
-    after chunk.
+    """Catches context that is not a chunk's own K/V.
+
+    The masked training pass must equal chunk after chunk.
     """
     data = golden("block_mask")
     cache = KVCache()
@@ -136,8 +134,9 @@ def test_sequential_noisy_chunks_equal_the_block_causal_mask(student):
 
 
 def test_packed_noisy_chunks_over_clean_context_equal_teacher_forcing(student):
-    """Catches noise levels or positions mixed up between packed chunks: sigma differs by sample and
-    chunk here.
+    """Catches sigmas or positions mixed up between packed chunks.
+
+    Sigma differs by sample and chunk here.
     """
     data = golden("block_mask")
     text = Conditioning(data["text"])
@@ -150,11 +149,10 @@ def test_packed_noisy_chunks_over_clean_context_equal_teacher_forcing(student):
 
 @pytest.mark.parametrize(("window", "sink", "split"), [(6, 0, 3), (6, 3, 3), (9, 3, 3), (7, 1, 1)])
 def test_rolling_window_and_sink(student, window, sink, split):
-    """Catches re-rotated or re-encoded history: past K/V must stay those computed with the window
-    that chunk had.
+    """Catches history that is rotated or computed again.
 
-    The reference's sink of one frame splits a chunk; the cache counts whole ones,
-    so that case remembers frame by frame.
+    Past K/V must stay those computed with the window that their chunk had. The reference's sink of
+    one frame splits a chunk. Our cache counts whole chunks, so that case uses chunks of one frame.
     """
     data = golden("rolling")
     flows, _ = sequential(student, data, window - sink, sink, split)
@@ -163,8 +161,9 @@ def test_rolling_window_and_sink(student, window, sink, split):
 
 
 def test_the_window_matters_far_beyond_the_tolerance(student):
-    """Catches golden tests too weak to see the window: without it the same chunks must differ by
-    1e4 tolerances.
+    """Catches golden tests that are too weak to see the window.
+
+    Without it the same chunks must differ by 1e4 tolerances.
     """
     data = golden("rolling")
     first = {name: value[:, :12] if value.ndim == 5 else value for name, value in data.items()}

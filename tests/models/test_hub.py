@@ -58,8 +58,9 @@ def student(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def wan(tmp_path: Path) -> Path:
-    """A folder as diffusers saves Wan's own, bidirectional transformer; named by its parent, as in
-    a repository.
+    """A folder as diffusers saves Wan's own, bidirectional transformer.
+
+    Its parent has the repository's name.
     """
     twin = WanTransformer3DModel(**TINY)
     fill_weights(twin, 0)
@@ -97,8 +98,9 @@ def test_options_are_those_of_diffusers(wan, student):
 
 
 def test_wans_own_transformer_is_no_student(wan):
-    """Catches the bidirectional teacher streamed as a student, which no shape and no key gives
-    away.
+    """Catches the bidirectional teacher streamed as a student.
+
+    Its shapes and keys are a student's.
     """
     with pytest.raises(
         HubError, match=r"bidirectional.*student=PATH.*\"role\": \"causal_student\".*teacher=True"
@@ -146,8 +148,9 @@ def test_a_note_makes_a_student(wan):
     ],
 )
 def test_other_models_are_refused(wan, changes, message):
-    """Catches random weights where tensors were missing (diffusers warns only), and image-to-video
-    without its image.
+    """Catches random weights for missing tensors, and image-to-video without its image.
+
+    diffusers only warns about missing tensors.
     """
     path = wan / "transformer" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
@@ -166,9 +169,7 @@ def test_diffusers_reads_our_folder(student):
     "recipe", [{"steps": 4}, {"ladder": [500, 250]}, {"chunk_frames": 0}, {"sink": 1}]
 )
 def test_recipes_that_cannot_be_are_refused(recipe):
-    """Catches a misspelt setting for which a default would be taken, and a ladder that does not
-    begin at noise.
-    """
+    """Catches a misspelt setting that becomes a default, and a ladder that starts below noise."""
     whole = dataclasses.asdict(SELF_FORCING)
     message = r"known are|must start at 1000|at least one frame|a chunk has 3"
     with pytest.raises(ValueError, match=message):
@@ -176,8 +177,9 @@ def test_recipes_that_cannot_be_are_refused(recipe):
 
 
 def with_adapter(seed: int = 3) -> Any:
-    """A student with an adapter of rank 4 that changes what it does; alpha is not the rank, so that
-    it must be kept.
+    """A student with an adapter of rank 4 that changes its output.
+
+    alpha differs from the rank, so that it must be kept.
     """
     made = network()
     made.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=TARGETS))
@@ -188,9 +190,7 @@ def with_adapter(seed: int = 3) -> Any:
 
 
 def test_a_new_adapter_changes_nothing():
-    """Catches an adapter that is not zero at its beginning, and module names that LoRA does not
-    find.
-    """
+    """Catches a new adapter that is not zero, and module names that LoRA does not find."""
     made = network()
     before = flow(made)
     made.add_adapter(LoraConfig(r=4, target_modules=TARGETS))
@@ -212,8 +212,9 @@ def test_an_adapter_comes_back(tmp_path):
 
 
 def test_a_fused_adapter_does_the_same(tmp_path):
-    """Catches a fuse that forgets the scale or modules. float32: 1e-5 is ten roundings of weights
-    of order one.
+    """Catches a fuse that forgets the scale or modules.
+
+    float32: 1e-5 is ten roundings of weights of order one.
     """
     adapted = with_adapter()
     wanted = flow(adapted)

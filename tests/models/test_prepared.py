@@ -14,9 +14,7 @@ ROUNDING = 1e-12  # float64: one row or many through the same product
 
 @pytest.mark.parametrize("sigma", [*LADDER, 0.0])
 def test_prepared_text_and_levels_change_nothing(sigma):
-    """Catches a level that goes to another sigma or block, a scale without its one, and text of
-    another layer.
-    """
+    """Catches a prepared sigma or text of another block, and a scale without its one."""
     network = tiny_network()
     text = conditioning()
     prepared = network.prepare(text, (*LADDER, 0.0))
@@ -41,9 +39,7 @@ def test_levels_differ():
 
 
 def test_another_position_has_another_rotation():
-    """Catches kept tables that are handed out for a place, size or precision that they were not
-    made for.
-    """
+    """Catches kept tables returned for another place, size or precision."""
     cpu = torch.device("cpu")
     for start, frames, dtype in [
         (0, 2, torch.float32),
@@ -57,9 +53,7 @@ def test_another_position_has_another_rotation():
 
 
 def test_kept_rotations_serve_training_after_inference():
-    """Catches tables made under inference mode, which autograd refuses to keep for the backward
-    pass.
-    """
+    """Catches tables made under inference mode, which autograd refuses in a backward pass."""
     network = tiny_network()
     text = conditioning()
     x_t = latents("x_t", 2)

@@ -19,8 +19,9 @@ def turned(x: torch.Tensor, start_frame: int, grid: tuple[int, int, int] = GRID)
 
 
 def test_axes_split_as_in_wan():
-    """Catches an even split of a head over the axes: at Wan's head of 128 time gets 44 values,
-    space 42 and 42.
+    """Catches an even split of a head over the axes.
+
+    At Wan's head of 128 time gets 44 values, height and width 42 each.
     """
     assert axis_dims(128) == (44, 42, 42)
     assert axis_dims(16) == (8, 4, 4)
@@ -29,10 +30,10 @@ def test_axes_split_as_in_wan():
 @pytest.mark.parametrize("head_dim", [32, 128])
 @pytest.mark.parametrize("start", [0, 7])
 def test_rotation_equals_the_reference(head_dim, start):
-    """Catches wrong frequencies, a swapped row and column, or halves instead of interleaved pairs,
-    at Wan's real head size.
+    """Catches wrong frequencies, a swapped row and column, and halves in place of pairs.
 
-    Both sides rotate in float64 and round once to float32: 2e-6 is a few ulps of values up to 4.
+    At Wan's real head size. Both sides rotate in float64 and round once to float32: 2e-6 is a few
+    ulps of values up to 4.
     """
     tables = golden("primitives")
     x = tables[f"rope{head_dim}/x"]
@@ -53,8 +54,9 @@ def test_sinusoid_equals_the_reference():
 
 
 def test_later_frames_are_a_slice_of_the_longer_video():
-    """Catches positions that restart with every chunk:
-    a chunk must be rotated as it would be within the whole video.
+    """Catches positions that restart with every chunk.
+
+    A chunk must be rotated as it would be within the whole video.
     """
     whole = rotary_angles(0, 9, 2, 3, 16).unflatten(0, (9, 6))
     assert torch.equal(rotary_angles(6, 3, 2, 3, 16), whole[6:].flatten(0, 1))
@@ -62,8 +64,9 @@ def test_later_frames_are_a_slice_of_the_longer_video():
 
 @pytest.mark.parametrize("shift", [1, 1024, 1_000_000])
 def test_scores_depend_on_differences_of_positions_only(shift):
-    """Catches a table with an end, and angles too coarse for long videos: float64 angles of 1e6 are
-    good to 1e-10.
+    """Catches a table that ends, and angles too coarse for long videos.
+
+    float64 angles of 1e6 are good to 1e-10.
     """
     q, k = (rng.normal((1, 12, 2, 16), 0, name).double() for name in "qk")
 
@@ -74,8 +77,9 @@ def test_scores_depend_on_differences_of_positions_only(shift):
 
 
 def test_rotation_keeps_lengths():
-    """Catches a cos and sin that do not belong together: keys would grow or shrink with their
-    position.
+    """Catches a cos and a sin of different angles.
+
+    Keys would grow or shrink with their position.
     """
     x = rng.normal((1, 12, 2, 16), 0, "x").double()
     torch.testing.assert_close(turned(x, 5).norm(dim=-1), x.norm(dim=-1), rtol=1e-14, atol=0)

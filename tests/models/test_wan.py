@@ -1,6 +1,4 @@
-"""The network: diffusers' own model as oracle, and what must hold of causal context, positions and
-checkpointing.
-"""
+"""The network against diffusers' own model, and its causal context, positions, checkpointing."""
 
 from __future__ import annotations
 
@@ -43,11 +41,10 @@ def packed_context(network: WanTransformer, clean: Tensor, text: Conditioning) -
 
 
 def test_flow_without_context_equals_diffusers():
-    """Catches any departure from the architecture whose checkpoints are to be loaded; names must
-    fit strictly.
+    """Catches any departure from the architecture of Wan's checkpoints; names must fit strictly.
 
-    float32 on both sides. Theirs computes the angles 1000 sigma w in float32, wrong by up to 3e-5,
-    ours in float64; the distance measured here is 1.4e-5.
+    float32 on both sides. diffusers computes the angles 1000 sigma w in float32, wrong by up to
+    3e-5, ours are in float64. The distance measured here is 1.4e-5.
     """
     twin = diffusers_twin()
     ours = tiny_network(dtype=torch.float32)
@@ -60,8 +57,9 @@ def test_flow_without_context_equals_diffusers():
 
 
 def test_sigma_of_each_latent_frame_equals_diffusers_timestep_of_each_token():
-    """Catches modulation of the wrong frame: with one sigma for the clip, every mix-up of frames is
-    invisible.
+    """Catches modulation of the wrong frame.
+
+    One sigma for the clip would hide every mix-up of frames.
     """
     twin = diffusers_twin()
     ours = tiny_network(dtype=torch.float32)
@@ -108,7 +106,8 @@ def test_one_chunk_over_all_frames_is_bidirectional():
 
 @pytest.mark.parametrize("shift", [1, 1024, 1_000_000])
 def test_flow_depends_on_differences_of_positions_only(shift):
-    """Catches absolute positions and tables with an end, in an endless video.
+    """Catches absolute positions and tables that end.
+
     Angles of 1e6 are good to 1e-10 in float64.
     """
     network = tiny_network()
@@ -138,8 +137,9 @@ def test_distance_in_time_matters():
 
 
 def test_samples_of_a_batch_do_not_see_each_other():
-    """Catches statistics or modulation taken over the batch. float64; kernels may round by batch
-    size.
+    """Catches statistics or modulation taken over the batch.
+
+    float64; kernels may round by batch size.
     """
     network = tiny_network()
     x = latents("x")
@@ -154,8 +154,9 @@ def test_samples_of_a_batch_do_not_see_each_other():
 
 
 def test_packed_chunks_equal_one_after_the_other():
-    """Catches positions, noise levels or contexts mixed up by packing.
-    Same sums in float64 up to the kernel's order.
+    """Catches positions, sigmas or contexts mixed up by packing.
+
+    The same sums in float64, up to the kernel's order.
     """
     network = tiny_network()
     x = latents("x")
@@ -169,8 +170,9 @@ def test_packed_chunks_equal_one_after_the_other():
 
 
 def test_packed_chunks_do_not_see_each_other():
-    """Catches noisy chunks that attend to noisy neighbours instead of clean context:
-    bitwise, by changing one of them.
+    """Catches noisy chunks that attend to noisy neighbours instead of clean context.
+
+    One of them is changed; the others must stay equal bit for bit.
     """
     network = tiny_network()
     x = latents("x")
@@ -186,8 +188,9 @@ def test_packed_chunks_do_not_see_each_other():
 
 @pytest.mark.parametrize("with_context", [False, True], ids=["bidirectional", "with context"])
 def test_gradient_checkpointing_changes_nothing(with_context):
-    """Catches recomputation that sees another context or another precision:
-    outputs and gradients are equal bit for bit.
+    """Catches recomputation with another context or precision.
+
+    Outputs and gradients are equal bit for bit.
     """
     x = latents("x")
     text = conditioning()
@@ -206,10 +209,9 @@ def test_gradient_checkpointing_changes_nothing(with_context):
 
 
 def test_gradient_checkpointing_does_recompute():
-    """Catches a switch that is never asked: the test above would pass, and the memory would not be
-    saved.
+    """Catches a switch without effect: the test above would pass, but save no memory.
 
-    Counts the values that the backward pass keeps, which checkpointing is there to reduce.
+    Counts the values that the backward pass keeps, which checkpointing reduces.
     """
     kept = []
     for checkpointing in (False, True):
@@ -247,8 +249,9 @@ def test_kv_of_a_chunk_carries_no_gradient():
 
 
 def test_padding_of_the_text_is_attended_to():
-    """Catches a text mask, which Wan does not have: its checkpoints were trained with the padding
-    visible.
+    """Catches a text mask.
+
+    Wan has none: its checkpoints were trained with the padding visible.
     """
     network = tiny_network()
     x = latents("x")
@@ -259,11 +262,10 @@ def test_padding_of_the_text_is_attended_to():
 
 
 def test_sigma_reaches_the_network_as_a_fine_thousandfold_timestep():
-    """Catches a timestep that is rounded on its way, to an integer or in float32: a change of 1e-7
-    in sigma must be felt.
+    """Catches a timestep rounded to an integer or to float32.
 
-    The fastest feature is cos(1000 sigma), which such a step moves by up to 1e-4; three steps move
-    it three times as far.
+    A change of 1e-7 in sigma must have an effect. The fastest feature is cos(1000 sigma), which
+    such a step moves by up to 1e-4; three steps move it three times as far.
     """
     network = tiny_network()
     x = latents("x")
@@ -277,10 +279,10 @@ def test_sigma_reaches_the_network_as_a_fine_thousandfold_timestep():
 
 
 def test_norms_have_wans_epsilon():
-    """Catches a norm's default of 1e-5, which shows only where activations are tiny: here, before
-    each norm, about 1e-3.
+    """Catches a norm's default of 1e-5.
 
-    With a variance near 1e-6 the two epsilons differ by a factor of two in what leaves the norm.
+    It shows only where activations are tiny: about 1e-3 before each norm here. With a variance near
+    1e-6 the two epsilons differ by a factor of two in the norm's output.
     """
     twin = diffusers_twin()
     ours = tiny_network(dtype=torch.float32)
@@ -299,8 +301,7 @@ def test_norms_have_wans_epsilon():
 
 
 def test_half_precision_answers_as_full_precision_does():
-    """Catches a timestep held in bfloat16, which is off by up to two whole steps of the fastest
-    feature.
+    """Catches a timestep in bfloat16, wrong by up to two steps of the fastest feature.
 
     8 mantissa bits through 2 layers leave .6 % of the flow's spread (three seeds: .6 to .9); 2 %
     are allowed.
@@ -317,8 +318,9 @@ def test_half_precision_answers_as_full_precision_does():
 
 
 def test_initial_weights_are_wans_and_a_function_of_the_generator():
-    """Catches weights left as torch draws them, from global state: two machines would start from
-    different teachers.
+    """Catches weights drawn from torch's global state.
+
+    Two machines would start from different teachers.
     """
     networks = []
     for global_seed in (0, 1):
@@ -351,8 +353,9 @@ def test_chunk_kv_counts_latent_frames_not_tokens():
 
 
 def test_network_is_told_one_sigma_for_each_latent_frame():
-    """Catches a sigma given per sample but read per frame, which shapes cannot tell apart when B =
-    F.
+    """Catches a sigma given per sample but read per frame.
+
+    Shapes cannot tell them apart when B = F.
     """
     x = torch.zeros(2, 2, 1, 1, 1)
     per_sample = torch.tensor([0.25, 0.75])

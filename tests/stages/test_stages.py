@@ -1,6 +1,4 @@
-"""What each stage optimises: which rows are data, which noise starts a clip, who gets gradient, and
-accumulation.
-"""
+"""What each stage optimises: data rows, starting noise, gradients, accumulation."""
 
 from __future__ import annotations
 
@@ -67,10 +65,10 @@ def touched(network: nn.Module) -> list[str]:
 
 @pytest.mark.parametrize("granularity", ["update", "micro", "sample"])
 def test_coin_is_shared_by_what_its_granularity_says(granularity):
-    """Catches one coin too few or too many: with a coin a sample, DFD at p = .5 never sees a pure
-    update, and vice versa.
+    """Catches a coin that is shared by too many or too few samples.
 
-    64 updates of 4 micro-batches of 4; at p = .5 a wrong grouping survives by chance once in 2^48.
+    With a coin for each sample, DFD at p = .5 never has an update of one kind only. 64 updates of 4
+    micro-batches of 4: at p = .5 a wrong grouping passes by chance once in 2^48.
     """
     forcing = DataForcing(p=0.5, granularity=granularity)
     coins = torch.stack(
@@ -94,7 +92,7 @@ def test_coin_is_shared_by_what_its_granularity_says(granularity):
 
 @pytest.mark.parametrize("granularity", ["update", "micro", "sample"])
 def test_probability_zero_is_never_and_one_is_always(granularity):
-    """Catches a coin compared the wrong way round: p = 0 must be DMD, p = 1 the pure data branch."""
+    """Catches a coin compared the wrong way round: p = 0 must be DMD, p = 1 the data branch."""
     for p, expected in ((0.0, False), (1.0, True)):
         forcing = DataForcing(p=p, granularity=granularity)
         assert all(forcing.rows(draw(4, 4 * n, 4 * n), 0).eq(expected).all() for n in range(50))
@@ -117,8 +115,9 @@ def test_probability_ramps_in_student_updates():
 
 
 def test_draws_depend_on_positions_only():
-    """Catches noise tied to the micro-batch, the rank or the order of calls: another batch size
-    must draw the same.
+    """Catches noise tied to the micro-batch, the rank or the order of calls.
+
+    Another batch size must draw the same.
     """
     whole = draw(4, first=8)
     part = Draw(0, update_start=999, micro_start=7, positions=(10, 9))
@@ -133,8 +132,9 @@ def test_draws_depend_on_positions_only():
 
 
 def test_choices_are_shared_by_an_update_and_differ_between_updates():
-    """Catches an exit step drawn by each rank or micro-batch:
-    ranks would walk different ladders and wait for each other.
+    """Catches an exit step drawn by each rank or micro-batch.
+
+    Ranks would walk different ladders and wait for each other.
     """
     choices = [
         draw(2, first=16 * update + 2, update=16 * update).choice("exit", 4) for update in range(40)
@@ -149,7 +149,8 @@ def test_choices_are_shared_by_an_update_and_differ_between_updates():
 @pytest.mark.parametrize("turn", ["student", "fake"])
 @pytest.mark.parametrize("granularity", ["update", "sample"])
 def test_accumulating_micro_batches_equals_one_batch(turn, granularity):
-    """Catches randomness or a mean that depends on how an update is cut into micro-batches.
+    """Catches draws or a mean that depend on how an update is cut into micro-batches.
+
     float64, 1e-12 relative.
     """
     forcing = DataForcing(p=0.5, granularity=granularity, pairing="inversion")
@@ -166,8 +167,9 @@ def test_accumulating_micro_batches_equals_one_batch(turn, granularity):
 
 @pytest.mark.parametrize("turn", ["student", "fake"])
 def test_a_turn_touches_only_the_network_that_it_trains(turn):
-    """Catches gradient that reaches the teacher or the other network: it would be applied with the
-    next update.
+    """Catches gradient in the teacher or the other network.
+
+    It would be applied with the next update.
     """
     stage = matching_stage(DataForcing(p=1.0))
     stage.loss(turn, tiny_batch(), draw(), 0).loss.backward()
@@ -177,8 +179,9 @@ def test_a_turn_touches_only_the_network_that_it_trains(turn):
 
 
 def test_fake_score_never_sees_data():
-    """Catches a fake score that learns the real clips: it must track the student's own
-    distribution, whatever p is.
+    """Catches a fake score that learns the real clips.
+
+    It must follow the student's own distribution, for every p.
     """
     batch = tiny_batch(with_noise=True)
     others = replace(batch, latents=latents("other clips"), noise=latents("other clip noise"))
@@ -219,9 +222,7 @@ def test_data_changes_the_students_gradient():
 
 
 def test_outside_its_sigma_range_data_forcing_is_dmd():
-    """Catches rows that are dropped, or anchored all the same, where the noise level is out of
-    range.
-    """
+    """Catches rows outside the sigma range that are dropped or anchored."""
     (dmd_loss, dmd_grad), (dfd_loss, dfd_grad) = dmd_and_dfd(
         tiny_batch(), DataForcing(p=1.0, sigma_range=(0.985, 1.0))
     )
@@ -230,9 +231,7 @@ def test_outside_its_sigma_range_data_forcing_is_dmd():
 
 
 def test_sigma_range_falls_back_row_by_row():
-    """Catches a range that is applied to the whole batch, and logs that do not say which rows were
-    anchored.
-    """
+    """Catches a sigma range applied to the whole batch, and logs of the wrong rows."""
     batch, everything = tiny_batch(4), matching_stage(DataForcing(p=1.0))
     all_rows = everything.loss("student", batch, draw(4), 0).values
     none = matching_stage().loss("student", batch, draw(4), 0).values
@@ -249,7 +248,7 @@ def test_sigma_range_falls_back_row_by_row():
 
 
 def starts(forcing: DataForcing, batch: Batch) -> Tensor:
-    """What enters the first step: with a ladder of one step, the noise that each clip starts from."""
+    """The noise that each clip starts from: with one step, this is the input of the exit step."""
     stage = matching_stage(forcing, ladder=(1.0,))
     rows = forcing.rows(draw(4), 0)
     return stage.roll_out(batch, draw(4), rows).x_exit
@@ -273,8 +272,9 @@ def test_inversion_starts_from_the_stored_noise_in_data_rows_only():
 
 
 def test_prefix_ties_the_first_chunk_by_noise_and_later_ones_by_their_past():
-    """Catches later chunks tied by noise, a past of the student's own in data rows, or a real one
-    in the others.
+    """Catches later chunks tied by noise, and rows whose context is of the wrong clip.
+
+    Data rows see the real past, other rows their own.
     """
     batch = tiny_batch(4, with_noise=True)
     assert batch.noise is not None
@@ -317,9 +317,7 @@ def test_prefix_ties_the_first_chunk_by_noise_and_later_ones_by_their_past():
     ],
 )
 def test_stored_noise_matters_to_the_student_only_under_inversion(forcing, uses_stored_noise):
-    """Catches stored noise that leaks into the paper's pairing, where noise and anchor are
-    independent.
-    """
+    """Catches stored noise in the paper's pairing, where noise and anchor are independent."""
     stage = matching_stage(forcing)
     batch = tiny_batch(with_noise=True)
     other = replace(batch, noise=latents("other clip noise"))
@@ -338,7 +336,10 @@ def test_exit_steps_cover_the_ladder():
 
 
 def test_logged_values_are_one_a_sample():
-    """Catches batch means where logs split by branch and by noise level; and an inconsistent sum."""
+    """Catches batch means in logs that need a value for each sample, and a sum that disagrees.
+
+    Logs are split by branch and by sigma.
+    """
     part = matching_stage(DataForcing(p=1.0)).loss("student", tiny_batch(3), draw(3), 0)
     assert {name: tuple(value.shape) for name, value in part.values.items()} == dict.fromkeys(
         ("loss", "discrepancy", "normaliser", "gap", "dfd", "sigma"), (3,)
@@ -365,8 +366,9 @@ def single_stages() -> dict[str, TeacherStage | InitStage]:
 
 @pytest.mark.parametrize("name", ["teacher", "init"])
 def test_data_stages_reach_every_parameter(name):
-    """Catches a stage that trains half a network: every parameter gets a finite gradient that is
-    not zero.
+    """Catches a stage that trains half a network.
+
+    Every parameter gets a finite gradient that is not zero.
     """
     stage = single_stages()[name]
     part = stage.loss("student", tiny_batch(), draw(), 0)
@@ -377,9 +379,10 @@ def test_data_stages_reach_every_parameter(name):
 
 
 def test_init_stage_is_teacher_forcing():
-    """Catches context made of the student's own clips or of the noisy ones, and stored noise in a
-    later chunk, which would teach the student to follow its noise and not its context: chunk by
-    chunk over real clips, by hand.
+    """Catches context of the student's own or of noisy clips, and stored noise in later chunks.
+
+    With stored noise there, the student would learn to follow its noise and not its context.
+    Compared with a loop over the chunks of real clips.
     """
     stage, batch = (
         InitStage({"student": tiny_network()}, CHUNKS, 3.0, 0.0),
@@ -407,8 +410,9 @@ def test_init_stage_is_teacher_forcing():
 
 
 def test_init_stage_uses_the_stored_noise_where_there_is_some():
-    """Catches a regression from independent noise: the few-step student would learn the mean of all
-    clips.
+    """Catches a regression from independent noise.
+
+    The few-step student would learn the mean of all clips.
     """
     stage, batch = (
         InitStage({"student": tiny_network()}, CHUNKS, 3.0, 0.0),
@@ -422,8 +426,9 @@ def test_init_stage_uses_the_stored_noise_where_there_is_some():
 
 
 def test_teacher_stage_shifts_and_clamps_nothing_else():
-    """Catches noise levels that stop short of 0 or 1: the sampler starts at exactly 1 and inversion
-    at 0.
+    """Catches sigmas that stop short of 0 or 1.
+
+    The sampler starts at exactly 1 and inversion at 0.
     """
     level = draw(64).uniform("sigma")
     stage = TeacherStage({"student": tiny_network()}, shift=3.0, text_dropout=0.0)
@@ -439,10 +444,10 @@ def test_teacher_stage_shifts_and_clamps_nothing_else():
 
 
 def test_text_dropout_empties_whole_captions():
-    """Catches dropout of single words: guidance asks for an unconditional answer, with all of the
-    text zero.
+    """Catches dropout of single words.
 
-    1000 samples at .25: five standard errors are .069.
+    Guidance needs an answer to a text that is all zero. 1000 samples at .25: five standard errors
+    are .069.
     """
     batch = tiny_batch(2)
     many = replace(batch, text=batch.text[:1].expand(1000, -1, -1))

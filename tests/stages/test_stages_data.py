@@ -1,6 +1,4 @@
-"""What real data bring to the stages: a negative prompt, noise of every chunk, levels of the
-ladder; and whole clips.
-"""
+"""Stages on real data: negative prompt, noise of every chunk, sigmas of the ladder, whole clips."""
 
 from __future__ import annotations
 
@@ -29,10 +27,10 @@ def losses_with(negative: Tensor | None, guidance: float) -> Tensor:
 
 
 def test_guidance_leaves_the_negative_prompt_where_there_is_one():
-    """Catches zeros in its place: Wan never saw an all-zero text, so the teacher would be guided
-    away from nonsense.
+    """Catches zeros in place of the negative prompt.
 
-    The teacher is asked about each row twice: with its caption, and with the negative prompt.
+    Wan never saw a text of zeros, so guidance away from it has no meaning. The teacher is called
+    twice for each row: with its caption, and with the negative prompt.
     """
     assert not torch.equal(losses_with(NEGATIVE, 4.0), losses_with(None, 4.0))
     assert torch.equal(losses_with(torch.zeros_like(NEGATIVE), 4.0), losses_with(None, 4.0))
@@ -45,9 +43,7 @@ def test_guidance_leaves_the_negative_prompt_where_there_is_one():
 
 
 def test_without_guidance_the_negative_prompt_is_not_asked():
-    """Catches a student or fake score that is shown the negative prompt: only the guided teacher
-    is.
-    """
+    """Catches a student or fake score that gets the negative prompt of the guided teacher."""
     assert torch.equal(losses_with(NEGATIVE, 1.0), losses_with(None, 1.0))
     fakes = [
         matching_stage(negative=each).loss("fake", tiny_batch(), draw(), 0).loss
@@ -57,8 +53,9 @@ def test_without_guidance_the_negative_prompt_is_not_asked():
 
 
 def test_dropped_captions_become_the_negative_prompt_where_there_is_one():
-    """Catches a teacher trained on zeros and guided by a prompt: guidance would leave a text it has
-    never seen.
+    """Catches a teacher trained on zeros and guided by a prompt.
+
+    Guidance would use a text that it has never seen.
     """
     batch = tiny_batch(8)
     text = drop_text(batch, draw(8), 0.5, NEGATIVE).text
@@ -69,8 +66,9 @@ def test_dropped_captions_become_the_negative_prompt_where_there_is_one():
 
 
 def test_whole_clips_are_answered_alike_without_their_keys_and_values():
-    """Catches teacher and fake score that keep every layer's keys and values: 12 GB in a guided
-    pass at 1.3B.
+    """Catches a teacher and fake score that keep the K/V of every layer.
+
+    That is 12 GB in a guided pass at 1.3B.
     """
     network, batch = tiny_network(), tiny_batch()
     inputs = batch.latents, torch.tensor([0.3, 0.8]), Conditioning(batch.text)
@@ -80,8 +78,9 @@ def test_whole_clips_are_answered_alike_without_their_keys_and_values():
 
 
 def test_pairs_of_every_chunk_where_the_noise_was_found_after_the_past():
-    """Catches causal pairs whose later noise is thrown away: without it the few-step student learns
-    a mean.
+    """Catches causal pairs whose later noise is not used.
+
+    Without it the few-step student learns a mean.
     """
     batch, losses = tiny_batch(with_noise=True), []
     assert batch.noise is not None
@@ -102,8 +101,9 @@ def test_pairs_of_every_chunk_where_the_noise_was_found_after_the_past():
 
 
 def test_levels_of_the_ladder_are_trained_and_no_others():
-    """Catches a rung that is never drawn (the last, by rounding down) and levels between the rungs.
-    400 draws.
+    """Catches sigmas between the ladder's, and one that is never drawn.
+
+    Rounding down would miss the last. 400 draws.
     """
     stage = InitStage({"student": tiny_network()}, CHUNKS, 3.0, 0.0, sigmas=LADDER)
     sigma = stage.draw_sigma(draw(400).uniform("sigma"))
@@ -119,7 +119,7 @@ def test_levels_of_the_ladder_are_trained_and_no_others():
 
 
 def test_score_sigma_equals_the_references_warp_and_clamp():
-    """Catches a clamp before the shift instead of after it, or a shift of 8 where the score's is 5."""
+    """Catches a clamp before the shift, and a shift of 8 where the score's is 5."""
     tables = golden("schedule")
     sigma = score_sigma(tables["dmd_t/k"].double() / 1000, 5.0, 0.02, 0.98)
     # 3 float32 ulps
@@ -127,9 +127,7 @@ def test_score_sigma_equals_the_references_warp_and_clamp():
 
 
 def test_score_sigma_is_clamped_to_exactly_its_limits():
-    """Catches noise levels 0 and 1, where x0 = x_t - sigma flow says nothing and the normaliser
-    explodes.
-    """
+    """Catches sigma 0 and 1, where x0 = x_t - sigma flow is empty and the normaliser explodes."""
     sigma = score_sigma(UNIT, 5.0, 0.02, 0.98)
     assert sigma.min() == 0.02
     assert sigma.max() == 0.98

@@ -1,6 +1,4 @@
-"""A stream is the rollout that training used, whatever the cache, the split and the company; in
-float64 to rounding.
-"""
+"""A stream is the rollout of training, for every cache, split and batch; float64 to rounding."""
 
 from __future__ import annotations
 
@@ -30,8 +28,9 @@ LATENT_SIZE = (4, 6)
 
 @pytest.fixture(scope="module")
 def model() -> StreamModel:
-    """The real network, codec and text encoder, small, in float64; random weights. Chunks of two
-    latent frames.
+    """The real network, codec and text encoder, small, in float64, with random weights.
+
+    Chunks have two latent frames.
     """
     first, rest = (
         torch.linalg.qr(rng.normal((size, 16), 0, "basis", size)).Q for size in (192, 768)
@@ -84,8 +83,9 @@ def run(
 
 
 def test_stream_is_the_rollout(model):
-    """Catches any difference between what is trained and what is shown: noise, steps, cache,
-    positions, commit pass.
+    """Catches any difference between training and streaming.
+
+    In noise, steps, cache, positions or commit pass.
     """
     made = stream(model, 4, sink_frames=0, window_frames=8, positions="absolute")
     shape = (1, 2, 16, *LATENT_SIZE)
@@ -103,8 +103,9 @@ def test_stream_is_the_rollout(model):
 @pytest.mark.parametrize("first", [2, 1])
 @pytest.mark.parametrize(("sink", "window"), [(0, 6), (0, 2), (2, 4), (2, 2), (4, 4)])
 def test_ring_is_the_cache_by_concatenation(model, sink, window, first):
-    """Catches a slot that is overwritten too early or seen too long, in every phase of the ring,
-    after a short first chunk.
+    """Catches a slot that is overwritten too early or seen too long.
+
+    In every phase of the ring, after a short first chunk.
     """
     lengths = [first] + [2] * 8
     by_ring = run(
@@ -117,9 +118,7 @@ def test_ring_is_the_cache_by_concatenation(model, sink, window, first):
 
 @pytest.mark.parametrize(("sink", "window"), [(2, 4), (4, 4), (2, 2), (0, 4)])
 def test_moving_the_sink_is_counting_from_zero(model, sink, window):
-    """Catches a sink turned by a wrong angle, or from keys that were turned before; and a mode that
-    does nothing.
-    """
+    """Catches a sink rotated by a wrong angle or twice, and a mode without effect."""
     made = {
         positions: run(
             model.student,
@@ -137,8 +136,9 @@ def test_moving_the_sink_is_counting_from_zero(model, sink, window):
 
 @pytest.mark.parametrize("start", [1024, 1_000_000])
 def test_positions_have_no_end(model, start):
-    """Catches a table of positions, and angles in a type that loses them. 1e-9: float64 angles of a
-    million turns.
+    """Catches a table of positions, and angles in a type that loses them.
+
+    1e-9: float64 angles of a million turns.
     """
     near, far = (ring(model.student, 0, 6, "absolute") for _ in range(2))
     far.next_frame = start
@@ -151,8 +151,9 @@ def test_positions_have_no_end(model, start):
 
 
 def test_turning_often_adds_no_rounding(model):
-    """Catches a sink that is turned on from where it was: in bfloat16 the error would grow with
-    every chunk.
+    """Catches a sink that is rotated from its last position.
+
+    In bfloat16 the error would grow with every chunk.
     """
     cache = ring(model.student, 2, 2, "sink_relative")
     run(model.student, cache, conditioning(model), [2] * 3)
@@ -165,9 +166,7 @@ def test_turning_often_adds_no_rounding(model):
 
 
 def test_noisy_steps_leave_nothing_and_touch_nothing_else(model):
-    """Catches steps that write beside their slot, and noisy keys that stay when the clean ones
-    come.
-    """
+    """Catches steps that write beside their slot, and noisy keys that stay after the commit."""
     cache = ring(model.student, 2, 4, "absolute")
     made = run(model.student, cache, conditioning(model), [2] * 5)
     before = cache.keys.clone()
@@ -207,9 +206,7 @@ def prompted(model: StreamModel, mode: PromptMode, num_before: int, **settings: 
 def after_change(
     model: StreamModel, session: Watched, kept: list[Tensor], text: Conditioning, sink: int
 ) -> Tensor:
-    """What the next chunk would be after these chunks alone, committed under `text`, at consecutive
-    positions.
-    """
+    """The next chunk after these chunks alone, committed under `text`, at consecutive positions."""
     cache = KVCache(sink, None)
     for x0 in kept:
         commit_chunk(model.student, x0, text, cache)
@@ -222,10 +219,9 @@ def after_change(
 
 
 def test_recache_is_the_past_told_anew(model):
-    """Catches chunks recached out of order, under the old prompt, or seeing what they could not
-    have seen.
+    """Catches chunks recached out of order, under the old prompt, or with the wrong context.
 
-    Sink (one chunk) and two chunks of window are visible; moving the sink along makes their
+    The sink (one chunk) and two chunks of the window are visible. Moving the sink along makes their
     positions consecutive.
     """
     session = prompted(model, "recache", 6, sink_frames=2, window_frames=6)
@@ -246,9 +242,7 @@ def test_recache_under_the_same_prompt_changes_nothing_before_the_window_slides(
 
 
 def test_flush_leaves_sink_and_newest_chunk_as_they_were(model):
-    """Catches a flush that keeps what it should forget, forgets the sink, or moves the newest chunk
-    without its values.
-    """
+    """Catches a flush that keeps old chunks, forgets the sink, or moves keys without values."""
     cache = ring(model.student, 2, 6, "absolute")
     run(model.student, cache, conditioning(model), [2] * 6)
     tokens = 2 * cache.shape.tokens
@@ -313,8 +307,9 @@ def test_sessions_do_not_know_of_each_other(model):
 
 
 def test_reset_is_a_new_session_and_restore_goes_back(model):
-    """Catches keys, features, history or counters that survive; and a snapshot that the running
-    stream writes into.
+    """Catches state that survives a reset, and a snapshot that the running stream changes.
+
+    State is keys, features, history and counters.
     """
     settings = StreamSettings(seed=1, sink_frames=2, window_frames=4)
     fresh = frames(StreamSession(model, "a", settings), 6)
@@ -345,9 +340,7 @@ def test_restore_takes_the_decoder_back_too(model):
 
 @pytest.mark.parametrize("num_frames", [1, 5, 9, 21])
 def test_context_is_what_came_before(model, num_frames):
-    """Catches a picture or clip that is not committed, or not counted, or decoded as if the stream
-    began after it.
-    """
+    """Catches a context that is not committed, not counted, or not seen by the decoder."""
     video = rng.uniform((num_frames, 32, 48, 3), 0, "context").float()
     session = Watched(
         model,
@@ -374,9 +367,7 @@ def test_context_is_what_came_before(model, num_frames):
 
 
 def test_what_does_not_fit_is_refused(model):
-    """Catches sizes that would cut a chunk across slots, and clips that would be cut without a
-    word.
-    """
+    """Catches sizes that would split a chunk over slots, and clips that are cut silently."""
     with pytest.raises(
         ValueError,
         match=r"sink_frames is 3; slots hold whole chunks of 2 latent frames: use 2 or 4",

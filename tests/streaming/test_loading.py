@@ -1,6 +1,4 @@
-"""From Wan's folders and a student to a stream, on Wan's real classes at tiny size, as
-`inference/stream.py` starts it.
-"""
+"""From Wan's folders and a student to a stream, with Wan's real classes at tiny size."""
 
 from __future__ import annotations
 
@@ -135,8 +133,9 @@ def test_the_text_encoder_rests_when_prompts_are_known(export, text_cache, monke
 
 
 def test_wans_folder_alone_is_no_student(wan):
-    """Catches the bidirectional transformer streamed chunk by chunk; the error brings the published
-    student.
+    """Catches the bidirectional transformer used as a student.
+
+    The error names the command that gets the published student.
     """
     with pytest.raises(LoadError) as error:
         load_wan_model(wan)

@@ -1,6 +1,4 @@
-"""The pipeline of diffusers over a student, on Wan's real classes at tiny size: same bits as the
-session it stands for.
-"""
+"""The pipeline of diffusers for a student: the session's bits, with Wan's classes at tiny size."""
 
 from __future__ import annotations
 
@@ -67,17 +65,16 @@ def session_frames(pipe: CausalWanPipeline, settings: StreamSettings, chunks: in
 
 
 def test_a_call_is_the_session(pipe, clip):
-    """Catches a second rollout that drifts away from the one that streams, and another past than
-    the student knows.
-    """
+    """Catches a second rollout that differs from the streaming one, and another window."""
     settings = StreamSettings(seed=5, sink_frames=0, window_frames=6, positions="absolute")
     assert torch.equal(clip[0], session_frames(pipe, settings, 2))
     assert clip.shape == (1, 21, HEIGHT, WIDTH, 3)
 
 
 def test_a_longer_clip_is_the_endless_stream(pipe):
-    """Catches a past longer than the student saw in training. Five chunks: fifteen latent frames,
-    of which K = 12 are seen.
+    """Catches a window longer than in training.
+
+    Five chunks are fifteen latent frames, of which K = 12 are seen.
     """
     long = pipe(PROMPT, num_frames=57, seed=5, output_type="uint8", **SIZE).frames[0]
     assert torch.equal(
@@ -87,8 +84,9 @@ def test_a_longer_clip_is_the_endless_stream(pipe):
 
 
 def test_a_clip_of_the_training_length_sees_all_of_its_past():
-    """Catches a window that is shorter than what the student was trained with; the same clip as
-    above, one setting apart.
+    """Catches a window shorter than in training.
+
+    The same clip as above, with one setting changed.
     """
     pipe = make_pipeline(dataclasses.replace(RECIPE, frames=15))
     clip = pipe(PROMPT, num_frames=57, seed=5, output_type="uint8", **SIZE).frames[0]
@@ -120,8 +118,9 @@ def test_output_types_are_one_video(pipe, clip):
 
 
 def test_prompts_of_a_list_are_each_alone(pipe, clip):
-    """Catches prompts that share noise, or depend on their place in the list by more than their
-    seed.
+    """Catches prompts that share noise or depend on each other.
+
+    A prompt's place in the list changes its seed only.
     """
     both = pipe(["a blue cross", PROMPT], num_frames=9, seed=4, output_type="uint8", **SIZE).frames
     assert torch.equal(both[1], clip[0, :9])
@@ -129,8 +128,9 @@ def test_prompts_of_a_list_are_each_alone(pipe, clip):
 
 
 def test_a_generator_names_its_video():
-    """Catches a generator that is ignored, and one whose second call repeats the first, unlike
-    anywhere in diffusers.
+    """Catches a generator that is ignored, and one whose second call repeats the first.
+
+    In diffusers the second call never does.
     """
     one, other = (torch.Generator().manual_seed(3) for _ in range(2))
     first = prompt_seeds(2, None, one)
@@ -333,9 +333,7 @@ def test_a_teacher_handed_in_is_refused(wan, pipe):
 
 
 def test_wans_repository_with_a_student_is_the_export(wan, export, clip, tmp_path):
-    """Catches a student that is loaded beside the teacher and then not used, and parts wanted that
-    nobody needs.
-    """
+    """Catches a student that is loaded and not used, and a demand for parts that are not needed."""
     bare = shutil.copytree(
         wan, tmp_path / "bare", ignore=shutil.ignore_patterns("transformer", "scheduler")
     )
@@ -349,8 +347,9 @@ def test_wans_repository_with_a_student_is_the_export(wan, export, clip, tmp_pat
 
 
 def test_an_adapter_changes_the_clip(export, clip, tmp_path):
-    """Catches an adapter that is loaded and has no effect, on the text's keys and values too, which
-    are worked out once.
+    """Catches an adapter without effect.
+
+    It must change the text's keys and values too, which are computed once.
     """
     adapted = make_pipeline()
     names = [f"transformer.blocks.0.attn2.to_v.lora_{half}.weight" for half in "AB"]

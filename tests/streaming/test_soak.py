@@ -1,6 +1,4 @@
-"""Streams that run for long: latency stays flat, memory stays where it is, and the picture stays a
-picture.
-"""
+"""Long streams: latency stays flat, memory does not grow, and the picture stays a picture."""
 
 from __future__ import annotations
 
@@ -37,9 +35,7 @@ def live_tensors() -> tuple[int, int]:
 
 
 def test_nothing_grows_from_chunk_to_chunk(model):
-    """Catches a list of latents, frames or timings that keeps every chunk; and what a change of
-    prompt leaves behind.
-    """
+    """Catches a list that keeps every chunk, and remains of each change of prompt."""
     session = StreamSession(model, "a disc moves", load_settings("tiny"))
 
     def run() -> tuple[int, int]:
@@ -64,13 +60,12 @@ def bytes_in_use() -> int:
 
 @pytest.mark.soak
 def test_five_thousand_chunks(model, capsys):
-    """Catches latency that creeps, memory that leaks, positions that end, and a picture that falls
-    apart.
+    """Catches latency that creeps, memory that leaks, positions that end, and a broken picture.
 
-    Latency: the last 500 chunks against the first 500, both in turn with a second stream, which is
-    young each time. What else the machine does at either hour falls on both streams, so it is
-    theirs that must agree to 2 %, three times what two streams of the same age differ by. 1 MiB:
-    240 bytes left by each chunk would reach it.
+    Latency: the last 500 chunks against the first 500, each in turn with chunks of a second stream,
+    which is young both times. Other work of the machine slows both streams alike. So the ratios
+    must agree to 2 %, three times the difference of two streams of the same age. Memory, 1 MiB: 240
+    bytes left by each chunk would reach it.
     """
     session, young = (StreamSession(model, "a disc moves", load_settings("tiny")) for _ in range(2))
     latencies: list[float] = []

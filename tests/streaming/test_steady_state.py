@@ -1,6 +1,4 @@
-"""What a chunk costs once window and sink are full: nothing is copied, nothing is read back from
-the device.
-"""
+"""The cost of a chunk once window and sink are full: no copies, no waiting for the device."""
 
 from __future__ import annotations
 
@@ -53,8 +51,9 @@ def model() -> StreamModel:
 
 
 class Watcher(TorchDispatchMode):
-    """Lists operators that read back, and those other than attention that read what is stored in
-    given memory.
+    """Lists operators that read values back to the host, and readers of the given memory.
+
+    Attention may read that memory and is not listed.
     """
 
     def __init__(self, stored: tuple[Tensor, ...]) -> None:
@@ -100,8 +99,9 @@ def watched(session: StreamSession) -> Watcher:
     ids=["moving sink", "no sink"],
 )
 def test_stored_keys_and_values_are_read_by_attention_only(model, settings):
-    """Catches a cat, clone or contiguous of the past, which would cost memory and time that grow
-    with the window.
+    """Catches a cat, clone or contiguous of the K/V.
+
+    It would cost memory and time that grow with the window.
     """
     watcher = watched(StreamSession(model, "a disc moves", settings))
     assert len(watcher.readers) == 1
@@ -109,8 +109,9 @@ def test_stored_keys_and_values_are_read_by_attention_only(model, settings):
 
 
 def test_nothing_waits_for_the_device(model):
-    """Catches an `.item()`, a mask by index, or a comparison in Python, each of which empties a
-    GPU's queue (T9).
+    """Catches an `.item()`, a mask used as an index, or a comparison in Python (T9).
+
+    Each of them empties a GPU's queue.
     """
     assert watched(StreamSession(model, "a disc moves")).read_back == []
 
@@ -127,8 +128,9 @@ def test_the_watcher_sees_what_it_is_for(model):
 
 
 def test_memory_of_the_past_stays_where_it_is(model):
-    """Catches a ring that is made anew: the same three buffers, chunk after chunk, prompt after
-    prompt, reset included.
+    """Catches a ring that is allocated again.
+
+    The three buffers stay the same over chunks, prompts and resets.
     """
     session = StreamSession(model, "a disc moves")
     ring = session._ring
