@@ -1,4 +1,4 @@
-"""What makes a statement hard to read, counted on syntax trees. `python tests/style.py PATH...` lists it.
+"""Find statements that are hard to read: `python tests/style.py PATH...`.
 
 Dense: one statement with three or more comprehensions, lambdas, conditional expressions, boolean
 operators, assignment expressions or star arguments. Parallel: `a, b = x, y` of values that were not

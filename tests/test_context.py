@@ -135,7 +135,7 @@ def test_reading_is_a_question():
 
 
 def test_keys_and_values_enter_without_gradient():
-    """Catches the leak of the public code: gradient of later chunks in earlier ones, through K/V."""
+    """Catches the leak of the public code: gradient that reaches earlier chunks through K/V."""
     k, v = (torch.ones(1, 2, 1, 1, requires_grad=True) * 2 for _ in range(2))
     assert all(not part.requires_grad for pair in ChunkKV(1, ((k, v),)).layers for part in pair)
 

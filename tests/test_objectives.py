@@ -99,7 +99,7 @@ def test_gradient_is_d_over_n_over_numel(networks):
 
 
 def test_samples_do_not_share_a_normaliser(networks):
-    """Catches a normaliser over the batch: one clip far from the teacher would silence the others."""
+    """Catches a normaliser over the batch: a clip far from the teacher would silence the others."""
     x0, real, text = latents("x0"), latents("real"), conditioning()
     both = match(x0, real, networks["teacher"], networks["fake"])
     for row in range(2):

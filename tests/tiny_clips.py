@@ -1,6 +1,4 @@
-"""What the tests of the tiny world share: clips with their reading, and drawing any track and
-colour.
-"""
+"""Shared by tests of the tiny world: clips with their reading, and drawing of shapes."""
 
 from __future__ import annotations
 

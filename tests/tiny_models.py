@@ -1,5 +1,6 @@
-"""Real classes at tiny size, and one exact model: what the tests are made with. Everything is a
-function of a seed.
+"""Real classes at tiny size, and one exact model.
+
+All weights and inputs are functions of a seed.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ LADDER = (1.0, 0.9375, 5 / 6, 0.625)
 
 
 def fill_weights(module: torch.nn.Module, seed: int) -> None:
-    """Random weights of sensible size with no zeros, so that every parameter matters to the output."""
+    """Random weights of sensible size without zeros, so that every parameter has an effect."""
     with torch.no_grad():
         for name, parameter in module.named_parameters():
             values = rng.normal(tuple(parameter.shape), seed, f"weights {name}")
@@ -126,8 +127,9 @@ class DataForcing:
 
 
 class ExactGaussian:
-    """The perfect denoiser of data N(mean, std^2): x0 = E[data | x_t], in closed form. No text, no
-    parameters.
+    """The perfect denoiser of data N(mean, std^2): x0 = E[data | x_t], in closed form.
+
+    It has no text and no parameters.
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0):

@@ -1,6 +1,4 @@
-"""UMT5's real classes at tiny size, made here: an encoder, and a Unigram tokenizer with UMT5's
-special ids.
-"""
+"""UMT5's real classes at tiny size: an encoder, and a Unigram tokenizer with its special ids."""
 
 from __future__ import annotations
 
@@ -52,8 +50,9 @@ NASTY = [
 
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
-    """Whole words, else characters, else unknown; ends prompts with eos. Lower-cases, which
-    T5Tokenizer does not.
+    """A tokenizer of whole words, else characters, else unknown; prompts end with eos.
+
+    It lower-cases, which T5Tokenizer does not.
     """
     pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += (
@@ -99,8 +98,9 @@ def tiny_wan_text(
 
 
 def save_text_folder(folder: Path, seed: int = 0, max_shard_size: str = "50GB") -> Path:
-    """A diffusers folder's `text_encoder` and `tokenizer`; the tokenizer's config names the class
-    that Wan's names.
+    """Write `text_encoder` and `tokenizer` of a diffusers folder.
+
+    The tokenizer's config names the same class as Wan's.
     """
     tiny_encoder(seed).save_pretrained(folder / "text_encoder", max_shard_size=max_shard_size)
     tokenizer = tiny_tokenizer()

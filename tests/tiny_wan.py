@@ -1,5 +1,6 @@
-"""A diffusers folder of Wan2.1 at tiny size, with its real classes and file layout. Everything is a
-function of a seed.
+"""A diffusers folder of Wan2.1 at tiny size, with its real classes and file layout.
+
+All weights are functions of a seed.
 """
 
 from __future__ import annotations

@@ -43,8 +43,9 @@ BLOCK = """
 
 
 def wan_shapes(width: int, ffn: int, layers: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the original checkpoints, written from their description and not from the
-    code.
+    """Names and shapes of the original checkpoints, written from their description.
+
+    They are not taken from the code.
     """
 
     def shape(name: str) -> tuple[int, ...]:

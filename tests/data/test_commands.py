@@ -63,7 +63,7 @@ def test_a_fitted_basis_lies_beside_the_shards_and_decodes_them(
 def test_verify_reports_a_changed_shard(
     own_shards: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Would catch a command that prints an error and returns success to the script that called it."""
+    """Catches a command that prints an error and returns success to the calling script."""
     shard = own_shards / "shard-000001.tar"
     data = bytearray(shard.read_bytes())
     data[-1] ^= 1

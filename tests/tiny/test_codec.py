@@ -19,24 +19,27 @@ def psnr(one: Tensor, other: Tensor) -> float:
 
 
 def test_bases_are_orthonormal(codec: TinyCodec) -> None:
-    """Catches a rotation by something that is no rotation. float32 sums of 768 products are
-    good to 1e-6.
+    """Catches a basis that is no rotation.
+
+    float32 sums of 768 products are good to 1e-6.
     """
     for basis in (codec.first, codec.rest):
         torch.testing.assert_close(basis.T @ basis, torch.eye(16), atol=1e-5, rtol=0)
 
 
 def test_latents_survive_decoding(codec: TinyCodec) -> None:
-    """encode(decode(z)) = z for any z, as the bases are orthonormal. Would catch any misplaced
-    block or scale.
+    """Catches any misplaced block or scale.
+
+    encode(decode(z)) = z for any z, as the bases are orthonormal.
     """
     latents = normal((2, 3, 16, 2, 4), 0, "test latents")
     torch.testing.assert_close(codec.encode(codec.decode(latents)), latents, atol=1e-4, rtol=0)
 
 
 def test_fresh_clips_survive_encoding(codec: TinyCodec, clips: Clips) -> None:
-    """Clips that the codec was not fitted on. Measured on others: 39.7 dB for first frames, 36.1 dB
-    for the rest.
+    """Catches a codec that is good only on the clips that it was fitted on.
+
+    Measured on others: 39.7 dB for first frames, 36.1 dB for the rest.
     """
     again = codec.decode(codec.encode(clips.videos))
     assert psnr(again[:, :1], clips.videos[:, :1]) > 38
@@ -51,8 +54,9 @@ def test_latents_have_unit_variance(codec: TinyCodec, clips: Clips) -> None:
 
 
 def test_latent_distances_are_pixel_distances(codec: TinyCodec) -> None:
-    """One scalar, no whitening: with latents in the range of `rest`, |z - z'| = scale |v - v'|
-    exactly.
+    """Catches whitening in place of one scale.
+
+    With latents in the range of `rest`, |z - z'| = scale |v - v'| exactly.
     """
     one, other = normal((2, 1, 3, 16, 2, 2), 0, "test distance")
     other[:, 0] = one[:, 0]  # the first latent frame has its own gain
@@ -76,8 +80,9 @@ def test_a_static_clip_has_equal_latents_in_all_latent_frames(
 
 
 def test_latent_frames_are_local(codec: TinyCodec, clips: Clips) -> None:
-    """A change of video frames 5 to 8 changes latent frame 2 alone, and the other way round.
-    Streaming relies on it.
+    """Catches a latent frame that depends on other video frames, which streaming must not have.
+
+    A change of video frames 5 to 8 changes latent frame 2 alone, and the other way round.
     """
     video = clips.videos[:2, :13]
     changed = video.clone()
@@ -108,10 +113,10 @@ def test_saving_keeps_the_fingerprint_and_fitting_elsewhere_changes_it(
 
 
 def test_fitting_again_gives_as_good_a_codec(clips: Clips) -> None:
-    """Catches a `fit` that no longer makes what is shipped: 36 dB and latents alike in all
-    frames of a static clip.
+    """Catches a `fit` that no longer makes the shipped codec.
 
-    It has few clips to fit, so 3 dB and twice the difference are allowed.
+    36 dB, and equal latents in all frames of a static clip. It has few clips to fit, so 3 dB and
+    twice the difference are allowed.
     """
     fitted = TinyCodec.fit(render(draw_factors(16, generator(0, "test fit"))))
     again = fitted.decode(fitted.encode(clips.videos[:16]))
@@ -135,8 +140,9 @@ def test_sizes_that_do_not_fit_are_refused(codec: TinyCodec) -> None:
 
 
 def test_the_codec_keeps_what_is_read(codec: TinyCodec, clips: Clips) -> None:
-    """All reports are made behind the codec, so it must not change a count. Saturation was measured
-    to move by .007.
+    """Catches a codec that changes a count; all reports are made after it.
+
+    Saturation was measured to move by .007.
     """
     reading = read(codec.decode(codec.encode(clips.videos)))
     assert reading.valid.all()

@@ -17,8 +17,9 @@ N = 384
 
 
 def reading_of(factors: world.Factors) -> Reading:
-    """The reading of clips rendered from these factors, without rendering: test_readout shows that
-    it is exact.
+    """The reading of clips rendered from these factors, without rendering.
+
+    test_readout shows that it is exact.
     """
     flat = torch.zeros(len(factors))
     return Reading(
@@ -57,8 +58,9 @@ def tempered(power: float, seed: int) -> Reading:
 
 
 def changed(one: dict[str, Score], other: dict[str, Score]) -> set[str]:
-    """The scores that differ by more than .02 and whose intervals do not meet; all are of order 1
-    in their units.
+    """The scores that differ by more than .02 and whose intervals do not meet.
+
+    All scores are of order 1 in their units.
     """
     apart = {
         name for name in one if one[name].high < other[name].low or other[name].high < one[name].low
@@ -83,8 +85,9 @@ def test_the_data_has_the_modes_of_the_data(seed: int) -> None:
 
 
 def test_tempering_lowers_coverage_and_raises_both_divergences() -> None:
-    """Mode seeking. Of 24 modes the law p^4 hits 12 in 384 draws, half of what the data hits; p^2
-    lies between.
+    """Catches metrics that do not notice mode seeking.
+
+    Of 24 modes the law p^4 hits 12 in 384 draws, half of what the data hits; p^2 lies between.
     """
     data, mild, strong = (summarise(tempered(power, 0)) for power in (1, 2, 4))
     assert strong["coverage"].value < 0.6
@@ -110,8 +113,9 @@ def test_saturation_moves_saturation_alone(clips: Clips) -> None:
 
 
 def test_drift_moves_drift(clips: Clips) -> None:
-    """A saturation that grows by 6 % a latent frame. The mean grows with it, and nothing else may
-    move.
+    """Catches a drift score that misses a saturation growing by 6 % a latent frame.
+
+    The mean grows with it, and nothing else may move.
     """
     factors = clips.factors
     saturation = (factors.saturation[:, None] * 1.06 ** (torch.arange(33) / 4)).clamp(max=1)
@@ -130,7 +134,9 @@ def test_drift_moves_drift(clips: Clips) -> None:
 
 
 def test_jitter_moves_jitter_alone(clips: Clips) -> None:
-    """Up to 1 px along each axis, independent in every video frame: rms sqrt(2 / 3), less what the
+    """Catches a jitter score that misses jitter, or another score that moves with it.
+
+    Up to 1 px along each axis, independent in every video frame: rms sqrt(2 / 3), less what the
     line fit takes.
     """
     factors = clips.factors
@@ -162,8 +168,9 @@ def test_invalid_clips_are_in_no_mode() -> None:
 
 
 def test_nothing_valid_is_no_perfect_score() -> None:
-    """With prior smoothing alone, no clips at all would have KL(prior || sample) = 0, the best
-    there is.
+    """Catches a perfect score for no valid clips.
+
+    With prior smoothing alone, they would have KL(prior || sample) = 0, the best there is.
     """
     reading = tempered(1, 0)
     scores = summarise(dataclasses.replace(reading, valid=torch.zeros(N, dtype=torch.bool)))
@@ -191,8 +198,10 @@ def test_captions_are_compared_with_what_is_read() -> None:
 
 
 def test_intervals_cover_the_truth() -> None:
-    """Of 40 intervals of 95 % about 38 hold the law's mean saturation and speed; fewer than 33 in 1
-    of 1,000 cases.
+    """Catches intervals that are too narrow.
+
+    Of 40 intervals of 95 % about 38 hold the law's mean saturation and speed; fewer than 33 in 1 of
+    1,000 cases.
     """
     inside = torch.zeros(2)
     for seed in range(40):
@@ -204,8 +213,9 @@ def test_intervals_cover_the_truth() -> None:
 
 
 def test_values_lie_in_their_intervals_and_repeat() -> None:
-    """A bootstrap of counts of modes is far below the count itself; and equal readings must give
-    equal reports.
+    """Catches a value outside its interval, and reports that differ for equal readings.
+
+    A bootstrap of counts of modes is far below the count itself.
     """
     reading = tempered(1, 0)
     scores = summarise(reading)

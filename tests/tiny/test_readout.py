@@ -35,11 +35,10 @@ def test_clean_clips_are_read_exactly(clips: Clips) -> None:
 
 @pytest.mark.parametrize("noise", [0.02, 0.05])
 def test_noise_does_not_change_what_is_read(clips: Clips, noise: float) -> None:
-    """Catches a colour taken from the pixels that noise moved farthest, which is more saturated
-    than the shape's.
+    """Catches a colour read from the pixels that noise changed most.
 
-    Half of validity's threshold is left at noise .05: all pixels are compared, and noise is in all
-    of them.
+    It is more saturated than the shape's. Half of validity's threshold is left at noise .05: all
+    pixels are compared, and noise is in all of them.
     """
     videos = clips.videos[:32] + noise * normal((32, *clips.videos.shape[1:]), 0, "test noise")
     reading = read(videos)
@@ -49,8 +48,10 @@ def test_noise_does_not_change_what_is_read(clips: Clips, noise: float) -> None:
 
 
 def test_rare_hues_and_pale_colours_are_read() -> None:
-    """The rarest hues are what is counted in the end; saturation .1 occurs in one of 10,000 clips
-    of the data.
+    """Catches rare hues and pale colours that are misread.
+
+    The rarest hues are what is counted in the end; saturation .1 occurs in one of 10,000 clips of
+    the data.
     """
     factors = draw_factors(24, generator(0, "test hues"))
     hue = torch.arange(24) % 6
@@ -65,9 +66,10 @@ def mean_of(videos: Tensor, count: int) -> Tensor:
 
 
 def test_two_shapes_in_one_clip_are_no_valid_clip() -> None:
-    """A shape twice, in two places, at half its contrast: either explains half at most, and what
-    the read-out takes for one shape, less. Would catch a validity that asks only whether something
-    of a shape is there.
+    """Catches a validity that asks only whether there is something of a shape.
+
+    A shape twice, in two places, at half its contrast: either explains half at most, and the shape
+    that is read explains less.
     """
     one = draw_factors(24, generator(0, "test one"))
     other = dataclasses.replace(one, x=one.x + 30, y=one.y + 25)
@@ -75,17 +77,19 @@ def test_two_shapes_in_one_clip_are_no_valid_clip() -> None:
 
 
 def test_most_means_of_two_random_clips_are_invalid(clips: Clips) -> None:
-    """Not all: where one shape is larger or stronger, or covers the other, it does explain more
-    than half of the clip.
+    """Catches a validity that accepts the mean of two clips.
 
-    26 of 96 pairs and 96 of 384 were valid; the standard error over 32 pairs is 8 %.
+    Some means are valid: a shape that is larger or stronger, or covers the other, explains more
+    than half of the clip. 26 of 96 pairs and 96 of 384 were valid; the standard error over 32 pairs
+    is 8 %.
     """
     assert read(mean_of(clips.videos, 2)).valid.float().mean() < 0.5
 
 
 def test_means_of_eight_clips_are_invalid_and_faint(clips: Clips) -> None:
-    """The collapse to the mean that distillation risks. Contrast must tell it even where validity
-    would not.
+    """Catches a collapse to the mean that is not noticed.
+
+    Distillation risks it. Contrast must show it even where validity would not.
     """
     reading = read(mean_of(clips.videos, 8))
     assert not reading.valid.any()
@@ -112,17 +116,16 @@ def test_clips_without_a_moving_shape_are_invalid_and_finite(kind: str, clips: C
 
 
 def test_values_outside_the_range_are_clipped(clips: Clips) -> None:
-    """Decoded latents overshoot. Would catch colours below 0, which once made a saturation of
-    5,501.
-    """
+    """Catches colours below 0 in decoded latents, which once made a saturation of 5,501."""
     loud = 0.35 + 3 * (clips.videos[:8] - 0.35)
     assert torch.equal(read(loud).saturation, read(loud.clamp(0, 1)).saturation)
     assert read(loud).saturation.max() <= 1
 
 
 def test_reading_does_not_depend_on_the_batch(clips: Clips) -> None:
-    """Catches statistics taken over clips. Sums may round differently in products of other
-    shapes.
+    """Catches statistics taken over clips.
+
+    Sums may round differently in products of other shapes.
     """
     alone = read(clips.videos[11:12])
     for field in fields(Reading):
@@ -148,11 +151,11 @@ def test_saturation_is_read_chunk_by_chunk(clips: Clips) -> None:
 
 
 def test_a_jump_at_seams_is_seam_excess(clips: Clips) -> None:
-    """A jump of 2 px across the track into both later chunks, less the .16 px by which it tilts the
-    fitted line.
+    """Catches a seam score that misses jumps at seams, or counts jumps elsewhere.
 
-    Against steps elsewhere, which the tilt makes .16 px: 1.69 px. Equal jumps into every other
-    latent frame are none.
+    A jump of 2 px across the track into both later chunks, less the .16 px by which it tilts the
+    fitted line. Against steps elsewhere, which the tilt makes .16 px: 1.69 px. Equal jumps into
+    every other latent frame count as none.
     """
     factors = clips.factors[slice(0, 8)]
     centres = track(factors, 33)

@@ -1,6 +1,4 @@
-"""The tiny codec piece by piece: any split gives the bits of the whole, and all state is the
-caller's.
-"""
+"""The tiny codec piece by piece: any split gives the bits of the whole."""
 
 from __future__ import annotations
 
@@ -50,8 +48,9 @@ def test_encoding_in_pieces_is_encoding_at_once(codec, clips, split):
 @pytest.mark.parametrize("size", [(1, 8, 8), (2, 8, 8), (1, 16, 16), (1, 24, 40)])
 @pytest.mark.parametrize("split", [(1,) * 7, (3, 3, 1), (1, 6), (2, 5)])
 def test_any_batch_and_size_is_split_without_a_trace(codec, size, split):
-    """Catches products over all latent frames at once: those of few blocks round otherwise when
-    frames are fewer.
+    """Catches products over all latent frames at once.
+
+    Products of few blocks round otherwise when there are fewer frames.
     """
     batch, height, width = size
     videos = rng.uniform((batch, 25, height, width, 3), 0, "codec sizes").float()
@@ -76,8 +75,9 @@ def test_first_chunk_has_nine_video_frames_and_later_ones_twelve(codec, clips):
 
 
 def test_no_latents_leave_the_first_ones_to_come(codec, clips):
-    """Catches an empty piece that counts as the first, after which the first latent frame gives
-    four video frames.
+    """Catches an empty piece that counts as the first.
+
+    The first latent frame would then give four video frames.
     """
     latents = codec.encode(clips)
     decoder = codec.start_decoding()
@@ -86,8 +86,9 @@ def test_no_latents_leave_the_first_ones_to_come(codec, clips):
 
 
 def test_decoders_share_nothing(codec, clips):
-    """Catches state on the codec, which all streams share: interleaved, each gives what it gives
-    alone.
+    """Catches state on the codec, which all streams share.
+
+    Two interleaved decoders give what each gives alone.
     """
     latents = codec.encode(clips)
     one = codec.start_decoding()
@@ -98,8 +99,9 @@ def test_decoders_share_nothing(codec, clips):
 
 
 def test_a_clone_goes_on_from_where_it_was_made(codec, clips):
-    """Catches a clone that starts anew or follows the original: one made before the first latent
-    frame, one after.
+    """Catches a clone that starts again or follows the original.
+
+    One is made before the first latent frame, one after.
     """
     latents = codec.encode(clips)
     decoder = codec.start_decoding()
@@ -112,8 +114,9 @@ def test_a_clone_goes_on_from_where_it_was_made(codec, clips):
 
 
 def test_bits_do_not_depend_on_the_layout_in_memory(codec):
-    """Catches products that take a slice as it lies: a kernel for transposed rows may round
-    otherwise.
+    """Catches products of a slice that is not copied.
+
+    A kernel for transposed rows may round otherwise.
     """
     latents = rng.normal((1, 7, 16, 1, 3), 0, "codec layout")
     channels_last = latents.movedim(2, -1).contiguous().movedim(-1, 2)
@@ -124,8 +127,9 @@ def test_bits_do_not_depend_on_the_layout_in_memory(codec):
 
 
 def test_decoder_and_encoder_follow_the_device(codec):
-    """Catches bases left on the host, or moved for every piece. The device `meta` has shapes
-    without numbers.
+    """Catches bases left on the host, or moved for every piece.
+
+    The device `meta` has shapes without numbers.
     """
     decoder = codec.start_decoding()
     encoder = codec.start_encoding()
@@ -153,8 +157,9 @@ def test_pieces_of_the_wrong_length_are_refused(codec, clips):
 
 
 def test_a_piece_refused_for_its_size_is_not_the_first(codec, clips):
-    """Catches an encoder that has begun with a piece it refused: the next one would lose its lone
-    first frame.
+    """Catches an encoder that counts a piece it refused.
+
+    The next piece would lose its single first frame.
     """
     encoder = codec.start_encoding()
     with pytest.raises(
@@ -165,8 +170,9 @@ def test_a_piece_refused_for_its_size_is_not_the_first(codec, clips):
 
 
 def test_wrong_channels_are_refused(codec, clips):
-    """Catches channels and frames confused, or channels-first videos, which can pass for videos of
-    another size.
+    """Catches channels and frames confused.
+
+    Channels-first videos can pass for videos of another size.
     """
     with pytest.raises(
         ValueError, match=r"latents are \(2, 16, 9, 8, 8\); want \[B, F, 16, h, w\], channels third"

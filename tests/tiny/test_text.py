@@ -7,8 +7,9 @@ from selfforcing_dfd.tiny.text import TinyText
 
 
 def test_zeros_from_the_end_on() -> None:
-    """The network tells padding by zeros. Would catch padding with a word, and an empty caption
-    that is not empty.
+    """Catches padding with a word, and an empty caption that is not empty.
+
+    The network recognises padding by its zeros.
     """
     text = TinyText(dim=8, length=5).encode(["a red disc", "", "..."])
     assert (text[0, :3].norm(dim=-1) > 0).all()
@@ -17,9 +18,7 @@ def test_zeros_from_the_end_on() -> None:
 
 
 def test_words_do_not_depend_on_vocabulary_or_company() -> None:
-    """Catches vectors that are drawn in order of appearance, or keyed by Python's salted
-    hash().
-    """
+    """Catches vectors drawn in order of appearance, or keyed by Python's salted hash()."""
     one = TinyText().encode(["red disc"])
     other = TinyText().encode(["an unheard-of caption of seven words", "disc, RED"])
     assert torch.equal(one[0, [1, 0]], other[1, :2])
@@ -27,9 +26,7 @@ def test_words_do_not_depend_on_vocabulary_or_company() -> None:
 
 
 def test_words_are_of_unit_size_and_different() -> None:
-    """Catches hash collisions by truncation, and sizes that would drown the network's other
-    inputs.
-    """
+    """Catches hash collisions by truncation, and sizes above the network's other inputs."""
     words = [
         "disc",
         "square",

@@ -22,8 +22,9 @@ NAMES = {
 
 
 def test_draws_follow_the_priors() -> None:
-    """Catches priors in the wrong order. Over 20,000 draws a share's standard error is at most
-    .0035.
+    """Catches priors in the wrong order.
+
+    Over 20,000 draws a share's standard error is at most .0035.
     """
     factors = world.draw_factors(20_000, generator(0, "test priors"))
     modes = torch.bincount(world.mode(factors.hue, factors.direction), minlength=24) / 20_000
@@ -44,8 +45,9 @@ def test_mode_prior_is_indexed_as_modes_are() -> None:
 
 
 def test_the_world_is_a_torus() -> None:
-    """A clip shifted by a whole number of pixels is the same clip rolled. Would catch edges that do
-    not wrap.
+    """Catches edges that do not wrap.
+
+    A clip shifted by a whole number of pixels is the same clip rolled.
     """
     factors = world.draw_factors(6, generator(0, "test torus"))
     moved = dataclasses.replace(factors, x=factors.x + 40, y=factors.y - 23)

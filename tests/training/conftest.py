@@ -24,8 +24,9 @@ SMALL = [f"network.{name}={value}" for name, value in asdict(MODEL).items()]
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with shards/ (24 clips with noise) and teacher.safetensors, all of a one-layer
-    network.
+    """A folder with shards/ (24 clips with noise) and teacher.safetensors.
+
+    The teacher is a one-layer network.
     """
     folder = tmp_path_factory.mktemp("world")
     teacher = build_network(MODEL)
@@ -43,8 +44,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def settings(world: Path, tmp_path: Path) -> Callable[..., Config]:
-    """A config of the small network on the shared shards, in a run folder of its own; overrides on
-    top.
+    """A config of the small network on the shared shards, in its own run folder.
+
+    Overrides come on top.
     """
 
     def make(*overrides: str) -> Config:

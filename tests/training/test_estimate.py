@@ -1,6 +1,4 @@
-"""Costs by arithmetic: against counts of the code that runs, sums by hand, and the published
-estimates.
-"""
+"""Estimated costs, against counts of the running code, sums by hand, and published numbers."""
 
 from __future__ import annotations
 
@@ -60,19 +58,20 @@ def estimate(
 
 
 def test_parameters_are_those_of_the_published_models():
-    """Catches a size in a recipe that is not Wan's: 1,418,996,800 and 14,288,491,584 are counted
-    from its checkpoints.
+    """Catches a size in a recipe that is not Wan's.
+
+    1,418,996,800 and 14,288,491,584 are counted from its checkpoints.
     """
     assert num_parameters(WAN) == 1_418_996_800
     assert num_parameters(WAN_14B) == 14_288_491_584
 
 
 def test_a_whole_clip_by_hand():
-    """Catches a factor of two: 21 frames of 30 x 52 tokens through 30 blocks of width 1536, in
-    TFLOP to three digits.
+    """Catches a factor of two.
 
-    2 x 32760 x (6 x 1536^2 + 2 x 1536 x 8960) x 30 = 81.93; 4 x 32760^2 x 1536 x 30 = 197.82; text
-    .04 + 3.09; ends .01.
+    21 frames of 30 x 52 tokens through 30 blocks of width 1536, in TFLOP to three digits: 2 x 32760
+    x (6 x 1536^2 + 2 x 1536 x 8960) x 30 = 81.93; 4 x 32760^2 x 1536 x 30 = 197.82; text .04 +
+    3.09; ends .01.
     """
     clip = wan_clip(recipe()).over("clip")
     assert clip.tokens == 32_760
@@ -96,9 +95,7 @@ def test_chunks_see_their_past_and_themselves():
 
 
 def counted(config: Config, turn: str, rows: int = 2) -> tuple[int, Clip]:
-    """Matrix products and attention of an update as torch counts them while it runs, for one
-    sample.
-    """
+    """Matrix products and attention of an update, counted by torch for one sample."""
     networks = {role: build_network(SMALL) for role in ("student", "teacher", "fake")}
     for network in networks.values():
         network.requires_grad_(False)
@@ -119,12 +116,12 @@ def counted(config: Config, turn: str, rows: int = 2) -> tuple[int, Clip]:
     [("dmd", "student"), ("dmd", "fake"), ("init", "student"), ("teacher", "student")],
 )
 def test_operations_are_those_that_run(stage: str, turn: str):
-    """Catches a pass that is forgotten or counted twice: the last commit, both halves of guidance,
-    the backward's factor.
+    """Catches a pass that is forgotten or counted twice.
 
-    A ladder of one step, so that the drawn exit is its mean. Within 1.5 %: a backward pass takes no
-    gradient with respect to the text and the latents, the estimate takes two forward passes for it.
-    (Measured: .1 % to .9 %.)
+    Such as the last commit, both halves of guidance, or the backward's factor. A ladder of one
+    step, so that the drawn exit is its mean. Within 1.5 %: a backward pass takes no gradient with
+    respect to the text and the latents, the estimate takes two forward passes for it. (Measured: .1
+    % to .9 %.)
     """
     config = load_config("dfd_ar.yaml", [f"run.stage={stage}"])
     config = replace(
@@ -137,13 +134,12 @@ def test_operations_are_those_that_run(stage: str, turn: str):
 
 
 def test_operations_are_the_published_estimates():
-    """Catches an estimate that has left research/training.md 5.1 behind. It counts TFLOP a sample
-    at 1.3B and 21 frames:
+    """Catches an estimate that differs from research/training.md 5.1.
 
-    283 a whole clip (1,678 at 14B), 198 a causal pass, 694 a rollout with its last commit (40),
-    2,137 a student update, 1,826 a fake-score update. There the student is differentiated through
-    the rollout's own pass; replay adds 198, and the last commit is left out here, 40 in either
-    update. Equal to half a percent.
+    It counts TFLOP a sample at 1.3B and 21 frames: 283 a whole clip (1,678 at 14B), 198 a causal
+    pass, 694 a rollout with its last commit (40), 2,137 a student update, 1,826 a fake-score
+    update. There the student is differentiated through the rollout's own pass. Replay adds 198, and
+    the last commit is left out here, 40 in either update. Equal to half a percent.
     """
     config = recipe()
     clip = wan_clip(config)
@@ -169,10 +165,10 @@ def test_operations_are_the_published_estimates():
 
 
 def test_gpu_hours_are_the_published_ones():
-    """Catches hours of one arm, one sample or one network. Research: DFD, 160 iterations at batch
-    64, 27 GPU-hours of H100;
+    """Catches hours of one arm, one sample or one network.
 
-    Self-Forcing's README: under 2 hours on 64 H100, from which the utilisation is taken.
+    Research: DFD, 160 iterations at batch 64, 27 GPU-hours of H100. Self-Forcing's README: under 2
+    hours on 64 H100, from which the utilisation is taken.
     """
     dfd, dmd = recipe(), load_config("wan1.3b/dmd_ar.yaml")
     assert gpu_hours(estimate(dfd).run_flops(), GPUS[0]) == pytest.approx(27, rel=0.02)
@@ -185,16 +181,18 @@ def test_gpu_hours_are_the_published_ones():
     [(None, 1, 64), (WAN_14B, 1, 90), (None, 8, 24), (WAN_14B, 8, 28)],
 )
 def test_memory_is_the_published_estimate(teacher: NetworkConfig | None, gpus: int, gigabytes: int):
-    """Catches a term that is lost or doubled: research/training.md 5.2, within a tenth ("about", it
-    says).
+    """Catches a term that is lost or doubled.
+
+    research/training.md 5.2, within a tenth (it says "about").
     """
     memory = estimate(recipe(), teacher=teacher).memory(gpus)
     assert memory.total / 1e9 == pytest.approx(gigabytes, rel=0.1), memory.lasting
 
 
 def test_lasting_memory_by_hand():
-    """Catches bytes a parameter: two networks and an average at 4, moments at 8 each, a teacher at
-    2; a share on 4 GPUs.
+    """Catches wrong bytes for each parameter.
+
+    Two networks and an average at 4, moments at 8 each, a teacher at 2; a share of them on 4 GPUs.
     """
     size = num_parameters(WAN)
     memory = estimate(recipe()).memory()
@@ -205,8 +203,9 @@ def test_lasting_memory_by_hand():
 
 
 def test_keys_and_values_of_a_clip():
-    """Catches one of the two, or float32: 274 MiB a latent frame at 1.3B, 1,219 at 14B
-    (research/selfforcing.md 1.1).
+    """Catches keys without values, or float32.
+
+    274 MiB a latent frame at 1.3B, 1,219 at 14B (research/selfforcing.md 1.1).
     """
     frame = Clip((1,), (0,), LATENT_SIZE, TEXT_TOKENS)
     sizes = estimate(recipe(), teacher=WAN_14B)
@@ -216,11 +215,10 @@ def test_keys_and_values_of_a_clip():
 
 @pytest.mark.parametrize("compute", ["bfloat16", "float32"])
 def test_a_block_saves_what_is_estimated(compute: str):
-    """Catches the constants of `saved_bytes` when a block changes: every tensor that autograd keeps
-    is counted once.
+    """Catches constants of `saved_bytes` that no longer fit the block.
 
-    Between two sizes, so that what does not grow with the clip drops out. 6 %: a few values a token
-    (norms' statistics).
+    Every tensor that autograd keeps is counted once. The difference of two sizes is taken, so that
+    what does not grow with the clip drops out. 6 %: a few values a token (norms' statistics).
     """
     size = replace(SMALL, num_heads=4, head_dim=32, ffn_dim=512, num_layers=1)
     width = 2 if compute == "bfloat16" else 4
@@ -231,8 +229,9 @@ def test_a_block_saves_what_is_estimated(compute: str):
 
 
 def kept_by_block(size: NetworkConfig, side: int, compute: str) -> int:
-    """Bytes of all tensors that the network's one block saves for its backward pass, weights and
-    inputs left out.
+    """Bytes that the network's one block saves for its backward pass.
+
+    Weights and inputs are left out.
     """
     network = build_network(size)
     if compute == "bfloat16":
@@ -258,8 +257,9 @@ def kept_by_block(size: NetworkConfig, side: int, compute: str) -> int:
 
 
 def test_fewest_gpus_fit_and_half_of_them_do_not():
-    """Catches a comparison the wrong way round; a 14B student fits no single GPU, and a 1.3B one
-    fits 80 GB.
+    """Catches a comparison the wrong way round.
+
+    A 14B student fits no single GPU, and a 1.3B one fits 80 GB.
     """
     assert [fewest_gpus(estimate(recipe()), gpu) for gpu in GPUS] == [1, 1, 1]
     large = estimate(load_config("wan14b/dmd_ar.yaml"), WAN_14B)

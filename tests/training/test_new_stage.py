@@ -68,7 +68,7 @@ def toy() -> Iterator[type[Stage]]:
 def test_a_stage_in_one_file_is_configured_planned_and_run(
     toy: type[Stage], settings: Callable[..., Config]
 ) -> None:
-    """Catches a part that knows the stages by name: it would refuse or skip one that it never saw."""
+    """Catches a part that knows the stages by name: it would refuse or skip a new one."""
     config = settings("run.stage=toy", "toy.sigma=0.25", "run.student_updates=2")
     assert config.of(ToyConfig).sigma == 0.25
     text = plan(config)

@@ -1,6 +1,4 @@
-"""`--dry-run`: every shipped config plans without its files, says what is missing and which command
-brings it.
-"""
+"""`--dry-run`: every shipped config plans without its files and names the missing ones."""
 
 from __future__ import annotations
 
@@ -40,9 +38,7 @@ def table(config: Config) -> str:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_shipped_config_plans_without_its_files(name: str) -> None:
-    """Catches a plan that needs the weights whose absence it is to report, and a recipe that no
-    command leads to.
-    """
+    """Catches a plan that needs missing weights, and a recipe that no command leads to."""
     text = table(load_config(name))
     for part in ("parameters", "memory", "operations", "GPU-hours", "in all"):
         assert part in text
@@ -112,9 +108,7 @@ def test_entries_of_a_file_are_shown() -> None:
 
 
 def test_what_does_not_fit_one_gpu_says_that_there_is_only_one() -> None:
-    """Catches a plan for 16 GPUs that the user then cannot run; one GPU's plan must not be spoilt
-    by the note.
-    """
+    """Catches a plan for 16 GPUs that cannot run, and a note in the plan for one GPU."""
     note = "training runs on one GPU today"
     assert note in table(load_config("wan14b/dmd_ar.yaml"))
     assert note in table(load_config("wan1.3b/dfd_ar.yaml", ["run.gpus=8"]))
@@ -150,7 +144,7 @@ def test_shards_that_are_there_are_measured_not_assumed(nowhere: Path) -> None:
 
 
 def test_missing_noise_is_named_with_its_command(nowhere: Path) -> None:
-    """Catches a pairing that needs stored noise and would stop only after the weights are loaded."""
+    """Catches missing noise that is noticed only after the weights are loaded."""
     make_tiny_shards(nowhere / "shards", 4, 0, "short", 9, shipped("assets/tiny/codec.safetensors"))
     config = load_config(
         "tiny/dmd.yaml", ["run.stage=dfd", "dfd.pairing=prefix", "data.shards=shards"]

@@ -1,5 +1,6 @@
-"""Runs that look like those on Wan: weights in folders, a teacher of another size, a negative
-prompt, bfloat16, pairs.
+"""Runs like those on Wan.
+
+Weights in folders, a teacher of another size, a negative prompt, bfloat16, pairs.
 """
 
 from __future__ import annotations
@@ -71,8 +72,9 @@ def as_of_another_codec(shards: Path, out: Path) -> Path:
 def test_the_shards_negative_prompt_reaches_the_stage(
     settings: Settings, with_negative: Path, stage: str
 ) -> None:
-    """Catches guidance by zeros on Wan, whose unconditional text is a prompt that is stored with
-    the shards.
+    """Catches guidance by zeros on Wan.
+
+    Its unconditional text is a prompt that is stored with the shards.
     """
     stages = build_trainer(settings(f"run.stage={stage}", f"data.shards={with_negative}")).stage
     assert isinstance(stages, MatchingStage | InitStage)
@@ -92,8 +94,9 @@ def test_without_a_negative_prompt_it_is_zeros(settings: Settings) -> None:
 def test_weights_come_from_a_diffusers_folder(
     settings: Settings, world: Path, tmp_path: Path
 ) -> None:
-    """Catches a format of models/weights.py that training cannot start from: folder and file give
-    the same run.
+    """Catches a weights format that training cannot start from.
+
+    A folder and a file give the same run.
     """
     teacher = load_start(Start(str(world / "teacher.safetensors")))
     teacher.save_pretrained(tmp_path / "diffusers")
@@ -115,7 +118,7 @@ def test_weights_come_from_a_diffusers_folder(
 
 
 def test_entries_choose_between_the_models_of_one_file(settings: Settings, tmp_path: Path) -> None:
-    """Catches a fake score that starts from the student because both lie in one Self-Forcing file."""
+    """Catches a fake score that starts from the student in the same Self-Forcing file."""
     models: dict[str, Any] = {}
     for seed, entry in enumerate(("generator", "critic")):
         network = build_network(MODEL)
@@ -175,8 +178,9 @@ def test_networks_of_different_data_are_refused(settings: Settings, tmp_path: Pa
 
 @pytest.mark.parametrize("stage", ["init", "dmd", "dfd"])
 def test_a_run_in_bfloat16_keeps_float32_weights(settings: Settings, stage: str) -> None:
-    """Catches weights that an update of 2e-6 rounds away, and losses that are not finite: all of
-    them are logged.
+    """Catches bfloat16 weights, which lose an update of 2e-6, and losses that are not finite.
+
+    All of them are logged.
     """
     config = settings(
         f"run.stage={stage}",
@@ -212,8 +216,9 @@ def test_gradients_do_not_outlive_their_step(settings: Settings) -> None:
 def test_data_of_another_codec_are_guarded_as_latents(
     settings: Settings, world: Path, tmp_path: Path, size: int, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Catches the tiny codec decoding Wan's latents, and a spread of one clip, which is always zero
-    and never a warning.
+    """Catches the tiny codec used for Wan's latents, and the spread of a single clip.
+
+    That spread is always zero and never a warning.
     """
     shards = as_of_another_codec(world / "shards", tmp_path / "other")
     batch = [f"batch.size={size}", "batch.micro=1"]
@@ -244,9 +249,7 @@ def pairs_config(settings: Settings, shards: Path, out: Path, *overrides: str) -
 def test_pairs_are_the_teachers_clips_with_their_noise(
     settings: Settings, with_negative: Path, tmp_path: Path
 ) -> None:
-    """Catches pairs of another sample's noise, unguided ones, or guided away from zeros; and a
-    negative prompt left behind.
-    """
+    """Catches pairs of wrong noise or guidance, and a negative prompt that is not copied."""
     config = pairs_config(settings, with_negative, tmp_path / "pairs", "pairs.num=6")
     run(config)
     source, made = ShardReader(with_negative), ShardReader(tmp_path / "pairs")
@@ -271,8 +274,9 @@ def test_pairs_are_the_teachers_clips_with_their_noise(
 def test_interrupted_pairs_go_on(
     settings: Settings, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches hours of the teacher's ODE lost to a kill: complete shards stay, and the end is that
-    of an unbroken run.
+    """Catches hours of the teacher's ODE lost to a kill.
+
+    Complete shards stay, and the result is that of an unbroken run.
     """
     monkeypatch.setattr(PairsStage, "pairs_per_shard", 4)
     whole, parts = (
@@ -303,8 +307,9 @@ def test_interrupted_pairs_go_on(
 def test_a_student_is_initialised_from_pairs(
     settings: Settings, world: Path, tmp_path: Path
 ) -> None:
-    """Catches pairs that stage init does not read as such: pairs, then init on the ladder, then
-    DMD, end to end.
+    """Catches pairs that stage init does not read.
+
+    Pairs, then init on the ladder, then DMD, end to end.
     """
     run(pairs_config(settings, world / "shards", tmp_path / "pairs"))
     init = settings(
@@ -325,8 +330,9 @@ def test_a_student_is_initialised_from_pairs(
 def test_causal_pairs_start_every_chunk(
     settings: Settings, with_negative: Path, tmp_path: Path
 ) -> None:
-    """Catches the bidirectional inversion behind flow.paired all: later chunks' noise must depend
-    on the clean past.
+    """Catches the bidirectional inversion used for flow.paired all.
+
+    Later chunks' noise must depend on the clean chunks before.
     """
     config = settings("run.stage=init", "init.stored_noise=all", f"data.shards={with_negative}")
     by_chunks, whole = (build_invert(c, 2) for c in (config, settings("run.stage=init")))
@@ -349,8 +355,9 @@ def test_causal_pairs_start_every_chunk(
 
 @pytest.mark.parametrize("override", ["init.stored_noise=all", "init.sigmas=ladder"])
 def test_pairs_need_noise(settings: Settings, with_negative: Path, override: str) -> None:
-    """Catches a few-step initialisation that quietly is teacher forcing from fresh noise, whose few
-    steps give a mean.
+    """Catches a few-step initialisation from fresh noise, whose few steps give a mean.
+
+    That would silently be teacher forcing.
     """
     with pytest.raises(ConfigError, match=r"init\.stored_noise is .* holds no noise"):
         build_trainer(settings("run.stage=init", override, f"data.shards={with_negative}"))

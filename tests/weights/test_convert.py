@@ -1,6 +1,4 @@
-"""Weights from one format into another: bit for bit, readable by their own programs, whole or not
-at all.
-"""
+"""Conversion of weights: bit for bit, readable by the programs of each format, all or nothing."""
 
 from __future__ import annotations
 
@@ -52,8 +50,9 @@ def original(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("first", FORMATS)
 @pytest.mark.parametrize("second", FORMATS)
 def test_every_way_there_and_back_keeps_every_bit(first, second, original, tmp_path):
-    """Catches a cast, a transposed tensor or a lost size on one of sixteen ways; sizes travel
-    although no shape tells them.
+    """Catches a cast, a transposed tensor or a lost size on one of sixteen ways.
+
+    Sizes are kept although no shape shows them.
     """
     convert(original, tmp_path / "one", first, max_shard_bytes=60_000)
     convert(tmp_path / "one", tmp_path / "two", second)
@@ -66,8 +65,9 @@ def test_every_way_there_and_back_keeps_every_bit(first, second, original, tmp_p
 
 
 def test_mixed_dtypes_are_kept(tmp_path):
-    """Catches weights made uniform: diffusers keeps embedders and tables in float32 beside
-    bfloat16.
+    """Catches weights of one dtype.
+
+    diffusers keeps embedders and tables in float32 beside bfloat16.
     """
     state = {name: t if "modulation" in name else t.bfloat16() for name, t in wan_state().items()}
     source = wan_folder(tmp_path / "mixed", state)
@@ -103,8 +103,9 @@ def test_diffusers_reads_its_format_and_computes_the_same(original, tmp_path):
 
 
 def test_the_original_format_is_wans_own(tmp_path):
-    """Catches a folder that the original code refuses: file names, tensor names, the released
-    config's keys.
+    """Catches a folder that the original code refuses.
+
+    It needs file names, tensor names, and the released config's keys.
     """
     golden = FOLDER / "weights.safetensors"
     convert(golden, tmp_path / "w", "wan", head_dim=SIZES["attention_head_dim"])
@@ -132,8 +133,9 @@ def test_the_original_format_is_wans_own(tmp_path):
 
 
 def test_self_forcing_reads_its_format(original, tmp_path):
-    """Catches an entry or prefix that Self-Forcing's loader does not look for; it loads `generator`
-    strictly.
+    """Catches an entry or prefix that Self-Forcing does not load.
+
+    It loads `generator` strictly.
     """
     convert(original, tmp_path / "w.pt", "self-forcing")
     content = torch.load(tmp_path / "w.pt", weights_only=True)
@@ -160,9 +162,7 @@ def test_a_student_stays_one_with_its_recipe(to, tmp_path):
 
 
 def test_a_role_that_nobody_tells_is_not_made_up(tmp_path):
-    """Catches a bare state dict that comes out as somebody's teacher or student, and a role that
-    contradicts the source.
-    """
+    """Catches a bare state dict that gets a role, and a role that contradicts the source."""
     torch.save(wan_state(), tmp_path / "raw.pt")
     for to in ("self-forcing", "single-file"):
         convert(tmp_path / "raw.pt", tmp_path / to, to, head_dim=HEAD_DIM)
@@ -232,8 +232,9 @@ def test_a_failure_leaves_what_was_there(to, original, tmp_path, monkeypatch):
 
 
 def test_the_command(original, tmp_path, capsys):
-    """Catches a command that works from Python only; it says what it read, wrote and could not find
-    out.
+    """Catches a command that works from Python only.
+
+    It prints what it read, wrote and could not find out.
     """
     assert (
         main(

@@ -1,6 +1,4 @@
-"""Files that are damaged, incomplete, malicious or something else: refused by name, with what to
-do; and memory.
-"""
+"""Damaged, incomplete, malicious or foreign files, refused with advice; and memory."""
 
 from __future__ import annotations
 
@@ -40,9 +38,7 @@ def test_a_missing_shard_is_named(tmp_path):
 
 
 def test_files_beside_the_indexed_ones_are_refused(tmp_path):
-    """Catches last month's shards mixed with today's, or one of two precisions taken by its place
-    in the alphabet.
-    """
+    """Catches old shards mixed with new ones, or one of two precisions taken at random."""
     folder = sharded_folder(tmp_path / "w")
     save_file(wan_state(), folder / "diffusion_pytorch_model.fp16.safetensors")
     with pytest.raises(WeightsError, match=r"fp16.safetensors besides the 3 files"):
@@ -50,9 +46,7 @@ def test_files_beside_the_indexed_ones_are_refused(tmp_path):
 
 
 def test_an_index_must_agree_with_its_shards(tmp_path):
-    """Catches shards of two models in one folder, and an index that reads a file from elsewhere on
-    the disk.
-    """
+    """Catches shards of two models in one folder, and an index of files from elsewhere."""
     folder = sharded_folder(tmp_path / "w")
     index = folder / "diffusion_pytorch_model.safetensors.index.json"
     content = json.loads(index.read_text())
@@ -161,9 +155,7 @@ def training_checkpoint(folder: Path) -> Path:
 
 
 def test_a_training_checkpoint_holds_three_models(tmp_path):
-    """Catches a run that was stopped and whose student nobody can look at, and the fake score taken
-    for the student.
-    """
+    """Catches a stopped run whose student cannot be read, and the fake score in its place."""
     path = training_checkpoint(tmp_path)
     same(load_network(path))
     same(load_network(path, entry="student"), wan_state(1))
@@ -201,11 +193,10 @@ print(1024 * (kilobytes("VmHWM") - before), network.scale_shift_table[0, 0, 0].i
 
 
 def test_loading_holds_one_copy(tmp_path):
-    """Catches a state dict beside the network, or mapped files beside their copies: a peak of twice
-    the weights.
+    """Catches a state dict or mapped files beside the network: a peak of twice the weights.
 
-    Counted are all resident pages of the process, those of mapped files included, above those
-    before the load.
+    Counted are all resident pages of the process, with those of mapped files, above those before
+    the load.
     """
     sizes: dict[str, Any] = {
         "num_attention_heads": 12,

@@ -1,6 +1,4 @@
-"""Reading Wan's weights in every format: the same tensors, or an error that says why and what to
-do.
-"""
+"""Wan's weights in every format: the same tensors, or an error with its reason and remedy."""
 
 from __future__ import annotations
 
@@ -23,9 +21,7 @@ from selfforcing_dfd.weights.read import WeightsError, load_network, read_weight
 def test_every_tensor_of_the_released_sizes_has_its_name_and_shape(
     width, ffn, layers, heads, count, parameters
 ):
-    """Catches a name that is mapped to another tensor of the same shape as little as one that is
-    not mapped at all.
-    """
+    """Catches a name that is not mapped, or mapped to another tensor of the same shape."""
     with torch.device("meta"):
         network = WanTransformer(num_attention_heads=heads, ffn_dim=ffn, num_layers=layers)
     ours = {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
@@ -41,8 +37,9 @@ def test_every_tensor_of_the_released_sizes_has_its_name_and_shape(
 
 
 def test_the_affine_norm_changes_its_number():
-    """Catches the classic: Wan's norm3, before cross-attention, is diffusers' norm2, and neither's
-    other norms have weights.
+    """Catches the wrong number of the norm before cross-attention.
+
+    Wan's norm3 is diffusers' norm2, and the other norms of both have no weights.
     """
     assert to_diffusers("blocks.7.norm3.weight") == "blocks.7.norm2.weight"
     assert to_diffusers("blocks.7.norm2.weight") is None
@@ -50,8 +47,9 @@ def test_the_affine_norm_changes_its_number():
 
 
 def test_golden_weights_give_the_reference_flow():
-    """Catches two names swapped in a way that no shape shows: original names, the reference's own
-    output.
+    """Catches two names swapped where no shape shows it.
+
+    Original names must give the reference's own output.
     """
     data = golden("bidirectional")
     network = load_network(
@@ -104,8 +102,9 @@ def test_old_files_of_torch_are_read(tmp_path):
 
 
 def test_folders_of_both_kinds_and_their_single_files(tmp_path):
-    """Catches one of four usual places not found: original folder, diffusers' shards, a pipeline's
-    subfolder, one file.
+    """Catches a usual place that is not searched.
+
+    An original folder, diffusers' shards, a pipeline's subfolder, one file.
     """
     original = wan_folder(tmp_path / "original", wan_state())
     same(load_network(original))
@@ -118,9 +117,7 @@ def test_folders_of_both_kinds_and_their_single_files(tmp_path):
 
 
 def test_of_several_models_the_averaged_one_unless_another_is_named(tmp_path):
-    """Catches the wrong network read from a file with three, and an error that does not say which
-    there are.
-    """
+    """Catches the wrong one of three networks in a file, and an error that does not list them."""
     models = {
         name: {f"model.{k}": t for k, t in wan_state(seed).items()}
         for seed, name in enumerate(("critic", "generator"), 1)
@@ -215,9 +212,7 @@ def test_differences_are_counted_and_shown_in_the_sources_names(tmp_path):
 
 
 def test_the_config_must_agree_with_the_tensors(tmp_path):
-    """Catches a config.json of another size beside the weights, and heads that were guessed: no
-    shape tells them.
-    """
+    """Catches a config.json of another size, and guessed heads, which no shape shows."""
     with pytest.raises(WeightsError, match="num_layers 30 instead of 2"):
         load_network(wan_folder(tmp_path / "layers", wan_state(), num_layers=30))
     with pytest.raises(WeightsError, match="image-to-video"):
@@ -228,8 +223,9 @@ def test_the_config_must_agree_with_the_tensors(tmp_path):
 
 
 def test_extra_channels_are_refused(tmp_path):
-    """Catches an image-to-video model without tensors of its own: it differs by the 20 channels
-    that it takes besides.
+    """Catches an image-to-video model without tensors of its own.
+
+    It differs by 20 more input channels.
     """
     save_file(wan_state(in_channels=36, out_channels=16), tmp_path / "fun.safetensors")
     with pytest.raises(
@@ -239,9 +235,7 @@ def test_extra_channels_are_refused(tmp_path):
 
 
 def test_a_config_of_another_class_or_of_the_other_names(tmp_path):
-    """Catches a VAE's folder, and a config.json that was put beside weights with names of the other
-    kind.
-    """
+    """Catches a VAE's folder, and a config.json beside weights with the other names."""
     with pytest.raises(WeightsError, match="holds AutoencoderKLWan; wanted: WanTransformer3DModel"):
         read_weights(wan_folder(tmp_path / "vae", wan_state(), _class_name="AutoencoderKLWan"))
     with pytest.raises(
@@ -254,8 +248,9 @@ def test_a_config_of_another_class_or_of_the_other_names(tmp_path):
 
 
 def test_released_widths_have_heads_of_128(tmp_path):
-    """Catches the 1.3B student in a .pt file, which tells nothing of its heads, loaded with another
-    number of them.
+    """Catches the 1.3B student in a .pt file loaded with a wrong number of heads.
+
+    The file does not store it.
     """
     with torch.device("meta"):
         shapes = WanTransformer(num_layers=1, ffn_dim=8, text_dim=8).state_dict()
