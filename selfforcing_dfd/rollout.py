@@ -113,22 +113,19 @@ def rollout(
     """
     exit_steps = exit_steps or (len(ladder) - 1,) * len(chunks)
     x0s = []
-    exit_inputs = []
+    x_exits = []
     contexts = []
-    for chunk, exit_step in zip(chunks, exit_steps, strict=True):
-        contexts.append(cache.read(chunk.frames))
-        x0, x_t = denoise_chunk(
-            student, chunk.of(noise, dim=2), conditioning, contexts[-1], ladder, exit_step
-        )
+    for chunk, step in zip(chunks, exit_steps, strict=True):
+        context = cache.read(chunk.frames)
+        x0, x_exit = denoise_chunk(student, chunk.of(noise, 2), conditioning, context, ladder, step)
         if chunk is not chunks[-1]:
             past = x0 if real_past is None else real_past.instead_of(x0, chunk)
             commit_chunk(student, past, conditioning, cache)
         x0s.append(x0)
-        exit_inputs.append(x_t)
+        x_exits.append(x_exit)
+        contexts.append(context)
     sigma_exit = tuple(ladder[step] for step in exit_steps)
-    return Rollout(
-        torch.cat(x0s, 1), torch.cat(exit_inputs, 1), sigma_exit, chunks, tuple(contexts)
-    )
+    return Rollout(torch.cat(x0s, 1), torch.cat(x_exits, 1), sigma_exit, chunks, tuple(contexts))
 
 
 def replay(student: Network, record: Rollout, conditioning: Conditioning) -> Tensor:
