@@ -20,7 +20,7 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 
 demo: $(VENV)/.installed
 	$(BIN)/python train.py --config dfd_ar.yaml --resume
-	$(BIN)/python -m selfforcing_dfd sample --run runs/dfd_ar
+	$(BIN)/selfforcing-dfd sample --run runs/dfd_ar
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not soak and not gpu and not wheel"
@@ -37,7 +37,7 @@ soak: $(VENV)/.installed
 	$(BIN)/python -m pytest -m soak
 
 rebuild: $(VENV)/.installed
-	$(BIN)/python -m selfforcing_dfd rebuild
+	$(BIN)/selfforcing-dfd rebuild
 
 clean:
 	rm -rf runs data

@@ -49,7 +49,7 @@ def clips(parser: argparse.ArgumentParser) -> Run:
         from selfforcing_dfd.tiny import world
 
         world.write_clips(args.folder, args.num, args.seed, args.level)
-        following = f"python -m selfforcing_dfd pack {args.folder} --codec tiny"
+        following = f"selfforcing-dfd pack {args.folder} --codec tiny"
         print(f"{args.folder}: {args.num} clips. Next: {following}")
 
     return run

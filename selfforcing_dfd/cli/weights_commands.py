@@ -175,7 +175,7 @@ def export(parser: argparse.ArgumentParser) -> Run:
             args.base_model,
             args.overwrite,
         )
-        following = f"python -m selfforcing_dfd stream --model {args.destination} --prompt '...'"
+        following = f"selfforcing-dfd stream --model {args.destination} --prompt '...'"
         print(f"wrote {args.destination}; try it: {following}")
 
     return run

@@ -185,7 +185,7 @@ class ShardReader:
 
     @property
     def _remedy(self) -> str:
-        again = f"`python -m selfforcing_dfd pack CLIPS --out {self.folder} --overwrite`"
+        again = f"`selfforcing-dfd pack CLIPS --out {self.folder} --overwrite`"
         return f"Copy the folder again from where it is whole, or pack the clips again: {again}"
 
     def _error(self, entry: Entry, name: str, problem: str) -> ShardError:

@@ -57,7 +57,7 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
         raise HubError(
             f"{where} has the original Wan layout, not diffusers'; read it with "
             "selfforcing_dfd.weights.read.load_network, or convert it: "
-            "python -m selfforcing_dfd convert"
+            "selfforcing-dfd convert"
         )
     other = {k: config[k] for k, wanted in ARCHITECTURE.items() if config.get(k, wanted) != wanted}
     if other:

@@ -25,7 +25,7 @@ from selfforcing_dfd.tiny.text import TinyText
 
 REMEDY = (
     r"Copy the folder again .* or pack the clips again: "
-    r"`python -m selfforcing_dfd pack CLIPS --out .* --overwrite`"
+    r"`selfforcing-dfd pack CLIPS --out .* --overwrite`"
 )
 
 
