@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import torch
 from golden_weights import golden
-from test_stages import CHUNKS, draw, matching_stage
 from tiny_models import LADDER, TEXT_LENGTH, TINY, DataForcing, tiny_batch, tiny_network
+from tiny_stages import CHUNKS, draw, matching_stage
 from torch import Tensor
 
 from selfforcing_dfd import rng

@@ -1,0 +1,226 @@
+"""Distribution matching: which rows are data, their starting noise, gradients, accumulation."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from tiny_models import CHUNK, LADDER, DataForcing, latents, tiny_batch
+from tiny_stages import CHUNKS, NOBODY, draw, gradients, matching_stage, rows_of, touched
+from torch import Tensor
+
+from selfforcing_dfd.context import Conditioning, KVCache
+from selfforcing_dfd.data.shards import Batch
+from selfforcing_dfd.rollout import commit_chunk
+
+
+@pytest.mark.parametrize("turn", ["student", "fake"])
+@pytest.mark.parametrize("granularity", ["update", "sample"])
+def test_accumulating_micro_batches_equals_one_batch(turn, granularity):
+    """Catches draws or a mean that depend on how an update is cut into micro-batches.
+
+    float64, 1e-12 relative.
+    """
+    forcing = DataForcing(p=0.5, granularity=granularity, pairing="inversion")
+    batch, results = tiny_batch(4, with_noise=True), []
+    for micro in (4, 2):
+        stage = matching_stage(forcing)
+        for first in range(0, 4, micro):
+            part = stage.loss(turn, rows_of(batch, first, micro), draw(micro, first, 0, seed=1), 0)
+            (part.loss * micro / 4).backward()
+        results.append(gradients(stage.trained[turn]))
+    whole, parts = results
+    assert (parts - whole).norm() < 1e-12 * whole.norm()
+
+
+@pytest.mark.parametrize("turn", ["student", "fake"])
+def test_a_turn_touches_only_the_network_that_it_trains(turn):
+    """Catches gradient in the teacher or the other network.
+
+    It would be applied with the next update.
+    """
+    stage = matching_stage(DataForcing(p=1.0))
+    stage.loss(turn, tiny_batch(), draw(), 0).loss.backward()
+    for name, network in (*stage.trained.items(), ("teacher", stage.teacher)):
+        everything = [parameter for parameter, _ in network.named_parameters()]
+        assert touched(network) == (everything if name == turn else [])
+
+
+def test_fake_score_never_sees_data():
+    """Catches a fake score that learns the real clips.
+
+    It must follow the student's own distribution, for every p.
+    """
+    batch = tiny_batch(with_noise=True)
+    others = replace(batch, latents=latents("other clips"), noise=latents("other clip noise"))
+    dmd = matching_stage(DataForcing(p=0.0)).loss("fake", batch, draw(), 0).loss
+    dfd = (
+        matching_stage(DataForcing(p=1.0, pairing="inversion")).loss("fake", others, draw(), 0).loss
+    )
+    assert torch.equal(dmd, dfd)
+
+
+def dmd_and_dfd(batch: Batch, forcing: DataForcing) -> list[tuple[Tensor, Tensor]]:
+    """Loss and student gradient without and with data forcing."""
+    results = []
+    for each in (DataForcing(), forcing):
+        stage = matching_stage(each)
+        loss = stage.loss("student", batch, draw(), 0).loss
+        loss.backward()
+        results.append((loss.detach(), gradients(stage.trained["student"])))
+    return results
+
+
+def test_data_equal_to_the_own_samples_is_dmd_bitwise():
+    """Catches anything that the data branch changes besides the anchor."""
+    batch = tiny_batch()
+    generated = matching_stage().loss("student", batch, draw(), 0).generated
+    assert generated is not None
+    (dmd_loss, dmd_grad), (dfd_loss, dfd_grad) = dmd_and_dfd(
+        replace(batch, latents=generated), DataForcing(p=1.0)
+    )
+    assert torch.equal(dmd_loss, dfd_loss)
+    assert torch.equal(dmd_grad, dfd_grad)
+
+
+def test_data_changes_the_students_gradient():
+    """Catches an anchor that never arrives: every test of equality with DMD would pass."""
+    (_, dmd_grad), (_, dfd_grad) = dmd_and_dfd(tiny_batch(), DataForcing(p=1.0))
+    assert (dmd_grad - dfd_grad).norm() > 0.05 * dmd_grad.norm()
+
+
+def test_outside_its_sigma_range_data_forcing_is_dmd():
+    """Catches rows outside the sigma range that are dropped or anchored."""
+    (dmd_loss, dmd_grad), (dfd_loss, dfd_grad) = dmd_and_dfd(
+        tiny_batch(), DataForcing(p=1.0, sigma_range=(0.985, 1.0))
+    )
+    assert torch.equal(dmd_loss, dfd_loss)
+    assert torch.equal(dmd_grad, dfd_grad)
+
+
+def test_sigma_range_falls_back_row_by_row():
+    """Catches a sigma range applied to the whole batch, and logs of the wrong rows."""
+    batch, everything = tiny_batch(4), matching_stage(DataForcing(p=1.0))
+    all_rows = everything.loss("student", batch, draw(4), 0).values
+    none = matching_stage().loss("student", batch, draw(4), 0).values
+    middle = float(all_rows["sigma"].median())
+    some = (
+        matching_stage(DataForcing(p=1.0, sigma_range=(middle, 1.0)))
+        .loss("student", batch, draw(4), 0)
+        .values
+    )
+    high = some["sigma"] >= middle
+    assert some["dfd"].bool().equal(high)
+    assert 0 < high.sum() < 4
+    assert torch.equal(some["loss"], torch.where(high, all_rows["loss"], none["loss"]))
+
+
+def starts(forcing: DataForcing, batch: Batch) -> Tensor:
+    """The noise that each clip starts from: with one step, this is the input of the exit step."""
+    stage = matching_stage(forcing, ladder=(1.0,))
+    rows = forcing.rows(draw(4), 0)
+    return stage.roll_out(batch, draw(4), rows).x_exit
+
+
+def test_inversion_starts_from_the_stored_noise_in_data_rows_only():
+    """Catches DMD rows started from stored noise, and data rows started from a fresh draw.
+
+    Noise and anchor must belong together exactly where the anchor is used.
+    """
+    batch = tiny_batch(4, with_noise=True)
+    assert batch.noise is not None
+    forcing = DataForcing(p=0.5, granularity="sample", pairing="inversion")
+    rows = forcing.rows(draw(4), 0)
+    assert 0 < rows.sum() < 4
+    own = starts(DataForcing(), batch)
+    assert torch.equal(
+        starts(forcing, batch), torch.where(rows[:, None, None, None, None], batch.noise, own)
+    )
+    assert not torch.isclose(own, batch.noise).any(dim=(1, 2, 3, 4)).all()
+
+
+def test_prefix_ties_the_first_chunk_by_noise_and_later_ones_by_their_past():
+    """Catches later chunks tied by noise, and rows whose context is of the wrong clip.
+
+    Data rows see the real past, other rows their own.
+    """
+    batch = tiny_batch(4, with_noise=True)
+    assert batch.noise is not None
+    forcing = DataForcing(p=0.5, granularity="sample", pairing="prefix")
+    rows = forcing.rows(draw(4), 0)
+    mask = rows[:, None, None, None, None]
+    own, tied = starts(DataForcing(), batch), starts(forcing, batch)
+    assert torch.equal(tied[:, :CHUNK], torch.where(mask, batch.noise, own)[:, :CHUNK])
+    assert torch.equal(tied[:, CHUNK:], own[:, CHUNK:])
+
+    stage = matching_stage(forcing)
+    record = stage.roll_out(batch, draw(4), rows)
+    past = torch.where(mask, batch.latents, record.x0)[:, :CHUNK]
+    cache = KVCache()
+    commit_chunk(stage.trained["student"], past, Conditioning(batch.text), cache)
+    for seen, wanted in zip(
+        record.contexts[1].chunks[0].layers, cache.read(CHUNK).chunks[0].layers, strict=True
+    ):
+        assert torch.equal(seen[0], wanted[0])
+        assert torch.equal(seen[1], wanted[1])
+
+
+@pytest.mark.parametrize(
+    ("forcing", "uses_stored_noise"),
+    [
+        (DataForcing(p=0.0, pairing="inversion"), False),
+        (DataForcing(p=1.0, pairing="caption"), False),
+        (DataForcing(p=1.0, pairing="assignment"), False),
+        (DataForcing(p=1.0, pairing="inversion"), True),
+        (DataForcing(p=0.0, pairing="prefix"), False),
+        (DataForcing(p=1.0, pairing="prefix"), True),
+    ],
+    ids=[
+        "inversion without data",
+        "caption",
+        "assignment",
+        "inversion",
+        "prefix without data",
+        "prefix",
+    ],
+)
+def test_stored_noise_matters_to_the_student_only_under_inversion(forcing, uses_stored_noise):
+    """Catches stored noise in the paper's pairing, where noise and anchor are independent."""
+    stage = matching_stage(forcing)
+    batch = tiny_batch(with_noise=True)
+    other = replace(batch, noise=latents("other clip noise"))
+    losses = [stage.loss("student", each, draw(), 0).loss for each in (batch, other)]
+    assert torch.equal(*losses) is not uses_stored_noise
+
+
+def test_exit_steps_cover_the_ladder():
+    """Catches a student that is only ever trained at one step of its ladder."""
+    stage = matching_stage()
+    exits = {
+        stage.roll_out(tiny_batch(), draw(first=2 * n, update=2 * n), NOBODY).sigma_exit
+        for n in range(24)
+    }
+    assert exits == {(sigma,) * len(CHUNKS) for sigma in LADDER}
+
+
+def test_logged_values_are_one_a_sample():
+    """Catches batch means in logs that need a value for each sample, and a sum that disagrees.
+
+    Logs are split by branch and by sigma.
+    """
+    part = matching_stage(DataForcing(p=1.0)).loss("student", tiny_batch(3), draw(3), 0)
+    assert {name: tuple(value.shape) for name, value in part.values.items()} == dict.fromkeys(
+        ("loss", "discrepancy", "normaliser", "gap", "dfd", "sigma"), (3,)
+    )
+    torch.testing.assert_close(part.values["loss"].mean(), part.loss.detach())
+    assert ((part.values["sigma"] >= 0.02) & (part.values["sigma"] <= 0.98)).all()
+
+
+def test_window_and_sink_reach_the_rollout():
+    """Catches a student trained with the whole past and streamed with a window of it."""
+    batch = tiny_batch()
+    narrow = matching_stage(window=2, sink=2).roll_out(batch, draw(), NOBODY)
+    wide = matching_stage().roll_out(batch, draw(), NOBODY)
+    assert not torch.equal(narrow.x0, wide.x0)
+    assert [len(context.chunks) for context in narrow.contexts] == [0, 1, 1]
