@@ -126,16 +126,13 @@ def test_entries_choose_between_the_models_of_one_file(settings: Settings, tmp_p
         models[entry] = {f"model.{name}": tensor for name, tensor in wan_names(network).items()}
     torch.save(models, tmp_path / "model.pt")
     both = tmp_path / "model.pt"
-    fake = [f"weights.fake={both}", "weights.fake_entry=critic"]
+    fake = [f"weights.fake={both}", "weights.fake_entry=generator"]
     trainer = build_trainer(
         settings(
-            f"weights.student={both}",
-            "weights.student_entry=generator",
-            "weights.head_dim=8",
-            *fake,
+            f"weights.student={both}", "weights.student_entry=critic", "weights.head_dim=8", *fake
         )
     )
-    for turn, entry in (("student", "generator"), ("fake", "critic")):
+    for turn, entry in (("student", "critic"), ("fake", "generator")):
         own = trainer.learners[turn].network.get_parameter("patch_embedding.weight")
         assert torch.equal(own, models[entry]["model.patch_embedding.weight"]), turn
 
