@@ -14,7 +14,7 @@ from selfforcing_dfd.rollout import plan_chunks
 from selfforcing_dfd.stages.matching import MatchingStage
 
 CHUNKS = plan_chunks(FRAMES, CHUNK)
-NOBODY = torch.zeros(2, dtype=torch.bool)  # no row is tied
+NO_ROW = torch.zeros(2, dtype=torch.bool)  # no row is tied
 
 
 def draw(count: int = 2, first: int = 0, update: int = 0, seed: int = 0) -> Draw:

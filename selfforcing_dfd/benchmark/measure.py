@@ -80,16 +80,16 @@ class TimedDecoder:
 
     decoder: Decoder
     clock: StageClock
-    begun: bool = False
+    started: bool = False
 
     def decode(self, latents: Tensor) -> Tensor:
-        name = "vae" if self.begun else "vae_first"
-        self.begun = True
+        name = "vae" if self.started else "vae_first"
+        self.started = True
         with self.clock.stage(name):
             return self.decoder.decode(latents)
 
     def clone(self) -> TimedDecoder:
-        return TimedDecoder(self.decoder.clone(), self.clock, self.begun)
+        return TimedDecoder(self.decoder.clone(), self.clock, self.started)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,19 +195,19 @@ class Bench:
 
     def start(self) -> tuple[StreamSession, dict[str, Any]]:
         """A session and its first chunk, timed from the call that makes it."""
-        begun = time.perf_counter()
+        started = time.perf_counter()
         model = replace(self.model, codec=TimedCodec(self.model.codec, self.clocks[1]))
         session = StreamSession(model, self.prompts[0], self.settings)
-        return session, self._first_frame(session, begun)
+        return session, self._first_frame(session, started)
 
     def restart(self, session: StreamSession, prompt: str) -> dict[str, Any]:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         session.reset(prompt)
-        return self._first_frame(session, begun)
+        return self._first_frame(session, started)
 
-    def _first_frame(self, session: StreamSession, begun: float) -> dict[str, Any]:
+    def _first_frame(self, session: StreamSession, started: float) -> dict[str, Any]:
         self._take()
-        before_ms = 1000 * (time.perf_counter() - begun)
+        before_ms = 1000 * (time.perf_counter() - started)
         chunk = session.next_chunk()
         stages = chunk.timings.stages_ms | self._take()
         total = before_ms + chunk.timings.first_frame_ms
@@ -250,9 +250,9 @@ class Bench:
         phases = rng.uniform(shape, self.settings.seed, "moment of a wish").tolist()
         waits = []
         for trial, phase in enumerate(phases):
-            begun = time.perf_counter()
+            started = time.perf_counter()
             session.next_chunk()
-            wished = begun + phase * (time.perf_counter() - begun)
+            wished = started + phase * (time.perf_counter() - started)
             session.set_prompt(self.prompts[(trial + 1) % 2])
             waited = time.perf_counter() - wished
             waits.append(1000 * waited + session.next_chunk().timings.first_frame_ms)

@@ -27,7 +27,7 @@ class StreamingDecoder:
         self.decoder = decoder
         self.memory_format = memory_format
         self.caches: dict[nn.Module, Tensor] = {}
-        self.begun = False
+        self.started = False
         # by size; convolutions with inputs of one size share a buffer
         self._buffers: dict[torch.Size, Tensor] = {}
 
@@ -40,7 +40,7 @@ class StreamingDecoder:
         """An independent decoder that continues from here."""
         copy = StreamingDecoder(self.decoder, self.memory_format)
         copy.caches = {conv: cache.clone() for conv, cache in self.caches.items()}
-        copy.begun = self.begun
+        copy.started = self.started
         return copy
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ class StreamingDecoder:
                 x = self.residual(block, x)
             for layer in stage.upsamplers or ():
                 x = self.upsample(layer, x)
-        self.begun = True
+        self.started = True
         return self.convolve(decoder.conv_out, x, decoder.norm_out)
 
     def residual(self, block: Any, x: Tensor) -> Tensor:
@@ -78,7 +78,7 @@ class StreamingDecoder:
 
         A video's first frame is not doubled, and does not enter the cache.
         """
-        if not self.begun:
+        if not self.started:
             return x
         both = self.convolve(conv, x).unflatten(1, (2, -1))
         return both.movedim(1, 3).flatten(2, 3)

@@ -206,6 +206,6 @@ def combined_findings(
 
 
 def _in_seeds(outcome: str, count: int, num_seeds: int) -> str:
-    said = {"mixed": "was mixed", "no clear difference": "made no clear difference"}
+    phrases = {"mixed": "was mixed", "no clear difference": "made no clear difference"}
     seeds = "every seed" if count == num_seeds else f"{count} of {num_seeds} seeds"
-    return f"{said.get(outcome, outcome)} in {seeds}"
+    return f"{phrases.get(outcome, outcome)} in {seeds}"

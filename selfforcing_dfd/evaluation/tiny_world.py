@@ -167,14 +167,14 @@ class TinyWorld:
         return DOSE if loose and tied_to_caption else ""
 
     def notes(self, rows: Sequence[Row], num_clips: int, num_seeds: int = 1) -> list[str]:
-        said = [
+        lines = [
             f"{num_clips} independent draws from the prior hit {expected_modes(num_clips):.1f} of "
             f"the 24 modes on average. Means over fewer than {FEWEST} valid clips, and KL from "
             f"fewer than {FEWEST_FOR_MODES}, are not stated."
         ]
         if find(rows, CONTROL):
-            said.append(tiny_verdict.RULE)
-        return said
+            lines.append(tiny_verdict.RULE)
+        return lines
 
     def charts(self, rows: Sequence[Row]) -> list[Chart]:
         drawn = []

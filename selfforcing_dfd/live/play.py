@@ -190,13 +190,13 @@ def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
 
 def warm_up(model: StreamModel, settings: StreamSettings, prompt: str) -> None:
     """Compile everything that a stream runs. Two chunks of a discarded stream use every program."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     sys.stderr.write("compiling the blocks ...")
     sys.stderr.flush()
     session = StreamSession(model, prompt, settings)
     session.next_chunk()
     session.next_chunk()
-    sys.stderr.write(f" {time.perf_counter() - begun:.0f} s\n")
+    sys.stderr.write(f" {time.perf_counter() - started:.0f} s\n")
 
 
 def load_model(options: argparse.Namespace) -> StreamModel:

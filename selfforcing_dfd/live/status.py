@@ -44,13 +44,13 @@ class StatusLine:
         self._recent: deque[tuple[float, int]] = deque(maxlen=RECENT_CHUNKS + 1)
         self._num_chunks = 0
         self._num_frames = 0
-        self._begun = clock()
+        self._started = clock()
         self._paused_s = 0.0
         self._paused_at: float | None = None
         self._worst_ms = 0.0
         self._total_ms = 0.0
         self._line = ""
-        self._next_line = self._begun
+        self._next_line = self._started
 
     def update(
         self,
@@ -104,7 +104,7 @@ class StatusLine:
     def close(self) -> None:
         """End the line and write a summary, without the time of pauses."""
         self.resume()
-        wall_s = self._clock() - self._begun - self._paused_s
+        wall_s = self._clock() - self._started - self._paused_s
         self._line = ""
         self.say(self._summary(wall_s) if self._num_chunks else "no chunk was made")
 

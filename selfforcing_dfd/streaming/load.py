@@ -78,12 +78,12 @@ def load_stream_model(
     codec = TinyCodec.load(tiny_codec_file(path))
     weights = read_weights(path)
     check_tiny(describe(weights), codec)
-    place = find_device(device)
-    student = load_student(weights, place, recipe=recipe)
+    run_on = find_device(device)
+    student = load_student(weights, run_on, recipe=recipe)
     settled = student_recipe(student)
     return StreamModel(
         student=student,
-        codec=codec.to(place),
+        codec=codec.to(run_on),
         text=TinyPrompts(TinyText(student.config["text_dim"])),
         ladder=settled.sigmas,
         chunk_frames=settled.chunk_frames,
@@ -151,20 +151,20 @@ def load_wan_model(
     check_fit(student_facts.sizes, student_facts.data, folder)
     video_size = asked_size(size, student_facts.data)
     rows_columns = latent_size(video_size, WanCodec.strides, student_facts.sizes["patch_size"])
-    place = find_device(device)
-    vae_place = find_device(vae_device) if vae_device else place
-    kind = DTYPES.get(dtype) or default_dtype(place)
-    student = load_student(weights, place, kind, recipe=recipe)
+    run_on = find_device(device)
+    decode_on = find_device(vae_device) if vae_device else run_on
+    weights_dtype = DTYPES.get(dtype) or default_dtype(run_on)
+    student = load_student(weights, run_on, weights_dtype, recipe=recipe)
     settled = student_recipe(student)
-    on_gpu = vae_place.type == "cuda"
+    on_gpu = decode_on.type == "cuda"
     return StreamModel(
         student=student,
-        codec=WanCodec.from_pretrained(folder, vae_place, kind, channels_last=on_gpu),
-        text=WanText.cached(folder, text_cache(), place, kind),
+        codec=WanCodec.from_pretrained(folder, decode_on, weights_dtype, channels_last=on_gpu),
+        text=WanText.cached(folder, text_cache(), run_on, weights_dtype),
         ladder=settled.sigmas,
         chunk_frames=settled.chunk_frames,
         latent_size=rows_columns,
-        decode_device=vae_place,
+        decode_device=decode_on,
     )
 
 

@@ -60,16 +60,16 @@ def _missing_student(folder: Path, student: Path | None) -> list[tuple[str, str]
 
 def missing_files(folder: Path, part: str) -> list[str]:
     """Names of the files that a part of a folder lacks, its weights included."""
-    place = folder / part
+    where = folder / part
     names = [*PARTS.get(part, ("config.json",))]
-    missing = [name for name in names if not (place / name).is_file()]
+    missing = [name for name in names if not (where / name).is_file()]
     if part == "tokenizer":
         return missing
-    indices = sorted(place.glob("*.safetensors.index.json"))
+    indices = sorted(where.glob("*.safetensors.index.json"))
     if indices:
         shards = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
-        return missing + [name for name in shards if not (place / name).is_file()]
-    return missing if any(place.glob("*.safetensors")) else [*missing, "*.safetensors"]
+        return missing + [name for name in shards if not (where / name).is_file()]
+    return missing if any(where.glob("*.safetensors")) else [*missing, "*.safetensors"]
 
 
 def fetch_part(folder: Path, part: str) -> str:
@@ -83,9 +83,9 @@ def fetch_part(folder: Path, part: str) -> str:
 
 def fetch_student(folder: Path) -> str:
     """The command that downloads the published student, and how to name it."""
-    place = shlex.quote(str(folder))
+    quoted = shlex.quote(str(folder))
     return (
-        f"hf download {PUBLISHED_REPOSITORY} {PUBLISHED_STUDENT} --local-dir {place}\n"
+        f"hf download {PUBLISHED_REPOSITORY} {PUBLISHED_STUDENT} --local-dir {quoted}\n"
         f"    and name it: --weights {shlex.quote(str(folder / PUBLISHED_STUDENT))}"
     )
 

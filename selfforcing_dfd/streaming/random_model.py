@@ -35,13 +35,13 @@ def random_stream_model(
     """
     if size not in SIZES:
         raise LoadError(f"size is {size!r}; use one of {', '.join(SIZES)}")
-    place = find_device(device)
-    dtype = dtype or default_dtype(place)
+    run_on = find_device(device)
+    dtype = dtype or default_dtype(run_on)
     torch.manual_seed(seed)
-    with torch.device(place):
+    with torch.device(run_on):
         student = randomise(WanTransformer(**network_sizes(size)))
         nn.Module.to(student.requires_grad_(False), dtype)
-        codec, video_size = _codec(size, place, dtype)
+        codec, video_size = _codec(size, run_on, dtype)
     text_dim = student.config["text_dim"]
     return StreamModel(
         student=student,

@@ -225,13 +225,13 @@ class StreamSession:
 
     def next_chunk(self) -> StreamChunk:
         """The next chunk. On a GPU the host waits for the frames only; the commit pass goes on."""
-        begun = time.perf_counter()
+        started = time.perf_counter()
         with torch.inference_mode():
             copy = self._make_chunk()
         _, first_ready = copy.first()
         frames = copy.all()
-        total_ms = 1000 * (time.perf_counter() - begun)
-        first_ms = 1000 * (first_ready - begun)
+        total_ms = 1000 * (time.perf_counter() - started)
+        first_ms = 1000 * (first_ready - started)
         self.chunk_index += 1
         timings = Timings(total_ms, first_ms, self._clock.take())
         return StreamChunk(self.chunk_index - 1, frames, timings)

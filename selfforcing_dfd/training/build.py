@@ -135,9 +135,9 @@ def check_networks(networks: Mapping[str, WanTransformer]) -> None:
         for role, network in networks.items()
     }
     if len(set(shapes.values())) > 1:
-        told = "; ".join(f"{role} {shape}" for role, shape in shapes.items())
+        shown = "; ".join(f"{role} {shape}" for role, shape in shapes.items())
         raise ConfigError(
-            f"the networks see different data, (channels, text width): {told}; name weights of "
+            f"the networks see different data, (channels, text width): {shown}; name weights of "
             "models that share a VAE and a text encoder"
         )
 

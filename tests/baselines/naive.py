@@ -207,7 +207,7 @@ class NaiveSession:
 
     @torch.no_grad()
     def next_chunk(self) -> StreamChunk:
-        begun = time.perf_counter()
+        started = time.perf_counter()
         if self.chunk_index:
             commit_chunk(self._network, self.latents, self._conditioning, self._cache)
         past = self._cache.read(self.model.chunk_frames)
@@ -221,7 +221,7 @@ class NaiveSession:
         self.latents = x0
         _, first_ready = copy.first()
         frames = copy.all()
-        total, first = (1000 * (moment - begun) for moment in (time.perf_counter(), first_ready))
+        total, first = (1000 * (moment - started) for moment in (time.perf_counter(), first_ready))
         self.chunk_index += 1
         return StreamChunk(self.chunk_index - 1, frames, Timings(total, first, {}))
 
@@ -279,11 +279,11 @@ def compare_with_naive(
 
 def wall_ms(work: Callable[[], object], device: torch.device) -> float:
     """Time until the device is idle: a commit pass that goes on belongs to its own chunk."""
-    begun = time.perf_counter()
+    started = time.perf_counter()
     work()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-    return 1000 * (time.perf_counter() - begun)
+    return 1000 * (time.perf_counter() - started)
 
 
 def profiled_ms(

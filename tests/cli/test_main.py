@@ -95,9 +95,9 @@ def test_help_is_immediate(script):
     """Catches a heavy import at the top: torch alone takes seconds. The best of three counts."""
     times = []
     for _ in range(3):
-        begun = time.perf_counter()
+        started = time.perf_counter()
         done = start(*script, "--help")
-        times.append(time.perf_counter() - begun)
+        times.append(time.perf_counter() - started)
         assert done.returncode == 0, done.stderr
         assert "usage: selfforcing-dfd" in done.stdout
     assert min(times) < 1
@@ -163,7 +163,7 @@ def test_the_scripts_are_the_commands(capsys):
     ],
 )
 def test_a_wrong_command_line_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
-    """Catches argparse's page of usage, a traceback, and work begun before the mistake is found."""
+    """Catches argparse's page of usage, a traceback, and work started before the mistake is found."""
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == EXIT_USER_ERROR
     printed = capsys.readouterr().err

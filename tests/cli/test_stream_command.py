@@ -115,7 +115,7 @@ def test_a_clip_and_a_picture_come_first(tmp_path):
 def test_mistakes_are_explained_and_write_nothing(
     tmp_path, monkeypatch, capsys, arguments, message
 ):
-    """Catches a traceback, and an output file begun before the mistake was found."""
+    """Catches a traceback, and an output file started before the mistake was found."""
     monkeypatch.chdir(tmp_path)
     assert stream("--chunks", "1", *arguments) == 2
     assert message in capsys.readouterr().err
@@ -137,9 +137,9 @@ def test_ctrl_c_leaves_a_complete_file(tmp_path, number):
     process = start("--chunks", "inf", "--out", str(out))
     wait_for(lambda: out.exists() and out.stat().st_size > 20_000)
     process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=60)
     assert process.returncode == 0
-    assert "wrote" in said and "Traceback" not in said
+    assert "wrote" in printed and "Traceback" not in printed
     assert len(frames_of(out)) % 12 == 9
 
 
@@ -153,9 +153,9 @@ def test_a_reader_that_leaves_ends_the_stream(tmp_path):
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.read(9) == b"YUV4MPEG2"
     process.stdout.close()
-    said = process.stderr.read().decode()
+    printed = process.stderr.read().decode()
     assert process.wait(timeout=60) == 0
-    assert "the reader has gone" in said and "Traceback" not in said
+    assert "the reader has gone" in printed and "Traceback" not in printed
 
 
 def start(*arguments: str) -> subprocess.Popen[str]:

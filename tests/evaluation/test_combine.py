@@ -48,14 +48,14 @@ def test_combined_report_counts_seeds_and_shows_their_range(tmp_path: Path):
     """Catches a claim from one lucky seed."""
     table = combine(seeds(tmp_path, [1.0, 1.2, 1.5]), tmp_path / "all")
     saved = json.loads((tmp_path / "all" / "report.json").read_text())
-    said = {finding["name"]: finding for finding in saved["findings"]}
+    findings = {finding["name"]: finding for finding in saved["findings"]}
     assert (
         "arm helped in 2 of 3 seeds, made no clear difference in 1 of 3 seeds"
-        in said["arm"]["text"]
+        in findings["arm"]["text"]
     )
-    assert said["arm"]["outcome"] == ""
-    assert "grey harmed in every seed" in said["grey"]["text"]
-    assert said["grey"]["outcome"] == "harmed"
+    assert findings["arm"]["outcome"] == ""
+    assert "grey harmed in every seed" in findings["grey"]["text"]
+    assert findings["grey"]["outcome"] == "harmed"
     arm = next(one for one in saved["rows"] if one["name"] == "arm")
     assert arm["scores"]["kl_prior_sample"] == pytest.approx(
         {"value": 3.7 / 3, "low": 1.0, "high": 1.5, "n": 3}

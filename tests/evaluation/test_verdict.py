@@ -85,9 +85,9 @@ def test_verdict_says_one_sentence_for_each_arm_with_its_numbers():
     names = ("data", "teacher", "start", "control", "one", "two")
     rows = [row(name, **(USUAL if name in names[2:] else {})) for name in names]
     rows[4] = row("one", **USUAL | {"kl_prior_sample": (1.0, 0.1)})
-    said = verdict(rows)
-    assert "one helped: it covers the modes better, KL(prior || sample) 1.00 (control 1.50)" in said
-    assert "two made no clear difference" in said
+    text = verdict(rows)
+    assert "one helped: it covers the modes better, KL(prior || sample) 1.00 (control 1.50)" in text
+    assert "two made no clear difference" in text
     assert len(TINY.findings(rows)) == 2
 
 

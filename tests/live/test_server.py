@@ -238,11 +238,11 @@ def test_server_answers_while_it_computes(model):
     """Catches a computation on the event loop, which would stop all pages at once."""
     with serving(make_model(text=SlowText(12, 5))) as port, Tab(port) as tab:
         tab.send("start", prompt="a disc", seed=0)
-        begun = time.monotonic()
+        started = time.monotonic()
         assert num_sessions(port) == 1
-        assert time.monotonic() - begun < 0.8  # of the second that the text takes
+        assert time.monotonic() - started < 0.8  # of the second that the text takes
         tab.until("began")
-        assert time.monotonic() - begun > 0.8
+        assert time.monotonic() - started > 0.8
 
 
 def test_page_is_whole_and_needs_no_other_site(model):
@@ -270,13 +270,13 @@ def test_figures_are_those_of_the_stream(model):
     """Catches a rate of computing time alone, a mean of rates, and stages above the whole."""
     infos: list[dict[str, Any]] = []
     with serving(model, max_queue_chunks=1) as port, Tab(port) as tab:
-        begun = time.monotonic()
+        started = time.monotonic()
         tab.start()
         for _ in range(12):
             infos.append(tab.chunk(ack=False).info)
             time.sleep(0.05)
             tab.send("ack", chunk=infos[-1]["chunk"])
-        wall_s = time.monotonic() - begun
+        wall_s = time.monotonic() - started
     num_frames = [info["num_frames"] for info in infos]
     assert num_frames == [5] + [8] * 11
     assert infos[0]["fps"] is None

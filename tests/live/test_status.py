@@ -215,9 +215,9 @@ def test_cutting_takes_time_in_proportion():
 
     For this text that would take minutes, in each chunk.
     """
-    begun = time.perf_counter()
+    started = time.perf_counter()
     assert text_columns(fit("漢" * 100_000, 80)) <= 80
-    assert time.perf_counter() - begun < 5
+    assert time.perf_counter() - started < 5
 
 
 def test_resident_memory_follows_what_is_held():

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import CHUNK, LADDER, DataForcing, latents, tiny_batch
-from tiny_stages import CHUNKS, NOBODY, draw, gradients, matching_stage, rows_of, touched
+from tiny_stages import CHUNKS, NO_ROW, draw, gradients, matching_stage, rows_of, touched
 from torch import Tensor
 
 from selfforcing_dfd.context import Conditioning, KVCache
@@ -198,7 +198,7 @@ def test_exit_steps_cover_the_ladder():
     """Catches a student that is only ever trained at one step of its ladder."""
     stage = matching_stage()
     exits = {
-        stage.roll_out(tiny_batch(), draw(first=2 * n, update=2 * n), NOBODY).sigma_exit
+        stage.roll_out(tiny_batch(), draw(first=2 * n, update=2 * n), NO_ROW).sigma_exit
         for n in range(24)
     }
     assert exits == {(sigma,) * len(CHUNKS) for sigma in LADDER}
@@ -220,7 +220,7 @@ def test_logged_values_are_one_a_sample():
 def test_window_and_sink_reach_the_rollout():
     """Catches a student trained with the whole past and streamed with a window of it."""
     batch = tiny_batch()
-    narrow = matching_stage(window=2, sink=2).roll_out(batch, draw(), NOBODY)
-    wide = matching_stage().roll_out(batch, draw(), NOBODY)
+    narrow = matching_stage(window=2, sink=2).roll_out(batch, draw(), NO_ROW)
+    wide = matching_stage().roll_out(batch, draw(), NO_ROW)
     assert not torch.equal(narrow.x0, wide.x0)
     assert [len(context.chunks) for context in narrow.contexts] == [0, 1, 1]

@@ -316,7 +316,7 @@ def test_reset_is_a_new_session_and_restore_goes_back(model):
     session = StreamSession(model, "b", replace(settings, seed=2))
     frames(session, 5)
     session.reset("a", seed=1)
-    begun = frames(session, 3)
+    started = frames(session, 3)
     session.set_prompt("c")
     moment = session.snapshot()
     ahead = frames(session, 4)
@@ -324,8 +324,8 @@ def test_reset_is_a_new_session_and_restore_goes_back(model):
     frames(session, 2)
     session.restore(moment)
     assert torch.equal(frames(session, 4), ahead)
-    assert torch.equal(begun, fresh[: len(begun)])
-    assert not torch.equal(ahead[:8], fresh[len(begun) :][:8])
+    assert torch.equal(started, fresh[: len(started)])
+    assert not torch.equal(ahead[:8], fresh[len(started) :][:8])
 
 
 def test_restore_takes_the_decoder_back_too(model):

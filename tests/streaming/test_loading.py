@@ -113,10 +113,10 @@ def test_a_fake_score_is_no_student(export, tmp_path):
 
 def test_a_file_without_a_word_is_taken_for_what_it_is_named_as(export, tmp_path):
     """Catches single files refused for lack of a config: naming one as student says it is one."""
-    convert(export, tmp_path / "told.safetensors", "single-file")
-    told = load_student(tmp_path / "told.safetensors")
-    assert recipe_of(told.config) == RECIPE
-    with safe_open(tmp_path / "told.safetensors", "pt") as file:
+    convert(export, tmp_path / "loaded.safetensors", "single-file")
+    loaded = load_student(tmp_path / "loaded.safetensors")
+    assert recipe_of(loaded.config) == RECIPE
+    with safe_open(tmp_path / "loaded.safetensors", "pt") as file:
         config = {**json.loads(file.metadata()["config"]), "_class_name": "WanTransformer"}
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     bare = {key: value for key, value in config.items() if key not in ("role", "recipe")}
@@ -222,9 +222,9 @@ def test_the_command_line_streams_an_export(export, tmp_path, capsys):
     ]
     assert main(options) == 0
     assert out.read_bytes() == y4m(frames(load_wan_model(export, size=(HEIGHT, WIDTH))))
-    said = capsys.readouterr().err
-    assert f"{WIDTH} x {HEIGHT} pixels, float32" in said
-    assert "K = 12 latent frames (sink 3 + window 9" in said
+    printed = capsys.readouterr().err
+    assert f"{WIDTH} x {HEIGHT} pixels, float32" in printed
+    assert "K = 12 latent frames (sink 3 + window 9" in printed
 
 
 def test_the_command_line_takes_a_dtype(export, tmp_path, capsys):

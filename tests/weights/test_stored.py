@@ -52,7 +52,7 @@ def test_an_index_must_agree_with_its_shards(tmp_path):
     content = json.loads(index.read_text())
     first, second = sorted(set(content["weight_map"].values()))[:2]
     key = next(key for key, name in content["weight_map"].items() if name == first)
-    for change, said in (
+    for change, message in (
         ({key: second}, f"puts {key} into {second}, but it is in {first}"),
         (
             {"blocks.9.ffn.net.2.bias": first},
@@ -61,7 +61,7 @@ def test_an_index_must_agree_with_its_shards(tmp_path):
         ({key: f"../{first}"}, "not in its folder; do not trust"),
     ):
         index.write_text(json.dumps({"weight_map": content["weight_map"] | change}))
-        with pytest.raises(WeightsError, match=said):
+        with pytest.raises(WeightsError, match=message):
             read_weights(folder)
     index.write_text("<html>")
     with pytest.raises(WeightsError, match="is no index of shards"):
