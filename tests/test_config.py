@@ -47,7 +47,7 @@ def minimal(tmp_path: Path) -> str:
     "path", CONFIGS, ids=lambda path: str(path.relative_to(shipped("configs")))
 )
 def test_shipped_config_loads(path: Path) -> None:
-    """A renamed setting must not leave a shipped file behind; nobody runs all of them by hand."""
+    """Catches a shipped config with a setting that was renamed."""
     config = load_config(str(path.relative_to(shipped("configs"))))
     for overrides in config.arms.values():
         change(config, overrides)
@@ -55,7 +55,7 @@ def test_shipped_config_loads(path: Path) -> None:
 
 @pytest.mark.parametrize("path", STREAM_CONFIGS, ids=lambda path: path.stem)
 def test_shipped_stream_settings_load(path: Path) -> None:
-    """Likewise for what inference/stream.py takes."""
+    """Catches the same in the options of inference/stream.py."""
     load_settings(path.stem)
 
 
@@ -70,13 +70,13 @@ def test_round_trip(minimal: str, tmp_path: Path) -> None:
 
 
 def test_override_beats_file_beats_default(minimal: str) -> None:
-    """The order of precedence, which a wrong merge would turn round without an error."""
+    """Catches a merge in the wrong order of precedence, which gives no error."""
     config = load_config(minimal, ["run.stage=dfd"])
     assert (config.run.stage, config.run.name, config.run.seed) == ("dfd", "tried", 0)
 
 
 def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path) -> None:
-    """A recipe that says `base:` keeps what it does not mention."""
+    """Catches a recipe with `base:` that loses what it does not mention."""
     (tmp_path / "child.yaml").write_text("base: minimal.yaml\nrun: {seed: 7}\n")
     config = load_config(str(tmp_path / "child.yaml"))
     assert (config.run.seed, config.run.name, config.weights.teacher) == (
@@ -124,7 +124,7 @@ def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path)
     ],
 )
 def test_mistake_is_explained(minimal: str, override: str, message: str) -> None:
-    """One message a mistake: file, full path, what was got and what to write instead."""
+    """Catches a message without its file, full path, the value got or what to write."""
     with pytest.raises(ConfigError, match=message) as error:
         load_config(minimal, [override])
     assert "minimal.yaml" in str(error.value)
@@ -140,19 +140,19 @@ def test_assignment_needs_groups(minimal: str) -> None:
 
 
 def test_unknown_file_lists_the_known(tmp_path: Path) -> None:
-    """A typo in --config ends with the names that exist."""
+    """Catches a typo in --config that is refused without the names that exist."""
     with pytest.raises(ConfigError, match=r"no config file nowhere\.yaml.*dfd_ar\.yaml"):
         load_config("nowhere.yaml")
 
 
 def test_settings_are_frozen(minimal: str) -> None:
-    """A setting changed during a run would not be in the saved config."""
+    """Catches a setting changed during a run, which the saved config would not hold."""
     with pytest.raises(AttributeError):
         load_config(minimal).run.seed = 3  # type: ignore[misc]
 
 
 def test_change_keeps_the_rest(minimal: str) -> None:
-    """An arm differs from its comparison in what it names and in nothing else."""
+    """Catches an arm that differs from its comparison in more than it names."""
     config = load_config(minimal)
     before, after = as_dict(config), as_dict(change(config, ["run.name=arm"]))
     assert before.pop("run") | {"name": "arm"} == after.pop("run")
@@ -160,7 +160,7 @@ def test_change_keeps_the_rest(minimal: str) -> None:
 
 
 def test_assets_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shipped weights are named relative to the repository, whatever the working directory."""
+    """Catches shipped weights that are only found from one working directory."""
     monkeypatch.chdir(tmp_path)
     assert find_file("assets/tiny/codec.safetensors").is_file()
     assert find_file("mine.safetensors") == Path("mine.safetensors")

@@ -66,7 +66,7 @@ def test_no_window_keeps_everything_in_order():
 
 @pytest.mark.parametrize("sink", [1, 2, 4])
 def test_a_sink_that_cuts_a_chunk_is_refused(sink):
-    """Catches silent rounding: a sink of 1 frame would be none, and nobody would know."""
+    """Catches silent rounding: a sink of 1 frame would be none, without an error."""
     cache = KVCache(sink)
     with pytest.raises(ValueError, match=f"sink is {sink} .* chunk has 3 "):
         for start in (0, 3):

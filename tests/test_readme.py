@@ -174,7 +174,7 @@ def test_the_front_page_stays_a_page() -> None:
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, *OTHERS], ids=lambda path: path.name)
 def test_lines_are_short(document: Path) -> None:
-    """Catches prose that nobody can review; only rows of tables in docs/ may be longer."""
+    """Catches prose that is hard to review; only rows of tables in docs/ may be longer."""
     in_readme = document.name == "README.md"
     lines = read(document).splitlines()
     checked = [line for line in lines if in_readme or not line.startswith("|")]

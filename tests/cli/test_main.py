@@ -39,7 +39,7 @@ def start(*command: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"]])
 def test_help_lists_every_command_in_its_group(arguments, capsys):
-    """Catches a command that nobody can find."""
+    """Catches a command that --help does not show."""
     assert main(arguments) == 0
     printed = capsys.readouterr().out
     for group, commands in GROUPS.items():
@@ -163,7 +163,7 @@ def test_the_scripts_are_the_commands(capsys):
     ],
 )
 def test_a_wrong_command_line_is_one_line(arguments, message, capsys, tmp_path, monkeypatch):
-    """Catches argparse's page of usage, a traceback, and work started before the mistake is found."""
+    """Catches argparse's page of usage, a traceback, and work started before the check."""
     monkeypatch.chdir(tmp_path)
     assert main(arguments) == EXIT_USER_ERROR
     printed = capsys.readouterr().err

@@ -144,7 +144,7 @@ def test_ctrl_c_leaves_a_complete_file(tmp_path, number):
 
 
 def test_a_reader_that_leaves_ends_the_stream(tmp_path):
-    """Catches an endless stream that goes on for nobody, and BrokenPipeError on the screen."""
+    """Catches an endless stream without a reader, and BrokenPipeError on the screen."""
     process = subprocess.Popen(
         [sys.executable, str(SCRIPT), "--chunks", "inf", "--out", "-"],
         stdout=subprocess.PIPE,

@@ -135,7 +135,7 @@ def change_the_prompt(content: bytes) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [cut, empty, flip_a_bit, change_the_prompt])
-def test_a_damaged_entry_is_made_anew_with_a_warning(text, tmp_path, caplog, damage):
+def test_a_damaged_entry_is_made_again_with_a_warning(text, tmp_path, caplog, damage):
     """Catches a crash, or a silently wrong embedding, after a full disk or a bad one."""
     encoder = Counting(text)
     cached = CachedText(encoder, tmp_path)

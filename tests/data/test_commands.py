@@ -30,7 +30,7 @@ def test_clips_to_shards_to_verify(tmp_path: Path, capsys: pytest.CaptureFixture
 def test_a_fitted_basis_lies_beside_the_shards_and_decodes_them(
     clips: Path, tmp_path: Path
 ) -> None:
-    """Would catch shards that cannot be decoded, and a basis that was fitted and then not used.
+    """Catches shards that cannot be decoded, and a basis that was fitted and then not used.
 
     Tolerance: the fitted basis gives 38 dB on this clip, a random orthonormal one 19.
     """
@@ -76,7 +76,7 @@ def test_verify_reports_a_changed_shard(
 def test_refused_clips_are_printed(
     own_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Would catch a summary that only counts."""
+    """Catches a summary that only counts."""
     (own_clips / "000001.txt").unlink()
     main(
         [
@@ -115,7 +115,7 @@ def test_mistakes_end_in_one_message_and_a_failure(
     arguments: list[str],
     message: str,
 ) -> None:
-    """Would catch a traceback in place of what to do."""
+    """Catches a traceback in place of what to do."""
     assert (
         main(
             [
@@ -138,6 +138,6 @@ def test_mistakes_end_in_one_message_and_a_failure(
 
 @pytest.mark.parametrize("size", ["64", "64x", "axb", "64x64x3"])
 def test_a_malformed_size_is_explained(capsys: pytest.CaptureFixture[str], size: str) -> None:
-    """Would catch argparse's own words, which name a private function."""
+    """Catches argparse's own words, which name a private function."""
     assert main(["pack", "clips", "--codec", "tiny", "--size", size]) == 2
     assert f"'{size}', want HEIGHTxWIDTH such as 480x832" in capsys.readouterr().err

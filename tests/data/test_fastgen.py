@@ -79,7 +79,7 @@ def test_samples_of_one_prompt_share_a_caption_without_captions(tmp_path: Path) 
     assert reader.caption_ids == [0, 1, 0]
 
 
-def test_captions_can_be_encoded_anew(tmp_path: Path) -> None:
+def test_captions_can_be_encoded_again(tmp_path: Path) -> None:
     """Catches stored embeddings of one encoder beside those of another."""
     samples = [sample(0, txt=b"a disc"), sample(1)]
     reader = import_fastgen(

@@ -36,7 +36,7 @@ def test_the_negative_prompt_comes_back(
 
 
 def test_no_negative_prompt_is_none(packed: Path) -> None:
-    """Catches a file that is read although nobody packed it."""
+    """Catches a file that is read although it was not packed."""
     assert ShardReader(packed).negative is None
 
 

@@ -11,7 +11,7 @@ from selfforcing_dfd.live.prompts import ChunkClock, PromptError, PromptSchedule
 
 
 def test_schedule_gives_each_prompt_at_its_chunk_only():
-    """Catches a prompt that is set anew at every chunk, which would clear the past each time."""
+    """Catches a prompt that is set again at every chunk, which would clear the past each time."""
     schedule = PromptSchedule.parse(
         "# the story\n0: a disc moves\n\n  4:  a square: it moves  \n", fps=16
     )

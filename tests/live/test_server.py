@@ -160,7 +160,7 @@ def test_pause_stops_and_resume_goes_on(model):
     assert [chunk.frames for chunk in chunks] == alone(model, "a disc", 0, 3)
 
 
-def test_reset_begins_anew_with_the_new_seed_and_prompt(model):
+def test_reset_starts_again_with_the_new_seed_and_prompt(model):
     """Catches remains of the old stream in the new one, and its acknowledgements in the new one."""
     with serving(model, max_queue_chunks=1) as port, Tab(port).start() as tab:
         tab.chunk()

@@ -14,7 +14,7 @@ PATIENCE_S = 60.0
 
 
 def test_piped_lines_change_and_end_the_stream(tmp_path, monkeypatch):
-    """Catches lines of a pipe that nobody reads, and `ok` to a prompt that the model refuses."""
+    """Catches lines of a pipe that are not read, and `ok` to a prompt that the model refuses."""
     read_end, write_end = os.pipe()
     said = io.StringIO()
     monkeypatch.setattr(sys, "stdin", os.fdopen(read_end))

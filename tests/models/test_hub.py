@@ -42,7 +42,7 @@ def network(**sizes: Any) -> Any:
 
 
 def flow(model: Any) -> torch.Tensor:
-    """float32 output for fixed input; text is prepared anew, so that adapters of its keys count."""
+    """float32 output for fixed input. Text is prepared again, as adapters change its keys."""
     text = conditioning(dtype=torch.float32)
     return model(latents("x", dtype=torch.float32), 0.7, text).flow
 

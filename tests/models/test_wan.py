@@ -83,7 +83,7 @@ def test_folders_saved_by_diffusers_load(tmp_path):
 
 
 def test_folders_saved_here_load_in_diffusers(tmp_path):
-    """Catches exports that nobody else can read."""
+    """Catches exports that other programs cannot read."""
     ours = tiny_network(dtype=torch.float32)
     ours.save_pretrained(tmp_path)
     twin = WanTransformer3DModel.from_pretrained(tmp_path)

@@ -218,7 +218,7 @@ def after_change(
     )[0]
 
 
-def test_recache_is_the_past_told_anew(model):
+def test_recache_is_the_past_under_the_new_prompt(model):
     """Catches chunks recached out of order, under the old prompt, or with the wrong context.
 
     The sink (one chunk) and two chunks of the window are visible. Moving the sink along makes their

@@ -59,7 +59,7 @@ def test_the_world_is_a_torus() -> None:
 
 @pytest.mark.parametrize("direction", range(4))
 def test_shapes_move_where_their_direction_says(direction: int) -> None:
-    """Rendering frame t is rolling frame 0, y pointing down. Would catch swapped axes and signs."""
+    """Catches swapped axes and signs: frame t is frame 0 rolled, with y pointing down."""
     factors = world.draw_factors(3, generator(0, "test direction"))
     fast = torch.full_like(factors.speed, 2)
     factors = dataclasses.replace(factors, direction=torch.full_like(fast, direction), speed=fast)
@@ -82,7 +82,7 @@ def test_a_clip_does_not_depend_on_the_others_in_its_batch() -> None:
 
 @pytest.mark.parametrize("detail", ["short", "medium", "long"])
 def test_captions_parse_back(clips: Clips, detail: world.Detail) -> None:
-    """A caption names exactly the factors of its detail, with the clip's values."""
+    """Catches a caption that names other factors than those of its detail, or wrong values."""
     named = {"short": {"shape"}, "medium": {"shape", "hue"}, "long": set(NAMES)}[detail]
     parsed = [world.parse_caption(caption) for caption in world.captions(clips.factors, detail)]
     values = {name: getattr(clips.factors, name).tolist() for name in named}

@@ -186,7 +186,7 @@ def test_plain_values_come_back_exactly(tmp_path: Path) -> None:
 
 
 def test_it_says_where_it_came_from(tmp_path: Path) -> None:
-    """Catches a checkpoint of which nobody can tell which config, model and libraries made it."""
+    """Catches a checkpoint that does not name its config, model and libraries."""
     config = {"run": {"seed": 3}, "optim": {"betas": (0.0, 0.999)}}
     manager = CheckpointManager(
         tmp_path, config=config, models={"teacher": model_fingerprint(make_network("t", 4))}

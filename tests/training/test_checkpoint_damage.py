@@ -48,7 +48,7 @@ def test_a_damaged_checkpoint_is_passed_over(
 def test_flipped_bits_are_found_on_load(tmp_path: Path) -> None:
     """Catches a disk that changes content but not size.
 
-    Training would go on from weights nobody computed.
+    Training would go on from weights that no training made.
     """
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, small_state(1))
@@ -114,7 +114,7 @@ def test_a_checkpoint_of_another_model_is_explained_and_changes_nothing(tmp_path
 def test_every_kind_of_mismatch_is_named(
     tmp_path: Path, change: dict[str, Tensor], message: str
 ) -> None:
-    """Catches a check of common keys only: DCP casts dtypes and ignores what nobody asked for."""
+    """Catches a check of common keys only: DCP casts dtypes and ignores other keys."""
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, small_state(1))
     with pytest.raises(CheckpointError, match=message):

@@ -30,7 +30,7 @@ def test_without_a_fake_score_every_turn_is_the_students() -> None:
 def test_resuming_anywhere_in_a_cycle_continues_it(stop: int) -> None:
     """Catches a turn kept outside the state (a loop variable).
 
-    Resumed runs would start the cycle anew.
+    Resumed runs would start the cycle again.
     """
     whole = run_turns(Clock(), 5, 12)
     before = Clock()

@@ -70,7 +70,7 @@ def test_several_processes_are_refused_in_one_line(world: Path, tmp_path: Path) 
 def test_a_launcher_of_one_process_is_welcome(
     monkeypatch: pytest.MonkeyPatch, num_processes: str
 ) -> None:
-    """Catches a refusal of `torchrun --nproc_per_node 1`, which harms nobody."""
+    """Catches a refusal of `torchrun --nproc_per_node 1`, which does no harm."""
     monkeypatch.setenv("WORLD_SIZE", num_processes)
     refuse_many_processes()
 

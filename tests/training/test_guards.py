@@ -74,7 +74,7 @@ def test_stop_ends_the_run() -> None:
 
 
 def test_pictures_show_both_sides_frame_by_frame() -> None:
-    """Catches pictures of one side only, with axes mixed up, or of latents that nobody can see."""
+    """Catches pictures of one side only, with axes mixed up, or of latents, which show nothing."""
     pictures = Guards(identity, 0.3).pictures(REAL * 0, REAL)
     assert not pictures["samples"].any()
     height, width = REAL.shape[2:4]

@@ -133,7 +133,7 @@ def test_gpus_share_the_memory() -> None:
 
 
 def test_shards_that_are_there_are_measured_not_assumed(nowhere: Path) -> None:
-    """Catches the default size of clips, or of text, taken for that of the data at hand."""
+    """Catches the default size of clips, or of text, taken for that of the given data."""
     make_tiny_shards(
         nowhere / "data" / "tiny-dfd", 4, 0, "short", 9, shipped("assets/tiny/codec.safetensors")
     )
@@ -182,7 +182,7 @@ def test_sum_over_the_recipes_that_come_before() -> None:
 
 
 def test_unknown_sizes_are_said_to_be_unknown() -> None:
-    """Catches a cost of invented sizes for weights that nobody has seen."""
+    """Catches a cost of invented sizes for weights that are missing."""
     text = table(load_config("dfd_ar.yaml", ["weights.student=mine.safetensors"]))
     assert "student unknown until it is there" in text
     assert "cost        unknown until the weights are there" in text

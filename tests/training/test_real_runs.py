@@ -199,7 +199,7 @@ def test_a_run_in_bfloat16_keeps_float32_weights(settings: Settings, stage: str)
 
 
 def test_gradients_do_not_outlive_their_step(settings: Settings) -> None:
-    """Catches both networks' gradients in memory at once: 5.7 GB at 1.3B that nobody reads."""
+    """Catches both networks' gradients in memory at once: 5.7 GB at 1.3B without use."""
     trainer = build_trainer(settings("run.student_updates=1"))
     trainer.run()
     assert all(

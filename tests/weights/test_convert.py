@@ -161,7 +161,7 @@ def test_a_student_stays_one_with_its_recipe(to, tmp_path):
     assert recipe_of(found.config) == RECIPE
 
 
-def test_a_role_that_nobody_tells_is_not_made_up(tmp_path):
+def test_an_unknown_role_is_not_made_up(tmp_path):
     """Catches a bare state dict that gets a role, and a role that contradicts the source."""
     torch.save(wan_state(), tmp_path / "raw.pt")
     for to in ("self-forcing", "single-file"):

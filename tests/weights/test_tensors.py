@@ -28,7 +28,7 @@ def assert_same(got: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
 
 
 def test_weights_survive_the_file_bit_for_bit(tmp_path: Path) -> None:
-    """Catches a cast nobody asked for, lost metadata, and a temporary file left behind."""
+    """Catches an unwanted cast, lost metadata, and a temporary file left behind."""
     model = make_model()
     save_weights(tmp_path / "new" / "student.safetensors", model, {"student_updates": "40"})
     with safe_open(tmp_path / "new" / "student.safetensors", framework="pt") as file:
