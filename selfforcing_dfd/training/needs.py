@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 from omegaconf import OmegaConf
@@ -125,17 +126,27 @@ def how_to_make_shards(config: Config, prompts_do: bool, is_wan: bool) -> Iterat
         yield f"               {COMMAND} import {DFD_FOLDER}{models} {out}"
 
 
-def shipped_configs() -> Iterator[tuple[str, dict[str, dict[str, str]]]]:
-    """Name and own settings of every shipped training config."""
-    for path in sorted((shipped("configs")).rglob("*.yaml")):
+@cache
+def shipped_configs() -> dict[str, dict[str, dict[str, str]]]:
+    """Own settings of every shipped config, by its name. Cached, do not modify."""
+    configs = shipped("configs")
+    found = {}
+    for path in sorted(configs.rglob("*.yaml")):
         own = OmegaConf.to_container(OmegaConf.load(path))
         if isinstance(own, dict):
-            yield path.relative_to(shipped("configs")).as_posix(), own  # type: ignore[misc]
+            found[path.relative_to(configs).as_posix()] = own
+    return found  # type: ignore[return-value]
+
+
+@cache
+def shipped_config(name: str) -> Config:
+    """A shipped config, loaded once."""
+    return load_config(name)
 
 
 def maker_of_run(folder: str) -> str:
     """The shipped config whose run writes this folder; empty for none."""
-    for name, own in shipped_configs():
+    for name, own in shipped_configs().items():
         run = own.get("run") or {}
         if f"{run.get('out', 'runs')}/{run.get('name', '')}" == folder:
             return name
@@ -144,7 +155,7 @@ def maker_of_run(folder: str) -> str:
 
 def maker_of_shards(folder: str) -> str:
     """The shipped config of stage pairs that writes this folder; empty for none."""
-    for name, own in shipped_configs():
+    for name, own in shipped_configs().items():
         if (own.get("pairs") or {}).get("out", "") == folder:
             return name
     return ""
@@ -158,7 +169,7 @@ def chain_of(config: Config) -> dict[str, Config]:
         if start.path and not find_file(start.path).exists():
             names.append(maker_of_run(str(Path(start.path).parent)))
     for name in filter(None, names):
-        maker = load_config(name)
+        maker = shipped_config(name)
         if maker.run.name != config.run.name:
             chain = {**chain, **chain_of(maker), name: maker}
     return chain

@@ -34,6 +34,7 @@ UMT5_WIDTH = 4096
 TERA = 1e12
 GIGA = 1e9
 LONG_RUN_HOURS = 24 * 30
+TIMED_FLOPS = 10**9  # of one product, so that timing five takes no time on any machine
 
 
 def plan(config: Config) -> str:
@@ -218,7 +219,9 @@ def measured_flops_per_second(estimate: Estimate) -> float:
     size: NetworkConfig = next(iter(estimate.sizes.values()))
     device = find_device(estimate.config.run.device, "run.device")
     dim = size.num_heads * size.head_dim
-    tokens = min(estimate.clip.tokens * estimate.config.batch.micro, 2048)
+    flops_per_token = 2 * dim * size.ffn_dim
+    most = max(TIMED_FLOPS // flops_per_token, 1)
+    tokens = min(estimate.clip.tokens * estimate.config.batch.micro, most)
     x = torch.ones(tokens, dim, device=device)
     weight = torch.ones(dim, size.ffn_dim, device=device)
     times = []
@@ -226,7 +229,7 @@ def measured_flops_per_second(estimate: Estimate) -> float:
         start = time.perf_counter()
         float((x @ weight)[0, 0])  # waits for the device
         times.append(time.perf_counter() - start)
-    return 2 * tokens * dim * size.ffn_dim / min(times)
+    return tokens * flops_per_token / min(times)
 
 
 def describe_sum(config: Config, runs: list[Config]) -> Iterator[str]:

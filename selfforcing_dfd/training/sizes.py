@@ -8,9 +8,9 @@ from typing import Any
 
 from selfforcing_dfd.config import Config, NetworkConfig, find_file
 from selfforcing_dfd.models.sizes import PUBLISHED_SIZES
-from selfforcing_dfd.stages import load_config, stage_of
+from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.base import Start
-from selfforcing_dfd.training.needs import is_published, maker_of_run
+from selfforcing_dfd.training.needs import is_published, maker_of_run, shipped_config
 from selfforcing_dfd.weights.read import describe
 
 
@@ -38,7 +38,7 @@ def size_of(config: Config, start: Start) -> NetworkConfig | None:
     maker = maker_of_run(str(Path(start.path).parent))
     if not maker:
         return None
-    recipe = load_config(maker)
+    recipe = shipped_config(maker)
     return size_of(recipe, stage_of(recipe).starts(recipe)["student"])
 
 
