@@ -79,6 +79,7 @@ class ModelConfig:
     # bfloat16: trained weights stay float32, training/precision.py
     compute: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "sdpa", "fa2", "fa3", "fa4"] = "auto"  # kernel in bfloat16
+    compile: bool = False  # the blocks, attention excepted; the first updates take longer
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -191,7 +192,7 @@ class TinyDataConfig:
 
     clips: int = ranged(0, 0, 10 * MILLION)
     seed: int = ranged(0, 0, 2**63 - 1)
-    level: Literal["short", "medium", "long"] = "short"
+    level: Literal["short", "medium", "long", "mixed"] = "short"
     # steps of the teacher's ODE that finds each clip's noise; 0 finds none
     noise_steps: int = ranged(0, 0, 10_000)
 

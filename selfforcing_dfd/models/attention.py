@@ -23,6 +23,7 @@ from selfforcing_dfd.common import UserError
 log = logging.getLogger(__name__)
 
 AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
+HALF = (torch.bfloat16, torch.float16)
 HUB_PACKAGE = "kernels"  # Hugging Face's loader of prebuilt kernels
 CUDA_ORDER = [
     # on Hopper about twice the rate of the flash kernel that comes with torch
@@ -73,6 +74,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q: [B, Lq, heads, head_dim]; k, v: [B, Lk, heads, head_dim] -> like q.
     """
+    if q.device.type == "cpu" and torch.is_grad_enabled() and q.dtype in HALF:
+        # SDPA's backward pass on a CPU takes 8 times as long in bfloat16 as in float32
+        return attend(q.float(), k.float(), v.float()).type_as(q)
     heads_first = scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     )

@@ -11,7 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import imageio.v2 as imageio
 import torch
@@ -20,8 +20,10 @@ from torch import Tensor
 from selfforcing_dfd import rng
 from selfforcing_dfd.common import atomic_file
 
-Detail = Literal["short", "medium", "long"]
-"""How much a caption says: the shape; also the hue; all but saturation and position."""
+Detail = Literal["short", "medium", "long", "mixed"]
+"""How much a caption says: the shape; also the hue; all but saturation and position; or each of
+these in turn, clip by clip.
+"""
 
 SIDE = 64  # pixels; the torus is SIDE x SIDE
 FPS = 16
@@ -185,14 +187,21 @@ def render(factors: Factors, num_frames: int = 33) -> Tensor:
 
 def captions(factors: Factors, detail: Detail) -> list[str]:
     """What the clips show, in words, with as much detail as asked for."""
-    if detail not in _TEMPLATES:
-        raise ValueError(f"caption detail is {detail!r}, want one of {', '.join(_TEMPLATES)}")
+    if detail not in get_args(Detail):
+        names = ", ".join(get_args(Detail))
+        raise ValueError(f"caption detail is {detail!r}, want one of {names}")
     indices = {name: getattr(factors, name).tolist() for name in _NAMES}
     written = []
     for clip in range(len(factors)):
         words = {name: names[indices[name][clip]] for name, names in _NAMES.items()}
-        written.append(_TEMPLATES[detail].format(**words))
+        written.append(_TEMPLATES[detail_of(clip, detail)].format(**words))
     return written
+
+
+def detail_of(clip: int, detail: Detail) -> Detail:
+    """How much the caption of clip number `clip` says."""
+    in_turn: tuple[Detail, ...] = ("short", "medium", "long")
+    return in_turn[clip % len(in_turn)] if detail == "mixed" else detail
 
 
 def parse_caption(text: str) -> dict[str, int]:
@@ -222,7 +231,8 @@ def write_clips(
     for clip in range(num_clips):
         factors = draw_factors(1, rng.generator(seed, "tiny clip", clip))
         path = folder / f"{clip:06d}.mp4"
-        path.with_suffix(".txt").write_text(captions(factors, detail)[0] + "\n", encoding="utf-8")
+        caption = captions(factors, detail_of(clip, detail))[0]
+        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
         _write_mp4(path, (render(factors, num_frames)[0] * 255).round().to(torch.uint8))
         paths.append(path)
     return paths

@@ -79,6 +79,8 @@ def load_frozen(config: Config, start: Start, device: torch.device | str = "cpu"
     network = load_start(start, device, DTYPES[compute])
     if compute != "float32":
         network.set_attention(config.model.attention)
+    if config.model.compile:
+        network.compile_blocks()
     return network.requires_grad_(False)
 
 
@@ -92,6 +94,8 @@ def train_in(config: ModelConfig, network: WanTransformer) -> WanTransformer:
         with parameters_in(network, {network.patch_embedding.weight}, dtype):
             network.set_attention(config.attention)
         compute_in(network, dtype)
+    if config.compile:
+        network.compile_blocks()
     return network
 
 
