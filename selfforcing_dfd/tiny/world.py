@@ -217,6 +217,12 @@ def parse_caption(text: str) -> dict[str, int]:
     return named
 
 
+def clip_number(clip: int, seed: int, detail: Detail) -> tuple[Factors, str]:
+    """Clip number `clip` of a data set, and its caption; a function of these arguments alone."""
+    factors = draw_factors(1, rng.generator(seed, "tiny clip", clip))
+    return factors, captions(factors, detail_of(clip, detail))[0]
+
+
 def write_clips(
     folder: Path | str, num_clips: int, seed: int, detail: Detail = "short", num_frames: int = 33
 ) -> list[Path]:
@@ -229,9 +235,8 @@ def write_clips(
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for clip in range(num_clips):
-        factors = draw_factors(1, rng.generator(seed, "tiny clip", clip))
+        factors, caption = clip_number(clip, seed, detail)
         path = folder / f"{clip:06d}.mp4"
-        caption = captions(factors, detail_of(clip, detail))[0]
         path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
         _write_mp4(path, (render(factors, num_frames)[0] * 255).round().to(torch.uint8))
         paths.append(path)

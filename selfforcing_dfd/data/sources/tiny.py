@@ -1,16 +1,50 @@
-"""The tiny world as a data set: rendered to mp4 clips with captions, then packed like any clips."""
+"""The tiny world as a data set: clips are drawn when they are packed, and never lie on disk."""
 
 from __future__ import annotations
 
-import tempfile
+from functools import cached_property
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.sources.files import FileSource
+from selfforcing_dfd.data.source import Item, Source
 from selfforcing_dfd.tiny.codec import FINGERPRINT, TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
-from selfforcing_dfd.tiny.world import SIDE, Detail, write_clips
+from selfforcing_dfd.tiny.world import SIDE, Detail, clip_number, render
+
+
+class TinySource(Source):
+    """Fresh clips; clip i depends on the seed and i alone. detail: how much captions say."""
+
+    def __init__(self, num_clips: int, seed: int, detail: Detail, num_video_frames: int) -> None:
+        self.num_clips = num_clips
+        self.seed = seed
+        self.detail = detail
+        self.num_video_frames = num_video_frames
+
+    @property
+    def title(self) -> str:
+        return f"tiny world, seed {self.seed}"
+
+    @cached_property
+    def names(self) -> list[str]:
+        return [f"{number:06d}" for number in range(self.num_clips)]
+
+    @property
+    def about(self) -> dict[str, Any]:
+        return {"num_clips": self.num_clips, "seed": self.seed, "captions": self.detail}
+
+    @property
+    def video_shape(self) -> tuple[int, int, int]:
+        return self.num_video_frames, SIDE, SIDE
+
+    def read(self, number: int) -> Item:
+        factors, caption = clip_number(number, self.seed, self.detail)
+        video = render(factors, self.num_video_frames)[0]
+        return Item(caption, (video * 255).round().to(torch.uint8))
 
 
 def make_tiny_shards(
@@ -21,11 +55,9 @@ def make_tiny_shards(
     detail: how much the captions say. basis: the tiny codec's file.
     """
     num_video_frames = 1 + TIME * (num_latent_frames - 1)
-    with tempfile.TemporaryDirectory() as clips:
-        write_clips(clips, num_clips, seed, detail, num_video_frames)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        source = FileSource(clips, num_video_frames, (SIDE, SIDE))
-        pack(source, folder, TinyCodec.load(basis), TinyText())
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    source = TinySource(num_clips, seed, detail, num_video_frames)
+    pack(source, folder, TinyCodec.load(basis), TinyText())
 
 
 def holds_tiny_world(shards: Path | str) -> bool:
