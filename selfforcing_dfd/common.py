@@ -25,6 +25,9 @@ EXIT_INTERRUPTED = 130
 PACKAGE = Path(__file__).resolve().parent
 PRESETS = PACKAGE / "presets"  # only in an installed package; see pyproject.toml
 
+PARTIAL = ".tmp-"  # how the name of a folder that is being written or deleted begins
+REPLACED = ".old-"  # how that of the folder before it begins; see `replace_folder`
+
 M_TRIM_THRESHOLD = -1  # a name of glibc's mallopt
 M_MMAP_THRESHOLD = -3  # another one
 KEEP_BYTES = 32 << 20  # the largest that glibc accepts for mmap
@@ -126,7 +129,7 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
     what was written.
     """
     path = Path(path)
-    partial = path.with_name(f".tmp-{path.name}")
+    partial = partial_of(path)
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
@@ -136,6 +139,11 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         shutil.rmtree(partial, ignore_errors=True)
 
 
+def partial_of(path: Path) -> Path:
+    """Where a folder is written, or deleted, beside its place: a leftover has this name."""
+    return path.with_name(f"{PARTIAL}{path.name}")
+
+
 def replace_folder(partial: Path, path: Path) -> None:
     """Rename the complete folder `partial` to `path`, in place of what was there.
 
@@ -143,7 +151,7 @@ def replace_folder(partial: Path, path: Path) -> None:
     `path` exists at every moment. Elsewhere a kill between two renames leaves what was there as
     `.old-NAME`, and the next call puts it back before it goes on.
     """
-    replaced = path.with_name(f".old-{path.name}")
+    replaced = path.with_name(f"{REPLACED}{path.name}")
     if replaced.exists() and not path.exists():
         replaced.rename(path)
     shutil.rmtree(replaced, ignore_errors=True)
@@ -162,6 +170,13 @@ def replace_folder(partial: Path, path: Path) -> None:
             raise
     sync(path.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder; a kill leaves the whole of it, or a leftover under another name."""
+    leftover = partial_of(path)
+    shutil.rmtree(leftover, ignore_errors=True)
+    shutil.rmtree(path.rename(leftover))
 
 
 def exchange(one: Path, other: Path) -> bool:

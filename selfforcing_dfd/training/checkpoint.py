@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from selfforcing_dfd import __version__
-from selfforcing_dfd.common import sync
+from selfforcing_dfd.common import PARTIAL, REPLACED, partial_of, remove_folder, replace_folder
 from selfforcing_dfd.training.compare import describe, differences, listed
 from selfforcing_dfd.training.ranks import gather_entries, on_first_rank
 from selfforcing_dfd.training.same_run import config_fingerprint
@@ -46,8 +46,7 @@ from selfforcing_dfd.weights.tensors import model_fingerprint
 
 logger = logging.getLogger(__name__)
 
-TEMPORARY = ".tmp-"
-NAME = re.compile(r"student_update=(\d{6,})(\.replaced)?")
+NAME = re.compile(rf"({re.escape(REPLACED)})?student_update=\d{{6,}}")
 LIBRARIES = ("torch", "numpy", "diffusers", "accelerate", "safetensors")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -86,11 +85,11 @@ class CheckpointManager:
         _gather(_fingerprints(tensors))
         sizes = _gather({key: tensor.nbytes for key, tensor in tensors.items()})
         path = self.folder / f"student_update={student_update:06d}"
-        temporary = path.with_name(TEMPORARY + path.name)
-        with _cleaned_up(temporary):
-            on_first_rank(lambda: self._make_room(temporary))
-            save_tensors(temporary, tensors, sizes)
-            on_first_rank(lambda: self._publish(temporary, path, values))
+        partial = partial_of(path)
+        with _cleaned_up(partial):
+            on_first_rank(lambda: self._make_room(partial))
+            save_tensors(partial, tensors, sizes)
+            on_first_rank(lambda: self._publish(partial, path, values))
         return path
 
     def latest(self) -> Path | None:
@@ -144,32 +143,21 @@ class CheckpointManager:
         """Oldest first. One that is just being replaced comes before the one that replaces it."""
         paths = self.folder.iterdir() if self.folder.is_dir() else ()
         found = [path for path in paths if NAME.fullmatch(path.name)]
-        return sorted(found, key=lambda path: (_student_update(path), not path.suffix))
+        return sorted(found, key=lambda path: (_student_update(path), not _is_replaced(path)))
 
-    def _make_room(self, temporary: Path) -> None:
+    def _make_room(self, partial: Path) -> None:
         """Remove what dead saves left behind and start this one."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(f"{TEMPORARY}student_update=*"):
+        for leftover in self.folder.glob(f"{PARTIAL}*student_update=*"):
             _remove(leftover)
-        temporary.mkdir()
+        partial.mkdir()
 
-    def _publish(self, temporary: Path, path: Path, values: State) -> None:
-        """Complete the checkpoint with meta.json and give it its name, then drop the oldest.
-
-        One that has the name already is renamed first, to a name that `latest` knows too: at every
-        moment a whole one can be found.
-        """
+    def _publish(self, partial: Path, path: Path, values: State) -> None:
+        """Complete the checkpoint with meta.json and give it its name, then drop the oldest."""
         meta = self._describe(_student_update(path), values)
-        meta["files"] = describe_files(sorted(temporary.iterdir()))
-        (temporary / META_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
-        sync(temporary / META_FILE)
-        sync(temporary)
-        if path.exists():
-            aside = path.with_suffix(".replaced")
-            self._discard(aside)
-            path.rename(aside)
-        temporary.rename(path)
-        sync(self.folder)
+        meta["files"] = describe_files(sorted(partial.iterdir()))
+        (partial / META_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        replace_folder(partial, path)
         self._drop_oldest()
 
     def _describe(self, student_update: int, values: State) -> dict[str, Any]:
@@ -185,16 +173,11 @@ class CheckpointManager:
         }
 
     def _drop_oldest(self) -> None:
-        whole = [path for path in self._all() if not path.suffix and damage(path) is None]
+        whole = [path for path in self._all() if not _is_replaced(path) and damage(path) is None]
         first_kept = _student_update(whole[-self.keep :][0])
         for path in self._all():
-            if path.suffix or _student_update(path) < first_kept:
-                self._discard(path)
-
-    def _discard(self, path: Path) -> None:
-        """Delete a checkpoint; a kill in between leaves a leftover, never half a checkpoint."""
-        if path.exists():
-            shutil.rmtree(path.rename(path.with_name(f"{TEMPORARY}{path.name}.discarded")))
+            if _is_replaced(path) or _student_update(path) < first_kept:
+                remove_folder(path)
 
 
 def _remove(path: Path) -> None:
@@ -206,7 +189,12 @@ def _remove(path: Path) -> None:
 
 
 def _student_update(path: Path) -> int:
-    return int(path.stem.removeprefix("student_update="))
+    return int(path.name.rpartition("=")[2])
+
+
+def _is_replaced(path: Path) -> bool:
+    """Whether a kill left this while another of its number took its place; see `common`."""
+    return path.name.startswith(REPLACED)
 
 
 def _fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
@@ -266,7 +254,7 @@ def _check_layout(path: Path, stored: Mapping[str, str], wanted: Mapping[str, st
 
 
 @contextmanager
-def _cleaned_up(temporary: Path) -> Iterator[None]:
+def _cleaned_up(partial: Path) -> Iterator[None]:
     """Whatever stops a save, the disk gets its space back.
 
     A failure to write becomes a CheckpointError.
@@ -274,13 +262,13 @@ def _cleaned_up(temporary: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         cause: BaseException = error
         if isinstance(error, CheckpointException):
             cause = next(iter(error.failures.values()))[0]
         if not isinstance(cause, Exception) or isinstance(cause, CheckpointError):
             raise cause from None
-        raise CheckpointError(_explain(cause, temporary.parent)) from error
+        raise CheckpointError(_explain(cause, partial.parent)) from error
 
 
 def _explain(cause: BaseException, folder: Path) -> str:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from selfforcing_dfd import rng
+from selfforcing_dfd import common, rng
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock
 from selfforcing_dfd.training.ema import EMA
@@ -244,7 +244,7 @@ def test_killed_while_replacing_the_old_one_is_found(tmp_path: Path) -> None:
     """Catches the moment between two renames, at which the newest checkpoint has no name."""
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, small_state(1))
-    path.rename(path.with_suffix(".replaced"))
+    path.rename(path.with_name(f".old-{path.name}"))
     latest = manager.latest()
     assert latest is not None
     state = small_state(0)
@@ -258,9 +258,9 @@ def test_killed_after_replacing_the_old_one_the_new_one_counts(tmp_path: Path) -
     """Catches the stale one taken for the newest when a kill comes before it could be deleted."""
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, {"turns": 1})
-    shutil.copytree(path, path.with_suffix(".replaced"))
+    shutil.copytree(path, path.with_name(f".old-{path.name}"))
     manager.save(1, {"turns": 2})
-    shutil.copytree(path, path.with_suffix(".replaced"))
+    shutil.copytree(path, path.with_name(f".old-{path.name}"))
     assert manager.latest() == path
     state = {"turns": 0}
     manager.load(path, state)
@@ -270,7 +270,11 @@ def test_killed_after_replacing_the_old_one_the_new_one_counts(tmp_path: Path) -
 def test_a_failed_replacement_keeps_the_old_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Catches deleting the one of the same update before the new one has its name."""
+    """Catches deleting the one of the same update before the new one has its name.
+
+    On a file system that cannot exchange two names, and where the old name cannot be given back.
+    """
+    monkeypatch.setattr(common, "exchange", lambda one, other: False)
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, small_state(1))
 
