@@ -59,13 +59,18 @@ def test_an_error_leaves_what_was_there(tmp_path: Path, way: str) -> None:
     assert names(tmp_path) == ["file", "out"]
 
 
+@pytest.mark.parametrize("old_name", ["out", ".old-out"])
 def test_a_failed_rename_puts_the_old_folder_back(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, old_name: str
 ) -> None:
-    """Catches two renames of which the second fails: nothing would have the name."""
+    """Catches two renames of which the second fails: nothing would have the name.
+
+    .old-out: a kill left the only copy there, which must not be deleted first.
+    """
     monkeypatch.setattr(common, "exchange", lambda one, other: False)
     partial = folder(tmp_path / ".tmp-out", "new")
-    out = folder(tmp_path / "out", "old")
+    out = tmp_path / "out"
+    folder(tmp_path / old_name, "old")
 
     def rename(source: Path, target: Path) -> Path:
         if source == partial:
