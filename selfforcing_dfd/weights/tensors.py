@@ -8,11 +8,12 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from selfforcing_dfd.common import atomic_file
+from selfforcing_dfd.weights.stored import stored
+from selfforcing_dfd.weights.write import Outgoing, write_safetensors
 
 
 def save_weights(
@@ -23,16 +24,15 @@ def save_weights(
 ) -> None:
     """Write one safetensors file; a kill leaves the old file or the new one, a failure the old one.
 
-    dtype: for floating-point tensors; None keeps their own. With a process group all ranks call,
-    the first one writes.
+    dtype: for floating-point tensors; None keeps their own. Equal weights and metadata give equal
+    bytes. With a process group all ranks call, the first one writes. Raises WeightsError for values
+    that the dtype cannot hold.
     """
-    tensors = {name: whole(tensor) for name, tensor in _named(weights).items()}
-    if dtype is not None:
-        tensors = {name: _cast(tensor, dtype) for name, tensor in tensors.items()}
+    tensors = {name: stored(name, whole(tensor)) for name, tensor in _named(weights).items()}
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     with atomic_file(path) as partial:
-        save_file(tensors, partial, dict(metadata or {}))
+        write_safetensors(partial, Outgoing(str(path), tensors, dtype), metadata or {})
 
 
 def model_fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
@@ -53,7 +53,3 @@ def whole(tensor: Tensor) -> Tensor:
 
 def _named(weights: nn.Module | Mapping[str, Tensor]) -> Mapping[str, Tensor]:
     return weights.state_dict() if isinstance(weights, nn.Module) else weights
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor

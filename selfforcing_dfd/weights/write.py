@@ -147,16 +147,18 @@ def _with_role(
 class Outgoing:
     """Tensors to be written, by their names in the file.
 
-    dtype: None keeps theirs. tick: called with the number of bytes of each tensor that was read.
+    dtype: for floating-point tensors; None keeps theirs. tick: called with the number of bytes of
+    each tensor that was read.
     """
 
     source: str
     tensors: Mapping[str, StoredTensor]
     dtype: torch.dtype | None
-    tick: Callable[[int], object]
+    tick: Callable[[int], object] = lambda num_bytes: None
 
     def dtype_of(self, name: str) -> torch.dtype:
-        return self.dtype or self.tensors[name].dtype
+        own = self.tensors[name].dtype
+        return self.dtype if self.dtype and own.is_floating_point else own
 
     def num_bytes(self, name: str) -> int:
         return torch.Size(self.tensors[name].shape).numel() * self.dtype_of(name).itemsize

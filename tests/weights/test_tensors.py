@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.weights.stored import WeightsError
 from selfforcing_dfd.weights.tensors import model_fingerprint, save_weights
 
 
@@ -47,17 +48,23 @@ def test_weights_are_cast_on_request_but_integers_are_not(tmp_path: Path) -> Non
 
 
 def test_a_failed_export_keeps_the_old_file(tmp_path: Path) -> None:
-    """Catches writing in place.
-
-    safetensors refuses tensors that share memory after it opened the file.
-    """
+    """Catches writing in place: the second tensor does not fit after the first one is written."""
     path = tmp_path / "w.safetensors"
     save_weights(path, {"w": torch.ones(2)})
-    shared = torch.zeros(4)
-    with pytest.raises(RuntimeError, match="share memory"):
-        save_weights(path, {"a": shared, "b": shared})
+    with pytest.raises(WeightsError, match=r"b has values up to .*, too large for"):
+        save_weights(path, {"a": torch.zeros(4), "b": torch.tensor([1e5])}, dtype=torch.float16)
     assert_same(load_file(path), {"w": torch.ones(2)})
     assert [p.name for p in tmp_path.iterdir()] == ["w.safetensors"]
+
+
+def test_equal_weights_give_equal_files(tmp_path: Path) -> None:
+    """Catches metadata in the order of a hash table, which is another one for each file."""
+    weights = {"b": torch.ones(3), "a": torch.zeros(2, dtype=torch.float16)}
+    metadata = {"run": "x", "stage": "dmd", "student_updates": "8", "config": "{}"}
+    paths = [tmp_path / f"{number}.safetensors" for number in range(8)]
+    for path in paths:
+        save_weights(path, weights, metadata)
+    assert len({path.read_bytes() for path in paths}) == 1
 
 
 def test_a_fingerprint_sees_one_bit() -> None:
