@@ -8,11 +8,13 @@ from __future__ import annotations
 import json
 import pickle
 import re
+import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile, is_zipfile
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -41,6 +43,19 @@ INDEX = f"{WEIGHTS}.safetensors.index.json"
 ZIP = b"PK\x03\x04"
 PICKLE = b"\x80"
 GIT_LFS = b"version https://git-lfs"
+# what torch.load raises for files that are cut off, and for damaged ones
+END_IS_MISSING = (EOFError, IndexError, struct.error)
+UNREADABLE = (
+    *END_IS_MISSING,
+    BadZipFile,
+    AssertionError,
+    AttributeError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 FASTGEN_NETWORKS = ("net", "ema", "fake_score", "teacher", "discriminator")
 
 
@@ -147,21 +162,31 @@ def read_folder(folder: Path) -> dict[str, StoredTensor]:
 def read_torch_file(path: Path) -> Any:
     """The content of a file of torch.save; tensors are mapped from the file and not read yet.
 
-    Files from before torch 1.6 are read whole. Raises WeightsError for content other than tensors
-    and plain values, because unpickling could run it.
+    Files from before torch 1.6 are read whole. Raises WeightsError for an incomplete file, and for
+    content other than tensors and plain values, because unpickling could run it.
     """
+    is_zip = _beginning(path).startswith(ZIP)
     try:
-        return torch.load(
-            path, map_location="cpu", weights_only=True, mmap=_beginning(path).startswith(ZIP)
-        )
+        if is_zip and not is_zipfile(path):
+            raise EOFError
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except pickle.UnpicklingError as error:
         raise WeightsError(_refusal(path, str(error))) from error
-    except (RuntimeError, EOFError, LookupError, TypeError, AttributeError, ValueError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise WeightsError(
-            f"{path} ({path.stat().st_size:,} bytes) is truncated or was not written by "
-            f"torch.save: {reason}. Fetch it again"
-        ) from error
+    except UNREADABLE as error:
+        raise WeightsError(_complaint(path, error)) from error
+
+
+def _complaint(path: Path, error: Exception) -> str:
+    """Why a file cannot be read, and what can be done."""
+    num_bytes = path.stat().st_size
+    cure = "Download or copy it again"
+    if isinstance(error, END_IS_MISSING) or "unexpected EOF" in str(error):
+        return f"{path} is incomplete: it has {num_bytes:,} bytes, and its end is missing. {cure}"
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return (
+        f"{path} ({num_bytes:,} bytes) is damaged or was not written by torch.save: {reason}. "
+        f"{cure}"
+    )
 
 
 def _refusal(path: Path, error: str) -> str:

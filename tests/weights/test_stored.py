@@ -78,12 +78,21 @@ def test_a_truncated_safetensors_file(kept, tmp_path):
         read_weights(tmp_path / "w.safetensors")
 
 
-def test_a_truncated_torch_file_and_a_pointer(tmp_path):
-    """Catches a cut download and a clone without Git LFS reported as something else."""
-    torch.save(wan_state(), tmp_path / "w.pt")
-    (tmp_path / "w.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:-200])
-    with pytest.raises(WeightsError, match="truncated"):
-        read_weights(tmp_path / "w.pt")
+@pytest.mark.parametrize("new_form", [True, False])
+@pytest.mark.parametrize("kept", [10, 5000, -200])
+def test_an_incomplete_torch_file(kept, new_form, tmp_path):
+    """Catches a cut download reported as "invalid argument", or without its size and a cure."""
+    path = tmp_path / "w.pt"
+    torch.save(wan_state(), path, _use_new_zipfile_serialization=new_form)
+    content = path.read_bytes()[:kept]
+    path.write_bytes(content)
+    said = rf"w.pt is incomplete: it has {len(content):,} bytes, .* Download or copy it again"
+    with pytest.raises(WeightsError, match=said):
+        read_weights(path)
+
+
+def test_a_pointer(tmp_path):
+    """Catches a clone without Git LFS reported as something else."""
     (tmp_path / "w.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"
     )
