@@ -34,6 +34,7 @@ UMT5_WIDTH = 4096
 TERA = 1e12
 GIGA = 1e9
 LONG_RUN_HOURS = 24 * 30
+LEAST_HOURS = 0.1  # of a GPU; shorter runs, those of the tiny world, are not told in GPU-hours
 TIMED_FLOPS = 10**9  # of one product, so that timing five takes no time on any machine
 
 
@@ -54,7 +55,7 @@ def plan(config: Config) -> str:
         else:
             costs = cost
         lines += ["", *plan_run(run, prompts_do), *cost]
-    lines += ["", *describe_sum(config, runs)]
+    lines += describe_sum(config, runs)
     return "\n".join([*lines, "", "settings other than the defaults", settings_text(config)])
 
 
@@ -122,14 +123,15 @@ def describe_shapes(config: Config, sizes: Mapping[str, NetworkConfig]) -> Itera
 
 
 def describe_updates(config: Config) -> Iterator[str]:
-    batch, updates = config.batch, stage_of(config).updates(config)
+    batch = config.batch
+    updates = stage_of(config).updates(config)
     if not updates:
         return
     counts = ", ".join(f"{count} of the {turn}" for turn, count in updates.items())
     passes = batch.size // batch.micro
     yield f"  updates     {counts}, {batch.size} samples each in {passes} passes"
-    every, keep = config.checkpoint.every, config.checkpoint.keep
-    yield f"  checkpoints every {every} student updates, the newest {keep} kept"
+    saved = config.checkpoint
+    yield f"  checkpoints every {saved.every} student updates, the newest {saved.keep} kept"
 
 
 def describe_negative(config: Config) -> str:
@@ -151,7 +153,8 @@ def estimate_of(config: Config) -> Estimate | None:
 
 def plan_cost(config: Config) -> list[str]:
     """Memory of a GPU, operations of an update and hours, as a table."""
-    estimate, gpus = estimate_of(config), config.run.gpus
+    estimate = estimate_of(config)
+    gpus = config.run.gpus
     if estimate is None:
         return ["  cost        unknown until the weights are there: they tell the networks' sizes"]
     memory = estimate.memory(gpus)
@@ -199,11 +202,13 @@ def describe_hours(estimate: Estimate) -> Iterator[str]:
     if not flops:
         yield "  hours       as many as captions; they are not known before the shards are there"
         return
-    yield f"  GPU-hours   of the whole run at {MFU:.0%} of the bf16 peak, as Self-Forcing's authors"
-    yield from (f"{hours(gpu_hours(flops, gpu)):>14} h  {gpu.name}" for gpu in GPUS)
+    table = {gpu.name: gpu_hours(flops, gpu) for gpu in GPUS}
+    if max(table.values()) >= LEAST_HOURS:
+        yield f"  GPU-hours   of the whole run at {MFU:.0%} of the bf16 peak, as in Self-Forcing"
+        yield from (f"{hours(amount):>14} h  {name}" for name, amount in table.items())
     here = flops / measured_flops_per_second(estimate) / 3600
     if here < LONG_RUN_HOURS:
-        yield f"{describe_time(here):>14}    here, from a short timing of matrix products"
+        yield f"  time here   {describe_time(here)}, from a short timing of matrix products"
 
 
 def describe_time(hours_here: float) -> str:
@@ -211,7 +216,7 @@ def describe_time(hours_here: float) -> str:
 
 
 def hours(amount: float) -> str:
-    return f"{amount:,.1f}" if amount >= 0.1 else "under 0.1"
+    return f"{amount:,.1f}" if amount >= LEAST_HOURS else f"under {LEAST_HOURS}"
 
 
 def measured_flops_per_second(estimate: Estimate) -> float:
@@ -233,13 +238,14 @@ def measured_flops_per_second(estimate: Estimate) -> float:
 
 
 def describe_sum(config: Config, runs: list[Config]) -> Iterator[str]:
-    """GPU-hours of the recipes that make what is missing, and of these runs."""
+    """GPU-hours of the recipes that make what is missing, and of these runs, if they are many."""
     parts = {name: run_flops(maker) for name, maker in chain_of(config).items()}
     own = sum(run_flops(run) for run in runs)
     parts[f"{config.run.name} ({len(runs)} run{'s' * (len(runs) > 1)})"] = own
     gpu: Gpu = GPUS[0]
-    if len(parts) > 1:
-        total = gpu_hours(sum(parts.values()), gpu)
+    total = gpu_hours(sum(parts.values()), gpu)
+    if len(parts) > 1 and total >= LEAST_HOURS:
+        yield ""
         yield f"with the recipes that it starts from: {hours(total)} {gpu.name}-hours in all"
         for name, flops in parts.items():
             yield f"{hours(gpu_hours(flops, gpu)):>14} h  {name}"
