@@ -1,6 +1,4 @@
-"""Few-step autoregressive video generation: Self-Forcing rollouts, Data-Forcing Distillation,
-endless streaming.
-"""
+"""Few-step autoregressive video generation: distillation and endless streaming."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -184,8 +184,9 @@ def without_cycles(graph: dict[str, set[str]]) -> dict[str, set[str]]:
 
 
 def test_no_import_cycles_of_modules():
-    """Catches two modules that need each other, which an import inside a function hides until it
-    runs.
+    """Catches two modules that need each other.
+
+    An import inside a function hides this until the function runs.
     """
     assert without_cycles({module: set(needs(module)) for module in modules()}) == {}
 

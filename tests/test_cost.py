@@ -51,8 +51,9 @@ def test_meta_counts_what_a_real_call_runs(cache):
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_meta_counts_a_backward_pass(cache, checkpointing):
-    """Catches three layers whose first one is counted three times, and a forward pass run again
-    that is not counted. Four layers, so that the count is drawn out from two.
+    """Catches the first of several layers counted for all, and checkpointing's second forward pass.
+
+    Four layers, so that the count is extrapolated from two.
     """
     network = tiny_network(num_layers=4)
     if checkpointing:
