@@ -74,6 +74,12 @@ def shipped(name: str) -> Path:
     return (PRESETS if PRESETS.is_dir() else PACKAGE.parent) / name
 
 
+def find_file(name: str) -> Path:
+    """A path as the user gave it, or, where it names a shipped file, where that lies."""
+    path = Path(name)
+    return path if path.exists() or not shipped(name).exists() else shipped(name)
+
+
 def find_device(name: str, setting: str = "device") -> torch.device:
     """The device of that name; `auto` is a GPU where there is one, else the CPU.
 

@@ -358,22 +358,23 @@ def explained(name: str) -> Iterator[None]:
 def find_config(name: str) -> Path:
     """The config file of that name (`.yaml` may be left out), in this folder or in `configs/`.
 
-    Raises ConfigError with the names of all shipped configs.
+    Raises ConfigError with the names of the shipped ones.
     """
     configs = shipped("configs")
     for path in (Path(name), configs / name, Path(f"{name}.yaml"), configs / f"{name}.yaml"):
         if path.is_file():
             return path
-    known = sorted(path.relative_to(configs).as_posix() for path in configs.rglob("*.yaml"))
     raise ConfigError(
-        f"no config file {name}, neither here nor in configs/; there are {', '.join(known)}"
+        f"no config file {name}, neither here nor in configs/; there are "
+        f"{', '.join(training_configs())}"
     )
 
 
-def find_file(name: str) -> Path:
-    """A path from a config: as it is, or, where it names a shipped asset, where that lies."""
-    path = Path(name)
-    return path if path.exists() or not shipped(name).exists() else shipped(name)
+def training_configs() -> dict[str, Path]:
+    """The shipped configs of training runs, by the name that `--config` takes."""
+    configs = shipped("configs")
+    files = {path.relative_to(configs).as_posix(): path for path in sorted(configs.rglob("*.yaml"))}
+    return {name: path for name, path in files.items() if not name.startswith("stream/")}
 
 
 def _layers(name: str, seen: tuple[Path, ...] = ()) -> Any:

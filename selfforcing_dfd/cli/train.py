@@ -7,8 +7,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from selfforcing_dfd.common import find_device
-from selfforcing_dfd.config import Config, find_file, require, to_yaml
+from selfforcing_dfd.common import find_device, find_file
+from selfforcing_dfd.config import Config, require, to_yaml
 from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from selfforcing_dfd.common import find_device
-from selfforcing_dfd.config import Config, find_file, require
+from selfforcing_dfd.common import find_device, find_file
+from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.evaluation.generate import (
     Decode,
     EvaluationSet,

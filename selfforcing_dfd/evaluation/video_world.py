@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.common import DTYPES, UserError, find_device
-from selfforcing_dfd.config import Config, find_file, require
+from selfforcing_dfd.common import DTYPES, UserError, find_device, find_file
+from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.data.shards import SampleOrder, ShardReader
 from selfforcing_dfd.evaluation.generate import EVALUATION_SEED, Decode, EvaluationSet, Videos
 from selfforcing_dfd.evaluation.tables import DATA, Finding, Metric, Row, described, find, stated

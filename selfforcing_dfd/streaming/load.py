@@ -19,7 +19,7 @@ from torch import Tensor
 
 from selfforcing_dfd.codecs.text import WanText
 from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE, WanCodec
-from selfforcing_dfd.common import DTYPES, find_device, shipped
+from selfforcing_dfd.common import DTYPES, find_device, find_file, shipped
 from selfforcing_dfd.models.hub import require_student
 from selfforcing_dfd.models.identity import SELF_FORCING, Recipe, TrainingData, mark, recipe_of
 from selfforcing_dfd.models.wan import WanTransformer
@@ -99,8 +99,7 @@ def tiny_codec_file(weights: Path) -> Path:
 
 def find_weights(name: str) -> Path:
     """The weights of that name, here or shipped with the package; the tiny student for no name."""
-    path = Path(name) if name else TINY_STUDENT
-    return path if path.exists() or not shipped(name).exists() else shipped(name)
+    return find_file(name) if name else TINY_STUDENT
 
 
 def check_tiny(student: Description, codec: TinyCodec) -> None:

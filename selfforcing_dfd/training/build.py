@@ -8,15 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.common import DTYPES, find_device
-from selfforcing_dfd.config import (
-    Config,
-    ConfigError,
-    ModelConfig,
-    NetworkConfig,
-    as_dict,
-    find_file,
-)
+from selfforcing_dfd.common import DTYPES, find_device, find_file
+from selfforcing_dfd.config import Config, ConfigError, ModelConfig, NetworkConfig, as_dict
 from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.data.noise import Invert
 from selfforcing_dfd.models.wan import WanTransformer

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from selfforcing_dfd.config import Config, find_file, require
+from selfforcing_dfd.common import find_file
+from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.data.shards import SampleOrder, ShardReader
 from selfforcing_dfd.stages import STAGES, stage_of
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from selfforcing_dfd.common import shipped
-from selfforcing_dfd.config import Config, find_file
+from selfforcing_dfd.common import find_file
+from selfforcing_dfd.config import Config, training_configs
 from selfforcing_dfd.data.shards import INDEX_NAME, ShardReader
 from selfforcing_dfd.stages import load_config, stage_of
 from selfforcing_dfd.stages.base import Start
@@ -128,13 +128,12 @@ def how_to_make_shards(config: Config, prompts_do: bool, is_wan: bool) -> Iterat
 
 @cache
 def shipped_configs() -> dict[str, dict[str, dict[str, str]]]:
-    """Own settings of every shipped config, by its name. Cached, do not modify."""
-    configs = shipped("configs")
+    """Own settings of every shipped training config, by its name. Cached, do not modify."""
     found = {}
-    for path in sorted(configs.rglob("*.yaml")):
+    for name, path in training_configs().items():
         own = OmegaConf.to_container(OmegaConf.load(path))
         if isinstance(own, dict):
-            found[path.relative_to(configs).as_posix()] = own
+            found[name] = own
     return found  # type: ignore[return-value]
 
 

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from selfforcing_dfd.config import Config, NetworkConfig, find_file
+from selfforcing_dfd.common import find_file
+from selfforcing_dfd.config import Config, NetworkConfig
 from selfforcing_dfd.models.sizes import PUBLISHED_SIZES
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.base import Start
