@@ -20,7 +20,7 @@ from torch import Tensor
 from selfforcing_dfd import rng
 from selfforcing_dfd.common import atomic_file
 
-Detail = Literal["short", "medium", "long", "mixed"]
+Level = Literal["short", "medium", "long", "mixed"]
 """How much a caption says: the shape; also the hue; all but saturation and position; or each of
 these in turn, clip by clip.
 """
@@ -185,23 +185,23 @@ def render(factors: Factors, num_frames: int = 33) -> Tensor:
     return video
 
 
-def captions(factors: Factors, detail: Detail) -> list[str]:
-    """What the clips show, in words, with as much detail as asked for."""
-    if detail not in get_args(Detail):
-        names = ", ".join(get_args(Detail))
-        raise ValueError(f"caption detail is {detail!r}, want one of {names}")
+def captions(factors: Factors, level: Level) -> list[str]:
+    """What the clips show, in words; the level says how much of it."""
+    if level not in get_args(Level):
+        names = ", ".join(get_args(Level))
+        raise ValueError(f"caption level is {level!r}, want one of {names}")
     indices = {name: getattr(factors, name).tolist() for name in _NAMES}
     written = []
     for clip in range(len(factors)):
         words = {name: names[indices[name][clip]] for name, names in _NAMES.items()}
-        written.append(_TEMPLATES[detail_of(clip, detail)].format(**words))
+        written.append(_TEMPLATES[level_of(clip, level)].format(**words))
     return written
 
 
-def detail_of(clip: int, detail: Detail) -> Detail:
+def level_of(clip: int, level: Level) -> Level:
     """How much the caption of clip number `clip` says."""
-    in_turn: tuple[Detail, ...] = ("short", "medium", "long")
-    return in_turn[clip % len(in_turn)] if detail == "mixed" else detail
+    in_turn: tuple[Level, ...] = ("short", "medium", "long")
+    return in_turn[clip % len(in_turn)] if level == "mixed" else level
 
 
 def parse_caption(text: str) -> dict[str, int]:
@@ -217,14 +217,14 @@ def parse_caption(text: str) -> dict[str, int]:
     return named
 
 
-def clip_number(clip: int, seed: int, detail: Detail) -> tuple[Factors, str]:
+def clip_number(clip: int, seed: int, level: Level) -> tuple[Factors, str]:
     """Clip number `clip` of a data set, and its caption; a function of these arguments alone."""
     factors = draw_factors(1, rng.generator(seed, "tiny clip", clip))
-    return factors, captions(factors, detail_of(clip, detail))[0]
+    return factors, captions(factors, level_of(clip, level))[0]
 
 
 def write_clips(
-    folder: Path | str, num_clips: int, seed: int, detail: Detail = "short", num_frames: int = 33
+    folder: Path | str, num_clips: int, seed: int, level: Level = "short", num_frames: int = 33
 ) -> list[Path]:
     """Write `000000.mp4` and `000000.txt` and so on; the paths of the videos.
 
@@ -235,7 +235,7 @@ def write_clips(
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for clip in range(num_clips):
-        factors, caption = clip_number(clip, seed, detail)
+        factors, caption = clip_number(clip, seed, level)
         path = folder / f"{clip:06d}.mp4"
         path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
         _write_mp4(path, (render(factors, num_frames)[0] * 255).round().to(torch.uint8))

@@ -191,7 +191,7 @@ def test_any_text_encoder_can_be_cached(tmp_path):
 
 def test_packs_and_streams(text, tmp_path):
     """Catches a method, device or dtype that packing and sessions need and the cache lacks."""
-    write_clips(tmp_path / "clips", 1, seed=0, detail="short", num_frames=9)
+    write_clips(tmp_path / "clips", 1, seed=0, level="short", num_frames=9)
     basis = [
         torch.linalg.qr(rng.normal((size, 16), 0, "basis", size)).Q.contiguous()
         for size in (192, 768)

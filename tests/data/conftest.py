@@ -23,7 +23,7 @@ SIZE = (64, 64)
 @pytest.fixture(scope="session")
 def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "clips"
-    world.write_clips(folder, NUM_CLIPS, seed=0, detail="short", num_frames=NUM_VIDEO_FRAMES)
+    world.write_clips(folder, NUM_CLIPS, seed=0, level="short", num_frames=NUM_VIDEO_FRAMES)
     return folder
 
 

@@ -195,7 +195,7 @@ def test_an_index_of_other_clips_is_found_when_opening(
 
     Sizes, keys and offsets are equal: only checksums tell.
     """
-    world.write_clips(tmp_path / "others", 12, seed=1, detail="short", num_frames=9)
+    world.write_clips(tmp_path / "others", 12, seed=1, level="short", num_frames=9)
     out = tmp_path / "other-shards"
     pack_tiny(tmp_path / "others", out, codec, shard_size=5)
     (own_shards / "index.json").write_bytes((out / "index.json").read_bytes())

@@ -80,11 +80,11 @@ def test_a_clip_does_not_depend_on_the_others_in_its_batch() -> None:
     assert torch.equal(whole, single)
 
 
-@pytest.mark.parametrize("detail", ["short", "medium", "long"])
-def test_captions_parse_back(clips: Clips, detail: world.Detail) -> None:
-    """Catches a caption that names other factors than those of its detail, or wrong values."""
-    named = {"short": {"shape"}, "medium": {"shape", "hue"}, "long": set(NAMES)}[detail]
-    parsed = [world.parse_caption(caption) for caption in world.captions(clips.factors, detail)]
+@pytest.mark.parametrize("level", ["short", "medium", "long"])
+def test_captions_parse_back(clips: Clips, level: world.Level) -> None:
+    """Catches a caption that names other factors than those of its level, or wrong values."""
+    named = {"short": {"shape"}, "medium": {"shape", "hue"}, "long": set(NAMES)}[level]
+    parsed = [world.parse_caption(caption) for caption in world.captions(clips.factors, level)]
     values = {name: getattr(clips.factors, name).tolist() for name in named}
     assert parsed == [
         {name: values[name][clip] for name in named} for clip in range(len(clips.factors))
@@ -100,7 +100,7 @@ def test_captions_that_contradict_themselves_are_refused() -> None:
 
 def test_written_clips_keep_their_attributes(tmp_path: Path) -> None:
     """Catches lossy encoding, swapped channels and captions that belong to other clips."""
-    paths = world.write_clips(tmp_path, 6, seed=3, detail="long")
+    paths = world.write_clips(tmp_path, 6, seed=3, level="long")
     reading = read(torch.stack([read_video(path, 33) for path in paths]).float() / 255)
     assert reading.valid.all()
     for clip, path in enumerate(paths):

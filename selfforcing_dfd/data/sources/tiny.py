@@ -13,16 +13,16 @@ from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.source import Item, Source
 from selfforcing_dfd.tiny.codec import FINGERPRINT, TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
-from selfforcing_dfd.tiny.world import SIDE, Detail, clip_number, render
+from selfforcing_dfd.tiny.world import SIDE, Level, clip_number, render
 
 
 class TinySource(Source):
-    """Fresh clips; clip i depends on the seed and i alone. detail: how much captions say."""
+    """Fresh clips; clip i depends on the seed and i alone. level: how much captions say."""
 
-    def __init__(self, num_clips: int, seed: int, detail: Detail, num_video_frames: int) -> None:
+    def __init__(self, num_clips: int, seed: int, level: Level, num_video_frames: int) -> None:
         self.num_clips = num_clips
         self.seed = seed
-        self.detail = detail
+        self.level = level
         self.num_video_frames = num_video_frames
 
     @property
@@ -35,28 +35,28 @@ class TinySource(Source):
 
     @property
     def about(self) -> dict[str, Any]:
-        return {"num_clips": self.num_clips, "seed": self.seed, "captions": self.detail}
+        return {"num_clips": self.num_clips, "seed": self.seed, "captions": self.level}
 
     @property
     def video_shape(self) -> tuple[int, int, int]:
         return self.num_video_frames, SIDE, SIDE
 
     def read(self, number: int) -> Item:
-        factors, caption = clip_number(number, self.seed, self.detail)
+        factors, caption = clip_number(number, self.seed, self.level)
         video = render(factors, self.num_video_frames)[0]
         return Item(caption, (video * 255).round().to(torch.uint8))
 
 
 def make_tiny_shards(
-    folder: Path, num_clips: int, seed: int, detail: Detail, num_latent_frames: int, basis: Path
+    folder: Path, num_clips: int, seed: int, level: Level, num_latent_frames: int, basis: Path
 ) -> None:
     """Write shards of fresh clips.
 
-    detail: how much the captions say. basis: the tiny codec's file.
+    level: how much the captions say. basis: the tiny codec's file.
     """
     num_video_frames = 1 + TIME * (num_latent_frames - 1)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    source = TinySource(num_clips, seed, detail, num_video_frames)
+    source = TinySource(num_clips, seed, level, num_video_frames)
     pack(source, folder, TinyCodec.load(basis), TinyText())
 
 
