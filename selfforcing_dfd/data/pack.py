@@ -22,7 +22,7 @@ from tqdm import tqdm
 from selfforcing_dfd.codecs.protocol import TextEncoder, VideoCodec
 from selfforcing_dfd.data.ahead import in_order
 from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, TEXT, PackError, load_npy, npy, trim
-from selfforcing_dfd.data.source import ClipError, Item, Source
+from selfforcing_dfd.data.source import ClipError, Item, Latents, Source
 from selfforcing_dfd.data.write import (
     Job,
     PackSummary,
@@ -279,11 +279,12 @@ class _Packer:
 
         So a length or size that the codec cannot take fails first.
         """
-        if self.source.video_shape is None:
-            return self.source.latent_shape
+        holds = self.source.holds
+        if isinstance(holds, Latents):
+            return holds.shape
         codec = _needed(self.codec)
-        num_latent_frames = codec.num_latent_frames(self.source.video_shape[0])
-        black = torch.zeros(1, *self.source.video_shape, 3, device=self.options.device)
+        num_latent_frames = codec.num_latent_frames(holds.shape[0])
+        black = torch.zeros(1, *holds.shape, 3, device=self.options.device)
         return (num_latent_frames, *codec.encode(black).shape[2:])
 
     def _negative(self) -> tuple[dict[str, bytes], dict[str, Any]]:
@@ -332,6 +333,7 @@ def _fingerprints(
     source: Source, codec: VideoCodec | None, text: TextEncoder | None
 ) -> dict[str, str]:
     """A codec may take a second to work out its own, so this is done once."""
-    of_latents = _needed(codec).fingerprint if source.video_shape else source.codec_fingerprint
+    holds = source.holds
+    of_latents = holds.codec if isinstance(holds, Latents) else _needed(codec).fingerprint
     of_text = text.fingerprint if text else f"{source.title}-stored"
     return {"codec": of_latents, "text": of_text}

@@ -40,6 +40,24 @@ class Item:
     text: Tensor | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Video:
+    """Items are video, which a codec will encode. shape: T, H, W."""
+
+    shape: tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Latents:
+    """Items are latents, or prompts of which latents are to be generated.
+
+    shape: F, C, H, W. codec: fingerprint of the one that made them.
+    """
+
+    shape: tuple[int, ...]
+    codec: str
+
+
 class Source(ABC):
     """Items in a fixed order, read by number. `read` may be called from several threads."""
 
@@ -61,6 +79,11 @@ class Source(ABC):
     def about(self) -> dict[str, Any]:
         """What identifies the content. A resumed run must find the same."""
 
+    @property
+    @abstractmethod
+    def holds(self) -> Video | Latents:
+        """Of what kind and shape all items are."""
+
     @abstractmethod
     def read(self, number: int) -> Item:
         """Item `number`. Raises ClipError if it cannot be used."""
@@ -79,21 +102,6 @@ class Source(ABC):
     def skipped(self) -> list[str]:
         """Names of files that lie in the source and are no items because of their suffix."""
         return []
-
-    @property
-    def video_shape(self) -> tuple[int, int, int] | None:
-        """T, H, W of the video of every item; None if items hold no video."""
-        return None
-
-    @property
-    def latent_shape(self) -> tuple[int, ...]:
-        """F, C, H, W of every item, or of what is to be generated. Not asked if there is video."""
-        raise NotImplementedError
-
-    @property
-    def codec_fingerprint(self) -> str:
-        """Where the latents come from. Not asked if there is video."""
-        raise NotImplementedError
 
     @property
     def text_shape(self) -> tuple[int, ...] | None:

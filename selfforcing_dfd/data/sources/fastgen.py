@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.data.format import PackError, from_npy
-from selfforcing_dfd.data.source import IMPORTED_CODEC, ClipError, Item, Source, one_line
+from selfforcing_dfd.data.source import IMPORTED_CODEC, ClipError, Item, Latents, Source, one_line
 
 Layout = Literal["cfhw", "fchw"]
 Place = tuple[int, int]
@@ -45,7 +45,6 @@ class FastGenSource(Source):
     """Latents with text embeddings, captions, or both."""
 
     title = "fastgen"
-    codec_fingerprint = IMPORTED_CODEC
 
     def __init__(
         self, path: Path | str, layout: Layout = "cfhw", negative: Path | None = None
@@ -88,6 +87,10 @@ class FastGenSource(Source):
             "layout": self.layout,
             "sha256": hashlib.sha256(sizes.encode()).hexdigest(),
         }
+
+    @property
+    def holds(self) -> Latents:
+        return Latents(self.latent_shape, IMPORTED_CODEC)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor
 
 from selfforcing_dfd.data.format import PackError
-from selfforcing_dfd.data.source import ClipError, Item, Source, keys_of, one_line
+from selfforcing_dfd.data.source import ClipError, Item, Source, Video, keys_of, one_line
 from selfforcing_dfd.data.sources.video import Resize, read_video
 
 CLIP = ".mp4"
@@ -91,8 +91,8 @@ class FileSource(Source):
         }
 
     @property
-    def video_shape(self) -> tuple[int, int, int]:
-        return (self.num_video_frames, *self.video_size)
+    def holds(self) -> Video:
+        return Video((self.num_video_frames, *self.video_size))
 
     @cached_property
     def skipped(self) -> list[str]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.data.format import PackError
-from selfforcing_dfd.data.source import IMPORTED_CODEC, ClipError, Item, Source, one_line
+from selfforcing_dfd.data.source import IMPORTED_CODEC, ClipError, Item, Latents, Source, one_line
 
 SHAPE = b"latents_shape"
 DATA_FILE = "data.mdb"
@@ -41,7 +41,6 @@ class LmdbSource(Source):
     """Latents with prompts. step: which latent of a trajectory; by default its clean end."""
 
     title = "lmdb"
-    codec_fingerprint = IMPORTED_CODEC
 
     def __init__(
         self, path: Path | str, step: int = -1, row_shape: tuple[int, ...] | None = None
@@ -74,6 +73,10 @@ class LmdbSource(Source):
     @property
     def num_steps(self) -> int:
         return self._row_shape[0] if len(self._row_shape) == 5 else 1
+
+    @property
+    def holds(self) -> Latents:
+        return Latents(self.latent_shape, IMPORTED_CODEC)
 
     @property
     def latent_shape(self) -> tuple[int, ...]:

@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from selfforcing_dfd.data.format import PackError
-from selfforcing_dfd.data.source import Item, Source, one_line
+from selfforcing_dfd.data.source import Item, Latents, Source, one_line
 
 
 class PromptSource(Source):
     """The lines of a UTF-8 text file, a prompt each, without blank ones."""
 
     batch_size = 16
-    codec_fingerprint = "none: prompts without clips"
 
     def __init__(self, path: Path, latent_shape: tuple[int, ...]) -> None:
         """latent_shape: F, C, H, W of what is to be generated. Raises PackError without prompts."""
@@ -28,8 +27,8 @@ class PromptSource(Source):
         return self.path.name
 
     @property
-    def latent_shape(self) -> tuple[int, ...]:
-        return self._latent_shape
+    def holds(self) -> Latents:
+        return Latents(self._latent_shape, "none: prompts without clips")
 
     @cached_property
     def names(self) -> list[str]:

@@ -10,7 +10,7 @@ import torch
 
 from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.source import Item, Source
+from selfforcing_dfd.data.source import Item, Source, Video
 from selfforcing_dfd.tiny.codec import FINGERPRINT, TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, Level, clip_number, render
@@ -38,8 +38,8 @@ class TinySource(Source):
         return {"num_clips": self.num_clips, "seed": self.seed, "captions": self.level}
 
     @property
-    def video_shape(self) -> tuple[int, int, int]:
-        return self.num_video_frames, SIDE, SIDE
+    def holds(self) -> Video:
+        return Video((self.num_video_frames, SIDE, SIDE))
 
     def read(self, number: int) -> Item:
         factors, caption = clip_number(number, self.seed, self.level)
