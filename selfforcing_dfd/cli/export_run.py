@@ -12,8 +12,8 @@ import torch
 
 from selfforcing_dfd.streaming.parts import LoadError
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
-from selfforcing_dfd.streaming.runs import STUDENT_FILE, read_settings
 from selfforcing_dfd.weights.card import ModelFacts
+from selfforcing_dfd.weights.runs import STUDENT_FILE, read_settings
 
 REPORT_FILE = "report.json"
 DATA_ROW = "data"

@@ -28,6 +28,7 @@ from selfforcing_dfd.training.exports import export
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.guards import Guards, latent_statistics
 from selfforcing_dfd.training.needs import has_shards
+from selfforcing_dfd.weights.runs import CONFIG_FILE, STUDENT_FILE
 from selfforcing_dfd.weights.tensors import model_fingerprint
 
 logger = logging.getLogger(__name__)
@@ -99,13 +100,13 @@ def make_shards(config: Config, stage: type[ShardStage], resume: bool) -> None:
 def train(config: Config, resume: bool) -> None:
     """One run from its weights, or from its newest checkpoint, to its exported weights."""
     folder = run_folder(config)
-    exported = folder / "student.safetensors"
+    exported = folder / STUDENT_FILE
     if resume and exported.exists():
         print(f"{config.run.name}: already trained, {exported}")
         return
     trainer = build_trainer(config, build_guards(config), resume)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(to_yaml(config))
+    (folder / CONFIG_FILE).write_text(to_yaml(config))
     trainer.run(config.run.name)
     export(trainer, folder, config)
 

@@ -26,6 +26,7 @@ from selfforcing_dfd.evaluation.tiny_verdict import compared
 from selfforcing_dfd.evaluation.world import World
 from selfforcing_dfd.evaluation.worlds import world_named
 from selfforcing_dfd.tiny.bootstrap import Score
+from selfforcing_dfd.weights.runs import CONFIG_FILE
 
 MAY_DIFFER = {
     "base",
@@ -77,7 +78,7 @@ def combine(folders: Sequence[Path], out: Path) -> str:
         comparison="",
         captions=(),
         panels=(),
-        commands=[f"python train.py --config {folder / 'config.yaml'}" for folder in folders],
+        commands=[f"python train.py --config {folder / CONFIG_FILE}" for folder in folders],
         environment=first["environment"],
         settings="",
         links={

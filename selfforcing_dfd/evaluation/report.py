@@ -29,9 +29,10 @@ from selfforcing_dfd.evaluation.sources import Source, run_source, sources
 from selfforcing_dfd.evaluation.tables import TEACHER, Row
 from selfforcing_dfd.evaluation.world import World
 from selfforcing_dfd.evaluation.worlds import world_of
-from selfforcing_dfd.stages import arms_of, stage_of
-from selfforcing_dfd.training.folders import run_folder, student_of
+from selfforcing_dfd.stages import arms_of, load_config, stage_of
+from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.tracking import METRICS_FILE, read_metrics
+from selfforcing_dfd.weights.runs import CONFIG_FILE, config_of, student_of
 
 __all__ = ["combine", "sample_videos", "write_report"]
 
@@ -66,8 +67,8 @@ def write_report(config: Config) -> str:
         compared[source.name] = shrunk(first[: layout.compared_clips], layout.max_width)
     together = side_by_side(compared, layout.compared_columns, layout.scale)
     write_mp4(folder / COMPARISON, together, layout.fps)
-    if config.arms or not (folder / "config.yaml").exists():
-        (folder / "config.yaml").write_text(to_yaml(config))
+    if config.arms or not (folder / CONFIG_FILE).exists():
+        (folder / CONFIG_FILE).write_text(to_yaml(config))
     device = str(find_device(config.run.device, "run.device"))
     page = Page(
         title=config.run.name,
@@ -137,10 +138,11 @@ def sample_videos(run: Path, prompts: Sequence[str] = (), out: Path | None = Non
     """Write an mp4 with a grid of clips by a run's student, and its captions as .txt beside it.
 
     With arms, the last one's student. Each prompt has a line of clips; without prompts, captions
-    are drawn from the data. Returns the mp4's path. Raises ConfigError for a folder without a run,
+    are drawn from the data. Returns the mp4's path. Raises WeightsError for a folder without a run,
     UserError for a prompt that the run's world has no text for.
     """
-    config, weights = student_of(run)
+    weights = student_of(run)
+    config = load_config(str(config_of(weights.parent)))
     world = world_of(config)
     layout = world.layout
     if prompts:
@@ -162,6 +164,6 @@ def sample_videos(run: Path, prompts: Sequence[str] = (), out: Path | None = Non
 
 def _commands(folder: Path, name: str) -> list[str]:
     return [
-        f"python train.py --config {folder / 'config.yaml'} run.name={name}_again",
+        f"python train.py --config {folder / CONFIG_FILE} run.name={name}_again",
         f"selfforcing-dfd sample --run {folder}",
     ]

@@ -26,6 +26,7 @@ from selfforcing_dfd.evaluation.sources import sources
 from selfforcing_dfd.evaluation.tables import DATA, Metric, Row
 from selfforcing_dfd.evaluation.worlds import world_named, world_of
 from selfforcing_dfd.stages import load_config
+from selfforcing_dfd.weights.runs import config_of
 
 MOVING = (".gif", ".webp")
 PLOTS = (".svg", ".png")
@@ -38,7 +39,7 @@ def write_showcase(
 
     .gif, .webp: the first clips of the evaluation set, rows side by side. .svg, .png: metrics with
     their intervals, from report.json. labels: the rows to show, with the text for each. metrics:
-    keys to plot; all by default. Raises ConfigError for an unknown ending, row or metric.
+    keys to plot; all by default. Raises UserError for an unknown ending, row or metric.
     """
     require(
         out.suffix in MOVING + PLOTS,
@@ -47,9 +48,7 @@ def write_showcase(
     if out.suffix in PLOTS:
         plot_scores(run, out, labels, metrics)
         return
-    settings = run / "config.yaml"
-    require(settings.is_file(), f"{run} has no config.yaml; name the folder of a finished run")
-    show_clips(load_config(str(settings)), out, labels)
+    show_clips(load_config(str(config_of(run))), out, labels)
 
 
 def show_clips(config: Config, out: Path, labels: Mapping[str, str]) -> None:

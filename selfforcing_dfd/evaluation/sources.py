@@ -27,7 +27,8 @@ from selfforcing_dfd.stages.base import (
     teacher_start,
 )
 from selfforcing_dfd.training.build import load_frozen
-from selfforcing_dfd.training.folders import STUDENT_FILE, run_folder
+from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.weights.runs import STUDENT_FILE
 
 
 @dataclass(frozen=True, slots=True)

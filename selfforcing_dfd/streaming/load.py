@@ -24,13 +24,13 @@ from selfforcing_dfd.models.hub import require_student
 from selfforcing_dfd.models.identity import SELF_FORCING, Recipe, TrainingData, mark, recipe_of
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.streaming.parts import LoadError, check_fit, check_parts
-from selfforcing_dfd.streaming.runs import student_of
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 from selfforcing_dfd.tiny.codec import SPACE, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, parse_caption
 from selfforcing_dfd.weights.read import Description, describe, load_network, read_weights
 from selfforcing_dfd.weights.recipes import settle_recipe
+from selfforcing_dfd.weights.runs import student_of
 from selfforcing_dfd.weights.sources import StoredWeights
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from selfforcing_dfd.config import Config
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.models.identity import Identity, Role, TrainingData, recipe_of_rollout
 from selfforcing_dfd.stages import stage_of
-from selfforcing_dfd.training.folders import FAKE_FILE, STUDENT_FILE
 from selfforcing_dfd.training.loop import Trainer
+from selfforcing_dfd.weights.runs import FAKE_FILE, STUDENT_FILE
 from selfforcing_dfd.weights.tensors import save_weights
 from selfforcing_dfd.weights.write import file_metadata, network_config
 

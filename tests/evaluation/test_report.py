@@ -13,13 +13,15 @@ from test_page import parsed
 from tiny_models import fill_weights, save_network
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.config import Config, ConfigError, NetworkConfig, change
+from selfforcing_dfd.config import Config, ConfigError, NetworkConfig, change, to_yaml
 from selfforcing_dfd.evaluation.report import sample_videos, write_report
 from selfforcing_dfd.evaluation.showcase import write_showcase
 from selfforcing_dfd.evaluation.sources import sources
 from selfforcing_dfd.evaluation.worlds import TINY
-from selfforcing_dfd.stages import load_config
+from selfforcing_dfd.stages import arms_of, load_config
 from selfforcing_dfd.training.build import build_network
+from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.weights.stored import WeightsError
 
 SIZES = NetworkConfig(num_heads=2, head_dim=16, num_layers=2, ffn_dim=48, freq_dim=32)
 
@@ -47,6 +49,8 @@ def config_of(folder: Path, *overrides: str) -> Config:
         path.parent.mkdir(parents=True, exist_ok=True)
         fill_weights(network, seed=1 if "caption" in path.parts[-2] else 0)
         save_network(path, network)
+    for arm in arms_of(config):
+        (run_folder(arm) / "config.yaml").write_text(to_yaml(arm))
     line = {"kind": "student", "student_update": 1, "loss": 0.5, "contrast_ratio": 0.9}
     (arms / "twin" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     return config
@@ -109,7 +113,7 @@ def test_showcase_explains_what_it_cannot_show(reported: tuple[Config, str], tmp
         write_showcase(run, tmp_path / "x.svg", {"data": "data"}, ["beauty"])
     with pytest.raises(ConfigError, match=r"ends in \.mp4; use one of \.gif"):
         write_showcase(run, tmp_path / "x.mp4", {"data": "data"})
-    with pytest.raises(ConfigError, match=r"has no config.yaml"):
+    with pytest.raises(WeightsError, match=r"has no config.yaml"):
         write_showcase(tmp_path, tmp_path / "x.gif", {"data": "data"})
 
 
@@ -186,5 +190,5 @@ def test_sample_explains_what_it_cannot_do(reported: tuple[Config, str], tmp_pat
     run = Path(reported[0].run.out) / "demo"
     with pytest.raises(UserError, match="names nothing of the tiny world"):
         sample_videos(run, ["a horse runs"])
-    with pytest.raises(ConfigError, match=r"has no config.yaml"):
+    with pytest.raises(WeightsError, match=r"has no config.yaml"):
         sample_videos(tmp_path)

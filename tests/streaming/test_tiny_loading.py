@@ -23,6 +23,7 @@ from selfforcing_dfd.streaming.random_model import random_stream_model
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.world import draw_factors, render
 from selfforcing_dfd.weights.read import describe
+from selfforcing_dfd.weights.stored import WeightsError
 from selfforcing_dfd.weights.write import file_metadata
 
 ROOT = Path(__file__).parents[2]
@@ -79,10 +80,14 @@ def test_a_run_streams_its_own_student(comparison, caplog):
 
 def test_a_folder_without_a_run_is_explained(comparison, tmp_path):
     """Catches a traceback for the folder above the runs, and for a run that is not finished."""
-    with pytest.raises(LoadError, match=f"has no config.yaml; name one of its arms: {comparison}"):
+    with pytest.raises(
+        WeightsError, match=f"has no config.yaml; name one of its arms: {comparison}"
+    ):
         load_stream_model(tmp_path)
     (comparison / "prefix" / "student.safetensors").unlink()
-    with pytest.raises(LoadError, match=r"prefix/student\.safetensors does not exist; train first"):
+    with pytest.raises(
+        WeightsError, match=r"prefix/student\.safetensors does not exist; train first"
+    ):
         load_stream_model(comparison)
 
 

@@ -1,4 +1,4 @@
-"""The student of a run's folder, found without the trainer's code."""
+"""The files in a run's folder, found without the trainer's code."""
 
 from __future__ import annotations
 
@@ -9,40 +9,47 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from selfforcing_dfd.streaming.parts import LoadError
+from selfforcing_dfd.weights.stored import WeightsError
 
 logger = logging.getLogger(__name__)
 
 STUDENT_FILE = "student.safetensors"
+FAKE_FILE = "fake.safetensors"
 CONFIG_FILE = "config.yaml"
 
 
-def read_settings(run: Path) -> Mapping[str, Any]:
-    """The settings of a run as plain values. Raises LoadError for a folder without a run."""
+def config_of(run: Path) -> Path:
+    """The config in a run's folder. Raises WeightsError for a folder without a run."""
     path = run / CONFIG_FILE
     if not path.is_file():
         known = sorted(found.parent.as_posix() for found in run.glob(f"*/{CONFIG_FILE}"))
         advice = "name the folder of a finished run"
         if known:
             advice = f"name one of its arms: {', '.join(known)}"
-        raise LoadError(f"{run} has no {CONFIG_FILE}; {advice}")
+        raise WeightsError(f"{run} has no {CONFIG_FILE}; {advice}")
+    return path
+
+
+def read_settings(run: Path) -> Mapping[str, Any]:
+    """The settings of a run as plain values. Raises WeightsError for a folder without a run."""
+    path = config_of(run)
     settings = OmegaConf.to_container(OmegaConf.load(path))
     if not isinstance(settings, dict):
-        raise LoadError(f"{path} holds no settings; name the folder of a finished run")
+        raise WeightsError(f"{path} holds no settings; name the folder of a finished run")
     return {str(name): value for name, value in settings.items()}
 
 
 def student_of(run: Path) -> Path:
     """Weights of a run's student; of a comparison, those of its last arm, with a warning.
 
-    Raises LoadError for a folder without a run, and for one that is not finished.
+    Raises WeightsError for a folder without a run, and for one that is not finished.
     """
     if (run / STUDENT_FILE).is_file():
         return run / STUDENT_FILE
     arms = list(read_settings(run).get("arms") or {})
     found = run / arms[-1] / STUDENT_FILE if arms else run / STUDENT_FILE
     if not found.is_file():
-        raise LoadError(f"{found} does not exist; train first, or go on with train.py --resume")
+        raise WeightsError(f"{found} does not exist; train first, or go on with train.py --resume")
     if len(arms) > 1:
         logger.warning(
             "%s compares %s; %s is taken, name another one's folder for that one",
