@@ -82,11 +82,6 @@ class Recipe:
         """The ladder as noise levels."""
         return _sigmas(self.ladder, self.shift)
 
-    @property
-    def first_sigmas(self) -> tuple[float, ...]:
-        """The first chunk's ladder as noise levels."""
-        return _sigmas(self.first_ladder or self.ladder, self.shift)
-
 
 @dataclass(frozen=True, slots=True)
 class TrainingData:

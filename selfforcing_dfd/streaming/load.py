@@ -191,12 +191,18 @@ def load_student(
     settled = settle_recipe(weights.recipe, recipe or {}, "causal_student", weights.source)
     if settled.first_ladder is not None:
         raise LoadError(
-            f"{weights.source} has another ladder for its first chunk, which streaming does not "
-            "support; use a student with one ladder"
+            f"{weights.source} denoises the first chunk with steps of its own, "
+            f"{_steps(settled.first_ladder)}, and later chunks with {_steps(settled.ladder)}; "
+            "streams run all chunks with the same steps: use a student whose recipe has no "
+            "first_ladder"
         )
     student = load_network(weights, device=device, dtype=dtype)
     mark(student, "causal_student", settled, weights.identity.data)
     return student.requires_grad_(False)
+
+
+def _steps(ladder: tuple[float, ...]) -> str:
+    return ",".join(f"{timestep:g}" for timestep in ladder)
 
 
 def student_recipe(student: WanTransformer) -> Recipe:

@@ -135,7 +135,8 @@ def test_a_first_ladder_is_refused_and_not_forgotten(tmp_path):
     assert recipe is not None
     two = dataclasses.replace(recipe, first_ladder=(1000.0,))
     path = save_student(tmp_path / "student.safetensors", recipe=two)
-    with pytest.raises(LoadError, match="another ladder for its first chunk"):
+    said = "the first chunk with steps of its own, 1000, and later chunks with 1000,"
+    with pytest.raises(LoadError, match=said):
         load_stream_model(checkpoint=str(path))
 
 
