@@ -112,9 +112,11 @@ class WeightsConfig:
     student: str = ""
     teacher: str = ""
     fake: str = ""
+    causal: str = ""  # a causal teacher, as stage `causal` makes it
     student_entry: str = ""
     teacher_entry: str = ""
     fake_entry: str = ""
+    causal_entry: str = ""
     # values of a head, for files that do not state it and are of no published size; 0: not needed
     head_dim: int = ranged(0, 0, 1024)
 
@@ -156,6 +158,7 @@ class OptimizerConfig:
 class OptimConfig:
     student: OptimizerConfig = field(default_factory=OptimizerConfig)
     fake: OptimizerConfig = field(default_factory=OptimizerConfig)
+    regression: OptimizerConfig = field(default_factory=OptimizerConfig)  # the student's, in DMD
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

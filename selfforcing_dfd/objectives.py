@@ -56,19 +56,31 @@ def distribution_matching(
     conditioning: Conditioning,
     negative: Conditioning,
     guidance: float,
+    fake_guidance: float = 1.0,
+    control: tuple[Tensor, Tensor] | None = None,
     min_normaliser: float = 1e-3,
 ) -> Matching:
     """Per-sample distribution-matching loss; anchor rows equal to x0 are DMD, real rows are DFD.
 
-    x0 (with gradient), anchor, noise: [B, F, C, H, W]; sigma: [B]. Only the teacher is guided.
+    x0 (with gradient), anchor, noise: [B, F, C, H, W]; sigma: [B]. fake_guidance: of the fake
+    score; 1 is the papers' form. control: real clips like x0, and the rows [B] (bool) from which
+    their difference is subtracted: guidance w moves even a student that is the data, by T_1 - T_w.
     """
+
+    def difference(fake_t: Tensor, teacher_t: Tensor) -> tuple[Tensor, Tensor]:
+        """fake - teacher, and the teacher's clean prediction."""
+        fake_x0 = guided_x0(fake, fake_t, sigma, conditioning, negative, fake_guidance)
+        teacher_x0 = guided_x0(teacher, teacher_t, sigma, conditioning, negative, guidance)
+        return fake_x0 - teacher_x0, teacher_x0
+
     with torch.no_grad():
         generated = x0.detach()
         fake_t = add_noise(generated, noise, sigma)
-        anchor_t = add_noise(anchor, noise, sigma)
-        fake_x0 = x0_from_flow(fake_t, fake(fake_t, sigma, conditioning).flow, sigma)
-        teacher_x0 = guided_x0(teacher, anchor_t, sigma, conditioning, negative, guidance)
-        d = fake_x0 - teacher_x0
+        d, teacher_x0 = difference(fake_t, add_noise(anchor, noise, sigma))
+        if control is not None:
+            control_t = add_noise(control[0], noise, sigma)
+            of_control = difference(control_t, control_t)[0]
+            d = d - control[1][:, None, None, None, None] * of_control
         normaliser = (generated - teacher_x0).abs().mean(PER_SAMPLE).clamp_min(min_normaliser)
         target = generated - d / normaliser[:, None, None, None, None]
     loss = 0.5 * (x0 - target).square().mean(PER_SAMPLE)

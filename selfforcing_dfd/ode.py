@@ -1,4 +1,4 @@
-"""The teacher's probability-flow ODE: sampling from noise, and inversion of real clips to noise."""
+"""A teacher's probability-flow ODE: sampling, inversion of real clips, and the way between."""
 
 from __future__ import annotations
 
@@ -8,9 +8,14 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.context import Cache, Conditioning, Context, Network, NetworkOutput
-from selfforcing_dfd.flow import shift_sigma, x0_from_flow
+from selfforcing_dfd.flow import add_noise, expand_sigma, shift_sigma, x0_from_flow
 from selfforcing_dfd.objectives import guided_x0
 from selfforcing_dfd.rollout import Chunks, commit_chunk
+
+INVERSION_SIGMA = 0.1
+"""Where inversion starts. On the tiny world's clips: noise of std .98, and every clip found again
+from it; from .02, std .86; from 0, .57.
+"""
 
 
 def with_context(network: Network, fixed: Context) -> Network:
@@ -84,10 +89,38 @@ def sample(
 
 
 def invert(
-    teacher: Network, latents: Tensor, conditioning: Conditioning, num_steps: int, shift: float
+    teacher: Network,
+    latents: Tensor,
+    noise: Tensor,
+    conditioning: Conditioning,
+    num_steps: int,
+    shift: float,
 ) -> Tensor:
-    """The noise from which the unguided ODE makes these clean latents: `sample` backwards."""
-    return integrate(teacher, latents, sampling_ladder(num_steps, shift)[::-1], conditioning)
+    """The noise [B, F, C, H, W] from which the unguided ODE makes these clean latents.
+
+    It starts at `INVERSION_SIGMA`, with that much fresh `noise` added. At sigma 0 the way up is not
+    defined: clips fill few of their dimensions, and across the others the flow is that of noise
+    which is not there. What comes out is then no standard normal draw, but depends on the clip.
+    """
+    return integrate(
+        teacher,
+        add_noise(latents, noise, INVERSION_SIGMA),
+        inversion_ladder(num_steps, shift),
+        conditioning,
+    )
+
+
+def inversion_ladder(num_steps: int, shift: float) -> tuple[float, ...]:
+    """`num_steps + 1` sigmas from INVERSION_SIGMA up to 1, evenly spaced before the shift."""
+    lowest = float(unshift_sigma(torch.tensor(INVERSION_SIGMA, dtype=torch.float64), shift))
+    return tuple(
+        shift_sigma(torch.linspace(lowest, 1, num_steps + 1, dtype=torch.float64), shift).tolist()
+    )
+
+
+def unshift_sigma(sigma: Tensor, shift: float) -> Tensor:
+    """u with shift_sigma(u, shift) = sigma."""
+    return sigma / (shift - (shift - 1) * sigma)
 
 
 @torch.no_grad()
@@ -106,6 +139,7 @@ def teacher_forced_contexts(
 def invert_by_chunks(
     network: Network,
     latents: Tensor,
+    noise: Tensor,
     conditioning: Conditioning,
     num_steps: int,
     shift: float,
@@ -118,10 +152,75 @@ def invert_by_chunks(
     every chunk. This is the causal ODE of Causal-Forcing in the other direction: its end points are
     the data.
     """
-    ladder = sampling_ladder(num_steps, shift)[::-1]
     contexts = teacher_forced_contexts(network, latents, conditioning, cache, chunks)
-    noise = [
-        integrate(with_context(network, context), chunk.of(latents), ladder, conditioning)
+    inverted = [
+        invert(
+            with_context(network, context),
+            chunk.of(latents),
+            chunk.of(noise),
+            conditioning,
+            num_steps,
+            shift,
+        )
         for chunk, context in zip(chunks, contexts, strict=True)
     ]
-    return torch.cat(noise, dim=1)
+    return torch.cat(inverted, dim=1)
+
+
+@torch.no_grad()
+def descend(
+    network: Network,
+    x_t: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    context: Context,
+    num_steps: int,
+    shift: float,
+) -> Tensor:
+    """Where the ODE leads from x_t [B, F, C, H, W] at noise levels sigma [B, F] > 0.
+
+    Heun's method in num_steps steps to sigma 0 for every frame, evenly spaced before the shift;
+    2 num_steps - 1 calls.
+    """
+    for step in range(num_steps):
+        x_t, sigma = heun_step(network, x_t, sigma, conditioning, context, num_steps - step, shift)
+    return x_t
+
+
+def heun_step(
+    network: Network,
+    x_t: Tensor,
+    sigma: Tensor,
+    conditioning: Conditioning,
+    context: Context,
+    steps_left: int,
+    shift: float,
+) -> tuple[Tensor, Tensor]:
+    """The first of `steps_left` steps down to sigma 0: x_t and sigma [B, F] after it."""
+    flow = network(x_t, sigma, conditioning, context).flow
+    if steps_left == 1:
+        return x0_from_flow(x_t, flow, sigma), torch.zeros_like(sigma)
+    following = shift_sigma(unshift_sigma(sigma, shift) * (1 - 1 / steps_left), shift)
+    step = expand_sigma(following - sigma, x_t)
+    second = network(x_t + step * flow, following, conditioning, context).flow
+    return x_t + step * 0.5 * (flow + second), following
+
+
+@torch.no_grad()
+def sample_by_chunks(
+    network: Network,
+    noise: Tensor,
+    conditioning: Conditioning,
+    cache: Cache,
+    chunks: Chunks,
+    num_steps: int,
+    shift: float,
+) -> Tensor:
+    """Clean latents of a causal teacher from noise [B, F, C, H, W], chunk after chunk."""
+    clean = []
+    for chunk in chunks:
+        own = with_context(network, cache.read(chunk.frames))
+        clean.append(sample(own, chunk.of(noise), conditioning, num_steps, shift))
+        if chunk is not chunks[-1]:
+            commit_chunk(network, clean[-1], conditioning, cache)
+    return torch.cat(clean, dim=1)

@@ -44,12 +44,13 @@ class Draw:
     """The randomness of one micro-batch.
 
     Positions count the samples of a run from its beginning, over all processes. update_start: where
-    this update's samples begin; micro_start: where this micro-batch's begin; positions: one for
-    each sample.
+    this update's samples begin; update_size: how many they are; micro_start: where this
+    micro-batch's begin; positions: one for each sample.
     """
 
     seed: int
     update_start: int
+    update_size: int
     micro_start: int
     positions: tuple[int, ...]
 
@@ -62,13 +63,30 @@ class Draw:
         return torch.stack([uniform(shape, self.seed, name, n) for n in self.positions])
 
     def coin(self, name: str, shared_by: Literal["update", "micro", "sample"]) -> Tensor:
-        """[B] in [0, 1), float64: one value for each update, micro-batch or sample."""
-        counters = {
-            "update": (self.update_start,) * len(self.positions),
-            "micro": (self.micro_start,) * len(self.positions),
-            "sample": self.positions,
-        }
-        return torch.stack([uniform((), self.seed, name, n) for n in counters[shared_by]])
+        """[B] in [0, 1), float64: one value for each update, micro-batch or sample.
+
+        Those of samples are stratified: of n in an update, each nth part of [0, 1) holds one.
+        """
+        if shared_by == "sample":
+            return self.strata(name)
+        start = self.update_start if shared_by == "update" else self.micro_start
+        return uniform((), self.seed, name, start).expand(len(self.positions))
+
+    def strata(self, name: str) -> Tensor:
+        """[B] in [0, 1), float64: over the whole update one in each of its equal parts."""
+        order = generator(self.seed, f"{name} order", self.update_start)
+        part = torch.randperm(self.update_size, generator=order)
+        places = torch.tensor(self.positions) - self.update_start
+        return (part[places] + self.uniform(name)) / self.update_size
+
+    def in_turn(self, name: str, num_options: int, turn: int) -> int:
+        """One of `num_options`, the same on every process.
+
+        Of any n turns that begin at a multiple of n, each takes another of the n options, in an
+        order of their own.
+        """
+        order = generator(self.seed, name, turn // num_options)
+        return int(torch.randperm(num_options, generator=order)[turn % num_options])
 
     def choice(self, name: str, num_options: int) -> int:
         """One of `num_options`, the same for the whole update on every process."""

@@ -5,7 +5,9 @@ has gradient: `rollout` runs without gradient and records what entered that step
 repeats the exit steps of all chunks in one pass with gradient.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -50,8 +52,8 @@ class Rollout:
 
 
 @dataclass(frozen=True, slots=True)
-class RealPast:
-    """In these rows [B] (bool), chunks of real latents [B, F, C, H, W] are the past of a chunk."""
+class RealRows:
+    """In these rows [B] (bool), real latents [B, F, C, H, W] take the place of the student's."""
 
     latents: Tensor
     rows: Tensor
@@ -74,16 +76,20 @@ def denoise_chunk(
     context: Context,
     ladder: Ladder,
     exit_step: int | None = None,
+    real_input: Callable[[Tensor], Tensor] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Few-step generation of one chunk: (x0 after the exit step, what entered that step).
 
     noise: [S, B, f, C, H, W], one draw for each step of the ladder: where the first step starts,
     then what is added between steps. exit_step: index into the ladder; None is its last step.
+    real_input: puts real latents into rows of what is noised for the exit step.
     """
     last_step = len(ladder) - 1 if exit_step is None else exit_step
     x_t = noise[0]
     for step in range(last_step):
         x0 = x0_from_flow(x_t, student(x_t, ladder[step], conditioning, context).flow, ladder[step])
+        if real_input is not None and step == last_step - 1:
+            x0 = real_input(x0)
         x_t = add_noise(x0, noise[step + 1], ladder[step + 1])
     flow = student(x_t, ladder[last_step], conditioning, context).flow
     return x0_from_flow(x_t, flow, ladder[last_step]), x_t
@@ -104,12 +110,14 @@ def rollout(
     ladder: Ladder,
     chunks: Chunks,
     exit_steps: tuple[int, ...] | None = None,
-    real_past: RealPast | None = None,
+    real_past: RealRows | None = None,
+    real_input: RealRows | None = None,
 ) -> Rollout:
     """Generate all chunks in order from noise [S, B, F, C, H, W].
 
-    exit_steps: for each chunk an index into the ladder; None is its last step. The last chunk is
-    not committed, since no chunk comes after it.
+    exit_steps: for each chunk an index into the ladder; None is its last step. real_past: is
+    committed in place of the student's chunks. real_input: is noised for the exit step in place of
+    them. The last chunk is not committed, since no chunk comes after it.
     """
     exit_steps = exit_steps or (len(ladder) - 1,) * len(chunks)
     x0s = []
@@ -117,7 +125,10 @@ def rollout(
     contexts = []
     for chunk, step in zip(chunks, exit_steps, strict=True):
         context = cache.read(chunk.frames)
-        x0, x_exit = denoise_chunk(student, chunk.of(noise, 2), conditioning, context, ladder, step)
+        real = None if real_input is None else partial(real_input.instead_of, chunk=chunk)
+        x0, x_exit = denoise_chunk(
+            student, chunk.of(noise, 2), conditioning, context, ladder, step, real
+        )
         if chunk is not chunks[-1]:
             past = x0 if real_past is None else real_past.instead_of(x0, chunk)
             commit_chunk(student, past, conditioning, cache)

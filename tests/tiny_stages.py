@@ -18,7 +18,8 @@ NO_ROW = torch.zeros(2, dtype=torch.bool)  # no row is tied
 
 
 def draw(count: int = 2, first: int = 0, update: int = 0, seed: int = 0) -> Draw:
-    return Draw(seed, update, first, tuple(range(first, first + count)))
+    size = max(16, first - update + count)
+    return Draw(seed, update, size, first, tuple(range(first, first + count)))
 
 
 def matching_stage(forcing: DataForcing | None = None, **changes: Any) -> MatchingStage:

@@ -262,15 +262,11 @@ def invert(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.data.noise import store_noise
         from selfforcing_dfd.stages import load_config
-        from selfforcing_dfd.training.build import build_invert, build_teacher
-        from selfforcing_dfd.weights.tensors import model_fingerprint
+        from selfforcing_dfd.training.inversion import build_inversion
 
-        config = load_config(args.config)
-        teacher = model_fingerprint(build_teacher(config))
+        inversion = build_inversion(load_config(args.config), args.steps)
         summary = store_noise(
-            args.folder,
-            build_invert(config, args.steps),
-            noise_fingerprint=f"{teacher}-{args.steps}",
+            args.folder, inversion.invert, noise_fingerprint=inversion.fingerprint
         )
         print(f"{summary.folder}: {summary.num_samples} samples now have their noise")
 

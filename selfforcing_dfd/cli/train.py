@@ -15,18 +15,13 @@ from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards
 from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.base import ShardStage
 from selfforcing_dfd.tiny.codec import TinyCodec
-from selfforcing_dfd.training.build import (
-    build_invert,
-    build_networks,
-    build_teacher,
-    build_trainer,
-    check_start,
-)
+from selfforcing_dfd.training.build import build_networks, build_trainer, check_start
 from selfforcing_dfd.training.build_data import BASIS, build_reader, codec_file
 from selfforcing_dfd.training.exclusive import lock_folders, refuse_many_processes
 from selfforcing_dfd.training.exports import export
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.guards import Guards, latent_statistics
+from selfforcing_dfd.training.inversion import build_inversion
 from selfforcing_dfd.training.needs import has_shards
 from selfforcing_dfd.weights.runs import CONFIG_FILE, STUDENT_FILE
 from selfforcing_dfd.weights.tensors import model_fingerprint
@@ -82,12 +77,8 @@ def prepare_data(config: Config) -> None:
         )
     if tiny.noise_steps and not ShardReader(folder).has_noise:
         print(f"finding the noise of {tiny.clips} clips with the teacher's ODE")
-        teacher = model_fingerprint(build_teacher(config))
-        store_noise(
-            folder,
-            build_invert(config, tiny.noise_steps),
-            noise_fingerprint=f"{teacher}-{tiny.noise_steps}",
-        )
+        inversion = build_inversion(config, tiny.noise_steps)
+        store_noise(folder, inversion.invert, noise_fingerprint=inversion.fingerprint)
 
 
 def make_shards(config: Config, stage: type[ShardStage], resume: bool) -> None:

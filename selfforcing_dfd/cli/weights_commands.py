@@ -96,7 +96,13 @@ def _add_what_source_lacks(parser: argparse.ArgumentParser) -> None:
     """Role, heads and recipe, for sources that do not state them."""
     parser.add_argument(
         "--role",
-        choices=("teacher", "bidirectional_student", "causal_student", "fake_score"),
+        choices=(
+            "teacher",
+            "causal_teacher",
+            "bidirectional_student",
+            "causal_student",
+            "fake_score",
+        ),
         help="what the weights are, where SRC does not state it",
     )
     parser.add_argument(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from selfforcing_dfd import rng
 from selfforcing_dfd.data.format import (
     INDEX_NAME,
     LATENT,
@@ -28,9 +29,9 @@ from selfforcing_dfd.data.journal import Job, Journal
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.write import PackSummary, Record, shard_folder, summary_of, write_shards
 
-Invert = Callable[[Tensor, Tensor], Tensor]
-"""(latents [B, F, C, H, W], text [B, L, D]) -> noise [B, F, C, H, W]: the teacher's ODE, from data
-to noise.
+Invert = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(latents [B, F, C, H, W], text [B, L, D], fresh noise like the latents) -> noise like the
+latents: the teacher's ODE, from data to noise.
 """
 
 
@@ -91,7 +92,10 @@ def _with_noise(
     while group := list(islice(records, batch_size)):
         latents = torch.stack([from_npy(record.members[LATENT]) for record in group])
         tokens = [from_npy(record.members[TEXT]) for record in group]
-        noise = invert(latents, torch.stack([pad_text(one, text_length) for one in tokens]))
+        text = torch.stack([pad_text(one, text_length) for one in tokens])
+        shape = tuple(latents.shape[1:])
+        fresh = [rng.normal(shape, 0, "inversion", record.number) for record in group]
+        noise = invert(latents, text, torch.stack(fresh))
         if noise.shape != latents.shape:
             raise PackError(
                 f"invert gave noise {list(noise.shape)} for latents {list(latents.shape)}; "

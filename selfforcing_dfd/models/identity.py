@@ -19,7 +19,7 @@ from selfforcing_dfd.common import UserError
 from selfforcing_dfd.context import check_frames
 from selfforcing_dfd.flow import few_step_ladder
 
-Role = Literal["teacher", "bidirectional_student", "causal_student", "fake_score"]
+Role = Literal["teacher", "causal_teacher", "bidirectional_student", "causal_student", "fake_score"]
 ROLES: tuple[Role, ...] = get_args(Role)
 STUDENT_ROLES: tuple[Role, ...] = ("bidirectional_student", "causal_student")
 

@@ -7,10 +7,21 @@ from collections.abc import Iterator, Sequence
 
 from selfforcing_dfd import config as settings
 from selfforcing_dfd.config import Config
-from selfforcing_dfd.stages import init, matching, pairs, teacher
+from selfforcing_dfd.stages import causal, init, matching, pairs, regression, teacher
 from selfforcing_dfd.stages.base import STAGES, stage_of
 
-__all__ = ["STAGES", "arms_of", "init", "load_config", "matching", "pairs", "stage_of", "teacher"]
+__all__ = [
+    "STAGES",
+    "arms_of",
+    "causal",
+    "init",
+    "load_config",
+    "matching",
+    "pairs",
+    "regression",
+    "stage_of",
+    "teacher",
+]
 
 
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:

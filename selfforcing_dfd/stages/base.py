@@ -82,7 +82,9 @@ class Stage:
     has_guards: ClassVar[bool] = False  # whether guards watch the student's samples
     # whether it goes on from a finished student, which the report then shows beside its own
     continues_student: ClassVar[bool] = False
-    makes: ClassVar[Literal["teacher", "causal_student", "shards"]] = "causal_student"
+    makes: ClassVar[Literal["teacher", "causal_teacher", "causal_student", "shards"]] = (
+        "causal_student"
+    )
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -92,6 +94,11 @@ class Stage:
     def starts(cls, config: Config) -> dict[str, Start]:
         """What each network starts from, by role."""
         return {"student": student_start(config)}
+
+    @classmethod
+    def stored_noise(cls, config: Config) -> Literal["first", "all"]:
+        """Which chunks start from the noise stored with their clip."""
+        return "all"
 
     @classmethod
     def needs_noise(cls, config: Config) -> str:
@@ -132,6 +139,7 @@ class TrainingStage(Stage, ABC):
 
     trained: dict[str, nn.Module]
     fake_per_student: int = 0
+    regression_per_student: int = 0
 
     @classmethod
     @abstractmethod
@@ -193,6 +201,12 @@ def student_start(config: Config) -> Start:
 def teacher_start(config: Config) -> Start:
     weights = config.weights
     return Start(weights.teacher, weights.teacher_entry, weights.head_dim)
+
+
+def causal_start(config: Config) -> Start:
+    """The causal teacher's weights."""
+    weights = config.weights
+    return Start(weights.causal, weights.causal_entry, weights.head_dim)
 
 
 def require_teacher(config: Config) -> None:

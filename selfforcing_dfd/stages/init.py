@@ -9,7 +9,7 @@ from typing import Literal, Self
 import torch
 from torch import Tensor, nn
 
-from selfforcing_dfd.config import Config
+from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.context import KVCache, PackedContext
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.flow import shift_sigma
@@ -83,6 +83,18 @@ class InitStage(TrainingStage):
             negative=negative,
             **cache_sizes(config),
         )
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        require(
+            config.of(InitConfig).stored_noise == "first" or bool(config.weights.causal),
+            "init.stored_noise is all but weights.causal is empty: only a causal teacher gives "
+            "noise that later chunks may start from; name one, which stage `causal` makes",
+        )
+
+    @classmethod
+    def stored_noise(cls, config: Config) -> Literal["first", "all"]:
+        return config.of(InitConfig).stored_noise
 
     @classmethod
     def needs_noise(cls, config: Config) -> str:

@@ -14,17 +14,19 @@ from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.flow import shift_sigma
-from selfforcing_dfd.forcing import PAIRINGS, Forcing, Pair
+from selfforcing_dfd.forcing import PAIRINGS, Forcing
 from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import Chunks, Rollout, replay, rollout
 from selfforcing_dfd.stages.base import (
+    FlowConfig,
     Pass,
     StageLoss,
     Start,
     TrainingStage,
     cache_sizes,
     chunks_of,
+    drop_text,
     ladder_of,
     no_text,
     register,
@@ -32,12 +34,14 @@ from selfforcing_dfd.stages.base import (
     student_start,
     teacher_start,
 )
+from selfforcing_dfd.stages.regression import RegressionConfig, RegressionStage
 
 PAIRINGS_IN_WORDS = {
     "caption": "the real clip shares the caption and nothing else, as in the paper",
-    "assignment": "real clips of the same caption, each given to the nearest sample",
+    "noised_real": "the student's last step starts from the real clip, noised",
     "inversion": "the real clip's own noise",
     "prefix": "the first chunk from the real clip's noise, later ones after its real past",
+    "noised_prefix": "as prefix, and the last step starts from the real clip, noised",
 }
 
 
@@ -52,6 +56,13 @@ class ScoreConfig:
     sigma_max: float = ranged(0.98, 0, 1, above=True)
     min_normaliser: float = ranged(1e-3, 0, 1000, above=True)
     fake_per_student: int = ranged(5, 1, 10_000)  # fake-score updates for each student update
+    # of the fake score: 1 is off, as in the papers; else it trains without caption at times
+    fake_guidance: float = ranged(1.0, 0, 1000)
+    fake_text_dropout: float = ranged(0.0, 0, 1)
+    # subtract the difference on the real clip, which guidance leaves even where student is data
+    control_variate: bool = False
+    # updates on real clips before each student update, as section `regression` says
+    regression_per_student: int = ranged(0, 0, 10_000)
 
     def __post_init__(self) -> None:
         require(
@@ -70,9 +81,10 @@ class DFDConfig:
     p_start: float = ranged(0.5, 0, 1)
     # student updates until p is reached; 0 is constant p
     ramp_updates: int = ranged(0, 0, 10_000_000)
-    granularity: Literal["update", "micro", "sample"] = "update"  # what shares one coin
-    pairing: Literal["caption", "assignment", "inversion", "prefix"] = "caption"
-    # noise levels at which a tied row is anchored; at others it is trained by DMD
+    granularity: Literal["update", "micro", "sample"] = "sample"  # what shares one coin
+    pairing: Literal["caption", "noised_real", "inversion", "prefix", "noised_prefix"] = "caption"
+    # noise levels at which a tied row is anchored; at others it is trained by DMD, or with a real
+    # past not at all
     sigma_range: tuple[float, float] = ranged((0.0, 1.0), 0, 1)
 
     def __post_init__(self) -> None:
@@ -85,8 +97,9 @@ class MatchingStage(TrainingStage):
     """DMD, or DFD in the rows that `forcing` picks.
 
     The fake score learns by flow matching on the student's own samples, `fake_per_student` times
-    for each student update. coin_shared_by: what shares one data-forcing coin. negative:
-    [L, D_text], the text of guidance's unconditional half; None is zeros.
+    for each student update. Where there is a `regression`, the student also learns by it, with an
+    optimizer of its own. coin_shared_by: what shares one data-forcing coin. negative: [L, D_text],
+    the text of guidance's unconditional half; None is zeros.
     """
 
     has_guards = True
@@ -102,18 +115,28 @@ class MatchingStage(TrainingStage):
     min_normaliser: float
     fake_per_student: int
     forcing: Forcing = field(default_factory=Forcing)
-    coin_shared_by: Literal["update", "micro", "sample"] = "update"
+    coin_shared_by: Literal["update", "micro", "sample"] = "sample"
     sink: int = 0
     window: int | None = None
     negative: Tensor | None = None
+    fake_guidance: float = 1.0
+    fake_text_dropout: float = 0.0
+    control_variate: bool = False
+    regression_per_student: int = 0
+    regression: RegressionStage | None = None
 
     @classmethod
     def build(
         cls, config: Config, networks: Mapping[str, nn.Module], negative: Tensor | None
     ) -> Self:
         score = config.of(ScoreConfig)
+        trained = {"student": networks["student"], "fake": networks["fake"]}
+        regression = None
+        if score.regression_per_student:
+            regression = RegressionStage.build(config, networks, negative)
+            trained["regression"] = networks["student"]
         return cls(
-            trained={"student": networks["student"], "fake": networks["fake"]},
+            trained=trained,
             teacher=networks["teacher"],
             chunks=chunks_of(config),
             ladder=ladder_of(config),
@@ -123,6 +146,11 @@ class MatchingStage(TrainingStage):
             sigma_max=score.sigma_max,
             min_normaliser=score.min_normaliser,
             fake_per_student=score.fake_per_student,
+            fake_guidance=score.fake_guidance,
+            fake_text_dropout=score.fake_text_dropout,
+            control_variate=score.control_variate,
+            regression_per_student=score.regression_per_student,
+            regression=regression,
             negative=negative,
             **cls.forcing_settings(config),
             **cache_sizes(config),
@@ -136,6 +164,8 @@ class MatchingStage(TrainingStage):
     @classmethod
     def check(cls, config: Config) -> None:
         require_teacher(config)
+        if config.of(ScoreConfig).regression_per_student:
+            RegressionStage.check(config)
 
     @classmethod
     def starts(cls, config: Config) -> dict[str, Start]:
@@ -144,37 +174,52 @@ class MatchingStage(TrainingStage):
         fake = teacher
         if weights.fake:
             fake = Start(weights.fake, weights.fake_entry, weights.head_dim)
-        return {"student": student_start(config), "fake": fake, "teacher": teacher}
+        starts = {"student": student_start(config), "fake": fake, "teacher": teacher}
+        if config.of(ScoreConfig).regression_per_student:
+            starts |= RegressionStage.starts(config)
+        return starts
 
     @classmethod
     def passes(cls, config: Config) -> dict[str, list[Pass]]:
         # exit steps are drawn evenly, so half of the ladder and half a step on average
         steps = (len(config.rollout.ladder) + 1) / 2
-        guided = 1 if config.of(ScoreConfig).guidance == 1 else 2
+        score = config.of(ScoreConfig)
+        guided = 1 if score.guidance == 1 else 2
+        fake_guided = 1 if score.fake_guidance == 1 else 2
+        asked = 2 if score.control_variate else 1  # about the sample, and about the real clip
         roll_out = [
             Pass("rollout", "student", "chunks", steps),
             Pass("commits", "student", "committed"),
         ]
-        return {
+        passes = {
             "student": [
                 *roll_out,
                 Pass("replay with gradient", "student", "chunks", gradient=True),
-                Pass("fake score", "fake", "clip"),
-                Pass("teacher", "teacher", "clip", guided, rows=guided),
+                Pass("fake score", "fake", "clip", fake_guided * asked, rows=fake_guided),
+                Pass("teacher", "teacher", "clip", guided * asked, rows=guided),
             ],
             "fake": [*roll_out, Pass("with gradient", "fake", "clip", gradient=True)],
         }
+        if score.regression_per_student:
+            passes["regression"] = RegressionStage.passes(config)["student"]
+        return passes
 
     @classmethod
     def updates(cls, config: Config) -> dict[str, int]:
         student = config.run.student_updates
-        return {"student": student, "fake": student * config.of(ScoreConfig).fake_per_student}
+        score = config.of(ScoreConfig)
+        updates = {"student": student, "fake": student * score.fake_per_student}
+        if score.regression_per_student:
+            updates["regression"] = student * score.regression_per_student
+        return updates
 
     @classmethod
     def describe(cls, config: Config) -> Iterator[tuple[str, str]]:
         ladder = ", ".join(f"{sigma:.4g}" for sigma in ladder_of(config))
         guidance = config.of(ScoreConfig).guidance
         yield "ladder", f"sigma {ladder}; teacher guided by {guidance:g}"
+        if config.of(ScoreConfig).regression_per_student:
+            yield from RegressionStage.describe(config)
         yield from cls.describe_forcing(config)
 
     @classmethod
@@ -185,29 +230,33 @@ class MatchingStage(TrainingStage):
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         if turn == "fake":
             return self.fake_loss(batch, draw)
+        if turn == "regression" and self.regression is not None:
+            return self.regression.loss("student", batch, draw, student_updates)
         return self.student_loss(batch, draw, student_updates)
 
     def fake_loss(self, batch: Batch, draw: Draw) -> StageLoss:
         untied = torch.zeros(len(batch.latents), dtype=torch.bool, device=batch.latents.device)
         # only x0 is kept: the rollout's record would hold the K/V of all chunks
-        x0 = self.roll_out(batch, draw, untied).x0
+        x0 = self.roll_out(batch, draw, untied, draw.choice("exit", len(self.ladder))).x0
         noise, sigma = self.draw_score(draw, x0)
-        loss = flow_matching(self.trained["fake"], x0, noise, sigma, Conditioning(batch.text))
+        conditioning = drop_text(batch, draw, self.fake_text_dropout, self.negative)
+        loss = flow_matching(self.trained["fake"], x0, noise, sigma, conditioning)
         return StageLoss(loss.mean(), {"flow_loss": loss.detach(), "sigma": sigma})
 
     def student_loss(self, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         conditioning = Conditioning(batch.text)
         coin = draw.coin("dfd", self.coin_shared_by)
         tied = forcing.tied_rows(coin, self.forcing, student_updates).to(batch.latents.device)
-        record = self.roll_out(batch, draw, tied)
+        exit_step = draw.in_turn("exit", len(self.ladder), student_updates)
+        record = self.roll_out(batch, draw, tied, exit_step)
         noise, sigma = self.draw_score(draw, record.x0)
         x0 = replay(self.trained["student"], record, conditioning)
         generated = x0.detach()
-        pair = forcing.pair(self.forcing.pairing, generated, batch.latents, batch.captions)
         anchored = forcing.anchored_rows(self.forcing, tied, sigma)
+        with_loss = forcing.rows_with_loss(self.forcing.pairing, tied, anchored)
         matching = distribution_matching(
             x0,
-            forcing.anchor(generated, pair.real, anchored),
+            forcing.anchor(generated, batch.latents, anchored),
             noise,
             sigma,
             teacher=self.teacher,
@@ -215,13 +264,17 @@ class MatchingStage(TrainingStage):
             conditioning=conditioning,
             negative=Conditioning(no_text(batch.text, self.negative)),
             guidance=self.guidance,
+            fake_guidance=self.fake_guidance,
+            control=(batch.latents, ~anchored) if self.control_variate else None,
             min_normaliser=self.min_normaliser,
         )
-        values = values_to_log(matching, pair if batch.has_clips else None, anchored, sigma)
         real = batch.latents if batch.has_clips else None
-        return StageLoss(matching.loss.mean(), values, generated, real)
+        values = values_to_log(matching, anchored, with_loss, sigma)
+        if real is not None:
+            values["gap"] = forcing.gap(generated, real)
+        return StageLoss((matching.loss * with_loss).mean(), values, generated, real)
 
-    def roll_out(self, batch: Batch, draw: Draw, tied: Tensor) -> Rollout:
+    def roll_out(self, batch: Batch, draw: Draw, tied: Tensor, exit_step: int) -> Rollout:
         """The student's clips for the batch's captions; `tied` rows [B] as the pairing says."""
         shape = (len(self.ladder), *batch.latents.shape[1:])
         noise = draw.normal("rollout", shape, batch.latents).transpose(0, 1)
@@ -234,8 +287,9 @@ class MatchingStage(TrainingStage):
             KVCache(self.sink, self.window),
             self.ladder,
             self.chunks,
-            exit_steps=(draw.choice("exit", len(self.ladder)),) * len(self.chunks),
+            exit_steps=(exit_step,) * len(self.chunks),
             real_past=forcing.real_past(pairing, batch.latents, tied),
+            real_input=forcing.real_input(pairing, batch.latents, tied),
         )
 
     def draw_score(self, draw: Draw, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -251,7 +305,7 @@ class DMDStage(MatchingStage):
     """Distribution matching on the student's own samples. Captions without clips will do."""
 
     name = "dmd"
-    sections = {"score": ScoreConfig}
+    sections = {"score": ScoreConfig, "regression": RegressionConfig, "flow": FlowConfig}
     needs_clips = False
 
     @classmethod
@@ -266,7 +320,12 @@ class DFDStage(MatchingStage):
 
     name = "dfd"
     continues_student = True
-    sections = {"score": ScoreConfig, "dfd": DFDConfig}
+    sections = {
+        "score": ScoreConfig,
+        "dfd": DFDConfig,
+        "regression": RegressionConfig,
+        "flow": FlowConfig,
+    }
 
     @classmethod
     def forcing_settings(cls, config: Config) -> dict[str, Any]:
@@ -279,14 +338,9 @@ class DFDStage(MatchingStage):
         }
 
     @classmethod
-    def check(cls, config: Config) -> None:
-        require_teacher(config)
-        assigned = PAIRINGS[config.of(DFDConfig).pairing].assigned
-        require(
-            not assigned or config.batch.group > 1,
-            "dfd.pairing is assignment but batch.group is 1: one sample has one possible partner; "
-            "use batch.group=8",
-        )
+    def stored_noise(cls, config: Config) -> Literal["first", "all"]:
+        pairing = PAIRINGS[config.of(DFDConfig).pairing]
+        return "first" if pairing.stored_noise == "first" else "all"
 
     @classmethod
     def needs_noise(cls, config: Config) -> str:
@@ -314,15 +368,14 @@ def score_sigma(u: Tensor, shift: float, low: float, high: float) -> Tensor:
 
 
 def values_to_log(
-    matching: Matching, pair: Pair | None, anchored: Tensor, sigma: Tensor
+    matching: Matching, anchored: Tensor, with_loss: Tensor, sigma: Tensor
 ) -> dict[str, Tensor]:
-    """Per sample [B]; the gap only where there is a real clip."""
-    gap = {"gap": pair.gap} if pair else {}
+    """Per sample [B]. dfd, dmd: 1 in rows trained so; rows without a loss have neither."""
     return {
         "loss": matching.loss.detach(),
         "discrepancy": matching.discrepancy,
         "normaliser": matching.normaliser,
-        **gap,
         "dfd": anchored.float(),
+        "dmd": (with_loss & ~anchored).float(),
         "sigma": sigma,
     }

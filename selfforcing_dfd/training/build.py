@@ -5,25 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.common import DTYPES, find_device, find_file
 from selfforcing_dfd.config import Config, ConfigError, ModelConfig, NetworkConfig, as_dict
-from selfforcing_dfd.context import Conditioning, KVCache
-from selfforcing_dfd.data.noise import Invert
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.ode import invert, invert_by_chunks
 from selfforcing_dfd.stages import stage_of
-from selfforcing_dfd.stages.base import (
-    FlowConfig,
-    Start,
-    TrainingStage,
-    cache_sizes,
-    chunks_of,
-    teacher_start,
-)
-from selfforcing_dfd.stages.init import InitConfig
+from selfforcing_dfd.stages.base import Start, TrainingStage, teacher_start
 from selfforcing_dfd.training.build_data import build_order, build_reader, check_shapes
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.ema import EMA
@@ -103,6 +92,10 @@ def build_teacher(config: Config, device: torch.device | str = "cpu") -> WanTran
     return load_frozen(config, teacher_start(config), device)
 
 
+FROZEN = ("teacher", "causal")
+"""Roles that are asked and never trained."""
+
+
 def build_networks(config: Config, device: torch.device) -> dict[str, WanTransformer]:
     """Each network of the stage with its starting weights; the teacher is frozen.
 
@@ -111,7 +104,7 @@ def build_networks(config: Config, device: torch.device) -> dict[str, WanTransfo
     """
     networks: dict[str, WanTransformer] = {}
     for role, start in stage_of(config).starts(config).items():
-        if role == "teacher":
+        if role in FROZEN:
             networks[role] = load_frozen(config, start, device)
         elif start.path:
             networks[role] = train_in(config.model, load_start(start, device))
@@ -147,37 +140,13 @@ def check_start(config: Config) -> None:
         ("student", config.weights.student),
         ("teacher", config.weights.teacher),
         ("fake", config.weights.fake),
+        ("causal", config.weights.causal),
     ):
         if name and not find_file(name).exists():
             raise ConfigError(
                 f"weights.{role} is {name}, which does not exist; "
                 "train it first, or correct the path"
             )
-
-
-def build_invert(config: Config, num_steps: int) -> Invert:
-    """The configured teacher's ODE from clips to their noise, for the packer.
-
-    With init.stored_noise all, weights.teacher is a causal network, whose ODE is followed chunk by
-    chunk.
-    """
-    device = find_device(config.run.device, "run.device")
-    teacher = build_teacher(config, device)
-    shift = config.of(FlowConfig).shift
-    by_chunks = config.of(InitConfig).stored_noise == "all"
-
-    def run(latents: Tensor, text: Tensor) -> Tensor:
-        latents = latents.to(device)
-        conditioning = Conditioning(text.to(device))
-        if not by_chunks:
-            return invert(teacher, latents, conditioning, num_steps, shift).cpu()
-        cache = KVCache(**cache_sizes(config))
-        chunks = chunks_of(config)
-        return invert_by_chunks(
-            teacher, latents, conditioning, num_steps, shift, chunks, cache
-        ).cpu()
-
-    return run
 
 
 def training_stage_of(config: Config) -> type[TrainingStage]:
@@ -213,7 +182,7 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
     stage = training_stage_of(config).build(config, networks, reader.negative)
     folder = run_folder(config)
     fixed = {
-        role: model_fingerprint(network) for role, network in networks.items() if role == "teacher"
+        role: model_fingerprint(network) for role, network in networks.items() if role in FROZEN
     }
     settings = as_dict(config) | {"networks": describe_networks(config, reader, networks)}
     checkpoints = CheckpointManager(
@@ -225,7 +194,11 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
     newest = checkpoints.latest() if resume else None
     if newest is not None:
         check_config(newest, settings, MAY_CHANGE)
-    optim = {"student": config.optim.student, "fake": config.optim.fake}
+    optim = {
+        "student": config.optim.student,
+        "fake": config.optim.fake,
+        "regression": config.optim.regression,
+    }
     trainer = Trainer(
         stage=stage,
         learners={

@@ -1,8 +1,8 @@
 """What a run has done so far, as three counters, and whose turn is next.
 
-A cycle is `fake_per_student` turns of the fake score and one of the student. The counters alone
-say where in a cycle a run is, so a resume in the middle of one continues exactly. EMA, schedules
-and checkpoints count student updates.
+A cycle is some turns of the fake score, then some of the student's regression on real clips, and
+one of the student. The counters alone say where in a cycle a run is, so a resume in the middle of
+one continues exactly. EMA, schedules and checkpoints count student updates.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Literal
 
 from selfforcing_dfd.common import UserError
 
-Turn = Literal["fake", "student"]
+Turn = Literal["fake", "regression", "student"]
 
 
 @dataclass(slots=True)
@@ -22,28 +22,37 @@ class Clock:
 
     student_updates: int = 0
     fake_updates: int = 0
+    regression_updates: int = 0
     samples: int = 0  # consumed by all ranks together
 
-    def next_turn(self, fake_per_student: int) -> Turn:
-        """Who is updated next; `fake_per_student` 0 stands for a stage without a fake score.
+    def next_turn(self, fake_per_student: int, regression_per_student: int = 0) -> Turn:
+        """Who is updated next; 0 stands for a stage without such turns.
 
         UserError if these counters cannot have come from cycles of that length.
         """
-        in_cycle = self.fake_updates - fake_per_student * self.student_updates
-        if not 0 <= in_cycle <= fake_per_student:
+        done = self.student_updates
+        fake = self.fake_updates - fake_per_student * done
+        regression = self.regression_updates - regression_per_student * done
+        fits = 0 <= fake <= fake_per_student and 0 <= regression <= regression_per_student
+        if not fits or (regression > 0 and fake < fake_per_student):
             raise UserError(
-                f"{self.fake_updates} fake-score updates beside {self.student_updates} student "
-                f"updates do not fit {fake_per_student} a cycle; keep the number the run started "
-                "with, or start a new run from its weights"
+                f"{self.fake_updates} fake-score and {self.regression_updates} regression updates "
+                f"beside {done} student updates do not fit {fake_per_student} and "
+                f"{regression_per_student} a cycle; keep the numbers the run started with, or "
+                "start a new run from its weights"
             )
-        return "fake" if in_cycle < fake_per_student else "student"
+        if fake < fake_per_student:
+            return "fake"
+        return "regression" if regression < regression_per_student else "student"
 
     def advance(self, turn: Turn, samples: int) -> None:
         """Count one finished turn and the samples that all ranks together consumed in it."""
         if turn == "student":
             self.student_updates += 1
-        else:
+        elif turn == "fake":
             self.fake_updates += 1
+        else:
+            self.regression_updates += 1
         self.samples += samples
 
     def state_dict(self) -> dict[str, int]:

@@ -26,9 +26,10 @@ def identities(config: Config, reader: ShardReader) -> dict[str, Identity]:
     index = reader.index
     _, _, rows, columns = index.latent_shape
     data = TrainingData(index.fingerprints["codec"], index.fingerprints["text"], (rows, columns))
-    makes: Role = "teacher" if stage_of(config).makes == "teacher" else "causal_student"
-    recipe = recipe_of_rollout(asdict(config.rollout)) if makes == "causal_student" else None
-    return {"student": Identity(makes, recipe, data), "fake": Identity("fake_score", None, data)}
+    makes = stage_of(config).makes
+    role: Role = "causal_student" if makes == "shards" else makes
+    recipe = recipe_of_rollout(asdict(config.rollout)) if role == "causal_student" else None
+    return {"student": Identity(role, recipe, data), "fake": Identity("fake_score", None, data)}
 
 
 def describe_networks(

@@ -105,7 +105,9 @@ class Trainer:
         stream = self.stream()
         with self.stop_on_signals(), bar:
             while self.clock.student_updates < self.student_updates:
-                turn = self.clock.next_turn(self.stage.fake_per_student)
+                turn = self.clock.next_turn(
+                    self.stage.fake_per_student, self.stage.regression_per_student
+                )
                 started = time.perf_counter()
                 values = self.take_turn(turn, stream)
                 values["seconds"] = time.perf_counter() - started
@@ -163,7 +165,8 @@ class Trainer:
         stride = self.micro * self.world.size
         for micro in range(start, start + self.batch_size, stride):
             first = micro + self.world.rank * self.micro
-            yield Draw(self.seed, start, micro, tuple(range(first, first + self.micro)))
+            positions = tuple(range(first, first + self.micro))
+            yield Draw(self.seed, start, self.batch_size, micro, positions)
 
     def where(self, turn: str) -> str:
         clock = self.clock
@@ -215,7 +218,8 @@ class Trainer:
         """
         state: dict[str, Any] = {"clock": self.clock, "ema": self.ema}
         for turn, learner in self.learners.items():
-            state[turn] = learner.network
+            if turn != "regression":  # which trains the student
+                state[turn] = learner.network
             for optimizer in learner.optimizers:
                 name = f"{turn}_{type(optimizer).__name__.lower()}"
                 state[name] = optimizer_state(learner.network, optimizer)
@@ -261,14 +265,14 @@ def summarise(values: Mapping[str, Tensor]) -> dict[str, float]:
     some = next(iter(values.values()))
     masks = {"": torch.ones(some.shape, dtype=torch.bool)}
     if "dfd" in values:
-        masks |= {"/dfd": values["dfd"] > 0, "/dmd": values["dfd"] == 0}
+        masks |= {"/dfd": values["dfd"] > 0, "/dmd": values["dmd"] > 0}
     if "sigma" in values:
         for low, high in itertools.pairwise(SIGMA_BINS):
             masks[f"/sigma<={high:g}"] = (values["sigma"] > low) & (values["sigma"] <= high)
     means = {}
     for suffix, mask in masks.items():
         for name, value in values.items():
-            splits_itself = suffix and name in ("dfd", "sigma")
+            splits_itself = suffix and name in ("dfd", "dmd", "sigma")
             if mask.any() and not splits_itself:
                 means[f"{name}{suffix}"] = float(value[mask].mean())
     return means

@@ -68,7 +68,7 @@ def test_draws_depend_on_positions_only():
     Another batch size must draw the same.
     """
     whole = draw(4, first=8)
-    part = Draw(0, update_start=999, micro_start=7, positions=(10, 9))
+    part = Draw(0, update_start=999, update_size=2, micro_start=7, positions=(10, 9))
     like = torch.zeros((), dtype=torch.float64)
     assert torch.equal(
         part.normal("score", SHAPE, like), whole.normal("score", SHAPE, like)[[2, 1]]

@@ -36,7 +36,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     make_tiny_shards(folder / "shards", 24, 0, "short", 9, basis)
     store_noise(
         folder / "shards",
-        lambda x, text: invert(teacher, x, Conditioning(text), 2, 3.0),
+        lambda x, text, noise: invert(teacher, x, noise, Conditioning(text), 2, 3.0),
         noise_fingerprint="t",
     )
     return folder

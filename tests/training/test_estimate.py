@@ -106,7 +106,7 @@ def counted(config: Config, turn: str, rows: int = 2) -> tuple[int, Clip]:
     # torch counts it as products only
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         stage = training_stage_of(config).build(config, networks, None)
-        draw = Draw(0, 0, 0, tuple(range(rows)))
+        draw = Draw(0, 0, rows, 0, tuple(range(rows)))
         stage.loss(turn, batch, draw, 0).loss.backward()
     clip = clip_of(config, (batch.latents.shape[3], batch.latents.shape[4]), TEXT_LENGTH)
     return counter.get_total_flops() // rows, clip

@@ -162,7 +162,7 @@ def test_an_update_in_bfloat16_is_the_one_in_float32_within_its_rounding(
         parts = []
         for first in range(0, 8, 2):
             part = stage.loss(
-                turn, to_float(tiny_batch()), Draw(0, first, first, (first, first + 1)), 0
+                turn, to_float(tiny_batch()), Draw(0, first, 2, first, (first, first + 1)), 0
             )
             part.loss.backward()
             parts.append(part.loss.detach())

@@ -1,0 +1,245 @@
+"""Stage `regression`: at each step of its ladder, the student learns one answer by heart.
+
+Its input is a real clip noised to a step of the ladder, after the clip's real past; or, in some
+updates, what entered a step of the student's own rollout, after its own past. The answer (target):
+
+- `trajectory`: where a causal teacher's ODE leads from that very input. It is a function of the
+  input, so nothing is averaged, and the gap of Eq. 7 in arXiv 2606.18478 can go to zero. The
+  teacher's ODE as target is progressive or ODE distillation (arXiv 2202.00512); entered from real
+  clips at every step it also holds past the training clips' own trajectories.
+- `consistency`: the student's own answer, one step of that ODE further down (arXiv 2303.01469).
+- `clip`: the real clip. The student learns the mean of what can follow, as in teacher forcing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from selfforcing_dfd.config import Config, ranged, require
+from selfforcing_dfd.context import Conditioning, Context, KVCache, PackedContext
+from selfforcing_dfd.data.shards import Batch
+from selfforcing_dfd.flow import PER_SAMPLE, add_noise, expand_sigma, shift_sigma, x0_from_flow
+from selfforcing_dfd.ode import descend, heun_step, teacher_forced_contexts, unshift_sigma
+from selfforcing_dfd.rng import Draw
+from selfforcing_dfd.rollout import Chunks, rollout
+from selfforcing_dfd.stages.base import (
+    FlowConfig,
+    Pass,
+    StageLoss,
+    Start,
+    TrainingStage,
+    cache_sizes,
+    causal_start,
+    chunks_of,
+    ladder_of,
+    register,
+    student_start,
+)
+
+Target = Literal["trajectory", "consistency", "clip"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class RegressionConfig:
+    """What the student regresses to, and from where."""
+
+    target: Target = "trajectory"
+    steps: int = ranged(5, 1, 10_000)  # of Heun's method down to 0, 2 steps - 1 teacher calls
+    own: float = ranged(0.0, 0, 1)  # share of updates on the student's own rollouts
+    # weight of each step of the ladder, from the noisiest on; empty: 1 for all
+    weights: tuple[float, ...] = ranged((), 0, 1000)
+
+
+@register
+@dataclass(slots=True)
+class RegressionStage(TrainingStage):
+    """causal: the teacher whose ODE is followed; None for the target `clip`.
+
+    own: share of updates on the student's own rollouts. weights: one for each step of the ladder.
+    """
+
+    name = "regression"
+    sections = {"regression": RegressionConfig, "flow": FlowConfig}
+    continues_student = True
+
+    trained: dict[str, nn.Module]
+    causal: nn.Module | None
+    chunks: Chunks
+    ladder: tuple[float, ...]
+    shift: float
+    target: Target = "trajectory"
+    num_steps: int = 5
+    own: float = 0.0
+    weights: tuple[float, ...] = ()
+    sink: int = 0
+    window: int | None = None
+
+    @classmethod
+    def build(
+        cls, config: Config, networks: Mapping[str, nn.Module], negative: Tensor | None
+    ) -> Self:
+        own = config.of(RegressionConfig)
+        return cls(
+            {"student": networks["student"]},
+            networks.get("causal"),
+            chunks_of(config),
+            ladder_of(config),
+            config.of(FlowConfig).shift,
+            own.target,
+            own.steps,
+            own.own,
+            own.weights,
+            **cache_sizes(config),
+        )
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        own = config.of(RegressionConfig)
+        ladder = config.rollout.ladder
+        require(
+            own.target == "clip" or bool(config.weights.causal),
+            f"regression.target is {own.target} but weights.causal is empty: name a causal "
+            "teacher, which stage `causal` makes, or use regression.target=clip",
+        )
+        require(
+            own.target != "clip" or own.own == 0,
+            f"regression.own is {own.own} and regression.target clip; the student's own rollouts "
+            "belong to no clip: use regression.own=0",
+        )
+        require(
+            len(own.weights) in (0, len(ladder)),
+            f"regression.weights has {len(own.weights)} values for the {len(ladder)} steps of the "
+            "ladder; give one each, or none",
+        )
+
+    @classmethod
+    def starts(cls, config: Config) -> dict[str, Start]:
+        if config.of(RegressionConfig).target == "clip":
+            return {"student": student_start(config)}
+        causal = causal_start(config)
+        student = student_start(config) if config.weights.student else causal
+        return {"student": student, "causal": causal}
+
+    @classmethod
+    def passes(cls, config: Config) -> dict[str, list[Pass]]:
+        own = config.of(RegressionConfig)
+        past = [Pass("past", "student", "committed")]
+        if own.target != "clip":
+            calls = 2 * own.steps - 1 if own.target == "trajectory" else 2
+            past += [
+                Pass("past, teacher", "causal", "committed"),
+                Pass("teacher's ODE", "causal", "chunks", calls),
+            ]
+        if own.target == "consistency":
+            past.append(Pass("one step further", "student", "chunks"))
+        if own.own:
+            steps = (len(config.rollout.ladder) + 1) / 2
+            past.append(Pass("rollout", "student", "chunks", own.own * steps))
+        return {"student": [*past, Pass("with gradient", "student", "chunks", gradient=True)]}
+
+    @classmethod
+    def about(cls, config: Config) -> str:
+        return f"regression at the ladder's steps, target {config.of(RegressionConfig).target}"
+
+    @classmethod
+    def describe(cls, config: Config) -> Iterator[tuple[str, str]]:
+        own = config.of(RegressionConfig)
+        steps = "" if own.target == "clip" else f", {own.steps} steps of the teacher's ODE"
+        yield "regression", f"target {own.target}{steps}; own rollouts in {own.own:.0%} of updates"
+
+    def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
+        student = self.trained[turn]
+        conditioning = Conditioning(batch.text)
+        steps_left = self.num_steps
+        if self.target == "consistency":
+            steps_left -= draw.choice("level", self.num_steps)
+        if draw.coin("own", "update")[0] < self.own:
+            past, x_t, sigma, contexts = self.own_inputs(batch, draw)
+        else:
+            past, x_t, sigma, contexts = self.real_inputs(batch, draw, steps_left)
+        context = PackedContext(contexts, self.frames)
+        target = self.answer(x_t, sigma, past, conditioning, context, steps_left)
+        flow = student(x_t, sigma, conditioning, context).flow
+        error = (x0_from_flow(x_t, flow, sigma) - target).square()
+        loss = (error * expand_sigma(self.weight_of(sigma), error)).mean(PER_SAMPLE)
+        error = error.detach().mean(PER_SAMPLE)
+        return StageLoss(loss.mean(), {"loss": loss.detach(), "error": error})
+
+    @property
+    def frames(self) -> tuple[int, ...]:
+        return tuple(chunk.frames for chunk in self.chunks)
+
+    def real_inputs(
+        self, batch: Batch, draw: Draw, steps_left: int
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Context, ...]]:
+        """(past, x_t, sigma [B, F], contexts): the real clip, each chunk noised to a step.
+
+        With steps_left < num_steps, that many of the ODE's steps below the ladder's step.
+        """
+        real = batch.latents
+        noise = draw.normal("noise", real.shape[1:], real)
+        step = draw.uniform("step", (len(self.chunks),)) * len(self.ladder)
+        sigma = torch.tensor(self.ladder, dtype=torch.float64)[step.long()]
+        u = unshift_sigma(sigma, self.shift) * (steps_left / self.num_steps)
+        sigma = self.by_frame(shift_sigma(u, self.shift)).to(real)
+        cache = KVCache(self.sink, self.window)
+        contexts = teacher_forced_contexts(
+            self.trained["student"], real, Conditioning(batch.text), cache, self.chunks
+        )
+        return real, add_noise(real, noise, sigma), sigma, contexts
+
+    def own_inputs(
+        self, batch: Batch, draw: Draw
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Context, ...]]:
+        """(past, x_t, sigma [B, F], contexts): what entered steps of the student's own rollout."""
+        shape = (len(self.ladder), *batch.latents.shape[1:])
+        record = rollout(
+            self.trained["student"],
+            draw.normal("rollout", shape, batch.latents).transpose(0, 1),
+            Conditioning(batch.text),
+            KVCache(self.sink, self.window),
+            self.ladder,
+            self.chunks,
+            tuple(draw.choice(f"exit {n}", len(self.ladder)) for n in range(len(self.chunks))),
+        )
+        sigma = self.by_frame(torch.tensor([record.sigma_exit])).to(record.x0)
+        return record.x0, record.x_exit, sigma.expand(record.x0.shape[:2]), record.contexts
+
+    @torch.no_grad()
+    def answer(
+        self,
+        x_t: Tensor,
+        sigma: Tensor,
+        past: Tensor,
+        conditioning: Conditioning,
+        own: PackedContext,
+        steps_left: int,
+    ) -> Tensor:
+        """The target for what the student sees, [B, F, C, H, W]. own: the student's context."""
+        if self.causal is None:
+            return past  # the real clip
+        cache = KVCache(self.sink, self.window)
+        seen = teacher_forced_contexts(self.causal, past, conditioning, cache, self.chunks)
+        context = PackedContext(seen, self.frames)
+        teacher = self.causal
+        if self.target == "trajectory":
+            return descend(teacher, x_t, sigma, conditioning, context, steps_left, self.shift)
+        x_t, sigma = heun_step(teacher, x_t, sigma, conditioning, context, steps_left, self.shift)
+        flow = self.trained["student"](x_t, sigma, conditioning, own).flow
+        return x0_from_flow(x_t, flow, sigma)
+
+    def by_frame(self, per_chunk: Tensor) -> Tensor:
+        """Values [B, chunks] as [B, F]."""
+        return per_chunk.repeat_interleave(torch.tensor(self.frames), dim=1)
+
+    def weight_of(self, sigma: Tensor) -> Tensor:
+        """The weight of each frame, [B, F]."""
+        weights = torch.ones_like(sigma)
+        for level, weight in zip(self.ladder, self.weights, strict=False):
+            weights = torch.where(torch.isclose(sigma, sigma.new_tensor(level)), weight, weights)
+        return weights
