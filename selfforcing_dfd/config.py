@@ -172,8 +172,6 @@ class BatchConfig:
     size: int = ranged(16, 1, MILLION)  # samples an update, over all processes
     # samples a forward pass; the gradient is accumulated over size / micro passes
     micro: int = ranged(16, 1, MILLION)
-    # neighbouring samples that share a caption (assignment pairing works within them)
-    group: int = ranged(1, 1, MILLION)
 
     def __post_init__(self) -> None:
         lower = max(self.size - self.size % self.micro, self.micro)
@@ -181,11 +179,6 @@ class BatchConfig:
             self.size % self.micro == 0,
             f"batch.size ({self.size}) is not a multiple of batch.micro ({self.micro}); "
             f"use {lower} or {self.size + -self.size % self.micro}",
-        )
-        require(
-            self.micro % self.group == 0,
-            f"batch.micro ({self.micro}) is not a multiple of batch.group ({self.group}): groups "
-            f"would be cut apart; use {self.micro + -self.micro % self.group}",
         )
 
 

@@ -19,7 +19,8 @@ from selfforcing_dfd.config import (
     to_yaml,
 )
 from selfforcing_dfd.stages import STAGES, load_config
-from selfforcing_dfd.stages.matching import DFDConfig, ScoreConfig
+from selfforcing_dfd.stages.dfd import DFDConfig
+from selfforcing_dfd.stages.matching import ScoreConfig
 from selfforcing_dfd.streaming.load import load_settings
 
 STREAM_CONFIGS = sorted(shipped("configs/stream").glob("*.yaml"))
@@ -106,12 +107,14 @@ def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path)
             "batch.micro=5",
             r"batch\.size \(16\) is not a multiple of batch\.micro \(5\); use 15 or 20",
         ),
-        ("batch.group=3", r"batch\.micro \(16\) is not a multiple of batch\.group \(3\).*use 18"),
         ("score.sigma_max=0.01", r"score\.sigma_min is 0\.02 .* the first must be smaller"),
         ("score.fake_per_student=0", r"at least 1"),
         ("network.head_dim=5", r"network\.head_dim is 5; it must be at least 6"),
         ("network.head_dim=7", r"network\.head_dim is 7; .* even number"),
-        ("run.stage=gan", r"run\.stage is 'gan'; use one of dfd, dmd, init, pairs, teacher"),
+        (
+            "run.stage=gan",
+            r"run\.stage is 'gan'; use one of causal, dfd, dmd, init, pairs, regression, teacher",
+        ),
         ("weights.teacher=", r"weights\.teacher is empty"),
         ("run.gpus=0", r"run\.gpus is 0; it must be at least 1"),
         ("run.stage=pairs", r"pairs\.out is empty"),
@@ -127,15 +130,6 @@ def test_mistake_is_explained(minimal: str, override: str, message: str) -> None
     with pytest.raises(ConfigError, match=message) as error:
         load_config(minimal, [override])
     assert "minimal.yaml" in str(error.value)
-
-
-def test_assignment_needs_groups(minimal: str) -> None:
-    """Catches assignment over one sample.
-
-    It would be caption pairing, and the run would claim something else.
-    """
-    with pytest.raises(ConfigError, match=r"batch\.group is 1.*use batch\.group=8"):
-        load_config(minimal, ["run.stage=dfd", "dfd.pairing=assignment"])
 
 
 def test_unknown_file_lists_the_known() -> None:

@@ -7,14 +7,21 @@ from itertools import pairwise
 import pytest
 import torch
 from tiny_models import ExactGaussian, conditioning, latents, tiny_network
+from torch import Tensor
 
-from selfforcing_dfd.context import Conditioning, KVCache
+from selfforcing_dfd import rng
+from selfforcing_dfd.context import ChunkContext, Conditioning, KVCache
+from selfforcing_dfd.flow import add_noise
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.ode import (
+    INVERSION_SIGMA,
+    descend,
     integrate,
+    inversion_ladder,
     invert,
     invert_by_chunks,
     sample,
+    sample_by_chunks,
     sampling_ladder,
     with_context,
 )
@@ -47,27 +54,34 @@ def test_sampling_is_the_closed_form_for_gaussian_data(mean, std):
     torch.testing.assert_close(clip, mean + std * noise, rtol=0, atol=2e-3)
 
 
+def inverted_gaussian(clip: Tensor, fresh: Tensor, mean: float, std: float) -> Tensor:
+    """Where the ODE of N(mean, std^2) leads from INVERSION_SIGMA to 1, in closed form.
+
+    At every sigma it keeps the place in units of the standard deviation there.
+    """
+    start = add_noise(clip, fresh, INVERSION_SIGMA)
+    rest = 1 - INVERSION_SIGMA
+    return (start - rest * mean) / ((rest * std) ** 2 + INVERSION_SIGMA**2) ** 0.5
+
+
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (0.7, 0.5)])
 def test_inversion_is_the_closed_form_for_gaussian_data(mean, std):
     """Catches noise of the wrong scale.
 
     The student starts from it in place of a standard normal draw.
     """
-    clip = mean + std * latents("noise")
-    noise = invert(ExactGaussian(mean, std), clip, conditioning(), 64, 1.0)
-    torch.testing.assert_close(noise, latents("noise"), rtol=0, atol=2e-3)
+    clip, fresh = mean + std * latents("noise"), latents("fresh")
+    noise = invert(ExactGaussian(mean, std), clip, fresh, conditioning(), 64, 1.0)
+    torch.testing.assert_close(noise, inverted_gaussian(clip, fresh, mean, std), rtol=0, atol=2e-3)
 
 
 def test_inversion_converges_with_the_square_of_the_steps():
-    """Catches a Heun step that is only Euler's.
-
-    Four times the steps leave a sixteenth of the error. The flow taken at sigma .001 in place of 0
-    costs .001 h, also less with more steps; so at least a factor of ten.
-    """
-    clip = 0.7 + 0.5 * latents("noise")
+    """Catches a Heun step that is only Euler's: four times the steps, a sixteenth of the error."""
+    clip, fresh = 0.7 + 0.5 * latents("noise"), latents("fresh")
+    exact = inverted_gaussian(clip, fresh, 0.7, 0.5)
     errors = [
         float(
-            (invert(ExactGaussian(0.7, 0.5), clip, conditioning(), n, 1.0) - latents("noise"))
+            (invert(ExactGaussian(0.7, 0.5), clip, fresh, conditioning(), n, 1.0) - exact)
             .abs()
             .max()
         )
@@ -76,31 +90,53 @@ def test_inversion_converges_with_the_square_of_the_steps():
     assert errors[1] < errors[0] / 10
 
 
+@pytest.mark.parametrize("kept", [1, 16])
+def test_noise_of_clips_that_fill_few_dimensions_is_standard_normal(kept):
+    """Catches inversion from sigma 0, where the flow across such clips is 0 / 0.
+
+    Clips differ in `kept` of 64 directions a frame, as renderings do. Their noise must have
+    deviation 1 in every direction, also those in which clips never differ; started at sigma 0, the
+    deviation there was next to nothing, and noise told of its clip. 4096 draws: 5 standard errors
+    of a deviation are .055.
+    """
+    network = ExactGaussian(0.0, 1.0)
+    network.dimensions = kept
+    shape = (4096, 1, 1, 8, 8)
+    clip = torch.zeros(shape, dtype=torch.float64)
+    clip.flatten(1)[:, :kept] = rng.normal((4096, kept), 0, "clip").double()
+    fresh = rng.normal(shape, 0, "fresh").double()
+    noise = invert(network, clip, fresh, Conditioning(torch.zeros(4096, 1, 1)), 12, 3.0).flatten(1)
+    torch.testing.assert_close(noise.std(0), torch.ones(64).double(), rtol=0, atol=0.055)
+    across = noise[:, kept:]
+    with_clip = (across.T @ clip.flatten(1)[:, :kept] / 4096).abs().max()
+    assert with_clip < 6 / 4096**0.5
+
+
 def test_sampling_an_inverted_clip_returns_it():
     """Catches inversion with other text, sigmas or direction than sampling.
 
-    Noise and clip would not belong together. Real network in float64. The two ways differ by Heun's
-    h^3 a step and by the last step, Euler's, h^2. With twice the steps a quarter of the error is
-    left (measured .130 and .036, of clips that move by 3).
+    Noise and clip would not belong together. Real network in float64. What comes back is the clip
+    at INVERSION_SIGMA carried down: closer with more steps, as Heun's error is h^3 a step.
     """
     network, clip, text = smooth_network(), latents("clip", 2), conditioning()
+    start = add_noise(clip, latents("fresh", 2), INVERSION_SIGMA)
     errors = []
     for steps in (10, 20):
-        noise = invert(network, clip, text, steps, 3.0)
-        errors.append(float((sample(network, noise, text, steps, 3.0) - clip).abs().max()))
+        noise = invert(network, clip, latents("fresh", 2), text, steps, 3.0)
+        down = inversion_ladder(steps, 3.0)[::-1]
+        errors.append(float((integrate(network, noise, down, text) - start).abs().max()))
         assert (noise - clip).abs().max() > 1  # it went somewhere
     assert errors[1] < 0.05
     assert errors[1] < 0.4 * errors[0]
 
 
-def test_inversion_walks_the_samplers_levels_backwards():
-    """Catches two ladders that differ.
-
-    Both would converge, but a few steps of one would not undo those of the other.
-    """
-    network, clip, text = tiny_network(), latents("clip", 2), conditioning()
-    backwards = integrate(network, clip, sampling_ladder(3, 5.0)[::-1], text)
-    assert torch.equal(invert(network, clip, text, 3, 5.0), backwards)
+def test_inversion_begins_above_zero_and_ends_at_one():
+    """Catches a ladder in sigma where one in shifted time is meant, and one that stops early."""
+    ladder = inversion_ladder(12, 3.0)
+    assert ladder[0] == pytest.approx(INVERSION_SIGMA)
+    assert ladder[-1] == 1
+    assert len(ladder) == 13
+    assert inversion_ladder(1, 1.0) == pytest.approx((INVERSION_SIGMA, 1.0))
 
 
 def test_integration_goes_down_as_it_goes_up():
@@ -148,19 +184,20 @@ def test_sampling_ladder_falls_from_noise_to_exactly_zero():
 def test_inversion_by_chunks_is_each_chunk_after_its_clean_past():
     """Catches a context that is missing, noisy or of the wrong chunk.
 
-    From the noise found, the ODE leads back to each chunk. The tolerance is Heun's error at 48
-    steps there and back, from a network that varies slowly with sigma. Without the context the
-    error is larger.
+    From the noise found, the ODE leads back to each chunk at INVERSION_SIGMA. The tolerance is
+    Heun's error at 48 steps there and back, from a network that varies slowly with sigma. Without
+    the context the error is larger.
     """
     network, clip, text = smooth_network(), latents("clip"), conditioning()
-    chunks, cache = plan_chunks(clip.shape[1], 2), KVCache()
-    noise = invert_by_chunks(network, clip, text, 48, 3.0, chunks, KVCache())
-    ladder, errors, alone = sampling_ladder(48, 3.0), [], []
+    chunks, cache, fresh = plan_chunks(clip.shape[1], 2), KVCache(), latents("fresh")
+    noise = invert_by_chunks(network, clip, fresh, text, 48, 3.0, chunks, KVCache())
+    noised = add_noise(clip, fresh, INVERSION_SIGMA)
+    ladder, errors, alone = inversion_ladder(48, 3.0)[::-1], [], []
     for chunk in chunks:
-        start = chunk.of(noise)
+        start, end = chunk.of(noise), chunk.of(noised)
         made = integrate(with_context(network, cache.read(chunk.frames)), start, ladder, text)
-        errors.append(float((made - chunk.of(clip)).abs().max()))
-        alone.append(float((integrate(network, start, ladder, text) - chunk.of(clip)).abs().max()))
+        errors.append(float((made - end).abs().max()))
+        alone.append(float((integrate(network, start, ladder, text) - end).abs().max()))
         commit_chunk(network, chunk.of(clip), text, cache)
     assert max(errors) < 0.02
     assert min(alone[1:]) > 5 * max(errors)
@@ -178,3 +215,36 @@ def test_guidance_leaves_the_text_that_it_is_told():
     torch.testing.assert_close(
         made[2], sample(network, latents("noise"), text, 2, 5.0, 1.0), rtol=1e-9, atol=1e-9
     )
+
+
+def test_descending_from_any_level_is_the_closed_form_for_gaussian_data():
+    """Catches frames that share a noise level, a first step of the wrong length, and Euler's steps.
+
+    Each frame starts at a level of its own. The error is that of the last step, which is Euler's:
+    from sigma .14 at 32 steps, .07 of values up to 3. A quarter of it is left with twice the steps.
+    """
+    mean, std = 0.7, 0.5
+    sigma = torch.tensor([[1.0, 0.9375, 0.8333, 0.625, 0.3, 0.1]], dtype=torch.float64)
+    x_t = rng.normal((2, 6, 4, 4, 4), 0, "x").double()
+    level = sigma[..., None, None, None]
+    scale = ((1 - level).square() * std**2 + level.square()).sqrt()
+    exact = mean + std * (x_t - (1 - level) * mean) / scale
+    errors = []
+    for steps in (16, 32):
+        network, levels = ExactGaussian(mean, std), sigma.expand(2, 6)
+        ours = descend(network, x_t, levels, conditioning(), ChunkContext(), steps, 5.0)
+        errors.append(float((ours - exact).abs().max()))
+    assert errors[1] < 0.1
+    assert errors[1] < 0.35 * errors[0]
+
+
+def test_sampling_by_chunks_sees_the_chunks_before():
+    """Catches a causal teacher that samples every chunk alone or sees its future."""
+    network, noise, text = smooth_network(), latents("noise"), conditioning()
+    chunks = plan_chunks(noise.shape[1], 2)
+    clip = sample_by_chunks(network, noise, text, KVCache(), chunks, 3, 3.0)
+    cache = KVCache()
+    for chunk in chunks:
+        own = with_context(network, cache.read(chunk.frames))
+        torch.testing.assert_close(chunk.of(clip), sample(own, chunk.of(noise), text, 3, 3.0))
+        commit_chunk(network, chunk.of(clip), text, cache)

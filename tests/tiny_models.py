@@ -111,7 +111,7 @@ class DataForcing:
     p: float = 0.0
     p_start: float = 0.0
     ramp_updates: int = 0
-    granularity: Literal["update", "micro", "sample"] = "update"
+    granularity: Literal["update", "micro", "sample"] = "sample"
     pairing: str = "caption"
     sigma_range: tuple[float, float] = (0.0, 1.0)
 
@@ -129,15 +129,20 @@ class DataForcing:
 class ExactGaussian:
     """The perfect denoiser of data N(mean, std^2): x0 = E[data | x_t], in closed form.
 
-    It has no text and no parameters.
+    It has no text and no parameters. dimensions: how many values of a clip vary, from the first
+    on; the others are the mean. None is all.
     """
 
     def __init__(self, mean: float = 0.0, std: float = 1.0):
         self.mean, self.std = mean, std
+        self.dimensions: int | None = None
 
     def posterior_mean(self, x_t: Tensor, sigma: Tensor | float) -> Tensor:
         level = expand_sigma(sigma, x_t)
         gain = self.std**2 * (1 - level) / (self.std**2 * (1 - level) ** 2 + level**2)
+        if self.dimensions is not None:
+            varies = torch.arange(x_t[0].numel()) < self.dimensions
+            gain = gain * varies.view(x_t.shape[1:])
         return self.mean + gain * (x_t - (1 - level) * self.mean)
 
     def __call__(

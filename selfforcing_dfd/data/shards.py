@@ -11,8 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zlib
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -156,12 +155,6 @@ class ShardReader:
     def captions(self) -> list[str]:
         return [entry.caption for entry in self.index.samples]
 
-    @property
-    def caption_ids(self) -> list[int]:
-        """One number per sample, equal where captions are equal: the `group` of a `SampleOrder`."""
-        ids: dict[str, int] = {}
-        return [ids.setdefault(caption, len(ids)) for caption in self.captions]
-
     def members(self, number: int) -> dict[str, bytes]:
         """The stored bytes of a sample's members, checksums verified."""
         entry = self.index.samples[number]
@@ -279,32 +272,16 @@ def _arrays_of(entry: Entry) -> set[str]:
 
 
 class SampleOrder:
-    """An endless order: position n of the stream is sample `arrangement(seed, n // N)[n % N]`.
+    """An endless order: position n of the stream is sample `arrangement(n // N)[n % N]`.
 
-    With group_size g > 1, runs of g positions that start at a multiple of g share one caption as
-    far as counts allow. What is left of each caption comes last, also by caption; where g does not
-    divide N, some of it comes first, so that the runs still start at multiples of g. Every sample
-    comes exactly once per epoch either way.
+    Every sample comes exactly once per epoch.
     """
 
-    def __init__(
-        self, num_samples: int, seed: int, group: Sequence[int] | None = None, group_size: int = 1
-    ):
-        if num_samples < 1 or group_size < 1:
-            raise ValueError(
-                f"num_samples is {num_samples} and group_size {group_size}; "
-                "want both to be at least 1"
-            )
-        if group_size > 1 and (group is None or len(group) != num_samples):
-            got = "no ids" if group is None else f"{len(group)} ids"
-            raise ValueError(
-                f"group_size {group_size} needs {num_samples} caption ids, one per sample; "
-                f"got {got}"
-            )
+    def __init__(self, num_samples: int, seed: int):
+        if num_samples < 1:
+            raise ValueError(f"num_samples is {num_samples}; want at least 1")
         self.num_samples = num_samples
         self.seed = seed
-        self.group_size = group_size
-        self._group = group or [0] * num_samples
         # two, as a batch may straddle epochs
         self._arrangement = lru_cache(maxsize=2)(self.arrangement)
 
@@ -316,24 +293,7 @@ class SampleOrder:
     def arrangement(self, epoch: int) -> list[int]:
         """All sample numbers in the order of one epoch."""
         generator = rng.generator(self.seed, "order", epoch)
-        shuffled = torch.randperm(self.num_samples, generator=generator).tolist()
-        if self.group_size == 1:
-            return shuffled
-        by_caption: dict[int, list[int]] = defaultdict(list)
-        for sample in shuffled:
-            by_caption[self._group[sample]].append(sample)
-        size = self.group_size
-        full: list[list[int]] = []
-        left: list[int] = []
-        for members in by_caption.values():
-            num_grouped = len(members) - len(members) % size
-            full += [members[i : i + size] for i in range(0, num_grouped, size)]
-            left += members[num_grouped:]
-        full = [full[i] for i in torch.randperm(len(full), generator=generator).tolist()]
-        num_first = -epoch * self.num_samples % size
-        while len(left) < num_first and full:
-            left += full.pop()
-        return left[:num_first] + [sample for run in full for sample in run] + left[num_first:]
+        return torch.randperm(self.num_samples, generator=generator).tolist()
 
 
 def load_batch(reader: ShardReader, order: SampleOrder, start: int, size: int) -> Batch:

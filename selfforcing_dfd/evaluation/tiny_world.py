@@ -17,7 +17,7 @@ from selfforcing_dfd.evaluation.generate import EVALUATION_SEED, Decode, Evaluat
 from selfforcing_dfd.evaluation.tables import CONTROL, FEWEST, Finding, Metric, Row, find, stated
 from selfforcing_dfd.evaluation.world import Chart, Layout, Measured
 from selfforcing_dfd.stages import arms_of, stage_of
-from selfforcing_dfd.stages.matching import DFDConfig, DFDStage
+from selfforcing_dfd.stages.dfd import DFDConfig, DFDStage
 from selfforcing_dfd.tiny.codec import CHANNELS, SPACE, TIME, TinyCodec
 from selfforcing_dfd.tiny.metrics import summarise
 from selfforcing_dfd.tiny.readout import Reading, read

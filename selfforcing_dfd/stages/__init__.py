@@ -7,16 +7,17 @@ from collections.abc import Iterator, Sequence
 
 from selfforcing_dfd import config as settings
 from selfforcing_dfd.config import Config
-from selfforcing_dfd.stages import causal, init, matching, pairs, regression, teacher
+from selfforcing_dfd.stages import causal, dfd, dmd, init, pairs, regression, teacher
 from selfforcing_dfd.stages.base import STAGES, stage_of
 
 __all__ = [
     "STAGES",
     "arms_of",
     "causal",
+    "dfd",
+    "dmd",
     "init",
     "load_config",
-    "matching",
     "pairs",
     "regression",
     "stage_of",

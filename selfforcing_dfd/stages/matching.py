@@ -1,4 +1,4 @@
-"""Stages `dmd` and `dfd`: Self-Forcing with distribution matching."""
+"""Self-Forcing with distribution matching: what stages `dmd` and `dfd` share."""
 
 from __future__ import annotations
 
@@ -14,12 +14,11 @@ from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.flow import shift_sigma
-from selfforcing_dfd.forcing import PAIRINGS, Forcing
+from selfforcing_dfd.forcing import Forcing
 from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import Chunks, Rollout, replay, rollout
 from selfforcing_dfd.stages.base import (
-    FlowConfig,
     Pass,
     StageLoss,
     Start,
@@ -29,20 +28,11 @@ from selfforcing_dfd.stages.base import (
     drop_text,
     ladder_of,
     no_text,
-    register,
     require_teacher,
     student_start,
     teacher_start,
 )
-from selfforcing_dfd.stages.regression import RegressionConfig, RegressionStage
-
-PAIRINGS_IN_WORDS = {
-    "caption": "the real clip shares the caption and nothing else, as in the paper",
-    "noised_real": "the student's last step starts from the real clip, noised",
-    "inversion": "the real clip's own noise",
-    "prefix": "the first chunk from the real clip's noise, later ones after its real past",
-    "noised_prefix": "as prefix, and the last step starts from the real clip, noised",
-}
+from selfforcing_dfd.stages.regression import RegressionStage
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -70,26 +60,6 @@ class ScoreConfig:
             f"score.sigma_min is {self.sigma_min} and score.sigma_max {self.sigma_max}; "
             "the first must be smaller",
         )
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class DFDConfig:
-    """Which rows of a batch ask the teacher about a real video (arXiv 2606.18478, Eq. 9-10)."""
-
-    p: float = ranged(0.5, 0, 1)  # probability that a row is tied to a real clip
-    # probability at the first student update; it goes linearly to p
-    p_start: float = ranged(0.5, 0, 1)
-    # student updates until p is reached; 0 is constant p
-    ramp_updates: int = ranged(0, 0, 10_000_000)
-    granularity: Literal["update", "micro", "sample"] = "sample"  # what shares one coin
-    pairing: Literal["caption", "noised_real", "inversion", "prefix", "noised_prefix"] = "caption"
-    # noise levels at which a tied row is anchored; at others it is trained by DMD, or with a real
-    # past not at all
-    sigma_range: tuple[float, float] = ranged((0.0, 1.0), 0, 1)
-
-    def __post_init__(self) -> None:
-        low, high = self.sigma_range
-        require(low < high, f"dfd.sigma_range is [{low}, {high}]; the first must be smaller")
 
 
 @dataclass(slots=True)
@@ -297,69 +267,6 @@ class MatchingStage(TrainingStage):
         noise = draw.normal("score", latents.shape[1:], latents)
         sigma = score_sigma(draw.uniform("sigma"), self.shift, self.sigma_min, self.sigma_max)
         return noise, sigma.to(latents)
-
-
-@register
-@dataclass(slots=True)
-class DMDStage(MatchingStage):
-    """Distribution matching on the student's own samples. Captions without clips will do."""
-
-    name = "dmd"
-    sections = {"score": ScoreConfig, "regression": RegressionConfig, "flow": FlowConfig}
-    needs_clips = False
-
-    @classmethod
-    def about(cls, config: Config) -> str:
-        return "DMD alone, without data forcing"
-
-
-@register
-@dataclass(slots=True)
-class DFDStage(MatchingStage):
-    """Distribution matching with real clips as anchors."""
-
-    name = "dfd"
-    continues_student = True
-    sections = {
-        "score": ScoreConfig,
-        "dfd": DFDConfig,
-        "regression": RegressionConfig,
-        "flow": FlowConfig,
-    }
-
-    @classmethod
-    def forcing_settings(cls, config: Config) -> dict[str, Any]:
-        dfd = config.of(DFDConfig)
-        low, high = dfd.sigma_range
-        pairing = PAIRINGS[dfd.pairing]
-        return {
-            "forcing": Forcing(pairing, dfd.p, dfd.p_start, dfd.ramp_updates, (low, high)),
-            "coin_shared_by": dfd.granularity,
-        }
-
-    @classmethod
-    def stored_noise(cls, config: Config) -> Literal["first", "all"]:
-        pairing = PAIRINGS[config.of(DFDConfig).pairing]
-        return "first" if pairing.stored_noise == "first" else "all"
-
-    @classmethod
-    def needs_noise(cls, config: Config) -> str:
-        pairing = config.of(DFDConfig).pairing
-        return "" if PAIRINGS[pairing].stored_noise == "none" else f"dfd.pairing is {pairing}"
-
-    @classmethod
-    def about(cls, config: Config) -> str:
-        pairing = config.of(DFDConfig).pairing
-        return f"data forcing, pairing {pairing}: {PAIRINGS_IN_WORDS[pairing]}"
-
-    @classmethod
-    def describe_forcing(cls, config: Config) -> Iterator[tuple[str, str]]:
-        dfd = config.of(DFDConfig)
-        low, high = dfd.sigma_range
-        yield (
-            "data rows",
-            f"p {dfd.p:g} a {dfd.granularity}, pairing {dfd.pairing}, sigma {low:g} to {high:g}",
-        )
 
 
 def score_sigma(u: Tensor, shift: float, low: float, high: float) -> Tensor:

@@ -59,4 +59,4 @@ def codec_file(config: Config) -> Path:
 
 
 def build_order(config: Config, reader: ShardReader) -> SampleOrder:
-    return SampleOrder(len(reader), config.run.seed, reader.caption_ids, config.batch.group)
+    return SampleOrder(len(reader), config.run.seed)

@@ -30,7 +30,7 @@ def test_the_negative_prompt_comes_back(
     )
     assert load_file(tmp_path / "shards" / "negative.safetensors")["text"].shape == (num_rows, 32)
     assert reader.index.about["negative"]["prompt"] == prompt
-    store_noise(tmp_path / "shards", lambda latents, text: latents)
+    store_noise(tmp_path / "shards", lambda latents, text, fresh: latents)
     again = ShardReader(tmp_path / "shards").negative
     assert again is not None and torch.equal(again, reader.negative)
 

@@ -16,7 +16,7 @@ from selfforcing_dfd.data.shards import SampleOrder, ShardReader, load_batch
 from selfforcing_dfd.tiny.codec import TinyCodec
 
 
-def rotate_noise(latents: Tensor, text: Tensor) -> Tensor:
+def rotate_noise(latents: Tensor, text: Tensor, fresh: Tensor) -> Tensor:
     """Stands in for the teacher's ODE: depends on every argument, sample by sample."""
     return latents.flip(1) * 0.5 + text.mean(dim=(1, 2))[:, None, None, None, None]
 
@@ -34,7 +34,7 @@ def test_noise_comes_back_bit_for_bit(own_shards: Path, batch_size: int) -> None
     for number in range(len(reader)):
         sample = reader[number]
         assert sample.noise is not None
-        noise = rotate_noise(sample.latents[None], sample.text[None])[0]
+        noise = rotate_noise(sample.latents[None], sample.text[None], sample.latents[None])[0]
         assert torch.equal(sample.noise, noise.half().float())
     assert reader.index.fingerprints["noise"] == "rotation"
 
@@ -45,7 +45,9 @@ def test_a_batch_carries_the_noise_of_its_samples(own_shards: Path) -> None:
     reader = ShardReader(own_shards)
     batch = load_batch(reader, SampleOrder(len(reader), 0), start=3, size=6)
     assert batch.noise is not None
-    assert torch.equal(batch.noise, rotate_noise(batch.latents, batch.text).half().float())
+    assert torch.equal(
+        batch.noise, rotate_noise(batch.latents, batch.text, batch.latents).half().float()
+    )
 
 
 def test_all_but_the_noise_stays_as_it_is(packed: Path, own_shards: Path) -> None:
@@ -91,7 +93,7 @@ def test_interrupted_noise_leaves_the_shards_as_they_were(own_shards: Path) -> N
     """Catches a folder half with noise and half without."""
     before = ShardReader(own_shards).index_hash
 
-    def fail_later(latents: Tensor, text: Tensor) -> Tensor:
+    def fail_later(latents: Tensor, text: Tensor, fresh: Tensor) -> Tensor:
         if len(latents) < 5:
             raise RuntimeError
         return latents
@@ -106,11 +108,11 @@ def test_interrupted_noise_leaves_the_shards_as_they_were(own_shards: Path) -> N
     ("invert", "message"),
     [
         (
-            lambda latents, text: latents[:, :1],
+            lambda latents, text, fresh: latents[:, :1],
             r"invert gave noise \[12, 1, 16, 8, 8\] for latents \[12, 3, 16, 8, 8\]",
         ),
         (
-            lambda latents, text: latents / 0,
+            lambda latents, text, fresh: latents / 0,
             r"000000, noise: NaN, infinity or too large for float16",
         ),
     ],

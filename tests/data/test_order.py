@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from selfforcing_dfd.data.shards import Batch, SampleOrder, ShardReader, batches, load_batch
-
-CAPTIONS = [0] * 9 + [1] * 6 + [2] * 4 + [3]  # 20 samples
 
 
 def stream(order: SampleOrder, start: int, stop: int) -> list[int]:
@@ -43,83 +40,11 @@ def test_order_of_seed_zero_is_pinned() -> None:
     assert stream(SampleOrder(6, seed=0), 0, 12) == [5, 1, 4, 2, 0, 3, 4, 1, 2, 3, 0, 5]
 
 
-@pytest.mark.parametrize("group_size", [1, 2, 3, 4, 7, 32])
-def test_every_sample_comes_once_per_epoch(group_size: int) -> None:
-    """Catches samples lost or doubled when captions are cut into groups.
-
-    Also in epochs that start within a group.
-    """
-    order = SampleOrder(20, 5, CAPTIONS, group_size)
+def test_every_sample_comes_once_per_epoch() -> None:
+    """Catches samples lost or doubled where epochs meet."""
+    order = SampleOrder(20, 5)
     for epoch in range(8):
         assert sorted(stream(order, 20 * epoch, 20 * epoch + 20)) == list(range(20))
-
-
-@pytest.mark.parametrize("group_size", [2, 3, 4])
-def test_aligned_runs_share_a_caption_as_far_as_counts_allow(group_size: int) -> None:
-    """Catches runs of one caption that are no longer aligned in later epochs.
-
-    That happens where the group size does not divide the number of samples. Assignment within a
-    caption needs several samples of it in one micro-batch.
-    """
-    order = SampleOrder(20, 5, CAPTIONS, group_size)
-    possible = sum(count // group_size for count in Counter(CAPTIONS).values())
-    for epoch in range(12):
-        first = -(-20 * epoch // group_size) * group_size
-        runs = [
-            stream(order, start, start + group_size)
-            for start in range(first, 20 * epoch + 20, group_size)
-        ]
-        whole = sum(len({CAPTIONS[sample] for sample in run}) == 1 for run in runs)
-        # To reach a multiple of the group size, an epoch may have to break one group, and its end
-        # may cut off another.
-        assert whole >= possible - (0 if 20 % group_size == 0 else 2)
-
-
-def test_what_is_left_of_each_caption_stays_together() -> None:
-    """Catches leftovers in random order, which pair with nothing."""
-    order = SampleOrder(20, 5, CAPTIONS, group_size=4)
-    left = [CAPTIONS[sample] for sample in stream(order, 16, 20)]
-    assert sorted(left) == [0, 1, 1, 3]
-    assert len(list(itertools.groupby(left))) == 3
-
-
-def test_groups_are_shuffled() -> None:
-    """Catches groups in order of caption.
-
-    The first updates of each epoch would see one caption only.
-    """
-    order = SampleOrder(20, 5, CAPTIONS, group_size=2)
-    firsts = {
-        tuple(CAPTIONS[sample] for sample in stream(order, 20 * epoch, 20 * epoch + 20))
-        for epoch in range(4)
-    }
-    assert len(firsts) == 4
-
-
-def test_members_of_a_group_change_between_epochs() -> None:
-    """Catches groups formed once and only shuffled as wholes."""
-    order = SampleOrder(20, 5, CAPTIONS, group_size=2)
-    pairs = [
-        {
-            frozenset(stream(order, start, start + 2))
-            for start in range(20 * epoch, 20 * epoch + 20, 2)
-        }
-        for epoch in range(2)
-    ]
-    assert len(pairs[0] & pairs[1]) < 5
-
-
-@pytest.mark.parametrize(
-    ("group", "message"),
-    [
-        (None, "group_size 2 needs 20 caption ids, one per sample; got no ids"),
-        ([0, 1], "got 2 ids"),
-    ],
-)
-def test_groups_without_captions_are_refused(group: list[int] | None, message: str) -> None:
-    """Catches an IndexError hours into a run, or grouping by the wrong list."""
-    with pytest.raises(ValueError, match=message):
-        SampleOrder(20, 0, group, group_size=2)
 
 
 def test_an_empty_order_is_refused() -> None:
@@ -163,7 +88,7 @@ def test_a_global_batch_does_not_depend_on_the_number_of_ranks(
 def test_workers_change_nothing(packed: Path) -> None:
     """Catches batches that arrive in the order in which workers finish."""
     reader = ShardReader(packed)
-    order = SampleOrder(len(reader), 3, reader.caption_ids, group_size=2)
+    order = SampleOrder(len(reader), 3)
     alone = list(batches(reader, order, range(0, 24, 4), 4, num_workers=0))
     helped = list(batches(reader, order, range(0, 24, 4), 4, num_workers=2))
     assert len(alone) == len(helped) == 6
@@ -206,13 +131,3 @@ def test_a_stream_that_is_dropped_leaves_no_threads(packed: Path) -> None:
     assert threading.active_count() > before
     del endless
     assert threading.active_count() == before
-
-
-def test_caption_ids_are_equal_where_captions_are(packed: Path) -> None:
-    """Catches ids by position or by hash, which differ between processes."""
-    reader = ShardReader(packed)
-    for a, b in itertools.combinations(range(len(reader)), 2):
-        assert (reader.caption_ids[a] == reader.caption_ids[b]) == (
-            reader.captions[a] == reader.captions[b]
-        )
-    assert len(set(reader.caption_ids)) > 1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import CHUNK, LADDER, DataForcing, latents, tiny_batch
-from tiny_stages import CHUNKS, NO_ROW, draw, gradients, matching_stage, rows_of, touched
+from tiny_stages import NO_ROW, draw, gradients, matching_stage, rows_of, touched
 from torch import Tensor
 
 from selfforcing_dfd.context import Conditioning, KVCache
@@ -120,7 +120,7 @@ def starts(forcing: DataForcing, batch: Batch) -> Tensor:
     """The noise that each clip starts from: with one step, this is the input of the exit step."""
     stage = matching_stage(forcing, ladder=(1.0,))
     rows = forcing.rows(draw(4), 0)
-    return stage.roll_out(batch, draw(4), rows).x_exit
+    return stage.roll_out(batch, draw(4), rows, 0).x_exit
 
 
 def test_inversion_starts_from_the_stored_noise_in_data_rows_only():
@@ -155,7 +155,7 @@ def test_prefix_ties_the_first_chunk_by_noise_and_later_ones_by_their_past():
     assert torch.equal(tied[:, CHUNK:], own[:, CHUNK:])
 
     stage = matching_stage(forcing)
-    record = stage.roll_out(batch, draw(4), rows)
+    record = stage.roll_out(batch, draw(4), rows, 0)
     past = torch.where(mask, batch.latents, record.x0)[:, :CHUNK]
     cache = KVCache()
     commit_chunk(stage.trained["student"], past, Conditioning(batch.text), cache)
@@ -171,7 +171,7 @@ def test_prefix_ties_the_first_chunk_by_noise_and_later_ones_by_their_past():
     [
         (DataForcing(p=0.0, pairing="inversion"), False),
         (DataForcing(p=1.0, pairing="caption"), False),
-        (DataForcing(p=1.0, pairing="assignment"), False),
+        (DataForcing(p=1.0, pairing="noised_real"), False),
         (DataForcing(p=1.0, pairing="inversion"), True),
         (DataForcing(p=0.0, pairing="prefix"), False),
         (DataForcing(p=1.0, pairing="prefix"), True),
@@ -179,7 +179,7 @@ def test_prefix_ties_the_first_chunk_by_noise_and_later_ones_by_their_past():
     ids=[
         "inversion without data",
         "caption",
-        "assignment",
+        "noised_real",
         "inversion",
         "prefix without data",
         "prefix",
@@ -194,14 +194,28 @@ def test_stored_noise_matters_to_the_student_only_under_inversion(forcing, uses_
     assert torch.equal(*losses) is not uses_stored_noise
 
 
-def test_exit_steps_cover_the_ladder():
-    """Catches a student that is only ever trained at one step of its ladder."""
+def test_exit_steps_of_student_updates_take_turns():
+    """Catches a student trained more often at one step of its ladder than at another.
+
+    24 updates decide a run here; drawn freely, one step came 9 times and another 3.
+    """
+    seen = []
+    for update in range(8):
+        part = matching_stage().loss("student", tiny_batch(), draw(seed=3), update)
+        one = matching_stage().roll_out(
+            tiny_batch(), draw(seed=3), NO_ROW, draw(seed=3).in_turn("exit", len(LADDER), update)
+        )
+        assert part.generated is not None
+        torch.testing.assert_close(part.generated, one.x0)
+        seen.append(one.sigma_exit[0])
+    assert sorted(seen[:4]) == sorted(seen[4:]) == sorted(LADDER)
+
+
+def test_fake_turns_roll_out_to_every_step():
+    """Catches a fake score that knows the samples of one exit step only."""
     stage = matching_stage()
-    exits = {
-        stage.roll_out(tiny_batch(), draw(first=2 * n, update=2 * n), NO_ROW).sigma_exit
-        for n in range(24)
-    }
-    assert exits == {(sigma,) * len(CHUNKS) for sigma in LADDER}
+    exits = {draw(first=2 * n, update=2 * n).choice("exit", len(stage.ladder)) for n in range(24)}
+    assert exits == set(range(len(LADDER)))
 
 
 def test_logged_values_are_one_a_sample():
@@ -211,7 +225,7 @@ def test_logged_values_are_one_a_sample():
     """
     part = matching_stage(DataForcing(p=1.0)).loss("student", tiny_batch(3), draw(3), 0)
     assert {name: tuple(value.shape) for name, value in part.values.items()} == dict.fromkeys(
-        ("loss", "discrepancy", "normaliser", "gap", "dfd", "sigma"), (3,)
+        ("loss", "discrepancy", "normaliser", "gap", "dfd", "dmd", "sigma"), (3,)
     )
     torch.testing.assert_close(part.values["loss"].mean(), part.loss.detach())
     assert ((part.values["sigma"] >= 0.02) & (part.values["sigma"] <= 0.98)).all()
@@ -220,7 +234,7 @@ def test_logged_values_are_one_a_sample():
 def test_window_and_sink_reach_the_rollout():
     """Catches a student trained with the whole past and streamed with a window of it."""
     batch = tiny_batch()
-    narrow = matching_stage(window=2, sink=2).roll_out(batch, draw(), NO_ROW)
-    wide = matching_stage().roll_out(batch, draw(), NO_ROW)
+    narrow = matching_stage(window=2, sink=2).roll_out(batch, draw(), NO_ROW, 1)
+    wide = matching_stage().roll_out(batch, draw(), NO_ROW, 1)
     assert not torch.equal(narrow.x0, wide.x0)
     assert [len(context.chunks) for context in narrow.contexts] == [0, 1, 1]

@@ -48,7 +48,8 @@ def test_another_cycle_length_is_refused() -> None:
     clock = Clock(student_updates=40, fake_updates=200)
     assert clock.next_turn(5) == "fake"
     with pytest.raises(
-        ValueError, match="200 fake-score updates beside 40 student updates do not fit 3"
+        ValueError,
+        match="200 fake-score and 0 regression updates beside 40 student updates do not fit 3",
     ):
         clock.next_turn(3)
     with pytest.raises(ValueError, match="do not fit 6"):

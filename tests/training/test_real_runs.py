@@ -34,8 +34,9 @@ from selfforcing_dfd.stages.pairs import PairsStage
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import write_clips
-from selfforcing_dfd.training.build import build_invert, build_network, build_trainer, load_start
+from selfforcing_dfd.training.build import build_network, build_trainer, load_start
 from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.training.inversion import build_inversion
 from selfforcing_dfd.training.tracking import read_metrics
 from tests.tiny_models import fill_weights
 from tests.training.conftest import MODEL
@@ -325,39 +326,63 @@ def test_a_student_is_initialised_from_pairs(
 
 
 def test_causal_pairs_start_every_chunk(
-    settings: Settings, with_negative: Path, tmp_path: Path
+    settings: Settings, world: Path, with_negative: Path, tmp_path: Path
 ) -> None:
-    """Catches the bidirectional inversion used for flow.paired all.
+    """Catches noise that belongs to more or less than the chunk that starts from it.
 
-    Later chunks' noise must depend on the clean chunks before.
+    A causal teacher: each chunk's depends on the clean chunks before and not on later ones. A
+    bidirectional one: where first chunks start from stored noise, theirs depends on no later frame,
+    and for whole clips on all.
     """
-    config = settings("run.stage=init", "init.stored_noise=all", f"data.shards={with_negative}")
-    by_chunks, whole = (build_invert(c, 2) for c in (config, settings("run.stage=init")))
+    causal = f"weights.causal={world / 'teacher.safetensors'}"
     latents, text = (
         ShardReader(with_negative)[0].latents[None],
         ShardReader(with_negative)[0].text[None],
     )
+    fresh = torch.ones_like(latents)
     changed = latents.clone()
     changed[:, 6:] += 1
-    first = by_chunks(latents, text)
-    assert torch.equal(first[:, :6], by_chunks(changed, text)[:, :6])
-    assert not torch.equal(whole(latents, text)[:, :6], whole(changed, text)[:, :6])
-    store_noise(with_negative, by_chunks, out=tmp_path / "noised", noise_fingerprint="causal")
-    stage = build_trainer(
-        settings("run.stage=init", "init.stored_noise=all", f"data.shards={tmp_path / 'noised'}")
-    ).stage
+
+    def first_frame_that_differs(*overrides: str) -> int:
+        invert = build_inversion(settings(*overrides), 2).invert
+        differ = (invert(latents, text, fresh) != invert(changed, text, fresh)).flatten(2).any(2)
+        return int(differ[0].int().argmax()) if differ.any() else latents.shape[1]
+
+    all_chunks = ("run.stage=init", "init.stored_noise=all", causal)
+    assert first_frame_that_differs(*all_chunks) == 6
+    assert first_frame_that_differs("run.stage=init") == 9
+    assert first_frame_that_differs("dfd.pairing=prefix") == 9
+    assert first_frame_that_differs("dfd.pairing=inversion") == 0
+
+    inversion = build_inversion(settings(*all_chunks), 2)
+    store_noise(
+        with_negative,
+        inversion.invert,
+        out=tmp_path / "noised",
+        noise_fingerprint=inversion.fingerprint,
+    )
+    stage = build_trainer(settings(*all_chunks, f"data.shards={tmp_path / 'noised'}")).stage
     assert isinstance(stage, InitStage)
     assert stage.num_stored_noise == 3
 
 
 @pytest.mark.parametrize("override", ["init.stored_noise=all", "init.sigmas=ladder"])
-def test_pairs_need_noise(settings: Settings, with_negative: Path, override: str) -> None:
+def test_pairs_need_noise(
+    settings: Settings, world: Path, with_negative: Path, override: str
+) -> None:
     """Catches a few-step initialisation from fresh noise, whose few steps give a mean.
 
     That would silently be teacher forcing.
     """
     with pytest.raises(ConfigError, match=r"init\.stored_noise is .* holds no noise"):
-        build_trainer(settings("run.stage=init", override, f"data.shards={with_negative}"))
+        build_trainer(
+            settings(
+                "run.stage=init",
+                override,
+                f"weights.causal={world / 'teacher.safetensors'}",
+                f"data.shards={with_negative}",
+            )
+        )
 
 
 def test_several_gpus_are_for_plans_only(settings: Settings) -> None:

@@ -35,9 +35,9 @@ STAGES = {
     "init": ["run.stage=init"],
     "dmd": ["run.stage=dmd"],
     "dfd": [
-        "dfd.pairing=assignment",
-        "batch.group=2",
-        "dfd.granularity=sample",
+        "dfd.pairing=noised_real",
+        "score.regression_per_student=2",
+        "regression.target=clip",
         "dfd.ramp_updates=2",
         "dfd.p_start=0",
     ],
