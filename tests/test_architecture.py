@@ -18,7 +18,7 @@ from style import is_dense, is_parallel, statements
 ROOT = Path(__file__).parents[1]
 PACKAGE = "selfforcing_dfd"
 CORE = ("flow", "context", "rollout", "objectives", "forcing")
-CORE_LIBRARIES = {"torch", "scipy"}  # scipy: the assignment of `forcing`
+CORE_LIBRARIES = {"torch"}
 PRINTING = {"train.py"}
 PRINTING_FOLDERS = ("inference", f"{PACKAGE}/cli")
 

@@ -48,8 +48,38 @@ def test_probability_zero_is_never_and_one_is_always(granularity):
 
 def test_coin_shows_data_with_probability_p():
     """Catches 1 - p for p. 2000 independent coins at .3: five standard errors are .051."""
-    rows = DataForcing(p=0.3, granularity="sample").rows(draw(2000), 0)
+    forcing = DataForcing(p=0.3, granularity="update")
+    rows = torch.stack([forcing.rows(draw(1, 16 * n, 16 * n), 0) for n in range(2000)])
     assert rows.double().mean() == pytest.approx(0.3, abs=0.051)
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5, 0.75])
+def test_coins_of_samples_give_every_update_its_share(p):
+    """Catches updates with more or fewer data rows than p says, which 24 updates do not even out.
+
+    Also where an update is cut into micro-batches; and every place in the batch gets its share.
+    """
+    forcing = DataForcing(p=p, granularity="sample")
+    rows = []
+    for start in range(0, 16 * 400, 16):
+        parts = [forcing.rows(draw(4, start + micro, start), 0) for micro in (0, 4, 8, 12)]
+        rows.append(torch.cat(parts))
+        assert rows[-1].sum() == 16 * p
+        assert torch.equal(rows[-1], forcing.rows(draw(16, start, start), 0))
+    # 400 coins a place: five standard errors are .125
+    torch.testing.assert_close(
+        torch.stack(rows).double().mean(0), torch.full((16,), p).double(), rtol=0, atol=0.125
+    )
+
+
+def test_turns_take_every_option_in_an_order_of_their_own():
+    """Catches options that come more often than others, and one order for all rounds."""
+    one = draw(seed=5)
+    taken = [one.in_turn("exit", 4, turn) for turn in range(40)]
+    rounds = [tuple(taken[n : n + 4]) for n in range(0, 40, 4)]
+    assert all(sorted(each) == [0, 1, 2, 3] for each in rounds)
+    assert len(set(rounds)) > 3
+    assert taken == [draw(seed=5, update=99).in_turn("exit", 4, turn) for turn in range(40)]
 
 
 def test_probability_ramps_in_student_updates():

@@ -41,6 +41,8 @@ STAGES = {
         "dfd.ramp_updates=2",
         "dfd.p_start=0",
     ],
+    "causal": ["run.stage=causal"],
+    "regression": ["run.stage=regression", "regression.target=clip"],
     "inversion": ["dfd.pairing=inversion", "dfd.p=1"],
     "bfloat16": ["model.compute=bfloat16", "model.gradient_checkpointing=true", "run.stage=dmd"],
 }
