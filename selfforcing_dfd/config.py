@@ -229,13 +229,14 @@ class GuardsConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ReportConfig:
-    """The table after training; 0 clips writes none."""
+    """The table after training; 0 clips writes none. Seeds from 2000 are for reporting alone."""
 
     clips: int = ranged(0, 0, MILLION)  # samples generated for each row
+    seed: int = ranged(1000, 0, 2**63 - 1)  # of captions, real clips and noise
+    follow_clips: int = ranged(96, 0, MILLION)  # real clips to go on from; 0: no follow test
     teacher_steps: int = ranged(16, 1, 10_000)  # of its ODE sampler, two network calls each
     teacher_guidance: float = ranged(1.0, 0, 1000)
-    # diffusers folder with the VAE that decodes clips of any codec but the tiny world's; empty:
-    # weights.teacher
+    # diffusers folder with the VAE of video that is not the tiny world's; empty: weights.teacher
     model: str = ""
 
 
@@ -360,10 +361,8 @@ def find_config(name: str) -> Path:
     for path in (Path(name), configs / name, Path(f"{name}.yaml"), configs / f"{name}.yaml"):
         if path.is_file():
             return path
-    raise ConfigError(
-        f"no config file {name}, neither here nor in configs/; there are "
-        f"{', '.join(training_configs())}"
-    )
+    known = ", ".join(training_configs())
+    raise ConfigError(f"no config file {name}, neither here nor in configs/; there are {known}")
 
 
 def training_configs() -> dict[str, Path]:

@@ -22,6 +22,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 PALETTE = ("#808794", "#0f8f83", "#b7850b", "#3b78ee", "#e0622a", "#8b5cf6", "#d23f85", "#5f9412")
 QUIET = "#808794"  # text, ticks and reference lines
 LIGHT = "#80879440"  # grid
+TICK = "#3f4550"  # the law across a bar
 HUE_COLOURS = {
     "red": "#dc4c4c",
     "yellow": "#d9b818",
@@ -34,7 +35,7 @@ ARROWS = {"right": "→", "down": "↓", "left": "←", "up": "↑"}
 
 MAX_POINTS = 150  # a longer curve is averaged down to so many
 LOG_FROM = 30.0  # ratio of largest to smallest value from which the axis is logarithmic
-TALLEST = 2.2  # a histogram's height, in units of the prior's largest share
+TALLEST = 1.5  # a chart's height, in units of the law's largest share
 
 STYLE: dict[Any, Any] = {
     "svg.hashsalt": "selfforcing_dfd",  # equal plots get equal ids
@@ -182,34 +183,42 @@ def plot(panel: Panel) -> str:
         return svg(drawing)
 
 
-def histogram(
-    counts: Sequence[int], prior: Sequence[float], hues: Sequence[str], directions: Sequence[str]
-) -> str:
-    """Shares of the modes as bars in their own hue, the prior as a tick across each.
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Values of one factor: names, their shares, and the shares that the data's law has."""
 
-    counts, prior: one value for each mode, all directions of the first hue first. The scale is the
-    same for all counts; a taller bar is cut off and labelled with its share.
+    names: Sequence[str]
+    shares: Sequence[float]
+    law: Sequence[float]
+
+
+def share_chart(groups: Sequence[Group]) -> str:
+    """Shares as bars, group beside group, with a tick across each where the law is.
+
+    Hues have their own colour. A share that is not known has no bar. The scale is the same for all
+    shares; a taller bar is cut off and labelled with its share.
     """
-    total = max(sum(counts), 1)
-    shares = [count / total for count in counts]
-    highest = TALLEST * max(prior)
-    per_hue = len(directions)
-    # a gap after each hue
-    xs = [mode + mode // per_hue for mode in range(len(counts))]
-    colours = [HUE_COLOURS[hue] for hue in hues for _ in directions]
+    highest = TALLEST * max(share for group in groups for share in group.law)
     with figure(3.6, 1.5) as (drawing, axes):
-        axes.bar(xs, [min(share, highest) for share in shares], 0.9, color=colours)
-        axes.hlines(prior, [x - 0.5 for x in xs], [x + 0.5 for x in xs], color=QUIET)
-        for x, share in zip(xs, shares, strict=True):
-            if share > highest:
-                axes.text(x, highest, f"{share:.0%}", ha="center", va="bottom")
+        left = 0
+        names: list[str] = []
+        places: list[int] = []
+        for group in groups:
+            xs = range(left, left + len(group.names))
+            known = [share if math.isfinite(share) else 0.0 for share in group.shares]
+            colours = [HUE_COLOURS.get(name, QUIET) for name in group.names]
+            axes.bar(xs, [min(share, highest) for share in known], 0.9, color=colours)
+            axes.hlines(group.law, [x - 0.5 for x in xs], [x + 0.5 for x in xs], color=TICK)
+            for x, share in zip(xs, known, strict=True):
+                if share > highest:
+                    axes.text(x, highest, f"{share:.0%}", ha="center", va="bottom")
+            names += [ARROWS.get(name, name) for name in group.names]
+            places += xs
+            left += len(group.names) + 1  # a gap after each group
         axes.set_ylim(0, highest)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
-        arrows = [ARROWS[direction] for direction in directions] * len(hues)
-        axes.set_xticks(xs, arrows, fontsize=6.5)
-        middles = [hue * (per_hue + 1) + (per_hue - 1) / 2 for hue in range(len(hues))]
-        axes.set_xticks(middles, [f"\n{hue}" for hue in hues], minor=True)
-        axes.tick_params(axis="x", which="both", length=0)
+        axes.set_xticks(places, names, fontsize=6.5, rotation=45)
+        axes.tick_params(axis="x", length=0)
         axes.grid(visible=False, axis="x")
         return svg(drawing)
 

@@ -5,20 +5,20 @@ Every source yields decoded videos in batches, so a row of a report is never in 
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.context import Conditioning, KVCache
+from selfforcing_dfd.context import Cache, Conditioning, Context, KVCache
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.ode import sample
-from selfforcing_dfd.rollout import Chunk, rollout
-
-EVALUATION_SEED = 1000  # the same for every training seed, so that reports compare clip by clip
+from selfforcing_dfd.ode import integrate, sample, sampling_ladder, with_context
+from selfforcing_dfd.rollout import Chunks, Ladder, commit_chunk, denoise_chunk
 
 Videos = Iterator[Tensor]
 """Batches of videos [B, T, H, W, 3], float32 in [0, 1], in the order of the captions."""
@@ -27,23 +27,34 @@ Decode = Callable[[Tensor], Tensor]
 """Latents [B, F, C, H, W] -> videos [B, T, H, W, 3], float32 in [0, 1] on the CPU."""
 
 
+GoOn = Callable[["EvaluationSet", Tensor, Decode], Videos]
+"""Videos that begin with the first chunk of real clips, given as clean latents [N, F, C, H, W]."""
+
+
 @dataclass(frozen=True, slots=True)
 class EvaluationSet:
     """What every source is asked for: captions, their text [N, L, D_text], and noise by counter.
 
-    Clip i is a function of i alone, so a larger set begins with the clips of a smaller one.
-    latent_shape: [F, C, H, W] of one clip. negative: [L, D_text], the text of no caption; zeros
-    where it is None. batch: clips that are generated at once.
+    Clip i is a function of the seed and i alone, so a larger set begins with the clips of a smaller
+    one. latent_shape: [F, C, H, W] of one clip. seed: of noise, and of the captions where they are
+    drawn. negative: [L, D_text], the text of no caption; zeros where it is None. batch: clips that
+    are generated at once.
     """
 
     captions: tuple[str, ...]
     text: Tensor
     latent_shape: tuple[int, ...]
+    seed: int
     negative: Tensor | None = None
     batch: int = 32
 
     def __len__(self) -> int:
         return len(self.captions)
+
+    def first(self, num_clips: int) -> EvaluationSet:
+        """The set of its first clips."""
+        text = self.text[:num_clips]
+        return dataclasses.replace(self, captions=self.captions[:num_clips], text=text)
 
     def batches(self, description: str) -> Iterator[range]:
         """Indices of the clips in batches, with a progress bar that counts clips."""
@@ -61,29 +72,111 @@ class EvaluationSet:
         draws = []
         for draw in range(num_draws):
             clips = [
-                rng.normal(self.latent_shape, EVALUATION_SEED, "evaluation noise", clip, draw)
+                rng.normal(self.latent_shape, self.seed, "evaluation noise", clip, draw)
                 for clip in part
             ]
             draws.append(torch.stack(clips))
         return torch.stack(draws)
 
 
-def student_clips(
-    student: WanTransformer,
+class MakeChunk(Protocol):
+    """How a causal network makes one chunk after its past."""
+
+    @property
+    def num_draws(self) -> int:
+        """Draws of noise that a chunk takes."""
+        ...
+
+    def __call__(
+        self, network: WanTransformer, noise: Tensor, conditioning: Conditioning, context: Context
+    ) -> Tensor:
+        """Clean latents [B, f, C, H, W] from noise [num_draws, B, f, C, H, W]."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FewSteps:
+    """A student: down the whole ladder, as in streaming."""
+
+    ladder: Ladder
+
+    @property
+    def num_draws(self) -> int:
+        return len(self.ladder)
+
+    def __call__(
+        self, network: WanTransformer, noise: Tensor, conditioning: Conditioning, context: Context
+    ) -> Tensor:
+        return denoise_chunk(network, noise, conditioning, context, self.ladder)[0]
+
+
+@dataclass(frozen=True, slots=True)
+class ODESteps:
+    """A causal teacher, unguided: its ODE by Heun's method, 2 num_steps - 1 network calls."""
+
+    num_steps: int
+    shift: float
+    num_draws = 1
+
+    def __call__(
+        self, network: WanTransformer, noise: Tensor, conditioning: Conditioning, context: Context
+    ) -> Tensor:
+        ladder = sampling_ladder(self.num_steps, self.shift)
+        return integrate(with_context(network, context), noise[0], ladder, conditioning)
+
+
+@torch.no_grad()
+def make_clip(
+    network: WanTransformer,
+    make_chunk: MakeChunk,
+    noise: Tensor,
+    conditioning: Conditioning,
+    cache: Cache,
+    chunks: Chunks,
+    begun: Tensor | None = None,
+) -> Tensor:
+    """Clean latents [B, F, C, H, W], chunk by chunk; each chunk sees those before it.
+
+    noise: [num_draws, B, F, C, H, W]. begun: clean latents [B, f, C, H, W] of the first chunks,
+    which are remembered as if they had been made here.
+    """
+    num_begun = 0 if begun is None else begun.shape[1]
+    made = []
+    for chunk in chunks:
+        if begun is not None and chunk.start < num_begun:
+            x0 = chunk.of(begun)
+        else:
+            context = cache.read(chunk.frames)
+            x0 = make_chunk(network, chunk.of(noise, 2), conditioning, context)
+        if chunk is not chunks[-1]:
+            commit_chunk(network, x0, conditioning, cache)
+        made.append(x0)
+    return torch.cat(made, dim=1)
+
+
+def causal_clips(
+    network: WanTransformer,
     evaluation: EvaluationSet,
     decode: Decode,
     *,
-    ladder: tuple[float, ...],
-    chunks: tuple[Chunk, ...],
+    make_chunk: MakeChunk,
+    chunks: Chunks,
     sink: int = 0,
     window: int | None = None,
-    description: str = "student",
+    begun: Tensor | None = None,
+    description: str = "causal",
 ) -> Videos:
-    """Rollouts down the whole ladder with the student's own chunks as context, as in streaming."""
+    """Clips of a causal network after its own past, as in streaming.
+
+    make_chunk: `FewSteps` for a student, `ODESteps` for a causal teacher. begun: clean latents
+    [N, f, C, H, W] that each clip begins with, whole chunks.
+    """
     for part in evaluation.batches(description):
-        noise, conditioning = _inputs(student, evaluation, part, len(ladder))
+        noise, conditioning = _inputs(network, evaluation, part, make_chunk.num_draws)
+        own = None if begun is None else begun[part.start : part.stop].to(noise)
         cache = KVCache(sink, window)
-        yield decode(rollout(student, noise, conditioning, cache, ladder, chunks).x0)
+        latents = make_clip(network, make_chunk, noise, conditioning, cache, chunks, own)
+        yield decode(latents)
 
 
 def teacher_clips(

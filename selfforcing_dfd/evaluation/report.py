@@ -57,7 +57,7 @@ def write_report(config: Config) -> str:
     compared = {}
     layout = world.layout
     for source in found:
-        row, first = measure(world, source, evaluation, decode, config.rollout.chunk_frames)
+        row, first = measure(config, world, source, evaluation, decode)
         rows.append(row)
         video = f"samples/{source.name}.mp4"
         grid = tiled(first, layout.sample_columns)
@@ -78,7 +78,7 @@ def write_report(config: Config) -> str:
         world=world,
         findings=world.findings(rows),
         rows=rows,
-        notes=notes_on(world, rows, len(evaluation)),
+        notes=notes_on(world, rows, len(evaluation), [config.report.seed]),
         sheets=sheets,
         comparison=COMPARISON,
         captions=evaluation.captions[: layout.compared_clips],
@@ -88,8 +88,18 @@ def write_report(config: Config) -> str:
         settings=to_yaml(config),
         links={},
     )
-    save(folder, page, {"seed": config.run.seed, "config": as_dict(config)})
+    save(folder, page, described_run(config))
     return printed(page, folder)
+
+
+def described_run(config: Config) -> dict[str, Any]:
+    """What report.json says of the run, for reports over several runs."""
+    return {
+        "seed": config.run.seed,
+        "start": config.weights.student,
+        "evaluation_seed": config.report.seed,
+        "config": as_dict(config),
+    }
 
 
 def _subtitle(config: Config, world: World, num_clips: int) -> str:
@@ -108,7 +118,7 @@ def _tried(config: Config) -> str:
 
 
 def measure(
-    world: World, source: Source, evaluation: EvaluationSet, decode: Decode, chunk_frames: int
+    config: Config, world: World, source: Source, evaluation: EvaluationSet, decode: Decode
 ) -> tuple[Row, torch.Tensor]:
     """A source's row, and its first clips, uint8 [n, T, H, W, 3]."""
     started = time.perf_counter()
@@ -120,9 +130,12 @@ def measure(
             first.append(to_uint8(videos[:missing]))
             yield videos
 
-    measured = world.measure(watched(), evaluation.captions, chunk_frames)
+    measured = world.measure(watched(), evaluation.captions, config.rollout.chunk_frames)
+    scores = dict(measured.scores)
+    if source.go_on is not None and config.report.follow_clips:
+        scores |= world.follow(config, evaluation, decode, source.go_on)
     seconds = time.perf_counter() - started
-    row = Row(source.name, source.about, measured.scores, measured.modes, seconds)
+    row = Row(source.name, source.about, scores, measured.modes, seconds)
     return row, torch.cat(first)
 
 

@@ -5,13 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from selfforcing_dfd.common import find_device, find_file
 from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.evaluation.generate import (
     Decode,
     EvaluationSet,
+    FewSteps,
+    GoOn,
     Videos,
-    student_clips,
+    causal_clips,
     teacher_clips,
 )
 from selfforcing_dfd.evaluation.tables import DATA, REFERENCES, START, TEACHER
@@ -33,11 +37,15 @@ from selfforcing_dfd.weights.runs import STUDENT_FILE
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Something that makes clips: a row of the report to be."""
+    """Something that makes clips: a row of the report to be.
+
+    go_on: how it continues real clips; None for a network that makes all frames at once.
+    """
 
     name: str
     about: str
     clips: Callable[[EvaluationSet, Decode], Videos]
+    go_on: GoOn | None = None
 
 
 def sources(config: Config, world: World) -> list[Source]:
@@ -80,7 +88,10 @@ def data_source(config: Config, world: World) -> Source:
     def clips(evaluation: EvaluationSet, decode: Decode) -> Videos:
         return world.real_clips(config, evaluation, decode)
 
-    return Source(DATA, "real clips, once through the codec", clips)
+    def go_on(evaluation: EvaluationSet, real: Tensor, decode: Decode) -> Videos:
+        yield decode(real)
+
+    return Source(DATA, "real clips, once through the codec", clips, go_on)
 
 
 def run_source(name: str, about: str, config: Config, weights: str) -> Source:
@@ -114,19 +125,28 @@ def student_source(name: str, about: str, config: Config, start: Start) -> Sourc
     """Rollouts of the network in a weights file, with its config's ladder, chunks and window."""
     check_weights(start.path)
 
-    def clips(evaluation: EvaluationSet, decode: Decode) -> Videos:
-        return student_clips(
+    chunks = chunks_of(config)
+
+    def make(evaluation: EvaluationSet, decode: Decode, begun: Tensor | None) -> Videos:
+        return causal_clips(
             load(config, start),
             evaluation,
             decode,
-            ladder=ladder_of(config),
-            chunks=chunks_of(config),
+            make_chunk=FewSteps(ladder_of(config)),
+            chunks=chunks,
             sink=config.rollout.sink,
             window=config.rollout.window or None,
-            description=name,
+            begun=begun,
+            description=name if begun is None else f"{name}, follow test",
         )
 
-    return Source(name, about, clips)
+    def clips(evaluation: EvaluationSet, decode: Decode) -> Videos:
+        return make(evaluation, decode, None)
+
+    def go_on(evaluation: EvaluationSet, real: Tensor, decode: Decode) -> Videos:
+        return make(evaluation, decode, chunks[0].of(real))
+
+    return Source(name, about, clips, go_on)
 
 
 def check_weights(weights: str) -> None:

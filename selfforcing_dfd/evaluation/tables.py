@@ -17,8 +17,11 @@ from selfforcing_dfd.tiny.bootstrap import Score
 DATA = "data"
 TEACHER = "teacher"
 START = "start"
-CONTROL = "control"
-REFERENCES = (DATA, TEACHER, START)  # rows that are not judged
+CONTROL = "control"  # distribution matching alone
+REGRESSION = "regression"  # regression on the arms' data alone
+CONTROLS = (CONTROL, REGRESSION)
+REFERENCES = (DATA, TEACHER, START)
+NOT_JUDGED = (*REFERENCES, *CONTROLS)
 
 FEWEST = 8  # clips from which a mean is stated; bootstrap intervals of fewer are too short
 TERMINAL = 100  # columns that a table in a terminal may take
@@ -40,10 +43,10 @@ class ReportError(UserError):
 class Row:
     """One source of clips with its scores.
 
-    modes: number of valid clips in each mode of the world; empty where the world has no modes.
-    seconds: to generate and measure the clips. marks: only for a row that combines several seeds;
-    on which side of the data the row is in every seed. There a score is the mean over seeds with
-    the smallest and the largest seed's value, and its n is the number of seeds.
+    modes: number of moving clips in each mode of the world; empty where the world has no modes.
+    seconds: to generate and measure the clips. marks: only for a row that combines several runs;
+    on which side of the data the row is in every run. There a score is the mean over runs with the
+    smallest and the largest run's value, and its n is the number of runs.
     """
 
     name: str
@@ -60,6 +63,17 @@ class Row:
         if self.marks is not None:
             return self.marks.get(key, "")
         return against(self.scores.get(key), data.scores.get(key))
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """The rows of one report among several. start: the weights that its students began from."""
+
+    start: str
+    rows: Sequence[Row]
+
+    def row(self, name: str) -> Row:
+        return next(row for row in self.rows if row.name == name)
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,7 +209,7 @@ def described(rows: Sequence[Row], metrics: Metrics) -> list[Finding]:
     data = find(rows, DATA)
     if data is None:
         raise ReportError("no row called data to hold the others against; keep the data row")
-    judged = [row for row in rows if row.name not in (*REFERENCES, CONTROL)]
+    judged = [row for row in rows if row.name not in NOT_JUDGED]
     others = [row for row in rows if row is not data]
     return [Finding(row.name, "", _differences(row, data, metrics)) for row in judged or others]
 

@@ -14,10 +14,19 @@ from torch import Tensor
 from selfforcing_dfd.common import DTYPES, UserError, find_device, find_file
 from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.data.shards import SampleOrder, ShardReader
-from selfforcing_dfd.evaluation.generate import EVALUATION_SEED, Decode, EvaluationSet, Videos
-from selfforcing_dfd.evaluation.tables import DATA, Finding, Metric, Row, described, find, stated
+from selfforcing_dfd.evaluation.generate import Decode, EvaluationSet, GoOn, Videos
+from selfforcing_dfd.evaluation.tables import (
+    DATA,
+    Finding,
+    Metric,
+    Row,
+    Run,
+    described,
+    find,
+    stated,
+)
 from selfforcing_dfd.evaluation.world import Chart, Layout, Measured
-from selfforcing_dfd.tiny.bootstrap import Resamples, spread
+from selfforcing_dfd.tiny.bootstrap import Resamples, Score, spread
 
 FPS = 16  # of Wan2.1
 LUMA = (0.299, 0.587, 0.114)
@@ -71,9 +80,10 @@ class VideoWorld:
 
     def draw(self, config: Config, num_clips: int) -> EvaluationSet:
         reader = ShardReader(config.data.shards)
-        samples = [reader[number] for number in chosen(reader, num_clips)]
+        seed = config.report.seed
+        samples = [reader[number] for number in chosen(reader, num_clips, seed)]
         text = torch.stack([sample.text for sample in samples])
-        return self._asked(reader, [sample.caption for sample in samples], text)
+        return self._asked(reader, [sample.caption for sample in samples], text, seed)
 
     def ask(self, config: Config, captions: Sequence[str]) -> EvaluationSet:
         reader = ShardReader(config.data.shards)
@@ -85,18 +95,20 @@ class VideoWorld:
                     f"captions, or use inference/stream.py, which encodes any prompt"
                 )
         text = torch.stack([reader[number_of[caption]].text for caption in captions])
-        return self._asked(reader, captions, text)
+        return self._asked(reader, captions, text, config.report.seed)
 
-    def _asked(self, reader: ShardReader, captions: Sequence[str], text: Tensor) -> EvaluationSet:
+    def _asked(
+        self, reader: ShardReader, captions: Sequence[str], text: Tensor, seed: int
+    ) -> EvaluationSet:
         shape = reader.index.latent_shape
-        return EvaluationSet(tuple(captions), text, shape, reader.negative, batch=1)
+        return EvaluationSet(tuple(captions), text, shape, seed, reader.negative, batch=1)
 
     def has_real_clips(self, config: Config) -> bool:
         return ShardReader(config.data.shards).has_clips
 
     def real_clips(self, config: Config, evaluation: EvaluationSet, decode: Decode) -> Videos:
         reader = ShardReader(config.data.shards)
-        numbers = chosen(reader, len(evaluation))
+        numbers = chosen(reader, len(evaluation), evaluation.seed)
         for part in evaluation.batches(DATA):
             latents = [reader[number].latents for number in numbers[part.start : part.stop]]
             yield decode(torch.stack(latents))
@@ -112,13 +124,21 @@ class VideoWorld:
         scores["spread"] = every.score(spread(pixels, every), 0)
         return Measured(stated(scores, METRICS))
 
+    def follow(
+        self, config: Config, evaluation: EvaluationSet, decode: Decode, go_on: GoOn
+    ) -> dict[str, Score]:
+        return {}
+
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
         return described(rows, METRICS) if find(rows, DATA) else []
+
+    def verdict(self, runs: Sequence[Run]) -> list[Finding]:
+        return []
 
     def background(self, config: Config) -> str:
         return ""
 
-    def notes(self, rows: Sequence[Row], num_clips: int, num_seeds: int = 1) -> list[str]:
+    def notes(self, rows: Sequence[Row]) -> list[str]:
         return [
             "These numbers need no weights. They show a collapse: grey, blurred, frozen or equal "
             "clips. They do not judge quality or whether a clip shows its caption."
@@ -127,13 +147,13 @@ class VideoWorld:
     def charts(self, rows: Sequence[Row]) -> list[Chart]:
         return []
 
-    def facts(self, num_clips: int) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         return {}
 
 
-def chosen(reader: ShardReader, num_clips: int) -> list[int]:
-    """Samples of the shards in an order that is the same for every run."""
-    order = SampleOrder(len(reader), EVALUATION_SEED)
+def chosen(reader: ShardReader, num_clips: int, seed: int) -> list[int]:
+    """Samples of the shards in an order that is the same for every run with this seed."""
+    order = SampleOrder(len(reader), seed)
     return [order.sample_at(position) for position in range(num_clips)]
 
 

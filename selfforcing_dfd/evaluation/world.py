@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from selfforcing_dfd.config import Config
-from selfforcing_dfd.evaluation.generate import Decode, EvaluationSet, Videos
-from selfforcing_dfd.evaluation.tables import Finding, Metric, Row
+from selfforcing_dfd.evaluation.generate import Decode, EvaluationSet, GoOn, Videos
+from selfforcing_dfd.evaluation.tables import Finding, Metric, Row, Run
 from selfforcing_dfd.tiny.bootstrap import Score
 
 
@@ -32,7 +32,7 @@ class Layout:
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """A row's scores; modes: number of valid clips in each mode, empty without modes."""
+    """A row's scores; modes: number of moving clips in each mode, empty without modes."""
 
     scores: Mapping[str, Score]
     modes: tuple[int, ...] = ()
@@ -85,15 +85,25 @@ class World(Protocol):
         """The scores of one row's clips."""
         ...
 
+    def follow(
+        self, config: Config, evaluation: EvaluationSet, decode: Decode, go_on: GoOn
+    ) -> Mapping[str, Score]:
+        """How a row continues real clips; nothing where the world has no such test."""
+        ...
+
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
-        """The verdict: one sentence for each row that is judged."""
+        """One sentence for each row that is judged, from a single run. It is no verdict."""
+        ...
+
+    def verdict(self, runs: Sequence[Run]) -> list[Finding]:
+        """One sentence for each arm and control, over runs; nothing without a rule for it."""
         ...
 
     def background(self, config: Config) -> str:
         """What is known about the methods that this run compares; may be empty."""
         ...
 
-    def notes(self, rows: Sequence[Row], num_clips: int, num_seeds: int = 1) -> list[str]:
+    def notes(self, rows: Sequence[Row]) -> list[str]:
         """How to read this world's numbers; what holds for every world is added to it."""
         ...
 
@@ -101,6 +111,6 @@ class World(Protocol):
         """One chart for each row; none where the world has nothing to count."""
         ...
 
-    def facts(self, num_clips: int) -> dict[str, Any]:
+    def facts(self) -> dict[str, Any]:
         """Constants of the world that report.json repeats."""
         ...

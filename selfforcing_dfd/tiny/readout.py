@@ -22,6 +22,11 @@ from selfforcing_dfd.tiny.world import HEADINGS, HUES, SHAPES, SIDE, SIZES, SPEE
 
 # re-rendering explains at least half of what the clip shows over its background
 MIN_EXPLAINED = 0.5
+# What a clip must show for its direction to mean something. Half of the slowest class's speed, in
+# pixels a video frame; and degrees off an axis, where 45 would be halfway between two directions.
+# Of 256 clips of the data, once through the codec, the slowest has .49 and the most oblique .4.
+MIN_SPEED = float(SPEED_PX.min()) / 2
+MAX_OFF_AXIS = 25.0
 CHUNK = 3  # latent frames
 
 _BATCH = 8  # clips read at once, so that the working set stays in cache
@@ -46,6 +51,7 @@ class Reading:
     speed: Tensor
     size: Tensor
     speed_px: Tensor  # pixels per video frame
+    off_axis: Tensor  # degrees between the motion and its direction, 0 to 45
     saturation: Tensor  # HSV saturation of the shape's colour
     contrast: Tensor  # distance in RGB between shape and background
     jitter: Tensor  # pixels, root mean square distance of the centre from the straight track
@@ -54,6 +60,13 @@ class Reading:
     valid: Tensor  # bool: explained >= MIN_EXPLAINED
     saturation_by_chunk: Tensor  # [B, chunks]
     contrast_by_chunk: Tensor  # [B, chunks]
+    # each chunk by itself, [B, chunks]: its own straight track, its own colour
+    speed_by_chunk: Tensor  # pixels per video frame
+    direction_by_chunk: Tensor  # indices
+    hue_by_chunk: Tensor  # indices
+    valid_by_chunk: Tensor  # bool
+    # [B, chunks - 1], pixels between the places to which two chunks' tracks lead where they meet
+    seam_jumps: Tensor
     # pixels, departure from the mean step into a chunk, less that into its later latent frames
     seam_excess: Tensor
     pixels: Tensor  # [B, n], a fixed sparse sample of the clip's pixels, for the spread over clips
@@ -70,9 +83,18 @@ class Reading:
         return len(self.valid)
 
     @property
+    def moving(self) -> Tensor:
+        """Clips that have a direction [B], bool: valid, fast enough and along an axis.
+
+        Without it, standing still would be the way to win: a frozen shape that drifts .02 pixels a
+        video frame has some direction, and in many clips every direction.
+        """
+        return self.valid & (self.speed_px >= MIN_SPEED) & (self.off_axis <= MAX_OFF_AXIS)
+
+    @property
     def mode(self) -> Tensor:
-        """Index into world.MODE_PRIOR [B]; only valid clips are in a mode."""
-        return mode(self.hue, self.direction)
+        """Index into world.MODE_PRIOR [B]; only moving clips are in a mode."""
+        return mode(self.hue, self.direction, self.speed)
 
 
 def read(videos: Tensor, chunk: int = CHUNK) -> Reading:
@@ -116,41 +138,94 @@ def _read_batch(videos: Tensor, chunk: int) -> Reading:
     centres = centroids(along)
     start, step, jitter = fit_line(centres)
     shape, size = _best_template(along, centres)
-    by_frame, weight = _inside_colour(shown, coverage(shape, size, centres).flatten(2))
+    alpha = coverage(shape, size, centres).flatten(2)
+    by_frame, weight = _inside_colour(shown, alpha)
     colour = _weighted(by_frame, weight)
     starts = chunk_starts(video.shape[1], chunk)
-    by_chunk = [
-        _weighted(part, share)
-        for part, share in zip(
-            by_frame.tensor_split(starts[1:], 1), weight.tensor_split(starts[1:], 1), strict=True
-        )
-    ]
     straight = (
         start[:, None] + step[:, None] * torch.arange(video.shape[1], device=video.device)[:, None]
     )
     psnr, explained = _explain(shown, coverage(shape, size, straight).flatten(2), colour)
     hue, saturation = hue_and_saturation(background + colour)
-    speed_px = step.norm(dim=-1)
+    speed_px, direction, off_axis = _motion(step)
     return Reading(
         shape=shape,
         hue=hue,
-        direction=(step @ HEADINGS.to(step).T).argmax(dim=-1),
+        direction=direction,
         speed=(speed_px[:, None] - SPEED_PX.to(step)).abs().argmin(dim=-1),
         size=size,
         speed_px=speed_px,
+        off_axis=off_axis,
         saturation=saturation,
         contrast=colour.norm(dim=-1),
         jitter=jitter,
         psnr=psnr,
         explained=explained,
         valid=explained >= MIN_EXPLAINED,
-        saturation_by_chunk=torch.stack(
-            [hue_and_saturation(background + part)[1] for part in by_chunk], dim=1
-        ),
-        contrast_by_chunk=torch.stack([part.norm(dim=-1) for part in by_chunk], dim=1),
         seam_excess=_seam_excess(centres, step, starts[1:]),
         pixels=video[:, :: max(1, video.shape[1] // 2), 2::4, 2::4].flatten(1),
+        **_appearance_by_chunk(shown, alpha, by_frame, weight, background, starts),
+        **_motion_by_chunk(centres, starts),
     )
+
+
+def _motion(step: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Steps [..., 2] as speed in pixels, direction (index), and degrees off that direction."""
+    along_headings = step @ HEADINGS.to(step).T
+    ahead, direction = along_headings.max(dim=-1)
+    aside = (step.square().sum(dim=-1) - ahead.square()).clamp_min(0).sqrt()
+    return step.norm(dim=-1), direction, torch.rad2deg(torch.atan2(aside, ahead))
+
+
+def _motion_by_chunk(centres: Tensor, starts: Sequence[int]) -> dict[str, Tensor]:
+    """Speed, direction and the jumps at seams, by a straight track through each chunk."""
+    steps = []
+    jumps = []
+    leads_to = None
+    for part in centres.tensor_split(list(starts[1:]), dim=1):
+        start, step, _ = fit_line(part)
+        if leads_to is not None:
+            jumps.append((start - leads_to).norm(dim=-1))
+        leads_to = start + part.shape[1] * step
+        steps.append(step)
+    speed, direction, _ = _motion(torch.stack(steps, dim=1))
+    none = centres.new_zeros(len(centres), 0)
+    return {
+        "speed_by_chunk": speed,
+        "direction_by_chunk": direction,
+        "seam_jumps": torch.stack(jumps, dim=1) if jumps else none,
+    }
+
+
+def _appearance_by_chunk(
+    shown: Tensor,
+    alpha: Tensor,
+    by_frame: Tensor,
+    weight: Tensor,
+    background: Tensor,
+    starts: Sequence[int],
+) -> dict[str, Tensor]:
+    """Colour of every chunk, and whether the shape at its measured place explains the chunk.
+
+    alpha: coverage [B, T, pixels] at the measured centres.
+    """
+    cuts = list(starts[1:])
+    columns: dict[str, list[Tensor]] = {
+        "hue_by_chunk": [],
+        "saturation_by_chunk": [],
+        "contrast_by_chunk": [],
+        "valid_by_chunk": [],
+    }
+    parts = (whole.tensor_split(cuts, dim=1) for whole in (shown, alpha, by_frame, weight))
+    for pixels, covered, colours, share in zip(*parts, strict=True):
+        colour = _weighted(colours, share)
+        hue, saturation = hue_and_saturation(background + colour)
+        _, explained = _explain(pixels, covered, colour)
+        columns["hue_by_chunk"].append(hue)
+        columns["saturation_by_chunk"].append(saturation)
+        columns["contrast_by_chunk"].append(colour.norm(dim=-1))
+        columns["valid_by_chunk"].append(explained >= MIN_EXPLAINED)
+    return {name: torch.stack(values, dim=1) for name, values in columns.items()}
 
 
 def _provisional_colour(shown: Tensor) -> Tensor:
@@ -193,7 +268,8 @@ def fit_line(centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     time = torch.arange(centres.shape[1], device=centres.device, dtype=centres.dtype)
     time = time - time.mean()
     mean = centres.mean(dim=1)
-    step = torch.einsum("t,btc->bc", time, centres - mean[:, None]) / time.square().sum()
+    spread = time.square().sum().clamp_min(_TINY)  # a single video frame has no step
+    step = torch.einsum("t,btc->bc", time, centres - mean[:, None]) / spread
     residual = centres - mean[:, None] - time[:, None] * step[:, None]
     return mean + time[0] * step, step, residual.square().sum(dim=-1).mean(dim=-1).sqrt()
 

@@ -43,7 +43,8 @@ HUE_PRIOR = torch.tensor([0.35, 0.25, 0.16, 0.12, 0.08, 0.04])
 DIRECTION_PRIOR = torch.tensor([0.4, 0.3, 0.2, 0.1])
 SPEED_PRIOR = torch.tensor([0.5, 0.35, 0.15])
 SIZE_PRIOR = torch.tensor([0.6, 0.4])
-MODE_PRIOR = torch.outer(HUE_PRIOR, DIRECTION_PRIOR).flatten()  # [24]
+# [72], hue x direction x speed
+MODE_PRIOR = torch.einsum("h,d,s->hds", HUE_PRIOR, DIRECTION_PRIOR, SPEED_PRIOR).flatten()
 
 SPEED_PX = torch.tensor([0.5, 1.0, 2.0])  # pixels per video frame
 # half-extent of the square; the other shapes have about its area
@@ -113,9 +114,12 @@ def draw_factors(num_clips: int, generator: torch.Generator) -> Factors:
     )
 
 
-def mode(hue: Tensor, direction: Tensor) -> Tensor:
-    """Index into MODE_PRIOR: one of 24 modes, hue x direction, both free under a short caption."""
-    return hue * len(DIRECTIONS) + direction
+def mode(hue: Tensor, direction: Tensor, speed: Tensor) -> Tensor:
+    """Index into MODE_PRIOR: one of 72 modes, hue x direction x speed.
+
+    All three are free under a short caption.
+    """
+    return (hue * len(DIRECTIONS) + direction) * len(SPEEDS) + speed
 
 
 def colour(hue: Tensor, saturation: Tensor) -> Tensor:

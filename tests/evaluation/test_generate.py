@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from tiny_models import tiny_network
 from torch import Tensor
 
-from selfforcing_dfd.config import Config, DataConfig, RolloutConfig, RunConfig, TinyDataConfig
+from selfforcing_dfd.config import (
+    Config,
+    DataConfig,
+    ReportConfig,
+    RolloutConfig,
+    RunConfig,
+    TinyDataConfig,
+)
 from selfforcing_dfd.context import Conditioning, KVCache
-from selfforcing_dfd.evaluation.generate import Decode, EvaluationSet, student_clips, teacher_clips
-from selfforcing_dfd.evaluation.tiny_world import evaluation_factors
+from selfforcing_dfd.evaluation.follow import follow_scores
+from selfforcing_dfd.evaluation.generate import (
+    Decode,
+    EvaluationSet,
+    FewSteps,
+    ODESteps,
+    causal_clips,
+    make_clip,
+    teacher_clips,
+)
+from selfforcing_dfd.evaluation.tiny_world import evaluation_factors, real_latents
 from selfforcing_dfd.evaluation.worlds import TINY
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.ode import sample
-from selfforcing_dfd.rollout import plan_chunks, rollout
+from selfforcing_dfd.rollout import RealPast, plan_chunks, rollout
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.metrics import summarise
 from selfforcing_dfd.tiny.readout import read
@@ -48,8 +66,9 @@ def real_clips(evaluation: EvaluationSet, decode: Decode) -> list[Tensor]:
 
 
 def student_videos(evaluation: EvaluationSet, decode: Decode, window: int | None = None) -> Tensor:
-    parts = student_clips(
-        network(), evaluation, decode, ladder=LADDER, chunks=CHUNKS, window=window
+    make_chunk = FewSteps(LADDER)
+    parts = causal_clips(
+        network(), evaluation, decode, make_chunk=make_chunk, chunks=CHUNKS, window=window
     )
     return torch.cat(list(parts))
 
@@ -61,6 +80,20 @@ def test_larger_set_begins_with_the_smaller_one():
     assert large.captions[:5] == small.captions
     assert torch.equal(large.text[:5], small.text)
     assert torch.equal(large.noise(range(9))[:, :5], small.noise(range(5)))
+
+
+def test_evaluation_seed_chooses_captions_and_noise():
+    """Catches a seed that changes one of them alone, or none: settings would be chosen on the very
+    clips that are reported.
+    """
+    other = dataclasses.replace(CONFIG, report=ReportConfig(seed=2000))
+    one = asked(16)
+    two = TINY.draw(other, 16)
+    assert (one.seed, two.seed) == (1000, 2000)
+    assert one.captions != two.captions
+    assert not torch.equal(one.noise(range(1)), two.noise(range(1)))
+    clips = real_latents(CONFIG, one, range(2)), real_latents(other, two, range(2))
+    assert not torch.equal(*clips)
 
 
 def test_student_and_teacher_start_from_the_same_noise():
@@ -124,7 +157,7 @@ def test_teacher_is_guided_away_from_the_packed_negative_prompt(decode: Decode):
     """Catches a Wan teacher guided away from zeros, which it never saw as text."""
     plain = asked(2)
     negative = asked(3).text[2]
-    packed = EvaluationSet(plain.captions, plain.text, plain.latent_shape, negative)
+    packed = dataclasses.replace(plain, negative=negative)
     settings = {"num_steps": 2, "shift": 3.0, "guidance": 2.0}
     (shown,) = teacher_clips(network(1), packed, decode, **settings)
     away = Conditioning(negative.expand_as(plain.text))
@@ -137,7 +170,7 @@ def test_clips_come_in_batches_in_the_order_of_the_captions(codec: TinyCodec, de
     """Catches a last batch that is dropped or repeated if batches do not divide the set."""
     first, last = real_clips(asked(33), decode)
     assert len(first) == 32
-    alone = render(evaluation_factors(33)[slice(32, 33)], last.shape[1])
+    alone = render(evaluation_factors(33, 1000)[slice(32, 33)], last.shape[1])
     assert torch.equal(last, decode(codec.encode(alone)))
 
 
@@ -146,3 +179,51 @@ def test_decoded_videos_stay_on_the_screen(decode: Decode):
     shown = decode(10 * asked(1).noise(range(1))[0])
     assert shown.min() == 0
     assert shown.max() == 1
+
+
+def test_given_chunks_are_the_past_of_later_ones():
+    """Catches a follow test on the student's own past, or one whose first chunk is changed.
+
+    The rollout with a real past makes the same second chunk.
+    """
+    evaluation = asked(2)
+    real = real_latents(CONFIG, evaluation, range(2))
+    noise = evaluation.noise(range(2), len(LADDER))
+    text = Conditioning(evaluation.text)
+    first = CHUNKS[0].of(real)
+    made = make_clip(network(), FewSteps(LADDER), noise, text, KVCache(), CHUNKS, first)
+    assert torch.equal(CHUNKS[0].of(made), first)
+    past = RealPast(real, torch.tensor([True, True]))
+    record = rollout(network(), noise, text, KVCache(), LADDER, CHUNKS, real_past=past)
+    assert torch.equal(CHUNKS[1].of(made), CHUNKS[1].of(record.x0))
+    free = make_clip(network(), FewSteps(LADDER), noise, text, KVCache(), CHUNKS)
+    assert not torch.equal(CHUNKS[1].of(made), CHUNKS[1].of(free))
+
+
+def test_a_causal_teacher_makes_chunks_by_its_ode():
+    """Catches steps or shift that do not reach the ODE of a chunk, or a lost context.
+
+    The first chunk has no past, so it is what the ODE makes of a clip of three latent frames.
+    """
+    evaluation = asked(2)
+    noise = evaluation.noise(range(2))
+    text = Conditioning(evaluation.text)
+    teacher = network(1)
+    made = make_clip(teacher, ODESteps(2, 3.0), noise, text, KVCache(), CHUNKS)
+    first = CHUNKS[0].of(noise[0])
+    assert torch.equal(CHUNKS[0].of(made), sample(teacher, first, text, 2, 3.0))
+    alone = sample(teacher, CHUNKS[1].of(noise[0]), text, 2, 3.0)
+    assert not torch.allclose(CHUNKS[1].of(made), alone)
+
+
+def test_follow_scores_take_student_and_teacher(decode: Decode):
+    """Catches a test that only one of the two can take."""
+    evaluation = asked(3)
+    real = real_latents(CONFIG, evaluation, range(3))
+    for make_chunk in (FewSteps(LADDER), ODESteps(1, 3.0)):
+        scores = follow_scores(
+            network(), evaluation, real, decode, make_chunk=make_chunk, chunks=CHUNKS
+        )
+        assert scores["follow"].n == 3
+        assert "follow_speed_1" in scores
+        assert "follow_speed_2" not in scores  # two chunks: one follows

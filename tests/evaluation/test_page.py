@@ -12,16 +12,17 @@ from typing import Any
 import av
 import imageio.v2 as imageio
 import torch
-from tiny_rows import USUAL, row
+from tiny_rows import NAN, USUAL, row
 
 from selfforcing_dfd.evaluation.curves import (
     MAX_POINTS,
+    Group,
     Panel,
     Series,
     curve,
-    histogram,
     panels,
     plot,
+    share_chart,
 )
 from selfforcing_dfd.evaluation.page import Page, Sheet, colours, render_page
 from selfforcing_dfd.evaluation.pictures import (
@@ -34,7 +35,7 @@ from selfforcing_dfd.evaluation.pictures import (
 )
 from selfforcing_dfd.evaluation.tables import Row
 from selfforcing_dfd.evaluation.worlds import TINY
-from selfforcing_dfd.tiny.world import DIRECTIONS, HUES
+from selfforcing_dfd.tiny.world import DIRECTION_PRIOR, DIRECTIONS, HUE_PRIOR, HUES
 
 
 class Tags(HTMLParser):
@@ -133,9 +134,7 @@ def test_same_report_gives_the_same_bytes():
     series = (Series("arm", ((1, 2.0), (2, 3.0)), 4, dashed=True),)
     panel = Panel("Loss", "", series, reference=1.0)
     assert plot(panel) == plot(panel)
-    counts = [3] * 24
-    prior = [1 / 24] * 24
-    assert histogram(counts, prior, HUES, DIRECTIONS) == histogram(counts, prior, HUES, DIRECTIONS)
+    assert share_chart(groups(0.2)) == share_chart(groups(0.2))
 
 
 def test_curves_average_the_turns_of_an_update_and_long_runs():
@@ -165,12 +164,21 @@ def test_plot_of_one_point_or_a_flat_curve_is_drawn():
         assert "<svg" in plot(Panel("Loss", "", (Series("arm", points, 0),)))
 
 
-def test_histogram_cuts_tall_bars_and_says_how_tall():
-    """Catches a collapsed row whose one bar leaves the plot, or shrinks the others to nothing."""
-    prior = [1 / 24] * 24
-    assert ">100%<" in histogram([10] + [0] * 23, prior, HUES, DIRECTIONS)
-    assert ">100%<" not in histogram([1] * 24, prior, HUES, DIRECTIONS)
-    assert "<svg" in histogram([0] * 24, prior, HUES, DIRECTIONS)  # no valid clip at all
+def groups(red: float) -> list[Group]:
+    """Shares of hues and directions; not known for directions."""
+    return [
+        Group(HUES, [red] + [(1 - red) / 5] * 5, HUE_PRIOR.tolist()),
+        Group(DIRECTIONS, [NAN] * 4, DIRECTION_PRIOR.tolist()),
+    ]
+
+
+def test_chart_cuts_tall_bars_and_says_how_tall():
+    """Catches a collapsed row whose one bar leaves the plot, and one that shows nothing at all."""
+    assert ">100%<" in share_chart(groups(1.0))
+    modest = share_chart(groups(0.4))
+    assert ">40%<" not in modest
+    assert all(name in modest for name in ("magenta", "→"))
+    assert "<svg" in share_chart(groups(NAN))
 
 
 def test_contact_sheet_shows_one_clip_a_column_and_time_downwards():

@@ -27,7 +27,8 @@ def test_draws_follow_the_priors() -> None:
     Over 20,000 draws a share's standard error is at most .0035.
     """
     factors = world.draw_factors(20_000, generator(0, "test priors"))
-    modes = torch.bincount(world.mode(factors.hue, factors.direction), minlength=24) / 20_000
+    indices = world.mode(factors.hue, factors.direction, factors.speed)
+    modes = torch.bincount(indices, minlength=72) / 20_000
     assert (modes - world.MODE_PRIOR).abs().max() < 4 * 0.0035
     assert abs(factors.saturation.mean() - 0.5) < 0.005
     # Beta(6, 6) has variance 1 / 52.
@@ -36,11 +37,11 @@ def test_draws_follow_the_priors() -> None:
 
 def test_mode_prior_is_indexed_as_modes_are() -> None:
     """Catches a transposed outer product, which leaves the sum 1 and every count wrong."""
-    rarest = world.mode(torch.tensor(5), torch.tensor(3))
+    rarest = world.mode(torch.tensor(5), torch.tensor(3), torch.tensor(2))
     assert world.MODE_PRIOR[rarest] == world.MODE_PRIOR.min()
-    assert world.MODE_PRIOR[rarest].item() == pytest.approx(0.04 * 0.1)
-    red_up = world.mode(torch.tensor(0), torch.tensor(3))
-    assert world.MODE_PRIOR[red_up].item() == pytest.approx(0.35 * 0.1)
+    assert world.MODE_PRIOR[rarest].item() == pytest.approx(0.04 * 0.1 * 0.15)
+    red_up_slowly = world.mode(torch.tensor(0), torch.tensor(3), torch.tensor(0))
+    assert world.MODE_PRIOR[red_up_slowly].item() == pytest.approx(0.35 * 0.1 * 0.5)
     assert world.MODE_PRIOR.sum().item() == pytest.approx(1)
 
 
