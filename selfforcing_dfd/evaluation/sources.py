@@ -14,6 +14,8 @@ from selfforcing_dfd.evaluation.generate import (
     EvaluationSet,
     FewSteps,
     GoOn,
+    MakeChunk,
+    ODESteps,
     Videos,
     causal_clips,
     teacher_clips,
@@ -95,9 +97,14 @@ def data_source(config: Config, world: World) -> Source:
 
 
 def run_source(name: str, about: str, config: Config, weights: str) -> Source:
-    """Clips of the network that a run trained, a teacher or a student."""
-    if stage_of(config).makes == "teacher":
+    """Clips of the network that a run trained: a teacher, a causal teacher or a student."""
+    makes = stage_of(config).makes
+    if makes == "teacher":
         return teacher_source(config, Start(weights))
+    if makes == "causal_teacher":
+        steps = config.report.teacher_steps
+        ode = ODESteps(steps, config.of(FlowConfig).shift)
+        return causal_source(name, f"{about}; {steps} ODE steps", config, Start(weights), ode)
     return student_source(name, about, config, Start(weights))
 
 
@@ -123,6 +130,13 @@ def teacher_source(config: Config, start: Start) -> Source:
 
 def student_source(name: str, about: str, config: Config, start: Start) -> Source:
     """Rollouts of the network in a weights file, with its config's ladder, chunks and window."""
+    return causal_source(name, about, config, start, FewSteps(ladder_of(config)))
+
+
+def causal_source(
+    name: str, about: str, config: Config, start: Start, make_chunk: MakeChunk
+) -> Source:
+    """Clips of a causal network, chunk by chunk, with its config's chunks and window."""
     check_weights(start.path)
 
     chunks = chunks_of(config)
@@ -132,7 +146,7 @@ def student_source(name: str, about: str, config: Config, start: Start) -> Sourc
             load(config, start),
             evaluation,
             decode,
-            make_chunk=FewSteps(ladder_of(config)),
+            make_chunk=make_chunk,
             chunks=chunks,
             sink=config.rollout.sink,
             window=config.rollout.window or None,

@@ -32,7 +32,7 @@ from selfforcing_dfd.evaluation.tiny_world import evaluation_factors, real_laten
 from selfforcing_dfd.evaluation.worlds import TINY
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.ode import sample
-from selfforcing_dfd.rollout import RealPast, plan_chunks, rollout
+from selfforcing_dfd.rollout import RealRows, plan_chunks, rollout
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.metrics import summarise
 from selfforcing_dfd.tiny.readout import read
@@ -193,7 +193,7 @@ def test_given_chunks_are_the_past_of_later_ones():
     first = CHUNKS[0].of(real)
     made = make_clip(network(), FewSteps(LADDER), noise, text, KVCache(), CHUNKS, first)
     assert torch.equal(CHUNKS[0].of(made), first)
-    past = RealPast(real, torch.tensor([True, True]))
+    past = RealRows(real, torch.tensor([True, True]))
     record = rollout(network(), noise, text, KVCache(), LADDER, CHUNKS, real_past=past)
     assert torch.equal(CHUNKS[1].of(made), CHUNKS[1].of(record.x0))
     free = make_clip(network(), FewSteps(LADDER), noise, text, KVCache(), CHUNKS)

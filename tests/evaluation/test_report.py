@@ -175,6 +175,9 @@ def test_rows_fit_the_stage(tmp_path: Path):
         assert [
             source.name for source in sources(change(config, [f"run.stage={stage}", start]), TINY)
         ] == names
+    causal = sources(change(config, ["run.stage=causal", start]), TINY)[-1]
+    assert causal.about.endswith("1 ODE steps")  # a causal teacher has no ladder
+    assert causal.go_on is not None
 
 
 def test_sample_writes_a_grid_with_a_line_for_each_prompt(
