@@ -236,7 +236,7 @@ def test_the_same_update_can_be_saved_again(tmp_path: Path) -> None:
     path = manager.save(1, run.state())
     resumed = Run()
     manager.load(path, resumed.state())
-    assert resumed.clock == run.clock == Clock(1, 3, 16)
+    assert resumed.clock == run.clock == Clock(1, 3, samples=16)
     assert names(tmp_path) == ["student_update=000001"]
 
 
