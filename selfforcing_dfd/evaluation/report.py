@@ -25,11 +25,11 @@ from selfforcing_dfd.evaluation.pictures import (
     to_uint8,
     write_mp4,
 )
-from selfforcing_dfd.evaluation.sources import Source, run_source, sources
-from selfforcing_dfd.evaluation.tables import TEACHER, Row
+from selfforcing_dfd.evaluation.sources import Source, run_source, runs_of, sources
+from selfforcing_dfd.evaluation.tables import Row
 from selfforcing_dfd.evaluation.world import World
 from selfforcing_dfd.evaluation.worlds import world_of
-from selfforcing_dfd.stages import arms_of, load_config, stage_of
+from selfforcing_dfd.stages import arms_of, load_config
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.tracking import METRICS_FILE, read_metrics
 from selfforcing_dfd.weights.runs import CONFIG_FILE, config_of, student_of
@@ -141,9 +141,7 @@ def measure(
 
 def run_metrics(config: Config) -> dict[str, list[dict[str, Any]]]:
     """Lines of the metrics file of each run behind a row, where there is one."""
-    alone = TEACHER if stage_of(config).makes == "teacher" else "student"
-    named = {name: config.run.name + "/" + name for name in config.arms} or {alone: config.run.name}
-    files = {name: Path(config.run.out) / run / METRICS_FILE for name, run in named.items()}
+    files = {name: run_folder(run) / METRICS_FILE for name, run in runs_of(config).items()}
     return {name: read_metrics(path) for name, path in files.items() if path.exists()}
 
 
@@ -163,7 +161,7 @@ def sample_videos(run: Path, prompts: Sequence[str] = (), out: Path | None = Non
         evaluation = world.ask(config, [prompt for prompt in prompts for _ in range(each)])
     else:
         evaluation = world.draw(config, layout.sample_clips)
-    source = run_source("sample", "", config, str(weights))
+    source = run_source("sample", config, weights)
     parts = [to_uint8(videos) for videos in source.clips(evaluation, world.decoder(config))]
     path = out or run / "sample.mp4"
     grid = tiled(torch.cat(parts), layout.sample_columns)

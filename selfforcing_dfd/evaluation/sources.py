@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
@@ -27,6 +28,7 @@ from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.base import (
     FlowConfig,
     Start,
+    cache_sizes,
     chunks_of,
     ladder_of,
     student_start,
@@ -60,28 +62,30 @@ def sources(config: Config, world: World) -> list[Source]:
             name not in REFERENCES and "/" not in name,
             f"an arm is called {name}, which the report needs for another row; rename it",
         )
-    found = []
-    if world.has_real_clips(config):
-        found.append(data_source(config, world))
-    own = str(run_folder(config) / STUDENT_FILE)
-    stage = stage_of(config)
-    if stage.makes == "teacher":
-        return [*found, run_source(TEACHER, "", config, own)]
-    if config.weights.teacher:
-        found.append(teacher_source(config, teacher_start(config)))
-    if config.weights.student and (config.arms or stage.continues_student):
-        about = "the student that training began from"
-        found.append(student_source(START, about, config, student_start(config)))
-    if not config.arms:
-        return [*found, run_source("student", about_run(config), config, own)]
-    for name, arm in zip(config.arms, arms_of(config), strict=True):
-        found.append(run_source(name, about_run(arm), arm, str(run_folder(arm) / STUDENT_FILE)))
+    found = list(references(config, world))
+    for name, run in runs_of(config).items():
+        found.append(run_source(name, run, run_folder(run) / STUDENT_FILE))
     return found
 
 
-def about_run(config: Config) -> str:
-    """How a run trained its student, in words."""
-    return f"{stage_of(config).about(config)}; {config.run.student_updates} student updates"
+def references(config: Config, world: World) -> Iterator[Source]:
+    """The rows that the runs are held against: the data, the teacher, and where students began."""
+    if world.has_real_clips(config):
+        yield data_source(config, world)
+    stage = stage_of(config)
+    if stage.makes == "teacher":
+        return
+    if config.weights.teacher:
+        yield teacher_source(TEACHER, config, teacher_start(config))
+    if config.weights.student and (config.arms or stage.continues_student):
+        about = "the student that training began from"
+        yield student_source(START, about, config, student_start(config))
+
+
+def runs_of(config: Config) -> dict[str, Config]:
+    """Each run behind a row, by the row's name."""
+    alone = TEACHER if stage_of(config).makes == "teacher" else "student"
+    return dict(zip(config.arms or [alone], arms_of(config), strict=True))
 
 
 def data_source(config: Config, world: World) -> Source:
@@ -96,23 +100,26 @@ def data_source(config: Config, world: World) -> Source:
     return Source(DATA, "real clips, once through the codec", clips, go_on)
 
 
-def run_source(name: str, about: str, config: Config, weights: str) -> Source:
+def run_source(name: str, config: Config, weights: Path) -> Source:
     """Clips of the network that a run trained: a teacher, a causal teacher or a student."""
-    makes = stage_of(config).makes
-    if makes == "teacher":
-        return teacher_source(config, Start(weights))
-    if makes == "causal_teacher":
+    start = Start(str(weights))
+    stage = stage_of(config)
+    if stage.makes == "teacher":
+        return teacher_source(name, config, start)
+    about = f"{stage.about(config)}; {config.run.student_updates} student updates"
+    if stage.makes == "causal_teacher":
         steps = config.report.teacher_steps
         ode = ODESteps(steps, config.of(FlowConfig).shift)
-        return causal_source(name, f"{about}; {steps} ODE steps", config, Start(weights), ode)
-    return student_source(name, about, config, Start(weights))
+        return causal_source(name, f"{about}; {steps} ODE steps", config, start, ode)
+    return student_source(name, about, config, start)
 
 
-def teacher_source(config: Config, start: Start) -> Source:
+def teacher_source(name: str, config: Config, start: Start) -> Source:
     """Many-step samples of the network in a weights file or folder."""
+    check_weights(start.path)
     steps = config.report.teacher_steps
     guidance = config.report.teacher_guidance
-    check_weights(start.path)
+    shift = config.of(FlowConfig).shift
 
     def clips(evaluation: EvaluationSet, decode: Decode) -> Videos:
         return teacher_clips(
@@ -120,12 +127,12 @@ def teacher_source(config: Config, start: Start) -> Source:
             evaluation,
             decode,
             num_steps=steps,
-            shift=config.of(FlowConfig).shift,
+            shift=shift,
             guidance=guidance,
-            description=TEACHER,
+            description=name,
         )
 
-    return Source(TEACHER, f"{steps} ODE steps, guidance {guidance:g}", clips)
+    return Source(name, f"{steps} ODE steps, guidance {guidance:g}", clips)
 
 
 def student_source(name: str, about: str, config: Config, start: Start) -> Source:
@@ -138,8 +145,8 @@ def causal_source(
 ) -> Source:
     """Clips of a causal network, chunk by chunk, with its config's chunks and window."""
     check_weights(start.path)
-
     chunks = chunks_of(config)
+    cache = cache_sizes(config)
 
     def make(evaluation: EvaluationSet, decode: Decode, begun: Tensor | None) -> Videos:
         return causal_clips(
@@ -148,8 +155,7 @@ def causal_source(
             decode,
             make_chunk=make_chunk,
             chunks=chunks,
-            sink=config.rollout.sink,
-            window=config.rollout.window or None,
+            **cache,
             begun=begun,
             description=name if begun is None else f"{name}, follow test",
         )
