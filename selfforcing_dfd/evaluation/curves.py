@@ -22,7 +22,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 PALETTE = ("#808794", "#0f8f83", "#b7850b", "#3b78ee", "#e0622a", "#8b5cf6", "#d23f85", "#5f9412")
 QUIET = "#808794"  # text, ticks and reference lines
 LIGHT = "#80879440"  # grid
-TICK = "#3f4550"  # the law across a bar
+BAR = "#80879480"  # of what has no colour of its own
 HUE_COLOURS = {
     "red": "#dc4c4c",
     "yellow": "#d9b818",
@@ -206,9 +206,9 @@ def share_chart(groups: Sequence[Group]) -> str:
         for group in groups:
             xs = range(left, left + len(group.names))
             known = [share if math.isfinite(share) else 0.0 for share in group.shares]
-            colours = [HUE_COLOURS.get(name, QUIET) for name in group.names]
+            colours = [HUE_COLOURS.get(name, BAR) for name in group.names]
             axes.bar(xs, [min(share, highest) for share in known], 0.9, color=colours)
-            axes.hlines(group.law, [x - 0.5 for x in xs], [x + 0.5 for x in xs], color=TICK)
+            axes.hlines(group.law, [x - 0.5 for x in xs], [x + 0.5 for x in xs], color=QUIET)
             for x, share in zip(xs, known, strict=True):
                 if share > highest:
                     axes.text(x, highest, f"{share:.0%}", ha="center", va="bottom")

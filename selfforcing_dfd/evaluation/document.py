@@ -40,7 +40,7 @@ def notes_on(
         spread = "95 % bootstrap intervals"
         last = "One run; a claim needs several starts and several draws of each."
     first = f"{each}, the same captions and noise in each, with {spread}."
-    return [first, evaluated_with(evaluation_seeds), *world.notes(rows), last]
+    return [first, evaluated_with(evaluation_seeds), *world.notes(rows, num_runs), last]
 
 
 def evaluated_with(seeds: Sequence[int]) -> str:

@@ -134,7 +134,7 @@ class TinyWorld:
     glossary: Mapping[str, str] = GLOSSARY
     chart_about = (
         "Shares of hues among valid clips, of directions among moving clips, and of speeds among "
-        "valid clips. The dark ticks are the data's law."
+        "valid clips. The ticks are the data's law."
     )
 
     def decoder(self, config: Config) -> Decode:
@@ -196,7 +196,7 @@ class TinyWorld:
         tied_to_caption = any(ties_to_the_caption(arm) for arm in arms_of(config))
         return DOSE if loose and tied_to_caption else ""
 
-    def notes(self, rows: Sequence[Row]) -> list[str]:
+    def notes(self, rows: Sequence[Row], num_runs: int = 1) -> list[str]:
         lines = [
             f"Means over fewer than {FEWEST} valid clips, and KL from fewer than "
             f"{FEWEST_FOR_MODES} clips, are not stated."
@@ -207,7 +207,7 @@ class TinyWorld:
                 f"KL depends on the number of clips, which is the same in all rows: as many draws "
                 f"from the data's law have {number(floor.value, 2)} {interval(floor, 2)}."
             )
-        if any(row.name in CONTROLS for row in rows):
+        if num_runs > 1 and any(row.name in CONTROLS for row in rows):
             lines.append(tiny_verdict.RULE)
         return lines
 

@@ -138,7 +138,7 @@ class VideoWorld:
     def background(self, config: Config) -> str:
         return ""
 
-    def notes(self, rows: Sequence[Row]) -> list[str]:
+    def notes(self, rows: Sequence[Row], num_runs: int = 1) -> list[str]:
         return [
             "These numbers need no weights. They show a collapse: grey, blurred, frozen or equal "
             "clips. They do not judge quality or whether a clip shows its caption."

@@ -103,7 +103,7 @@ class World(Protocol):
         """What is known about the methods that this run compares; may be empty."""
         ...
 
-    def notes(self, rows: Sequence[Row]) -> list[str]:
+    def notes(self, rows: Sequence[Row], num_runs: int = 1) -> list[str]:
         """How to read this world's numbers; what holds for every world is added to it."""
         ...
 

@@ -10,6 +10,7 @@ track is a straight line in time.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -34,7 +35,7 @@ _BATCH = 8  # clips read at once, so that the working set stays in cache
 _NUM_FARTHEST = 24
 _FAINT = 0.2  # coverage below this is noise to the centroid
 _INSIDE = 0.9  # template coverage from which a pixel counts as the shape's own colour
-_TEMPLATE_STRIDE = 4  # every how many video frames shape and size are compared
+_STRIDE = 4  # every how many video frames shape and size are compared, and chunks drawn again
 _TINY = 1e-6
 
 
@@ -209,18 +210,18 @@ def _appearance_by_chunk(
 
     alpha: coverage [B, T, pixels] at the measured centres.
     """
-    cuts = list(starts[1:])
     columns: dict[str, list[Tensor]] = {
         "hue_by_chunk": [],
         "saturation_by_chunk": [],
         "contrast_by_chunk": [],
         "valid_by_chunk": [],
     }
-    parts = (whole.tensor_split(cuts, dim=1) for whole in (shown, alpha, by_frame, weight))
-    for pixels, covered, colours, share in zip(*parts, strict=True):
-        colour = _weighted(colours, share)
+    for start, end in itertools.pairwise([*starts, shown.shape[1]]):
+        chunk = slice(start, end)
+        colour = _weighted(by_frame[:, chunk], weight[:, chunk])
         hue, saturation = hue_and_saturation(background + colour)
-        _, explained = _explain(pixels, covered, colour)
+        sparse = slice(start, end, _STRIDE)
+        _, explained = _explain(shown[:, sparse], alpha[:, sparse], colour)
         columns["hue_by_chunk"].append(hue)
         columns["saturation_by_chunk"].append(saturation)
         columns["contrast_by_chunk"].append(colour.norm(dim=-1))
@@ -276,8 +277,8 @@ def fit_line(centres: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def _best_template(along: Tensor, centres: Tensor) -> tuple[Tensor, Tensor]:
     """Shape and size [B] whose drawing at the measured centres explains most of `along`."""
-    along = along[:, ::_TEMPLATE_STRIDE]
-    centres = centres[:, ::_TEMPLATE_STRIDE]
+    along = along[:, ::_STRIDE]
+    centres = centres[:, ::_STRIDE]
     explained = []
     for shape in range(len(SHAPES)):
         for size in range(len(SIZES)):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.world import draw_factors, render
 from selfforcing_dfd.training.guards import GuardError, Guards, latent_statistics, pixel_statistics
 
@@ -17,6 +18,13 @@ REAL = render(draw_factors(4, rng.generator(0, "guards")), 9)
 
 def identity(latents: Tensor) -> Tensor:
     return latents
+
+
+def blurred(videos: Tensor, reach: int = 2) -> Tensor:
+    """Means over all pixels that are at most `reach` lines and columns away."""
+    shifts = range(-reach, reach + 1)
+    moved = [videos.roll((down, right), dims=(2, 3)) for down in shifts for right in shifts]
+    return torch.stack(moved).mean(dim=0)
 
 
 def grey(videos: Tensor, share: float) -> Tensor:
@@ -30,12 +38,13 @@ def grey(videos: Tensor, share: float) -> Tensor:
         (grey(REAL, 0.6), {"saturation"}),
         (REAL[:1].expand_as(REAL), {"spread"}),
         (REAL[:, :1].expand_as(REAL), {"motion"}),
+        (blurred(REAL), {"sharpness"}),
         (
             torch.lerp(REAL, torch.full_like(REAL, 0.35), 0.6),
-            {"saturation", "contrast", "sharpness", "motion", "spread"},
+            {"saturation", "contrast", "motion", "spread"},
         ),
     ],
-    ids=["grey", "one clip for all", "still", "pale"],
+    ids=["grey", "one clip for all", "still", "blurred", "pale"],
 )
 def test_each_failure_moves_its_own_number(changed: Tensor, moved: set[str]) -> None:
     """Catches a statistic that watches something else: desaturation must not read as motion."""
@@ -45,6 +54,16 @@ def test_each_failure_moves_its_own_number(changed: Tensor, moved: set[str]) -> 
     assert moved <= fallen
     if len(moved) == 1:
         assert {name for name in before if not 0.6 <= after[name] / before[name] <= 1.6} == moved
+
+
+def test_blur_and_noise_move_sharpness_of_latents_either_way(codec: TinyCodec) -> None:
+    """Catches a sharpness of latents that blur does not lower. A latent pixel is 8 pixels wide."""
+    before = latent_statistics(codec.encode(REAL))["sharpness"]
+    assert latent_statistics(codec.encode(blurred(REAL, 8)))["sharpness"] < 0.7 * before
+    noise = 0.1 * rng.normal(tuple(REAL.shape), 0, "guards noise")
+    assert latent_statistics(codec.encode(REAL + noise))["sharpness"] > 1.05 * before
+    assert pixel_statistics(REAL + noise)["sharpness"] > 1.5 * pixel_statistics(REAL)["sharpness"]
+    assert pixel_statistics(torch.zeros_like(REAL))["sharpness"] == 0
 
 
 def test_own_data_is_quiet(caplog: pytest.LogCaptureFixture) -> None:
