@@ -97,13 +97,13 @@ def sample(parser: argparse.ArgumentParser) -> Run:
 
 
 def report(parser: argparse.ArgumentParser) -> Run:
-    """Join the reports of several seeds of one comparison."""
+    """Join the reports of several runs of one comparison, and judge over them."""
     parser.add_argument(
         "folders",
         nargs="+",
         type=Path,
         metavar="DIR",
-        help="folders of finished runs, two seeds at least",
+        help="folders of finished runs, of other seeds or starts, two at least",
     )
     parser.add_argument(
         "--out", type=Path, required=True, metavar="DIR", help="where the common report goes"
@@ -113,7 +113,7 @@ def report(parser: argparse.ArgumentParser) -> Run:
         if len(args.folders) == 1:
             (folder,) = args.folders
             raise UserError(
-                f"report joins the runs of two seeds or more, but {folder} is one; train another "
+                f"report joins two runs or more, but {folder} is one; train another "
                 f"with run.seed=1 run.name=seed1. The report of one run is {folder}/report.html"
             )
         from selfforcing_dfd.evaluation.report import combine
