@@ -31,6 +31,7 @@ LEVELS = (
     {"stages", "streaming"},
     {"training", "benchmark", "live"},
     {"evaluation"},
+    {"study"},
     {"cli"},
     {"__main__", PACKAGE, "train", "inference"},
 )
@@ -41,7 +42,7 @@ APART = {
     "live": ("training", "stages", "evaluation", "benchmark", "cli"),
     "benchmark": ("training", "stages", "evaluation", "live", "cli"),
     "tiny": ("data", "training", "stages", "evaluation", "streaming"),
-    "training": ("streaming", "live", "benchmark", "evaluation", "cli"),
+    "training": ("streaming", "live", "benchmark", "evaluation", "study", "cli"),
 }
 """What a room needs nothing of, not even through others."""
 

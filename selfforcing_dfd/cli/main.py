@@ -14,7 +14,13 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import selfforcing_dfd
-from selfforcing_dfd.cli import data_commands, run_commands, stream_commands, weights_commands
+from selfforcing_dfd.cli import (
+    data_commands,
+    run_commands,
+    stream_commands,
+    study_command,
+    weights_commands,
+)
 from selfforcing_dfd.cli.errors import end, guarded
 from selfforcing_dfd.cli.options import Command
 from selfforcing_dfd.common import EXIT_USER_ERROR, UserError, tune_allocator
@@ -28,6 +34,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         run_commands.sample,
         run_commands.report,
         run_commands.picture,
+        study_command.study,
         run_commands.rebuild,
     ),
     "stream": (stream_commands.stream, stream_commands.benchmark),

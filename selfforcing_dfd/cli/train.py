@@ -3,30 +3,18 @@
 from __future__ import annotations
 
 import logging
-from pathlib import Path
 
-from torch import Tensor
-
-from selfforcing_dfd.common import find_device, find_file
-from selfforcing_dfd.config import Config, require, to_yaml
-from selfforcing_dfd.data.noise import store_noise
-from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards
+from selfforcing_dfd.common import find_device
+from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.base import ShardStage
-from selfforcing_dfd.tiny.codec import TinyCodec
-from selfforcing_dfd.training.build import build_networks, build_trainer, check_start
-from selfforcing_dfd.training.build_data import BASIS, build_reader, codec_file
+from selfforcing_dfd.training.build import build_networks, check_start
+from selfforcing_dfd.training.build_data import build_reader
 from selfforcing_dfd.training.exclusive import lock_folders, refuse_many_processes
-from selfforcing_dfd.training.exports import export
 from selfforcing_dfd.training.folders import run_folder
-from selfforcing_dfd.training.guards import Guards, latent_statistics
-from selfforcing_dfd.training.inversion import build_inversion
 from selfforcing_dfd.training.needs import has_shards
-from selfforcing_dfd.weights.runs import CONFIG_FILE, STUDENT_FILE
+from selfforcing_dfd.training.one_run import prepare_data, train
 from selfforcing_dfd.weights.tensors import model_fingerprint
-
-logger = logging.getLogger(__name__)
 
 
 def run(config: Config, resume: bool = False) -> None:
@@ -64,59 +52,8 @@ def train_or_make(config: Config, resume: bool) -> None:
         train(config, resume)
 
 
-def prepare_data(config: Config) -> None:
-    """Make the tiny-world clips and their noise that the config asks for, unless they exist."""
-    folder = Path(config.data.shards)
-    tiny = config.data.tiny
-    if not tiny.clips:
-        return
-    if not folder.exists():
-        print(f"making {tiny.clips} tiny-world clips with {tiny.level} captions in {folder}")
-        make_tiny_shards(
-            folder, tiny.clips, tiny.seed, tiny.level, config.rollout.frames, find_file(BASIS)
-        )
-    if tiny.noise_steps and not ShardReader(folder).has_noise:
-        print(f"finding the noise of {tiny.clips} clips with the teacher's ODE")
-        inversion = build_inversion(config, tiny.noise_steps)
-        store_noise(folder, inversion.invert, noise_fingerprint=inversion.fingerprint)
-
-
 def make_shards(config: Config, stage: type[ShardStage], resume: bool) -> None:
     """Run a stage that writes shards. PackError if they exist or another config began them."""
     networks = build_networks(config, find_device(config.run.device, "run.device"))
     fingerprints = {role: model_fingerprint(network) for role, network in networks.items()}
     print(stage.make_shards(config, networks, fingerprints, build_reader(config), resume))
-
-
-def train(config: Config, resume: bool) -> None:
-    """One run from its weights, or from its newest checkpoint, to its exported weights."""
-    folder = run_folder(config)
-    exported = folder / STUDENT_FILE
-    if resume and exported.exists():
-        print(f"{config.run.name}: already trained, {exported}")
-        return
-    trainer = build_trainer(config, build_guards(config), resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(to_yaml(config))
-    trainer.run(config.run.name)
-    export(trainer, folder, config)
-
-
-def build_guards(config: Config) -> Guards | None:
-    """Guards for distribution matching.
-
-    They look at pixels where the tiny codec made the data, else at the latents. Decoding a clip
-    with Wan's VAE would cost seconds and gigabytes at every student update.
-    """
-    if not stage_of(config).has_guards:
-        return None
-    guards = config.guards
-    if holds_tiny_world(config.data.shards):
-        codec = TinyCodec.load(codec_file(config)).to(find_device(config.run.device, "run.device"))
-        return Guards(codec.decode, guards.tolerance, guards.stop)
-    logger.info("guards watch latents: %s are not of the tiny codec", config.data.shards)
-    return Guards(as_it_is, guards.tolerance, guards.stop, latent_statistics)
-
-
-def as_it_is(latents: Tensor) -> Tensor:
-    return latents

@@ -136,13 +136,14 @@ def check_start(config: Config) -> None:
     """UserError for a device, trackers or weights that are not there, before anything is made."""
     check_trackers(config.log.trackers)
     find_device(config.run.device, "run.device")
+    used = {start.path for start in stage_of(config).starts(config).values()}
     for role, name in (
         ("student", config.weights.student),
         ("teacher", config.weights.teacher),
         ("fake", config.weights.fake),
         ("causal", config.weights.causal),
     ):
-        if name and not find_file(name).exists():
+        if name in used and name and not find_file(name).exists():
             raise ConfigError(
                 f"weights.{role} is {name}, which does not exist; "
                 "train it first, or correct the path"

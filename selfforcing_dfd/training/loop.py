@@ -109,8 +109,10 @@ class Trainer:
                     self.stage.fake_per_student, self.stage.regression_per_student
                 )
                 started = time.perf_counter()
+                cores_started = time.process_time()
                 values = self.take_turn(turn, stream)
                 values["seconds"] = time.perf_counter() - started
+                values["core_seconds"] = time.process_time() - cores_started
                 fake_belongs_to_next = int(turn != "student")
                 self.tracker.log(turn, self.clock.student_updates + fake_belongs_to_next, values)
                 if turn == "student":

@@ -15,7 +15,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from selfforcing_dfd.cli.train import build_guards, run
+from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import shipped
 from selfforcing_dfd.config import Config, ConfigError, NetworkConfig
 from selfforcing_dfd.context import Conditioning
@@ -37,6 +37,7 @@ from selfforcing_dfd.tiny.world import write_clips
 from selfforcing_dfd.training.build import build_network, build_trainer, load_start
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.inversion import build_inversion
+from selfforcing_dfd.training.one_run import build_guards
 from selfforcing_dfd.training.tracking import read_metrics
 from tests.tiny_models import fill_weights
 from tests.training.conftest import MODEL

@@ -1,0 +1,56 @@
+"""The command `study`."""
+
+from __future__ import annotations
+
+import argparse
+
+from selfforcing_dfd.cli.options import Run, positive
+from selfforcing_dfd.common import UserError
+
+
+def study(parser: argparse.ArgumentParser) -> Run:
+    """Run a study: many arms from several starts, measured along their way, and write its page.
+
+    What is there already is kept, so the same command goes on after a stop. Several processes, on
+    one machine or on several that share the folder, may run it at once. Plans lie in
+    configs/study: quick (one start, one draw), screening (many arms once), main.
+    """
+    parser.add_argument(
+        "--plan",
+        required=True,
+        metavar="NAME",
+        help="a plan in configs/study, such as main or quick, or a YAML file",
+    )
+    parser.add_argument(
+        "--jobs",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes that share the work, one thread each (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="ARM", help="train and measure these arms alone"
+    )
+    parser.add_argument(
+        "--measure-only", action="store_true", help="measure what is trained, train nothing"
+    )
+    parser.add_argument(
+        "--tables-only",
+        action="store_true",
+        help="write the page and the plots from the numbers that are there",
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        if args.tables_only and (args.only or args.measure_only):
+            raise UserError("--tables-only measures nothing; drop --only and --measure-only")
+        from selfforcing_dfd.study.report import write_study
+        from selfforcing_dfd.study.work import run_study
+
+        failure = ""
+        if not args.tables_only:
+            failure = run_study(args.plan, args.only, args.jobs, args.measure_only)
+        print(write_study(args.plan))
+        if failure:
+            raise UserError(failure)
+
+    return run

@@ -1,0 +1,223 @@
+"""What a study runs: arms x starts x draws, from a YAML file in `configs/study/`."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from selfforcing_dfd import config as settings
+from selfforcing_dfd.common import shipped
+from selfforcing_dfd.config import Config, ConfigError, require
+from selfforcing_dfd.evaluation.tables import REFERENCES
+from selfforcing_dfd.stages import checked, load_config
+from selfforcing_dfd.weights.runs import FAKE_FILE, STUDENT_FILE
+
+STUDY_CONFIGS = "configs/study"
+BASE = "base"  # the file there that is no plan
+CAUSAL = "causal"  # the causal teacher's row
+LONG = "_long"  # how the names of lengthened arms end
+OTHER_DRAWS = 1000  # added to the seed of arms with other draws
+RESULTS = "results"
+START_FILE = "start.json"  # a start's own result, beside the folders of its draws
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArmPlan:
+    """One method. set: settings on top of the study's base, such as `run.stage=dmd`."""
+
+    like: str = ""  # an arm above, whose settings come first
+    set: list[str] = field(default_factory=list)
+    tried: int = 1  # settings that were tried for this arm before the study
+    every: int = 0  # student updates between measured points; 0 is the study's
+    other_draws: bool = False  # seeds of its own: beside its twin, what draws alone make
+    long: bool = False  # also run `study.long` times as long, in the first draw of each start
+    stream: bool = False  # also stream freely, in the first draw of each start
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPoint:
+    """A row of its own: an arm after so many student updates, whatever the others are held at."""
+
+    arm: str
+    update: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StreamPlan:
+    """Free streaming. windows: how many training lengths; prompts: how many streams."""
+
+    windows: int = 16
+    prompts: int = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """A study. Every run is `base` with the study's settings, the start's weights and an arm's."""
+
+    about: str = ""
+    base: str = "study/base.yaml"
+    out: str = "runs/study"  # runs and results
+    document: str = "docs/study.md"  # with NAME.json and plots in a folder named like it
+    starts: dict[str, str]  # name -> folder with student.safetensors and fake.safetensors
+    draws: list[int]  # seeds of training
+    updates: int  # student updates of an arm that sets no other number
+    every: int  # student updates between measured points
+    dmd_updates: int  # of the DMD runs that made the starts; doses are in units of them
+    clips: int
+    follow_clips: int = 96
+    evaluation_seed: int  # from 2000 on for reporting alone
+    budget: str  # the arm whose core seconds are the budget of equal compute
+    controls: list[str]  # what every other arm is compared with
+    arms: dict[str, ArmPlan]
+    fixed: dict[str, FixedPoint] = field(default_factory=dict)
+    long: int = 10
+    stream: StreamPlan = field(default_factory=StreamPlan)
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One training. updates: student updates at which it is measured."""
+
+    start: str
+    draw: int
+    arm: str
+    config: Config
+    updates: tuple[int, ...]
+    result: Path
+    streams: bool
+
+    @property
+    def name(self) -> str:
+        return f"{self.start}, draw {self.draw}, {self.arm}"
+
+
+def find_plan(name: str) -> Path:
+    """The plan's file: `configs/study/NAME.yaml`, or a path that ends in .yaml."""
+    path = Path(name) if name.endswith(".yaml") else shipped(STUDY_CONFIGS) / f"{name}.yaml"
+    if not path.is_file():
+        files = sorted(shipped(STUDY_CONFIGS).glob("*.yaml"))
+        known = ", ".join(file.stem for file in files if file.stem != BASE)
+        raise ConfigError(f"there is no plan {name}; use one of {known}, or a path to a .yaml file")
+    return path
+
+
+def load_plan(name: str) -> Plan:
+    """A plan by its name or path. Raises ConfigError with the file and the wrong key."""
+    path = find_plan(name)
+    with settings.explained(str(path)):
+        own = OmegaConf.load(path)
+        require(OmegaConf.is_dict(own), "the file holds a list; a plan has sections")
+        merged = OmegaConf.merge(OmegaConf.structured(Plan), own)
+        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
+        require(not missing, f"{', '.join(missing)} is not set; write it into the file")
+        plan: Any = OmegaConf.to_object(merged)
+        check(plan)
+    return plan
+
+
+def check(plan: Plan) -> None:
+    """Raise ConfigError for names of arms that do not exist, and for numbers that do not fit."""
+    known = ", ".join(plan.arms)
+    named = {plan.budget, *plan.controls}
+    named.update(point.arm for point in plan.fixed.values())
+    for name in named:
+        require(name in plan.arms or name in plan.fixed, f"no arm {name}; the arms are {known}")
+    require(plan.budget in plan.arms, f"budget is {plan.budget}; use one of the arms {known}")
+    require(bool(plan.starts) and bool(plan.draws), "starts or draws are empty; name at least one")
+    above: list[str] = []
+    for name, arm in plan.arms.items():
+        require(arm.like in ("", *above), f"{name} is like {arm.like}, which is no arm above it")
+        above.append(name)
+    rows = Counter((*REFERENCES, CAUSAL))
+    rows.update(plan.arms)
+    rows.update(plan.fixed)
+    for name, times in rows.items():
+        require(times == 1, f"{name} is the name of another row; rename that arm")
+    for name in [*rows, *plan.starts]:
+        plain = name.replace("_", "").isalnum() and not name.endswith(LONG)
+        require(plain, f"{name} is no name: use letters, digits and _, without {LONG} at the end")
+    require(plan.long >= 2, f"long is {plan.long}; lengthened arms need 2 or more")
+    for option, value in (("updates", plan.updates), ("every", plan.every), ("clips", plan.clips)):
+        require(value >= 1, f"{option} is {value}; it must be at least 1")
+
+
+def settings_of_arm(plan: Plan, name: str) -> list[str]:
+    """An arm's settings, with those of the arm that it is like before them."""
+    arm = plan.arms[name]
+    return [*(settings_of_arm(plan, arm.like) if arm.like else []), *arm.set]
+
+
+def runs_of(plan: Plan, only: Sequence[str] = ()) -> list[StudyRun]:
+    """All runs, the first draw of every start first. only: names of arms; empty is all.
+
+    Raises ConfigError for an unknown arm and for settings that cannot be used.
+    """
+    for name in only:
+        require(name in plan.arms, f"no arm {name}; the arms are {', '.join(plan.arms)}")
+    base = load_config(plan.base)
+    found = []
+    for draw in plan.draws:
+        for start in plan.starts:
+            for name, arm in plan.arms.items():
+                if not only or name in only:
+                    first = draw == plan.draws[0]
+                    found += runs_of_arm(plan, base, start, draw, name, arm, first)
+    return found
+
+
+def runs_of_arm(
+    plan: Plan, base: Config, start: str, draw: int, name: str, arm: ArmPlan, first: bool
+) -> list[StudyRun]:
+    """An arm's run, and its lengthened run where it has one."""
+    every = arm.every or plan.every
+    own = settings_of_arm(plan, name)
+    seed = draw + OTHER_DRAWS if arm.other_draws else draw
+    common = [f"run.seed={seed}", f"checkpoint.every={every}"]
+    config = run_config(plan, base, start, draw, name, [*common, *own])
+    configs = {name: config}
+    if arm.long and first:
+        lengthened = [
+            *common,
+            *own,
+            f"run.student_updates={plan.long * config.run.student_updates}",
+            f"checkpoint.every={plan.long * every}",
+        ]
+        configs[name + LONG] = run_config(plan, base, start, draw, name + LONG, lengthened)
+    folder = Path(plan.out) / RESULTS / start / str(draw)
+    streams = arm.stream and first
+    return [
+        StudyRun(start, draw, each, made, points_of(made), folder / f"{each}.json", streams)
+        for each, made in configs.items()
+    ]
+
+
+def run_config(
+    plan: Plan, base: Config, start: str, draw: int, arm: str, overrides: Sequence[str]
+) -> Config:
+    """The settings of one run."""
+    folder = plan.starts[start]
+    own = [
+        f"run.out={plan.out}",
+        f"run.name=runs/{start}/{draw}/{arm}",
+        f"run.student_updates={plan.updates}",
+        f"weights.student={folder}/{STUDENT_FILE}",
+        f"weights.fake={folder}/{FAKE_FILE}",
+        "checkpoint.keep=10000",  # all points are kept until they are measured
+        "checkpoint.export=float32",
+        f"report.clips={plan.clips}",
+        f"report.follow_clips={plan.follow_clips}",
+        f"report.seed={plan.evaluation_seed}",
+    ]
+    return checked(settings.change(base, [*own, *overrides]), f"arm {arm}")
+
+
+def points_of(config: Config) -> tuple[int, ...]:
+    """Student updates at which a run is measured: every so many, and the last."""
+    last = config.run.student_updates
+    every = config.checkpoint.every
+    return (*range(every, last, every), last)

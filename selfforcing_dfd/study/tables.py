@@ -1,0 +1,268 @@
+"""docs/study.md: the goal, what it found, and the tables behind it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from selfforcing_dfd.common import atomic_file
+from selfforcing_dfd.evaluation.document import evaluated_with
+from selfforcing_dfd.evaluation.paired import Paired, paired
+from selfforcing_dfd.evaluation.tables import START, Run, number
+from selfforcing_dfd.evaluation.tiny_verdict import RULE, differences, mean
+from selfforcing_dfd.study.compare import (
+    Alignment,
+    aligned,
+    arms_in,
+    index_at,
+    mean_of,
+    null_check,
+    teacher_value,
+    verdicts,
+    with_rows,
+)
+from selfforcing_dfd.study.goal import GOAL, Criterion, criteria
+from selfforcing_dfd.study.plan import LONG
+from selfforcing_dfd.study.results import Study
+from selfforcing_dfd.study.way_tables import (
+    COLUMNS,
+    Table,
+    doses,
+    gap_section,
+    long_runs,
+    markdown,
+    ranged,
+    streams,
+    the_front,
+)
+
+COMPARED = ("coverage", "kl_prior_sample", "follow")
+ALIGNMENTS: Mapping[Alignment, str] = {
+    "compute": "At equal compute",
+    "updates": "At equal student updates",
+    "end": "At the end of each run",
+}
+
+
+def write_document(study: Study, path: Path, plots: Mapping[str, Path]) -> None:
+    """The page of a study. plots: title -> file beside the page."""
+    parts = list(sections(study))
+    for title, plot in plots.items():
+        parts += [f"## {title}", f"![{title}]({plot.relative_to(path.parent).as_posix()})"]
+    with atomic_file(path) as partial:
+        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+
+
+def sections(study: Study) -> Iterator[str]:
+    """The parts of the page, headings and texts and tables, in order."""
+    yield f"# Study: {study.plan}"
+    yield " ".join([study.about, *facts(study)]).strip()
+    yield from (GOAL, RULE)
+    yield "## What it found"
+    yield from verdict_on_goal(study)
+    for alignment, title in ALIGNMENTS.items():
+        yield f"## {title}"
+        yield about_alignment(study, alignment)
+        yield markdown(score_table(study, alignment))
+    yield "## Differences in pairs of runs"
+    yield (
+        "Arm minus control, mean over pairs of equal start and draws, with Student's 95 % interval "
+        "and the exact p of flipping signs."
+    )
+    for control in study.controls:
+        yield f"### Against {control}"
+        yield markdown(paired_table(study, control))
+    yield from outcomes(study)
+    yield from doses(study)
+    yield from the_front(study)
+    yield from long_runs(study)
+    yield from streams(study)
+    yield from gap_section(study)
+    yield "## Arms"
+    yield markdown(arms_table(study))
+
+
+def facts(study: Study) -> Iterator[str]:
+    """What was run, as sentences."""
+    starts = len({run.start for run in study.runs})
+    draws = len({run.draw for run in study.runs})
+    yield (
+        f"{len(study.runs)} runs: {plural(starts, 'start')} x {plural(draws, 'draw')} of "
+        f"{len(study.arms)} arms, {study.clips} clips a point."
+    )
+    yield evaluated_with([study.evaluation_seed])
+    if study.missing:
+        yield f"**{study.missing} runs of the plan are missing.**"
+    if study.noise_core_seconds is not None:
+        yield (
+            f"Finding the noise stored with the clips took {study.noise_core_seconds:.0f} core "
+            "seconds; arms that start from it are charged with them."
+        )
+    if study.commits:
+        yield f"Code: {', '.join(study.commits)}."
+
+
+def plural(number: int, word: str) -> str:
+    return f"{number} {word}{'' if number == 1 else 's'}"
+
+
+def verdict_on_goal(study: Study) -> Iterator[str]:
+    """Who reaches the goal; if none, which parts each arm misses."""
+    judged = {
+        arm: criteria(study, arm)
+        for arm in study.arms
+        if arm not in study.controls and not arm.endswith(LONG)
+    }
+    if not judged:
+        yield "There is no arm beside the controls."
+        return
+    reached = [arm for arm, parts in judged.items() if all(part.met for part in parts)]
+    if reached:
+        yield f"**{' and '.join(reached)} {'reaches' if len(reached) == 1 else 'reach'} the goal.**"
+    else:
+        nearest = max(judged, key=lambda arm: share_met(judged[arm]))
+        met = sum(part.met for part in judged[nearest])
+        yield (
+            f"**No arm reaches the goal. {nearest} comes nearest: it meets {met} of its "
+            f"{len(judged[nearest])} parts.**"
+        )
+    table = [["arm", "parts met", "parts missed"]]
+    for arm, parts in sorted(judged.items(), key=lambda item: -share_met(item[1])):
+        missed = "; ".join(part.text for part in parts if not part.met)
+        table.append([arm, f"{sum(part.met for part in parts)} of {len(parts)}", missed or "none"])
+    yield markdown(table)
+
+
+def share_met(parts: Sequence[Criterion]) -> float:
+    return sum(part.met for part in parts) / len(parts)
+
+
+def about_alignment(study: Study, alignment: Alignment) -> str:
+    fixed = "".join(
+        f" {name} is {point.arm} after {point.update} updates."
+        for name, point in study.fixed.items()
+    )
+    spread = f"Means over runs, with the smallest and the largest run's value.{fixed}"
+    if alignment == "compute":
+        return (
+            f"Each arm's newest point within the core seconds that {study.budget} took for "
+            f"{study.updates} student updates with the same start and draw. {spread}"
+        )
+    if alignment == "updates":
+        return f"Each arm's newest point within {study.updates} student updates. {spread}"
+    return spread
+
+
+def score_table(study: Study, alignment: Alignment) -> Table:
+    """References, then arms: means with ranges."""
+    runs = aligned(study, alignment)
+    spent = spent_by(study, alignment)
+    head = ["", "runs", "updates", "core s", *(title for title, _ in COLUMNS.values())]
+    table = [head]
+    for name in (*study.references, START, *arms_in(study)):
+        own = with_rows(runs, name)
+        if own:
+            cells = [
+                ranged(mean_of(own, name, key), digits) for key, (_, digits) in COLUMNS.items()
+            ]
+            is_arm = name in study.arms or name in study.fixed
+            num_runs = str(len(own)) if is_arm else ""
+            table.append([name, num_runs, *spent.get(name, ("", "")), *cells])
+    return table
+
+
+def spent_by(study: Study, alignment: Alignment) -> dict[str, tuple[str, str]]:
+    """(student updates, core seconds) of each arm, means over its runs."""
+    found = {}
+    for name in arms_in(study):
+        point = study.fixed.get(name)
+        at = []
+        for run in study.runs_of(point.arm if point else name):
+            index = index_at(study, run, alignment)
+            if point is not None:
+                index = run.updates.index(point.update) if point.update in run.updates else None
+            if index is not None:
+                at.append((run.updates[index], run.core_seconds[index]))
+        if at:
+            updates, seconds = zip(*at, strict=True)
+            found[name] = (number(mean(updates), 0), number(round(mean(seconds)), 0))
+    return found
+
+
+def paired_table(study: Study, control: str) -> Table:
+    """Every arm minus one control, at equal compute and at equal updates."""
+    chosen: list[Alignment] = ["compute", "updates"]
+    runs = {alignment: aligned(study, alignment) for alignment in chosen}
+    head = [f"{COLUMNS[key][0]}, equal {alignment}" for key in COMPARED for alignment in chosen]
+    table = [["", *head]]
+    for arm in arms_in(study):
+        if arm != control:
+            cells = [
+                difference_text(arm, control, key, runs[alignment])
+                for key in COMPARED
+                for alignment in chosen
+            ]
+            table.append([arm, *cells])
+    return table
+
+
+def difference_text(arm: str, control: str, key: str, runs: Sequence[Run]) -> str:
+    """`+0.31 [+0.20 +0.42] p .25`; - where no pair of runs has both."""
+    both = with_rows(runs, arm, control)
+    values = [each for each in differences(arm, control, key, both) if math.isfinite(each)]
+    return paired_text(paired(values)) if values else "-"
+
+
+def paired_text(difference: Paired) -> str:
+    text = f"{difference.mean:+.2f}"
+    if difference.num_runs == 1:
+        return text
+    return f"{text} [{difference.low:+.2f} {difference.high:+.2f}] p {difference.flip_p:.3f}"
+
+
+def outcomes(study: Study) -> Iterator[str]:
+    """The rule's outcomes, and the same rule where there is nothing to find."""
+    found = verdicts(study, "compute")
+    yield "## The rule's outcomes at equal compute"
+    table = [["", *(f"against {control}" for control in study.controls)]]
+    for arm in arms_in(study):
+        own = [found.get((arm, control)) for control in study.controls]
+        if any(own):
+            cells = [finding.outcome if finding else "" for finding in own]
+            table.append([arm, *cells])
+    yield markdown(table)
+    null = null_check(study)
+    yield "### Control against itself"
+    if not null:
+        yield "A check of the rule on no difference needs two draws of a control."
+        return
+    false = [finding for finding in null if finding.outcome != "no clear difference"]
+    texts = "".join(f"\n- {finding.text}" for finding in false)
+    yield (
+        f"One draw of a control against another of the same control: {len(false)} of {len(null)} "
+        f"comparisons found a difference where there is none.{texts}"
+    )
+
+
+def arms_table(study: Study) -> Table:
+    """How each arm is made, and how many settings were tried for it before."""
+    table = [["arm", "settings tried", "settings", "about"]]
+    for arm, facts in study.arms.items():
+        if not arm.endswith(LONG):
+            own = " ".join(f"`{each}`" for each in facts.settings)
+            table.append([arm, str(facts.tried), own, facts.about])
+    return table
+
+
+def summary(study: Study) -> str:
+    """What a terminal shows: the verdict on the goal and the table at equal compute."""
+    first = next(iter(verdict_on_goal(study))).replace("**", "")
+    rows = score_table(study, "compute")
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        padded = [cell.ljust(width) for cell, width in zip(row, widths, strict=True)]
+        lines.append("  ".join(padded).rstrip())
+    teacher = teacher_value(study, "coverage")
+    return "\n".join([*lines, "", first, f"The teacher's own coverage is {teacher:.2f}."])
