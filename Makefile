@@ -1,12 +1,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+JOBS ?= $(shell nproc)
 
-.PHONY: help demo test wheel-test lint soak rebuild clean
+.PHONY: help demo study study-quick test wheel-test lint soak rebuild clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo            install, distil the embedded tiny world with DFD, report, write a sample video"
+	@echo "make study           run the study of docs/study.md; the same command goes on after a stop (hours)"
+	@echo "make study-quick     one start and one draw of it, on two cores (a quarter of an hour)"
 	@echo "make test            install, run the tests"
 	@echo "make wheel-test      build the wheel, install it elsewhere, train and stream with it"
 	@echo "make lint            ruff and the type checker"
@@ -21,6 +24,12 @@ $(VENV)/.installed: requirements.txt pyproject.toml
 demo: $(VENV)/.installed
 	$(BIN)/python train.py --config dfd_ar.yaml --resume
 	$(BIN)/selfforcing-dfd sample --run runs/dfd_ar
+
+study: $(VENV)/.installed
+	$(BIN)/selfforcing-dfd study --plan main --jobs $(JOBS)
+
+study-quick: $(VENV)/.installed
+	$(BIN)/selfforcing-dfd study --plan quick --jobs 2
 
 test: $(VENV)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not soak and not gpu and not wheel"

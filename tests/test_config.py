@@ -17,6 +17,7 @@ from selfforcing_dfd.config import (
     as_dict,
     change,
     to_yaml,
+    training_configs,
 )
 from selfforcing_dfd.stages import STAGES, load_config
 from selfforcing_dfd.stages.dfd import DFDConfig
@@ -24,7 +25,7 @@ from selfforcing_dfd.stages.matching import ScoreConfig
 from selfforcing_dfd.streaming.load import load_settings
 
 STREAM_CONFIGS = sorted(shipped("configs/stream").glob("*.yaml"))
-CONFIGS = sorted(set(shipped("configs").rglob("*.yaml")) - set(STREAM_CONFIGS))
+CONFIGS = sorted(training_configs().values())
 
 MINIMAL = """
 run: {name: tried, stage: dmd}

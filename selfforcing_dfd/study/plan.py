@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from selfforcing_dfd.stages import checked, load_config
 from selfforcing_dfd.weights.runs import FAKE_FILE, STUDENT_FILE
 
 STUDY_CONFIGS = "configs/study"
+FOLDER = "START"  # stands for a start's folder in settings of an arm
 BASE = "base"  # the file there that is no plan
 CAUSAL = "causal"  # the causal teacher's row
 LONG = "_long"  # how the names of lengthened arms end
@@ -123,6 +124,11 @@ def load_plan(name: str) -> Plan:
 def check(plan: Plan) -> None:
     """Raise ConfigError for names of arms that do not exist, and for numbers that do not fit."""
     known = ", ".join(plan.arms)
+    rows = Counter((*REFERENCES, CAUSAL))
+    rows.update(list(plan.arms))
+    rows.update(list(plan.fixed))
+    for name, times in rows.items():
+        require(times == 1, f"{name} is the name of another row; rename that arm")
     named = {plan.budget, *plan.controls}
     named.update(point.arm for point in plan.fixed.values())
     for name in named:
@@ -133,11 +139,6 @@ def check(plan: Plan) -> None:
     for name, arm in plan.arms.items():
         require(arm.like in ("", *above), f"{name} is like {arm.like}, which is no arm above it")
         above.append(name)
-    rows = Counter((*REFERENCES, CAUSAL))
-    rows.update(plan.arms)
-    rows.update(plan.fixed)
-    for name, times in rows.items():
-        require(times == 1, f"{name} is the name of another row; rename that arm")
     for name in [*rows, *plan.starts]:
         plain = name.replace("_", "").isalnum() and not name.endswith(LONG)
         require(plain, f"{name} is no name: use letters, digits and _, without {LONG} at the end")
@@ -149,7 +150,8 @@ def check(plan: Plan) -> None:
 def settings_of_arm(plan: Plan, name: str) -> list[str]:
     """An arm's settings, with those of the arm that it is like before them."""
     arm = plan.arms[name]
-    return [*(settings_of_arm(plan, arm.like) if arm.like else []), *arm.set]
+    inherited = settings_of_arm(plan, arm.like) if arm.like else []
+    return inherited + arm.set
 
 
 def runs_of(plan: Plan, only: Sequence[str] = ()) -> list[StudyRun]:
@@ -160,60 +162,66 @@ def runs_of(plan: Plan, only: Sequence[str] = ()) -> list[StudyRun]:
     for name in only:
         require(name in plan.arms, f"no arm {name}; the arms are {', '.join(plan.arms)}")
     base = load_config(plan.base)
-    found = []
+    arms = {name: configs_of_arm(plan, base, name) for name in only or plan.arms}
+    found: list[StudyRun] = []
     for draw in plan.draws:
         for start in plan.starts:
-            for name, arm in plan.arms.items():
-                if not only or name in only:
-                    first = draw == plan.draws[0]
-                    found += runs_of_arm(plan, base, start, draw, name, arm, first)
+            for name, configs in arms.items():
+                found += runs_of_arm(plan, start, draw, name, configs)
     return found
 
 
-def runs_of_arm(
-    plan: Plan, base: Config, start: str, draw: int, name: str, arm: ArmPlan, first: bool
-) -> list[StudyRun]:
-    """An arm's run, and its lengthened run where it has one."""
+def configs_of_arm(plan: Plan, base: Config, name: str) -> dict[str, Config]:
+    """Settings of an arm and of its lengthened twin, if it has one, for no start and draw yet."""
+    arm = plan.arms[name]
     every = arm.every or plan.every
-    own = settings_of_arm(plan, name)
-    seed = draw + OTHER_DRAWS if arm.other_draws else draw
-    common = [f"run.seed={seed}", f"checkpoint.every={every}"]
-    config = run_config(plan, base, start, draw, name, [*common, *own])
-    configs = {name: config}
-    if arm.long and first:
-        lengthened = [
-            *common,
-            *own,
-            f"run.student_updates={plan.long * config.run.student_updates}",
-            f"checkpoint.every={plan.long * every}",
-        ]
-        configs[name + LONG] = run_config(plan, base, start, draw, name + LONG, lengthened)
-    folder = Path(plan.out) / RESULTS / start / str(draw)
-    streams = arm.stream and first
-    return [
-        StudyRun(start, draw, each, made, points_of(made), folder / f"{each}.json", streams)
-        for each, made in configs.items()
-    ]
-
-
-def run_config(
-    plan: Plan, base: Config, start: str, draw: int, arm: str, overrides: Sequence[str]
-) -> Config:
-    """The settings of one run."""
-    folder = plan.starts[start]
     own = [
         f"run.out={plan.out}",
-        f"run.name=runs/{start}/{draw}/{arm}",
         f"run.student_updates={plan.updates}",
-        f"weights.student={folder}/{STUDENT_FILE}",
-        f"weights.fake={folder}/{FAKE_FILE}",
+        f"checkpoint.every={every}",
+        f"weights.student={FOLDER}/{STUDENT_FILE}",
+        f"weights.fake={FOLDER}/{FAKE_FILE}",
         "checkpoint.keep=10000",  # all points are kept until they are measured
         "checkpoint.export=float32",
         f"report.clips={plan.clips}",
         f"report.follow_clips={plan.follow_clips}",
         f"report.seed={plan.evaluation_seed}",
+        *settings_of_arm(plan, name),
     ]
-    return checked(settings.change(base, [*own, *overrides]), f"arm {arm}")
+    named = replace(base, run=replace(base.run, name=f"arm {name}"))  # as errors call it
+    config = checked(settings.change(named, own), f"arm {name}")
+    configs = {name: config}
+    if arm.long:
+        lengthened = [
+            f"run.student_updates={plan.long * config.run.student_updates}",
+            f"checkpoint.every={plan.long * every}",
+        ]
+        configs[name + LONG] = settings.change(config, lengthened)
+    return configs
+
+
+def runs_of_arm(
+    plan: Plan, start: str, draw: int, name: str, configs: Mapping[str, Config]
+) -> Iterator[StudyRun]:
+    """An arm's run, and in the first draw its lengthened run."""
+    arm = plan.arms[name]
+    first = draw == plan.draws[0]
+    seed = draw + OTHER_DRAWS if arm.other_draws else draw
+    folder = Path(plan.out) / RESULTS / start / str(draw)
+    for each, config in configs.items():
+        if each == name or first:
+            placed = replace(
+                config,
+                run=replace(config.run, name=f"runs/{start}/{draw}/{each}", seed=seed),
+                weights=replace(
+                    config.weights,
+                    student=config.weights.student.replace(FOLDER, plan.starts[start]),
+                    fake=config.weights.fake.replace(FOLDER, plan.starts[start]),
+                ),
+            )
+            result = folder / f"{each}.json"
+            streams = arm.stream and first
+            yield StudyRun(start, draw, each, placed, points_of(placed), result, streams)
 
 
 def points_of(config: Config) -> tuple[int, ...]:

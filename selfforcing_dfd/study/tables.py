@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from selfforcing_dfd.common import atomic_file
 from selfforcing_dfd.evaluation.document import evaluated_with
 from selfforcing_dfd.evaluation.paired import Paired, paired
-from selfforcing_dfd.evaluation.tables import START, Run, number
+from selfforcing_dfd.evaluation.tables import START, TERMINAL, Run, number
 from selfforcing_dfd.evaluation.tiny_verdict import RULE, differences, mean
 from selfforcing_dfd.study.compare import (
     Alignment,
@@ -50,8 +51,22 @@ def write_document(study: Study, path: Path, plots: Mapping[str, Path]) -> None:
     parts = list(sections(study))
     for title, plot in plots.items():
         parts += [f"## {title}", f"![{title}]({plot.relative_to(path.parent).as_posix()})"]
+    text = "\n\n".join(wrapped(part) for part in parts)
     with atomic_file(path) as partial:
-        partial.write_text("\n\n".join(parts) + "\n", encoding="utf-8")
+        partial.write_text(f"{text}\n", encoding="utf-8")
+
+
+def wrapped(part: str) -> str:
+    """Sentences in lines of TERMINAL columns; headings, tables and pictures as they are."""
+    if part.startswith(("#", "|", "!")):
+        return part
+    lines = []
+    for line in part.splitlines():
+        indent = "  " if line.startswith("- ") else ""
+        lines += textwrap.wrap(
+            line, TERMINAL, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+        )
+    return "\n".join(lines)
 
 
 def sections(study: Study) -> Iterator[str]:

@@ -68,8 +68,9 @@ def run_study(
 ) -> str:
     """Do all tasks of a plan whose results are missing; returns what failed, in one line.
 
-    Raises UserError for settings, weights and data that cannot be used, before any work. A finished task is skipped, a run that was stopped goes on. measure_only: trains nothing. Every
-    job has one thread: scores depend on the number of threads.
+    A finished task is skipped, a run that was stopped goes on. measure_only: trains nothing. Every
+    job has one thread: scores depend on the number of threads. Raises UserError for settings,
+    weights and data that cannot be used, before any work.
     """
     torch.set_num_threads(1)
     plan = load_plan(plan_name)

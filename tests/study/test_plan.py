@@ -1,0 +1,86 @@
+"""Plans: the shipped ones can be run, and mistakes are named with their cure."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from selfforcing_dfd.common import shipped
+from selfforcing_dfd.config import ConfigError
+from selfforcing_dfd.stages import stage_of
+from selfforcing_dfd.study.plan import BASE, load_plan, runs_of
+
+PLANS = sorted(path.stem for path in shipped("configs/study").glob("*.yaml") if path.stem != BASE)
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_shipped_plans_can_be_run(name: str):
+    """Catches an arm with a setting that is no more, and a budget or control without its point.
+
+    A control is measured at the study's updates, and so is the budget of equal compute.
+    """
+    plan = load_plan(name)
+    runs = runs_of(plan)
+    assert len({run.result for run in runs}) == len(runs)
+    by_arm = {run.arm: run for run in runs}
+    assert plan.updates in by_arm[plan.budget].updates
+    for fixed in plan.fixed.values():
+        assert fixed.update in by_arm[fixed.arm].updates
+    for run in runs:
+        assert stage_of(run.config).makes == "causal_student", run.arm
+        assert run.updates[-1] == run.config.run.student_updates
+
+
+def test_seeds_starts_and_lengths_of_runs(plan: Path):
+    """Catches two draws with one seed, a start's weights in another start's run, a short long run.
+
+    An arm of other draws shares no seed with its twin.
+    """
+    text = plan.read_text().replace("prefix]}", "prefix], other_draws: true}")
+    text = text.replace("tried: 3", "tried: 3, long: true, every: 2")
+    plan.write_text(text.replace("stream: true}", "stream: true, other_draws: true}"))
+    runs = {(run.start, run.draw, run.arm): run for run in runs_of(load_plan(str(plan)))}
+    assert set(runs) == {
+        *((start, draw, arm) for start in ("one", "two") for draw in (0, 1) for arm in ARMS),
+        ("one", 0, "control_long"),
+        ("two", 0, "control_long"),
+    }
+    assert [runs["one", draw, "control"].config.run.seed for draw in (0, 1)] == [0, 1]
+    assert [runs["one", draw, "prefix"].config.run.seed for draw in (0, 1)] == [1000, 1001]
+    for (start, _, _), run in runs.items():
+        assert run.config.weights.student == str(plan.parent / start / "student.safetensors")
+        assert run.config.weights.fake == str(plan.parent / start / "fake.safetensors")
+    assert runs["two", 0, "control"].updates == (2,)
+    assert runs["two", 0, "control_long"].updates == (4,)
+    assert runs["two", 0, "control_long"].config.run.student_updates == 4
+    assert runs["two", 1, "prefix"].updates == (1, 2)
+
+
+ARMS = ("control", "prefix")
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "message"),
+    [
+        ("clips: 8", "clip: 8", "Key 'clip' not in 'Plan'"),
+        ("clips: 8", "clips: many", "clips"),
+        ("updates: 2\n", "", "updates is not set"),
+        ("budget: control", "budget: other", "no arm other; the arms are control, prefix"),
+        ("controls: [control", "controls: [caption", "no arm caption"),
+        ("  prefix_first:", "  prefix:", "prefix is the name of another row"),
+        ("  prefix: {set", "  teacher: {set", "no arm prefix"),
+        ("  control: {set", "  control: {like: prefix, set", "like prefix, which is no arm above"),
+        ("long: 2", "long: 1", "long is 1; lengthened arms need 2 or more"),
+        ("draws: [0, 1]", "draws: []", "starts or draws are empty"),
+        ("{one:", "{one/two:", "one/two is no name"),
+        ("dfd.pairing=prefix", "dfd.pairing=nothing", "arm prefix: .*pairing"),
+        ("run.stage=dmd", "run.stage=nothing", "arm control: run.stage is 'nothing'"),
+    ],
+)
+def test_mistakes_in_a_plan_are_named(plan: Path, old: str, new: str, message: str):
+    """Catches a typing mistake that costs a night: it is found before anything is trained."""
+    assert old in plan.read_text()
+    plan.write_text(plan.read_text().replace(old, new, 1))
+    with pytest.raises(ConfigError, match=message):
+        runs_of(load_plan(str(plan)))

@@ -1,0 +1,186 @@
+"""Whole studies at tiny size: what is run, resumed, kept and shared."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from selfforcing_dfd.cli.main import main
+from selfforcing_dfd.common import EXIT_USER_ERROR, UserError
+from selfforcing_dfd.study import work
+from selfforcing_dfd.study.plan import load_plan, runs_of
+from selfforcing_dfd.study.results import load_study
+from selfforcing_dfd.study.tables import score_table
+from selfforcing_dfd.training.exclusive import lock_folders
+from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.training.tracking import read_metrics
+from tests.study.conftest import make_study
+
+ARMS = ("control", "prefix")
+RUNS = [(start, draw, arm) for draw in (0, 1) for start in ("one", "two") for arm in ARMS]
+
+
+def results_of(folder: Path) -> dict[str, Any]:
+    """Every run's result, by its path from `results`."""
+    root = folder / "runs" / "results"
+    return {
+        path.relative_to(root).as_posix(): json.loads(path.read_text())
+        for path in sorted(root.glob("*/*/*.json"))
+    }
+
+
+def test_a_study_is_run_once_however_often_it_is_stopped(
+    plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """Catches a finished run that is trained or measured again, and a stopped one that is lost.
+
+    The process dies in the fourth run, after its training and before its result.
+    """
+    measured: list[str] = []
+    measure_run = work.measure_run
+
+    def dies(given: Any, run: Any) -> Any:
+        measured.append(run.name)
+        if len(measured) == 4:
+            raise KeyboardInterrupt
+        return measure_run(given, run)
+
+    monkeypatch.setattr(work, "measure_run", dies)
+    with pytest.raises(KeyboardInterrupt):
+        work.run_study(str(plan))
+    runs = runs_of(load_plan(str(plan)))
+    trained = [run for run in runs if (run_folder(run.config) / "student.safetensors").exists()]
+    assert len(trained) == 4
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.json*")}
+    before |= {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.safetensors")}
+
+    assert main(["study", "--plan", str(plan)]) == 0
+    assert [(run.start, run.draw, run.arm) for run in runs] == RUNS
+    assert sorted(measured) == sorted([run.name for run in runs] + [runs[3].name])
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+    for run in runs:
+        lines = read_metrics(run_folder(run.config) / "metrics.jsonl")
+        assert [line["kind"] for line in lines] == ["fake", "student"] * 2
+    capsys.readouterr()
+
+    assert main(["study", "--plan", str(plan)]) == 0
+    assert len(measured) == 9
+    assert "13 results, 13 are there, 0 to make" in capsys.readouterr().out
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished study of one draw, done by two processes; its folder."""
+    folder = tmp_path_factory.mktemp("done")
+    plan = make_study(folder)
+    plan.write_text(plan.read_text().replace("draws: [0, 1]", "draws: [0]"))
+    assert main(["study", "--plan", str(plan), "--jobs", "2"]) == 0
+    return folder
+
+
+def test_results_hold_the_way_of_a_run(done: Path):
+    """Catches a result without what made it, and costs that are not those up to the point."""
+    results = results_of(done)
+    assert len(results) == 4
+    one = results["one/0/prefix.json"]
+    assert [point["student_update"] for point in one["points"]] == [1, 2]
+    lines = read_metrics(done / "runs/runs/one/0/prefix/metrics.jsonl")
+    spent = [line["core_seconds"] for line in lines]
+    assert [point["core_seconds"] for point in one["points"]] == [sum(spent[:2]), sum(spent)]
+    assert one["threads"] == 1
+    assert set(one["weights"]) == {"student", "fake", "teacher"}
+    assert len(one["log"]["gap"]) == len(one["log"]["contrast_ratio"]) == 2
+    assert len(one["stream"]) == 2
+    assert "stream" not in results["one/0/control.json"]
+    assert {result["data"] for result in results.values()} == {one["data"]}
+    assert results["two/0/prefix.json"]["weights"]["student"] != one["weights"]["student"]
+    assert not (done / "runs/runs/one/0/prefix/checkpoints").exists()
+
+
+def test_the_page_shows_the_numbers_in_the_repository(done: Path):
+    """Catches a page that shows other numbers than the file beside it, or leaves an arm out.
+
+    The arm that starts from stored noise pays for it, and a fresh checkout writes the same page.
+    """
+    results = results_of(done)
+    study = load_study(done / "docs" / "study" / "plan.json")
+    noise = json.loads((done / "runs" / "noise.json").read_text())["core_seconds"]
+    for run in study.runs:
+        points = results[f"{run.start}/{run.draw}/{run.arm}.json"]["points"]
+        before = noise if run.arm == "prefix" else 0
+        spent = [point["core_seconds"] + before for point in points]
+        assert run.core_seconds == pytest.approx(spent, abs=1e-4)
+        scores = [point["row"]["scores"]["coverage"]["value"] for point in points]
+        assert run.scores["coverage"] == pytest.approx(scores, abs=1e-4)
+    page = (done / "docs" / "study.md").read_text()
+    for line in score_table(study, "updates"):
+        assert f"| {' | '.join(line)} |" in page
+    for name in ("data", "teacher", "causal", "start", "control", "prefix", "prefix_first"):
+        assert f"\n| {name} |" in page
+    assert "| control | 3 | `run.stage=dmd` |" in page
+    assert (done / "docs/study/trajectories.svg").stat().st_size > 5000
+    (done / "runs").rename(done / "elsewhere")
+    assert main(["study", "--plan", str(done / "plan.yaml"), "--tables-only"]) == 0
+    (done / "elsewhere").rename(done / "runs")
+    assert (done / "docs" / "study.md").read_text() == page
+
+
+def test_a_result_of_other_settings_or_weights_is_refused(
+    done: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Catches runs of old and new weights in one table."""
+    command = ["study", "--plan", str(done / "plan.yaml"), "--only", "control"]
+    text = (done / "plan.yaml").read_text()
+    (done / "plan.yaml").write_text(text.replace("updates: 2\n", "updates: 3\n", 1))
+    assert main(command) == EXIT_USER_ERROR
+    printed = capsys.readouterr().err
+    assert "run.student_updates: there 2, now 3" in printed
+    assert "delete" in printed
+    (done / "plan.yaml").write_text(text)
+    student = done / "one" / "student.safetensors"
+    before = student.read_bytes()
+    student.write_bytes((done / "two" / "student.safetensors").read_bytes())
+    assert main(command) == EXIT_USER_ERROR
+    assert "made in another way, student: there" in capsys.readouterr().err
+    student.write_bytes(before)
+    assert main(command) == 0
+
+
+def test_a_run_that_another_process_does_is_left_to_it(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Catches two processes that train one run: the second takes the next one."""
+    plan.write_text(plan.read_text().replace("draws: [0, 1]", "draws: [0]"))
+    first = runs_of(load_plan(str(plan)))[0]
+    with lock_folders(run_folder(first.config)):
+        assert main(["study", "--plan", str(plan), "--only", "control"]) == 0
+    assert "one, draw 0, control: another process does it" in capsys.readouterr().out
+    assert not first.result.exists()
+    assert list(results_of(tmp_path)) == ["two/0/control.json"]
+
+
+def test_a_run_that_fails_does_not_stop_the_others(
+    plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Catches a night's study that ends at its first bad arm, and a failure nobody hears of."""
+    plan.write_text(plan.read_text().replace("draws: [0, 1]", "draws: [0]"))
+    fake = tmp_path / "one" / "fake.safetensors"
+    broken = bytearray(fake.read_bytes())
+    broken[-4:] = b"\x00\x00\xc0\x7f"  # not a number
+    fake.write_bytes(broken)
+    assert main(["study", "--plan", str(plan), "--only", "control"]) == EXIT_USER_ERROR
+    captured = capsys.readouterr()
+    assert "1 of 7 results failed, the first: one, draw 0, control: " in captured.err
+    assert list(results_of(tmp_path)) == ["two/0/control.json"]
+
+
+def test_only_what_is_trained_is_measured_on_request(plan: Path, tmp_path: Path):
+    """Catches --measure-only that trains."""
+    with pytest.raises(UserError, match="no arm nothing; the arms are control, prefix"):
+        work.run_study(str(plan), ["nothing"])
+    assert work.run_study(str(plan), measure_only=True) == ""
+    assert results_of(tmp_path) == {}
+    assert (tmp_path / "runs/results/teacher.json").exists()
