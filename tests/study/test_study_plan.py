@@ -69,7 +69,7 @@ ARMS = ("control", "prefix")
         ("budget: control", "budget: other", "no arm other; the arms are control, prefix"),
         ("controls: [control", "controls: [caption", "no arm caption"),
         ("  prefix_first:", "  prefix:", "prefix is the name of another row"),
-        ("  prefix: {set", "  teacher: {set", "no arm prefix"),
+        ("  prefix: {set", "  teacher: {set", "teacher is the name of another row"),
         ("  control: {set", "  control: {like: prefix, set", "like prefix, which is no arm above"),
         ("long: 2", "long: 1", "long is 1; lengthened arms need 2 or more"),
         ("draws: [0, 1]", "draws: []", "starts or draws are empty"),

@@ -121,7 +121,7 @@ def with_scores(
     start: str | None = None,
     draw: int | None = None,
 ) -> Study:
-    """The study with other values of a score in all runs of an arm, or in those of a start, draw."""
+    """The study with other scores in an arm's runs, or in those of one start and draw."""
     runs = []
     for each in study.runs:
         chosen = each.arm == arm and start in (None, each.start) and draw in (None, each.draw)
