@@ -238,6 +238,13 @@ class ReportConfig:
     teacher_guidance: float = ranged(1.0, 0, 1000)
     # diffusers folder with the VAE of video that is not the tiny world's; empty: weights.teacher
     model: str = ""
+    # score of the report -> [low, high] for each run's row; outside of it training ends in an error
+    gate: dict[str, list[float]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for score, bounds in self.gate.items():
+            fits = len(bounds) == 2 and bounds[0] <= bounds[1]
+            require(fits, f"report.gate.{score} is {list(bounds)}; it must be [low, high]")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -300,6 +307,7 @@ def _open(config: Config) -> Any:
         tree[key] = OmegaConf.structured(section)
     OmegaConf.set_struct(tree, True)
     OmegaConf.set_struct(tree.arms, False)
+    OmegaConf.set_struct(tree.report.gate, False)
     return tree
 
 

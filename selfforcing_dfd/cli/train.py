@@ -38,9 +38,11 @@ def run(config: Config, resume: bool = False) -> None:
         for arm in runs:
             train_or_make(arm, resume)
         if config.report.clips:
+            from selfforcing_dfd.evaluation.gate import check_gate
             from selfforcing_dfd.evaluation.report import write_report
 
             print(write_report(config))
+            check_gate(config)
 
 
 def train_or_make(config: Config, resume: bool) -> None:

@@ -14,6 +14,7 @@ from tiny_models import fill_weights, save_network
 
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import Config, ConfigError, NetworkConfig, change, to_yaml
+from selfforcing_dfd.evaluation.gate import GateError, check_gate
 from selfforcing_dfd.evaluation.report import sample_videos, write_report
 from selfforcing_dfd.evaluation.showcase import write_showcase
 from selfforcing_dfd.evaluation.sources import sources
@@ -202,3 +203,19 @@ def test_sample_explains_what_it_cannot_do(reported: tuple[Config, str], tmp_pat
         sample_videos(run, ["a horse runs"])
     with pytest.raises(WeightsError, match=r"has no config.yaml"):
         sample_videos(tmp_path)
+
+
+def test_a_run_outside_of_its_gate_is_refused(reported: tuple[Config, str]) -> None:
+    """Catches a start that nothing can be built on, and a gate that lets everything pass.
+
+    Untrained students show nothing valid, so their mean speed is not stated.
+    """
+    config, _ = reported
+    check_gate(config)
+    check_gate(change(config, ["report.gate.valid=[0,1]"]))
+    with pytest.raises(GateError, match=r"control: valid is 0\.\d+, wanted 0\.98 to 1; twin: valid"):
+        check_gate(change(config, ["report.gate.valid=[0.98,1]"]))
+    with pytest.raises(GateError, match="names smile, which the report does not have: .*valid"):
+        check_gate(change(config, ["report.gate.smile=[0,1]"]))
+    with pytest.raises(GateError, match="saturation_drift is not stated"):
+        check_gate(change(config, ["report.gate.saturation_drift=[0,1]"]))
