@@ -150,8 +150,7 @@ class OptimizerConfig:
     weight_decay: float = ranged(0.01, 0, 10)
     clip: float = ranged(10.0, 0, MILLION, above=True)  # gradient norm
     warmup: int = ranged(0, 0, 10 * MILLION)  # updates of linear warm-up
-    # learning rate at the last update as a share of lr, by half a cosine; 1 is constant
-    decay: float = ranged(1.0, 0, 1)
+    decay: float = ranged(1.0, 0, 1)  # half a cosine from lr to decay * lr; 1 is constant
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -189,8 +188,7 @@ class TinyDataConfig:
     clips: int = ranged(0, 0, 10 * MILLION)
     seed: int = ranged(0, 0, 2**63 - 1)
     level: Literal["short", "medium", "long", "mixed"] = "short"
-    # steps of the teacher's ODE that finds each clip's noise; 0 finds none
-    noise_steps: int = ranged(0, 0, 10_000)
+    noise_steps: int = ranged(0, 0, 10_000)  # of the ODE that finds clips' noise; 0 finds none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -236,8 +234,7 @@ class ReportConfig:
     follow_clips: int = ranged(96, 0, MILLION)  # real clips to go on from; 0: no follow test
     teacher_steps: int = ranged(16, 1, 10_000)  # of its ODE sampler, two network calls each
     teacher_guidance: float = ranged(1.0, 0, 1000)
-    # diffusers folder with the VAE of video that is not the tiny world's; empty: weights.teacher
-    model: str = ""
+    model: str = ""  # diffusers folder with the VAE of real video; empty: weights.teacher
     # score of the report -> [low, high] for each run's row; outside of it training ends in an error
     gate: dict[str, list[float]] = field(default_factory=dict)
 

@@ -213,7 +213,9 @@ def test_a_run_outside_of_its_gate_is_refused(reported: tuple[Config, str]) -> N
     config, _ = reported
     check_gate(config)
     check_gate(change(config, ["report.gate.valid=[0,1]"]))
-    with pytest.raises(GateError, match=r"control: valid is 0\.\d+, wanted 0\.98 to 1; twin: valid"):
+    with pytest.raises(
+        GateError, match=r"control: valid is 0\.\d+, wanted 0\.98 to 1; twin: valid"
+    ):
         check_gate(change(config, ["report.gate.valid=[0.98,1]"]))
     with pytest.raises(GateError, match="names smile, which the report does not have: .*valid"):
         check_gate(change(config, ["report.gate.smile=[0,1]"]))
