@@ -29,7 +29,8 @@ def run(config: Config, resume: bool = False) -> None:
     # what does not fit the last arm is said before the first is trained
     for arm in runs:
         check_start(arm)
-        if has_shards(arm):
+        # tiny-world shards without noise are those of an interrupted start; it is found below
+        if has_shards(arm) and not arm.data.tiny.noise_steps:
             build_reader(arm)
     with lock_folders(run_folder(config), *map(run_folder, runs)):
         prepare_data(config)
