@@ -20,6 +20,7 @@ from tiny_models import fill_weights, save_network
 from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import UserError, shipped
 from selfforcing_dfd.config import Config, ConfigError
+from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.training.build import build_network, build_trainer
 from selfforcing_dfd.training.finite import NonFiniteError
 from selfforcing_dfd.training.folders import run_folder
@@ -253,6 +254,18 @@ def test_inversion_needs_noise(settings: Settings, world: Path, tmp_path: Path) 
     make_tiny_shards(tmp_path / "bare", 4, 0, "short", 9, shipped("assets/tiny/codec.safetensors"))
     with pytest.raises(ConfigError, match=r"dfd\.pairing is inversion, but .* holds no noise"):
         run(settings("dfd.pairing=inversion", f"data.shards={tmp_path / 'bare'}"))
+
+
+def test_an_interrupted_start_finds_the_missing_noise(settings: Settings, tmp_path: Path) -> None:
+    """Catches a demo that was stopped between clips and noise and does not go on."""
+    from selfforcing_dfd.data.sources.tiny import make_tiny_shards
+
+    shards = tmp_path / "begun"
+    make_tiny_shards(shards, 24, 0, "short", 9, shipped("assets/tiny/codec.safetensors"))
+    short = ["run.student_updates=1", "score.fake_per_student=1"]
+    tiny = ["data.tiny.clips=24", "data.tiny.noise_steps=1", f"data.shards={shards}"]
+    run(settings("dfd.pairing=prefix", *tiny, *short))
+    assert ShardReader(shards).has_noise
 
 
 def test_metrics_are_split(settings: Settings) -> None:
