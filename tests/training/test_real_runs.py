@@ -354,13 +354,18 @@ def test_causal_pairs_start_every_chunk(
     assert first_frame_that_differs("run.stage=init") == 9
     assert first_frame_that_differs("dfd.pairing=prefix") == 9
     assert first_frame_that_differs("dfd.pairing=inversion") == 0
+    # of a comparison, the arms that need noise count
+    control, prefix = "arms.a=[]", "arms.b=[dfd.pairing=prefix]"
+    inversion = "arms.c=[dfd.pairing=inversion]"
+    assert first_frame_that_differs(control, prefix) == 9
+    assert first_frame_that_differs(control, inversion) == 0
+    with pytest.raises(ConfigError, match=r"data\.shards of their own, or weights\.causal"):
+        first_frame_that_differs(control, prefix, inversion)
+    assert first_frame_that_differs(control, prefix, inversion, causal) == 6
 
-    inversion = build_inversion(settings(*all_chunks), 2)
+    found = build_inversion(settings(*all_chunks), 2)
     store_noise(
-        with_negative,
-        inversion.invert,
-        out=tmp_path / "noised",
-        noise_fingerprint=inversion.fingerprint,
+        with_negative, found.invert, out=tmp_path / "noised", noise_fingerprint=found.fingerprint
     )
     stage = build_trainer(settings(*all_chunks, f"data.shards={tmp_path / 'noised'}")).stage
     assert isinstance(stage, InitStage)
