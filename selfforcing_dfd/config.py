@@ -374,8 +374,7 @@ def training_configs() -> dict[str, Path]:
     """The shipped configs of training runs, by the name that `--config` takes."""
     configs = shipped("configs")
     files = {path.relative_to(configs).as_posix(): path for path in sorted(configs.rglob("*.yaml"))}
-    others = ("stream/", "study/")
-    return {name: path for name, path in files.items() if not name.startswith(others)}
+    return {name: files[name] for name in files if not name.startswith(("stream/", "study/"))}
 
 
 def _layers(name: str, seen: tuple[Path, ...] = ()) -> Any:

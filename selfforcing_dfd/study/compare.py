@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
+from scipy.stats import spearmanr
 
 from selfforcing_dfd.evaluation.tables import TEACHER, Finding, Row, Run, find
 from selfforcing_dfd.evaluation.tiny_verdict import judge, mean, value
@@ -175,6 +175,15 @@ def along(study: Study, arm: str, key: str) -> list[tuple[int, Mean]]:
     return found
 
 
+def spent(study: Study, arm: str) -> dict[int, float]:
+    """Mean core seconds of an arm's runs up to each of its points, by student update."""
+    seconds: dict[int, list[float]] = {0: [0.0]}
+    for run in study.runs_of(arm):
+        for update, each in zip(run.updates, run.core_seconds, strict=True):
+            seconds.setdefault(update, []).append(each)
+    return {update: mean(several) for update, several in seconds.items()}
+
+
 def points(study: Study) -> list[FrontPoint]:
     """Every arm at each of its points, lengthened arms left out."""
     contrast = teacher_value(study, "contrast")
@@ -220,8 +229,10 @@ def gaps(study: Study) -> list[tuple[str, float, float]]:
 
 
 def rank_correlation(pairs: Sequence[tuple[float, float]]) -> float:
-    """Spearman's, without care for ties; NaN for fewer than three pairs."""
+    """Spearman's; NaN for fewer than three pairs, and where one side is all the same."""
     if len(pairs) < 3:
         return math.nan
-    xs, ys = (np.argsort(np.argsort(values)) for values in zip(*pairs, strict=True))
-    return float(np.corrcoef(xs, ys)[0][1])
+    xs, ys = zip(*pairs, strict=True)
+    if len(set(xs)) == 1 or len(set(ys)) == 1:
+        return math.nan
+    return float(spearmanr(xs, ys).statistic)

@@ -17,7 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from selfforcing_dfd.common import atomic_file
 from selfforcing_dfd.evaluation.curves import PALETTE, QUIET, STYLE, svg
-from selfforcing_dfd.study.compare import along, gaps, points, teacher_value
+from selfforcing_dfd.study.compare import Mean, along, gaps, points, spent, teacher_value
 from selfforcing_dfd.study.plan import LONG
 from selfforcing_dfd.study.results import Study
 
@@ -37,6 +37,7 @@ def write_plots(study: Study, folder: Path) -> dict[str, Path]:
     """Title -> file of every plot that the study's numbers can fill."""
     drawn = {
         "Along the way": ("trajectories.svg", trajectories(study)),
+        "Along the way, by compute": ("compute.svg", trajectories(study, by_compute=True)),
         "Coverage against contrast": ("front.svg", front_plot(study)),
     }
     if len(gaps(study)) > 1:
@@ -63,43 +64,42 @@ def shown(study: Study) -> list[str]:
     return [arm for arm in study.arms if not arm.endswith(LONG) and study.runs_of(arm)]
 
 
-def trajectories(study: Study) -> str:
+def trajectories(study: Study, by_compute: bool = False) -> str:
     """One panel a score: means over runs with their ranges, the start at 0, teacher and data."""
+    unit = "core seconds" if by_compute else "student updates"
     rows = math.ceil(len(PANELS) / COLUMNS)
     style = looks(shown(study))
     with drawing(9.6, 2.4 * rows + 0.8) as figure:
         axes = figure.subplots(rows, COLUMNS).flatten()
         for place, (key, title) in zip(axes, PANELS.items(), strict=True):
             for arm, look in style.items():
-                draw_arm(place, study, arm, key, look)
+                draw_arm(place, study, arm, key, look, by_compute)
             for name, dash in (("teacher", ":"), ("data", "--")):
                 reference = study.references[name].get(key)
                 if reference is not None:
                     place.axhline(reference, color=QUIET, linestyle=dash, linewidth=0.9)
             place.set_title(title, fontsize=9)
             place.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        axes[-2].set_xlabel("student updates; dotted the teacher, dashed grey the data")
+        axes[-2].set_xlabel(f"{unit}; dotted the teacher, dashed grey the data")
         handles, labels = axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False)
         return svg(figure)
 
 
-def draw_arm(place: Axes, study: Study, arm: str, key: str, look: Mapping[str, Any]) -> None:
+def draw_arm(
+    place: Axes, study: Study, arm: str, key: str, look: Mapping[str, Any], by_compute: bool
+) -> None:
     """A line through the means and a band over the range of runs."""
     found = along(study, arm, key)
-    if not found:
-        return
-    xs = [update for update, _ in found]
-    values = [point.value for _, point in found]
-    lows = [point.low for _, point in found]
-    highs = [point.high for _, point in found]
     own = [scores.get(key) for scores in study.starts.values()]
     known = [each for each in own if each is not None]
     if known:
-        xs = [0, *xs]
-        values = [sum(known) / len(known), *values]
-        lows = [min(known), *lows]
-        highs = [max(known), *highs]
+        found.insert(0, (0, Mean(sum(known) / len(known), min(known), max(known), len(known))))
+    seconds = spent(study, arm)
+    xs = [seconds[update] if by_compute else update for update, _ in found]
+    values = [point.value for _, point in found]
+    lows = [point.low for _, point in found]
+    highs = [point.high for _, point in found]
     place.plot(xs, values, marker="o" if len(xs) == 1 else "", markersize=3, **look)
     if any(low != high for low, high in zip(lows, highs, strict=True)):
         place.fill_between(xs, lows, highs, color=look["color"], alpha=0.12, linewidth=0)

@@ -230,10 +230,15 @@ def difference_text(arm: str, control: str, key: str, runs: Sequence[Run]) -> st
 
 
 def paired_text(difference: Paired) -> str:
-    text = f"{difference.mean:+.2f}"
+    text = signed(difference.mean)
     if difference.num_runs == 1:
         return text
-    return f"{text} [{difference.low:+.2f} {difference.high:+.2f}] p {difference.flip_p:.3f}"
+    between = f"{signed(difference.low)} {signed(difference.high)}"
+    return f"{text} [{between}] p {difference.flip_p:.3f}"
+
+
+def signed(value: float) -> str:
+    return f"{round(value, 2) + 0.0:+.2f}"  # never -0.00
 
 
 def outcomes(study: Study) -> Iterator[str]:

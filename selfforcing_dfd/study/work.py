@@ -50,6 +50,7 @@ CHECKPOINTS = "checkpoints"
 NOISE_FILE = "noise.json"  # what finding the clips' noise cost
 LOCKS = "locks"
 POLL_S = 2.0
+GO_ON = "the same command goes on"
 
 
 @dataclass(frozen=True)
@@ -161,6 +162,8 @@ def work(tasks: Sequence[Task], show: bool) -> list[str]:
                         result = task.make()
                         if result is not None:
                             write_json(task.result, result)
+            except Interrupted as stopped:
+                raise Interrupted(f"{task.name}: stopped and saved; {GO_ON}") from stopped
             except ExclusiveError:
                 tqdm.write(f"{task.name}: another process does it")
             except UserError as error:
@@ -249,6 +252,6 @@ def work_with_others(
         for number, handler in before.items():
             signal.signal(number, handler)
     if stopped:
-        raise Interrupted("stopped and saved; go on with the same command")
+        raise Interrupted(f"stopped and saved; {GO_ON}")
     failed = any(worker.exitcode for worker in workers)
     return "some results failed; the lines above say why, the others are there" if failed else ""

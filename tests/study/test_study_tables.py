@@ -150,6 +150,14 @@ def test_equal_compute_takes_the_newest_point_within_the_budget():
     assert at == {"compute": [3, 0], "updates": [1, 1], "end": [4, 1]}
     dearer = dataclasses.replace(by_name["good"], core_seconds=[130, 140, 150, 160, 170])
     assert index_at(STUDY, dearer, "compute") is None
+    runs = []
+    for each in STUDY.runs:
+        slow = each.arm == "control" and each.draw == 0
+        seconds = [500, 1000] if slow else each.core_seconds
+        runs.append(dataclasses.replace(each, core_seconds=seconds))
+    uneven = dataclasses.replace(STUDY, runs=runs)
+    good = [each for each in runs if each.arm == "good" and each.start == "a"]
+    assert [index_at(uneven, each, "compute") for each in good] == [4, 3, 3]
     alone = dataclasses.replace(STUDY, runs=[by_name["good"]])
     assert index_at(alone, by_name["good"], "compute") is None
     table = score_table(STUDY, "compute")
@@ -272,7 +280,9 @@ def test_gaps_are_means_since_the_point_before():
     assert between([None, None], [2]) == [None]
     assert {arm for arm, _, _ in gaps(STUDY)} == {"control", "good", "rival"}
     assert rank_correlation([(1, 5), (2, 4), (3, 1)]) == -1
+    assert rank_correlation([(1, 5), (1, 5), (2, 7), (2, 7)]) == pytest.approx(1)
     assert math.isnan(rank_correlation([(1, 5), (2, 4)]))
+    assert math.isnan(rank_correlation([(1, 5), (1, 4), (1, 6)]))
 
 
 def test_the_page_says_the_rule_first_and_the_file_holds_it_all(tmp_path: Path):
