@@ -61,6 +61,7 @@ MAY_DIFFER = (
     "log.",
     "base",
 )
+START_ROLES = ("student",)
 STREAM_SCORES = ("valid", "saturation", "contrast", "speed_px", "jitter_px", "seam_excess_px")
 
 
@@ -113,15 +114,15 @@ def references(config: Config) -> dict[str, Source]:
     return found
 
 
-def measure_reference(config: Config, source: Source) -> dict[str, Any]:
-    return {**provenance(config), "row": measure_row(config, source)}
+def measure_reference(config: Config, source: Source, roles: Sequence[str]) -> dict[str, Any]:
+    return {**provenance(config, roles), "row": measure_row(config, source)}
 
 
 def measure_start(plan: Plan, config: Config) -> dict[str, Any]:
     """The student that a start's runs begin from."""
     start = student_start(config)
     source = student_source(START, "the student that training began from", config, start)
-    result = measure_reference(config, source)
+    result = measure_reference(config, source, START_ROLES)
     return result | {"stream": stream_scores(plan, config, find_file(start.path))}
 
 
@@ -171,21 +172,42 @@ def stream_scores(plan: Plan, config: Config, student: Path) -> list[dict[str, f
     return found
 
 
-def provenance(config: Config) -> dict[str, Any]:
-    """What a result was made with: settings, weights, data and code."""
+def provenance(config: Config, roles: Sequence[str] | None = None) -> dict[str, Any]:
+    """What a result was made with: settings, weights, data and code.
+
+    roles: of the weights that matter; None for those that the stage starts from.
+    """
+    named = config.weights
+    paths = {role: start.path for role, start in stage_of(config).starts(config).items()}
+    if roles is not None:
+        known = {"student": named.student, "teacher": named.teacher, "causal": named.causal}
+        paths = {role: known[role] for role in roles}
     weights = {}
-    for role, start in stage_of(config).starts(config).items():
-        path = find_file(start.path)
-        if path.is_file():
-            weights[role] = hashlib.sha256(path.read_bytes()).hexdigest()[:16]
+    for role, name in paths.items():
+        if find_file(name).is_file():
+            weights[role] = hashlib.sha256(find_file(name).read_bytes()).hexdigest()[:16]
     return {
         "settings": settings_of(config),
         "weights": weights,
-        "data": ShardReader(config.data.shards).index_hash[:16],
+        "data": clips_of(config),
         "commit": commit(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def clips_of(config: Config) -> str:
+    """A fingerprint of the clips that a run sees, and of their noise if it starts from it.
+
+    Noise may be added to shards later, for other runs.
+    """
+    needs_noise = bool(stage_of(config).needs_noise(config))
+    digest = hashlib.sha256()
+    for entry in ShardReader(config.data.shards).index.samples:
+        for name, member in sorted(entry.members.items()):
+            if needs_noise or not name.startswith("noise"):
+                digest.update(f"{entry.key} {name} {member.crc32}\n".encode())
+    return digest.hexdigest()[:16]
 
 
 def settings_of(config: Config) -> dict[str, Any]:
@@ -194,11 +216,17 @@ def settings_of(config: Config) -> dict[str, Any]:
     return {key: value for key, value in plain.items() if not key.startswith(MAY_DIFFER)}
 
 
-def stale(result: Mapping[str, Any], config: Config) -> str:
-    """The first difference between what made a result and what would make it now; empty if none."""
-    now = provenance(config)
+def stale(
+    result: Mapping[str, Any], config: Config, roles: Sequence[str] | None, ignored: tuple[str, ...]
+) -> str:
+    """The first difference between what made a result and what would make it now; empty if none.
+
+    roles: see `provenance`. ignored: how settings begin that do not matter.
+    """
+    now = provenance(config, roles)
     for part in ("settings", "weights"):
         found = differences(result[part], now[part], "there")
+        found = [line for line in found if not line.startswith(ignored)]
         if found:
             return found[0]
     return "" if result["data"] == now["data"] else "the shards hold other clips"

@@ -175,19 +175,7 @@ def configs_of_arm(plan: Plan, base: Config, name: str) -> dict[str, Config]:
     """Settings of an arm and of its lengthened twin, if it has one, for no start and draw yet."""
     arm = plan.arms[name]
     every = arm.every or plan.every
-    own = [
-        f"run.out={plan.out}",
-        f"run.student_updates={plan.updates}",
-        f"checkpoint.every={every}",
-        f"weights.student={FOLDER}/{STUDENT_FILE}",
-        f"weights.fake={FOLDER}/{FAKE_FILE}",
-        "checkpoint.keep=10000",  # all points are kept until they are measured
-        "checkpoint.export=float32",
-        f"report.clips={plan.clips}",
-        f"report.follow_clips={plan.follow_clips}",
-        f"report.seed={plan.evaluation_seed}",
-        *settings_of_arm(plan, name),
-    ]
+    own = [*common_settings(plan), f"checkpoint.every={every}", *settings_of_arm(plan, name)]
     named = replace(base, run=replace(base.run, name=f"arm {name}"))  # as errors call it
     config = checked(settings.change(named, own), f"arm {name}")
     configs = {name: config}
@@ -200,6 +188,37 @@ def configs_of_arm(plan: Plan, base: Config, name: str) -> dict[str, Config]:
     return configs
 
 
+def common_settings(plan: Plan) -> list[str]:
+    """What all runs of a plan share, for no start yet."""
+    return [
+        f"run.out={plan.out}",
+        f"run.student_updates={plan.updates}",
+        f"weights.student={FOLDER}/{STUDENT_FILE}",
+        f"weights.fake={FOLDER}/{FAKE_FILE}",
+        "checkpoint.keep=10000",  # all points are kept until they are measured
+        "checkpoint.export=float32",
+        f"report.clips={plan.clips}",
+        f"report.follow_clips={plan.follow_clips}",
+        f"report.seed={plan.evaluation_seed}",
+    ]
+
+
+def reference_config(plan: Plan, start: str) -> Config:
+    """Settings by which rows that no arm trains are measured: a start's student, its teachers."""
+    return in_start(plan, settings.change(load_config(plan.base), common_settings(plan)), start)
+
+
+def in_start(plan: Plan, config: Config, start: str) -> Config:
+    """The settings with the weights of a start."""
+    folder = plan.starts[start]
+    weights = replace(
+        config.weights,
+        student=config.weights.student.replace(FOLDER, folder),
+        fake=config.weights.fake.replace(FOLDER, folder),
+    )
+    return replace(config, weights=weights)
+
+
 def runs_of_arm(
     plan: Plan, start: str, draw: int, name: str, configs: Mapping[str, Config]
 ) -> Iterator[StudyRun]:
@@ -210,15 +229,8 @@ def runs_of_arm(
     folder = Path(plan.out) / RESULTS / start / str(draw)
     for each, config in configs.items():
         if each == name or first:
-            placed = replace(
-                config,
-                run=replace(config.run, name=f"runs/{start}/{draw}/{each}", seed=seed),
-                weights=replace(
-                    config.weights,
-                    student=config.weights.student.replace(FOLDER, plan.starts[start]),
-                    fake=config.weights.fake.replace(FOLDER, plan.starts[start]),
-                ),
-            )
+            run = replace(config.run, name=f"runs/{start}/{draw}/{each}", seed=seed)
+            placed = in_start(plan, replace(config, run=run), start)
             result = folder / f"{each}.json"
             streams = arm.stream and first
             yield StudyRun(start, draw, each, placed, points_of(placed), result, streams)

@@ -26,7 +26,7 @@ from selfforcing_dfd.study.plan import (
     runs_of,
     settings_of_arm,
 )
-from selfforcing_dfd.study.work import NOISE_FILE
+from selfforcing_dfd.study.work import noise_file
 from selfforcing_dfd.tiny.bootstrap import Score
 
 DIGITS = 4  # after the point
@@ -107,7 +107,7 @@ class Study:
     runs: list[Trajectory]
     missing: int  # runs of the plan without a result
     commits: list[str]
-    noise_core_seconds: float | None  # of finding the noise stored with clips, None if not known
+    noise_core_seconds: float | None  # of finding clips' noise, 0 if not needed, None if not known
 
     def runs_of(self, arm: str) -> list[Trajectory]:
         return [run for run in self.runs if run.arm == arm]
@@ -145,8 +145,7 @@ def collect(name: str, plan: Plan) -> Study:
             raise UserError(
                 f"no {folder / needed}.json; run the study first, it comes first of all"
             )
-    noise_file = Path(plan.out) / NOISE_FILE
-    noise = read_json(noise_file)["core_seconds"] if noise_file.exists() else None
+    noise = noise_cost(runs)
     starts = {
         start: read_json(folder / start / START_FILE)
         for start in plan.starts
@@ -177,6 +176,14 @@ def collect(name: str, plan: Plan) -> Study:
         commits=sorted(commits),
         noise_core_seconds=noise,
     )
+
+
+def noise_cost(runs: Sequence[StudyRun]) -> float | None:
+    """Core seconds of finding the clips' noise; 0 where no run needs it, None if not known."""
+    if not any(stage_of(run.config).needs_noise(run.config) for run in runs):
+        return 0.0
+    path = noise_file(runs[0].config)
+    return float(read_json(path)["core_seconds"]) if path.exists() else None
 
 
 def facts_of(plan: Plan, arm: str, runs: Sequence[StudyRun]) -> ArmFacts:

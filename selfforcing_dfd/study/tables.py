@@ -109,7 +109,9 @@ def facts(study: Study) -> Iterator[str]:
     yield evaluated_with([study.evaluation_seed])
     if study.missing:
         yield f"**{study.missing} runs of the plan are missing.**"
-    if study.noise_core_seconds is not None:
+    if study.noise_core_seconds is None:
+        yield "**What finding the noise stored with clips took is not known, and left out.**"
+    elif study.noise_core_seconds:
         yield (
             f"Finding the noise stored with the clips took {study.noise_core_seconds:.0f} core "
             "seconds; arms that start from it are charged with them."

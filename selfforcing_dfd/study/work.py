@@ -22,18 +22,29 @@ from tqdm import tqdm
 
 from selfforcing_dfd.common import EXIT_INTERRUPTED, Interrupted, UserError
 from selfforcing_dfd.config import Config, change
+from selfforcing_dfd.evaluation.tables import DATA
 from selfforcing_dfd.models.identity import Identity
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.study.measure import (
+    START_ROLES,
     measure_reference,
     measure_run,
     measure_start,
     point_file,
+    provenance,
     references,
     stale,
     write_json,
 )
-from selfforcing_dfd.study.plan import RESULTS, START_FILE, Plan, StudyRun, load_plan, runs_of
+from selfforcing_dfd.study.plan import (
+    RESULTS,
+    START_FILE,
+    Plan,
+    StudyRun,
+    load_plan,
+    reference_config,
+    runs_of,
+)
 from selfforcing_dfd.training.build import check_start
 from selfforcing_dfd.training.build_data import build_reader
 from selfforcing_dfd.training.exclusive import ExclusiveError, lock_folders
@@ -48,20 +59,33 @@ logger = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
 NOISE_FILE = "noise.json"  # what finding the clips' noise cost
+BEGUN_FILE = "begun.json"  # in a run's folder: what its training began with
 LOCKS = "locks"
 POLL_S = 2.0
+# how settings begin that matter to training alone, and to measuring alone
+OF_TRAINING = (
+    *("run.", "optim.", "ema.", "batch.", "score.", "dfd.", "regression.", "checkpoint."),
+    "weights.",  # files are compared where they matter
+)
+OF_MEASURING = ("report.",)
 GO_ON = "the same command goes on"
 
 
 @dataclass(frozen=True)
 class Task:
-    """One result. make: does the work and returns what is written to `result`."""
+    """One result. make: does the work and returns what is written to `result`.
+
+    roles: of the weights that it depends on; None for those that its stage starts from. ignored:
+    how settings begin that it does not depend on.
+    """
 
     name: str
     config: Config
     result: Path
     lock: Path
     make: Callable[[], Mapping[str, Any] | None]
+    roles: tuple[str, ...] | None = None
+    ignored: tuple[str, ...] = ()
 
 
 def run_study(
@@ -78,7 +102,7 @@ def run_study(
     runs = runs_of(plan, only)
     for run in runs:
         check_start(run.config)
-    prepare(plan, runs)
+    prepare(plan)
     tasks = tasks_of(plan, runs, measure_only)
     left = [task for task in tasks if not is_done(task)]
     done = len(tasks) - len(left)
@@ -94,19 +118,23 @@ def run_study(
 
 def tasks_of(plan: Plan, runs: Sequence[StudyRun], measure_only: bool) -> list[Task]:
     """References first: the first result that a person sees is what others are held against."""
-    some = runs[0].config
+    starts = list(dict.fromkeys(run.start for run in runs))
+    some = reference_config(plan, starts[0])
     results = Path(plan.out) / RESULTS
     locks = Path(plan.out) / LOCKS
     tasks = []
     make: Callable[[], Mapping[str, Any] | None]
     for name, source in references(some).items():
-        make = partial(measure_reference, some, source)
-        tasks.append(Task(name, some, results / f"{name}.json", locks / name, make))
-    for start in dict.fromkeys(run.start for run in runs):
-        own = next(run.config for run in runs if run.start == start)
+        roles = () if name == DATA else (name,)
+        make = partial(measure_reference, some, source, roles)
+        result = results / f"{name}.json"
+        tasks.append(Task(name, some, result, locks / name, make, roles, OF_TRAINING))
+    for start in starts:
+        own = reference_config(plan, start)
         make = partial(measure_start, plan, own)
         result = results / start / START_FILE
-        tasks.append(Task(f"start {start}", own, result, locks / f"start-{start}", make))
+        lock = locks / f"start-{start}"
+        tasks.append(Task(f"start {start}", own, result, lock, make, START_ROLES, OF_TRAINING))
     for run in runs:
         make = partial(make_run, plan, run, measure_only)
         tasks.append(Task(run.name, run.config, run.result, run_folder(run.config), make))
@@ -117,6 +145,11 @@ def make_run(plan: Plan, run: StudyRun, measure_only: bool) -> Mapping[str, Any]
     """Train a run, or go on with it, and measure it; None for one that may not be trained."""
     if measure_only and not (run_folder(run.config) / STUDENT_FILE).exists():
         return None
+    begun = run_folder(run.config) / BEGUN_FILE
+    if begun.exists():
+        refuse_stale(begun, run.config, begun.parent, ignored=OF_MEASURING)
+    else:
+        write_json(begun, provenance(run.config))
     train(run.config, resume=True)
     keep_points(run)
     return measure_run(plan, run)
@@ -139,13 +172,24 @@ def is_done(task: Task) -> bool:
     """Whether the result is there. Raises UserError for one that was made in another way."""
     if not task.result.exists():
         return False
-    found = stale(json.loads(task.result.read_text(encoding="utf-8")), task.config)
+    refuse_stale(task.result, task.config, task.lock, task.roles, task.ignored)
+    return True
+
+
+def refuse_stale(
+    path: Path,
+    config: Config,
+    folder: Path,
+    roles: tuple[str, ...] | None = None,
+    ignored: tuple[str, ...] = (),
+) -> None:
+    """Raise UserError if what a file says of its making is not what would be done now."""
+    found = stale(json.loads(path.read_text(encoding="utf-8")), config, roles, ignored)
     if found:
         raise UserError(
-            f"{task.result} was made in another way, {found}; restore that, give the plan another "
-            f"`out`, or delete {task.result} and {task.lock} to make it again"
+            f"{path} was made in another way, {found}; restore that, give the plan another `out`, "
+            f"or delete {path} and {folder} to make it again"
         )
-    return True
 
 
 def work(tasks: Sequence[Task], show: bool) -> list[str]:
@@ -173,20 +217,29 @@ def work(tasks: Sequence[Task], show: bool) -> list[str]:
     return failures
 
 
-def prepare(plan: Plan, runs: Sequence[StudyRun]) -> None:
-    """Make the clips, and their noise if some arm starts from it; the cost of noise is noted."""
+def prepare(plan: Plan) -> None:
+    """Make the clips, and their noise if some arm starts from it; the cost of noise is noted.
+
+    All arms count, whichever are asked for: shards should not change between two runs.
+    """
+    runs = runs_of(plan)
     needing = [run.config for run in runs if stage_of(run.config).needs_noise(run.config)]
     some = runs[0].config
-    out = Path(plan.out)
-    with waiting_for(out / LOCKS / "data"):
+    beside = noise_file(some).parent
+    with waiting_for(beside):
         prepare_data(change(some, ["data.tiny.noise_steps=0"]))
         if needing and not build_reader(change(some, ["run.stage=dmd"])).has_noise:
             started = time.process_time()
             prepare_data(needing[0])
             spent = time.process_time() - started
-            write_json(out / NOISE_FILE, {"core_seconds": spent})
+            write_json(noise_file(some), {"core_seconds": spent})
     for run in runs:
         build_reader(run.config)
+
+
+def noise_file(config: Config) -> Path:
+    """Where it is noted what finding the clips' noise cost: beside shards that studies share."""
+    return Path(f"{config.data.shards}-made") / NOISE_FILE
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,9 @@ def test_results_hold_the_way_of_a_run(done: Path):
     assert len(one["log"]["gap"]) == len(one["log"]["contrast_ratio"]) == 2
     assert len(one["stream"]) == 2
     assert "stream" not in results["one/0/control.json"]
-    assert {result["data"] for result in results.values()} == {one["data"]}
+    assert (
+        results["two/0/prefix.json"]["data"] == one["data"] != results["one/0/control.json"]["data"]
+    )
     assert results["two/0/prefix.json"]["weights"]["student"] != one["weights"]["student"]
     assert not (done / "runs/runs/one/0/prefix/checkpoints").exists()
 
@@ -107,7 +110,7 @@ def test_the_page_shows_the_numbers_in_the_repository(done: Path):
     """
     results = results_of(done)
     study = load_study(done / "docs" / "study" / "plan.json")
-    noise = json.loads((done / "runs" / "noise.json").read_text())["core_seconds"]
+    noise = json.loads((done / "shards-made" / "noise.json").read_text())["core_seconds"]
     for run in study.runs:
         points = results[f"{run.start}/{run.draw}/{run.arm}.json"]["points"]
         before = noise if run.arm == "prefix" else 0
@@ -144,9 +147,10 @@ def test_a_result_of_other_settings_or_weights_is_refused(
     before = student.read_bytes()
     student.write_bytes((done / "two" / "student.safetensors").read_bytes())
     assert main(command) == EXIT_USER_ERROR
-    assert "made in another way, student: there" in capsys.readouterr().err
+    assert "start.json was made in another way, student: there" in capsys.readouterr().err
     student.write_bytes(before)
     assert main(command) == 0
+    assert main([*command[:-1], "prefix"]) == 0  # references belong to no arm
 
 
 def test_a_run_that_another_process_does_is_left_to_it(
@@ -175,6 +179,32 @@ def test_a_run_that_fails_does_not_stop_the_others(
     captured = capsys.readouterr()
     assert "1 of 7 results failed, the first: one, draw 0, control: " in captured.err
     assert list(results_of(tmp_path)) == ["two/0/control.json"]
+
+
+def test_a_run_begun_with_other_weights_is_not_measured_as_one_of_these(
+    done: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Catches weights that were replaced after a run was trained and before it was measured.
+
+    Other clips to measure with are no reason to refuse the training.
+    """
+    plan = done / "plan.yaml"
+    result = done / "runs/results/two/0/control.json"
+    before = result.read_bytes()
+    result.unlink()
+    student = done / "two" / "student.safetensors"
+    weights = student.read_bytes()
+    student.write_bytes((done / "one" / "student.safetensors").read_bytes())
+    run = runs_of(load_plan(str(plan)), ["control"])[1]
+    with pytest.raises(UserError, match=r"begun\.json was made in another way, student: there"):
+        work.make_run(load_plan(str(plan)), run, measure_only=True)
+    student.write_bytes(weights)
+    fewer = dataclasses.replace(load_plan(str(plan)), clips=4)
+    again = work.make_run(fewer, runs_of(fewer, ["control"])[1], measure_only=True)
+    assert again is not None
+    assert again["points"][0]["row"]["scores"]["valid"]["n"] == 4
+    result.write_bytes(before)
+    capsys.readouterr()
 
 
 def test_only_what_is_trained_is_measured_on_request(plan: Path, tmp_path: Path):
