@@ -13,6 +13,8 @@ from selfforcing_dfd.common import UserError, shipped
 STAGES: tuple[tuple[str, dict[str, str]], ...] = (
     ("tiny/teacher.yaml", {"student": "teacher"}),
     ("tiny/teacher_long.yaml", {"student": "teacher"}),  # continues the run before
+    ("tiny/teacher_all.yaml", {"student": "teacher"}),  # and so does this
+    ("tiny/causal.yaml", {"student": "causal"}),
     ("tiny/init.yaml", {}),
     ("tiny/dmd.yaml", {"student": "student", "fake": "fake"}),
 )
@@ -158,7 +160,7 @@ def picture(parser: argparse.ArgumentParser) -> Run:
 
 
 def rebuild(parser: argparse.ArgumentParser) -> Run:
-    """Train assets/tiny again: codec, teacher, causal student, DMD student. Hours; resumable."""
+    """Train assets/tiny again: codec, teachers, causal student, DMD student. Hours; resumable."""
     parser.add_argument(
         "--out", default="runs", metavar="DIR", help="where the runs go (default: %(default)s)"
     )
