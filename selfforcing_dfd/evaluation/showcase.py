@@ -96,10 +96,12 @@ def plot_metric(
     axes: Axes, metric: Metric, rows: Sequence[Row], data: Row | None, colour: Mapping[str, int]
 ) -> None:
     """Dots with intervals, one line a row."""
-    if data is not None:
+    if data is not None and metric.key in data.scores:
         score = data.scores[metric.key]
         axes.axvspan(score.low, score.high, color=curves.LIGHT, linewidth=0)
     for line, row in enumerate(rows):
+        if metric.key not in row.scores:
+            continue  # a bidirectional teacher does not go on from a chunk
         score = row.scores[metric.key]
         shade = curves.PALETTE[colour[row.name]]
         axes.plot([score.low, score.high], [line, line], color=shade)

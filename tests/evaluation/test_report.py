@@ -100,9 +100,9 @@ def test_report_has_every_row_in_every_file(reported: tuple[Config, str]):
 def test_showcase_shows_the_rows_asked_for(reported: tuple[Config, str], tmp_path: Path, name: str):
     """Catches a front page's picture that cannot be made again, or that differs when it is."""
     run = Path(reported[0].run.out) / "demo"
-    labels = {"data": "data", "start": "DMD", "caption": "DFD caption"}
+    labels = {"data": "data", "teacher": "T", "start": "DMD", "caption": "DFD caption"}
     for folder in ("one", "two"):
-        write_showcase(run, tmp_path / folder / name, labels, ["contrast", "spread"])
+        write_showcase(run, tmp_path / folder / name, labels, ["contrast", "follow"])
     picture = (tmp_path / "one" / name).read_bytes()
     assert picture == (tmp_path / "two" / name).read_bytes()
     if name.endswith(".svg"):
