@@ -287,6 +287,13 @@ def test_what_needs_clips_refuses_prompts(place, wan, prompts):
         ConfigError, match="holds prompts without clips, which do for dmd and pairs"
     ):
         train("dfd_ar", place, prompts, *weights, "run.name=refused")
+    clip = ["run.name=refused", "regression.target=clip"]
+    for setting, told in (
+        ("score.regression_per_student=6", "regression_per_student is 6"),
+        ("score.control_variate=true", "control_variate is on"),
+    ):
+        with pytest.raises(ConfigError, match=f"{told}, but .* holds prompts without clips"):
+            train("dmd_ar", place, prompts, *weights, *clip, setting)
     assert not (place / "runs" / "refused").exists()
 
 

@@ -96,6 +96,11 @@ class Stage:
         return {"student": student_start(config)}
 
     @classmethod
+    def uses_clips(cls, config: Config) -> str:
+        """The setting that needs clips where the stage alone does not; empty where none does."""
+        return ""
+
+    @classmethod
     def stored_noise(cls, config: Config) -> Literal["first", "all"]:
         """Which chunks start from the noise stored with their clip."""
         return "all"

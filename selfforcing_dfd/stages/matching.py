@@ -138,6 +138,13 @@ class MatchingStage(TrainingStage):
             RegressionStage.check(config)
 
     @classmethod
+    def uses_clips(cls, config: Config) -> str:
+        score = config.of(ScoreConfig)
+        if score.regression_per_student:
+            return f"score.regression_per_student is {score.regression_per_student}"
+        return "score.control_variate is on" if score.control_variate else ""
+
+    @classmethod
     def starts(cls, config: Config) -> dict[str, Start]:
         weights = config.weights
         teacher = teacher_start(config)

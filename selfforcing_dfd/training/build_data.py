@@ -25,6 +25,12 @@ def build_reader(config: Config) -> ShardReader:
         f"run.stage is {stage.name}, but {shards} holds prompts without clips, which do for "
         f"{' and '.join(captions_do)}; write shards of clips with `selfforcing-dfd pack`",
     )
+    setting = stage.uses_clips(config)
+    require(
+        reader.has_clips or not setting,
+        f"{setting}, but {shards} holds prompts without clips; write shards of clips with "
+        "`selfforcing-dfd pack`, or change that setting",
+    )
     setting = stage.needs_noise(config)
     require(
         reader.has_noise or not setting,
