@@ -217,6 +217,8 @@ def test_a_run_outside_of_its_gate_is_refused(reported: tuple[Config, str]) -> N
         GateError, match=r"control: valid is 0\.\d+, wanted 0\.98 to 1; twin: valid"
     ):
         check_gate(change(config, ["report.gate.valid=[0.98,1]"]))
+    with pytest.raises(GateError, match=r"twin: valid is .*, wanted -1 to -0\.5"):
+        check_gate(change(config, ["report.gate.valid=[-1,-0.5]"]))
     with pytest.raises(GateError, match=r"names smile, which the report does not have: .*valid"):
         check_gate(change(config, ["report.gate.smile=[0,1]"]))
     with pytest.raises(GateError, match="saturation_drift is not stated"):

@@ -183,3 +183,23 @@ def test_a_model_says_what_it_uses_and_uses_it():
         block.attend = lambda q, k, v: calls.append(k.shape[1]) or attend(q, k, v)
     network(latents("x"), 0.5, text)
     assert calls == [36, 5, 36, 5]  # six frames of six tokens, five words; twice
+
+
+def test_training_in_half_precision_attends_in_float32_on_a_cpu():
+    """Catches SDPA's slow backward pass in bfloat16, and another answer where it is avoided.
+
+    The answer is that of float32 of the same inputs, rounded once; so are the gradients.
+    """
+    q, k, v = (rng.normal((2, 5, 2, 8), 0, name).bfloat16() for name in "qkv")
+    inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+    exact = [x.float().requires_grad_() for x in (q, k, v)]
+    ours = attend(*inputs)
+    assert ours.dtype == torch.bfloat16
+    wanted = attend(*exact)
+    assert torch.equal(ours, wanted.bfloat16())
+    ours.float().sum().backward()
+    wanted.sum().backward()
+    for one, other in zip(inputs, exact, strict=True):
+        assert one.grad is not None
+        assert other.grad is not None
+        assert torch.equal(one.grad, other.grad.bfloat16())

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import latents, tiny_batch, tiny_network
+from tiny_models import CHUNK, latents, tiny_batch, tiny_network
 from tiny_stages import CHUNKS, draw
 
 from selfforcing_dfd.context import Conditioning, KVCache
@@ -100,6 +100,20 @@ def test_teacher_stage_shifts_and_clamps_nothing_else():
     torch.testing.assert_close(
         losses, (flow - (noise - batch.latents)).square().mean((1, 2, 3, 4)).detach()
     )
+
+
+def test_a_teacher_learns_first_chunks_as_clips_of_their_own():
+    """Catches first chunks that see the rest of their clip, and shares that are not kept."""
+    stage = TeacherStage({"student": tiny_network()}, 3.0, 0.0, chunk_frames=CHUNK, first_chunk=0.5)
+    batch = tiny_batch()
+    others = replace(batch, latents=batch.latents.clone())
+    others.latents[:, CHUNK:] += 1
+    alone = 0
+    for update in range(0, 16 * 40, 16):
+        one = draw(2, update, update)
+        losses = [stage.loss("student", each, one, 0).loss for each in (batch, others)]
+        alone += int(torch.equal(*losses))
+    assert 10 <= alone <= 30  # 40 coins at .5: five standard errors are 16
 
 
 def test_text_dropout_empties_whole_captions():

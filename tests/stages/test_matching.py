@@ -12,6 +12,7 @@ from torch import Tensor
 
 from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.data.shards import Batch
+from selfforcing_dfd.objectives import flow_matching
 from selfforcing_dfd.rollout import commit_chunk
 
 
@@ -238,3 +239,31 @@ def test_window_and_sink_reach_the_rollout():
     wide = matching_stage().roll_out(batch, draw(), NO_ROW, 1)
     assert not torch.equal(narrow.x0, wide.x0)
     assert [len(context.chunks) for context in narrow.contexts] == [0, 1, 1]
+
+
+def test_rows_with_a_real_past_and_no_anchor_leave_no_gradient():
+    """Catches a loss on clips of pieces that do not join, which the fake score has never seen."""
+    batch = tiny_batch(with_noise=True)
+    never = DataForcing(p=1.0, pairing="prefix", sigma_range=(0.985, 1.0))
+    stage = matching_stage(never)
+    part = stage.loss("student", batch, draw(), 0)
+    part.loss.backward()
+    assert float(part.loss) == 0
+    assert float(gradients(stage.trained["student"]).abs().max()) == 0
+    assert part.values["dfd"].sum() == part.values["dmd"].sum() == 0
+    assert float(part.values["loss"].min()) > 0  # it is logged, and not trained
+
+
+def test_a_guided_fake_score_learns_without_caption_too():
+    """Catches guidance of a fake score whose answer to no caption was never trained."""
+    batch = tiny_batch()
+    empty = replace(batch, text=torch.zeros_like(batch.text))
+    always = matching_stage(fake_text_dropout=1.0)
+    rolled = always.roll_out(batch, draw(), NO_ROW, draw().choice("exit", len(LADDER))).x0
+    noise, sigma = always.draw_score(draw(), rolled)
+    expected = flow_matching(
+        always.trained["fake"], rolled, noise, sigma, Conditioning(empty.text)
+    ).mean()
+    torch.testing.assert_close(always.loss("fake", batch, draw(), 0).loss, expected)
+    kept = matching_stage().loss("fake", batch, draw(), 0).loss
+    assert not torch.isclose(kept, expected)

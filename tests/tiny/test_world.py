@@ -92,6 +92,21 @@ def test_captions_parse_back(clips: Clips, level: world.Level) -> None:
     ]
 
 
+def test_mixed_captions_take_turns(tmp_path: Path) -> None:
+    """Catches one level for all clips: a teacher would know only that one.
+
+    Also in files, whose clips are drawn one by one.
+    """
+    factors = world.draw_factors(6, generator(0, "mixed"))
+    texts = world.captions(factors, "mixed")
+    for clip, text in enumerate(texts):
+        level = ("short", "medium", "long")[clip % 3]
+        assert text == world.captions(factors, level)[clip]  # type: ignore[arg-type]
+    paths = world.write_clips(tmp_path, 3, 0, "mixed", num_frames=1)
+    words = [len(path.with_suffix(".txt").read_text().split()) for path in paths]
+    assert words == [3, 4, 7]
+
+
 def test_captions_that_contradict_themselves_are_refused() -> None:
     """Catches the last word winning in silence."""
     assert world.parse_caption("A bright, RED disc!") == {"hue": 0, "shape": 0}
