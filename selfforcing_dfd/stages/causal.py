@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Self
 
@@ -10,12 +10,12 @@ from torch import Tensor, nn
 
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.stages.base import FlowConfig, cache_sizes, chunks_of, register
-from selfforcing_dfd.stages.init import InitStage
+from selfforcing_dfd.stages.teacher_forcing import TeacherForcing
 
 
 @register
 @dataclass(slots=True)
-class CausalStage(InitStage):
+class CausalStage(TeacherForcing):
     """Each chunk is denoised from fresh noise after the clean real chunks before it.
 
     At the end the network is a teacher whose ODE makes a video chunk by chunk, in many steps. A
@@ -37,19 +37,6 @@ class CausalStage(InitStage):
             chunks_of(config),
             flow.shift,
             flow.text_dropout,
-            num_stored_noise=0,
             negative=negative,
             **cache_sizes(config),
         )
-
-    @classmethod
-    def check(cls, config: Config) -> None:
-        return
-
-    @classmethod
-    def needs_noise(cls, config: Config) -> str:
-        return ""
-
-    @classmethod
-    def describe(cls, config: Config) -> Iterator[tuple[str, str]]:
-        return iter(())

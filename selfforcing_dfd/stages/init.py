@@ -6,28 +6,11 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal, Self
 
-import torch
 from torch import Tensor, nn
 
 from selfforcing_dfd.config import Config, require
-from selfforcing_dfd.context import KVCache, PackedContext
-from selfforcing_dfd.data.shards import Batch
-from selfforcing_dfd.flow import shift_sigma
-from selfforcing_dfd.objectives import flow_matching
-from selfforcing_dfd.ode import teacher_forced_contexts
-from selfforcing_dfd.rng import Draw
-from selfforcing_dfd.rollout import Chunks
-from selfforcing_dfd.stages.base import (
-    FlowConfig,
-    Pass,
-    StageLoss,
-    TrainingStage,
-    cache_sizes,
-    chunks_of,
-    drop_text,
-    ladder_of,
-    register,
-)
+from selfforcing_dfd.stages.base import FlowConfig, cache_sizes, chunks_of, ladder_of, register
+from selfforcing_dfd.stages.teacher_forcing import TeacherForcing
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,32 +22,19 @@ class InitConfig:
 
 @register
 @dataclass(slots=True)
-class InitStage(TrainingStage):
-    """Each chunk is denoised after the clean real chunks before it.
+class InitStage(TeacherForcing):
+    """Teacher forcing from the noise that is stored with each clip, where there is some.
 
-    Where the shards hold the noise that the teacher's ODE maps each clip to, the first
-    `num_stored_noise` chunks start from it: noise then determines the clip, and a few steps suffice
-    (regression along straight lines to the ODE's endpoints, Liu et al., arXiv 2209.03003; at sigma
-    1 that is regression along the ODE's own path). The noise of a bidirectional teacher is for the
-    first chunk only: later chunks would follow their noise and not their context. For them fresh
-    noise is drawn.
-
-    sigmas: those that are trained; none is all of them, shifted. negative: [L, D_text], the text of
-    no caption; None is zeros.
+    Stored noise is what a teacher's ODE maps the clip to. It determines the clip, so a few steps
+    suffice (regression along straight lines to the ODE's endpoints, Liu et al., arXiv 2209.03003;
+    at sigma 1 that is regression along the ODE's own path). The noise of a bidirectional teacher is
+    for the first chunk only: later chunks would follow their noise and not their context.
     """
 
     name = "init"
     sections = {"flow": FlowConfig, "init": InitConfig}
 
-    trained: dict[str, nn.Module]
-    chunks: Chunks
-    shift: float
-    text_dropout: float
-    sink: int = 0
-    window: int | None = None
     num_stored_noise: int = 1
-    sigmas: tuple[float, ...] = ()
-    negative: Tensor | None = None
 
     @classmethod
     def build(
@@ -104,33 +74,6 @@ class InitStage(TrainingStage):
         return f"init.stored_noise is {own.stored_noise} and init.sigmas {own.sigmas}"
 
     @classmethod
-    def passes(cls, config: Config) -> dict[str, list[Pass]]:
-        clean = Pass("clean past", "student", "committed")
-        return {"student": [clean, Pass("with gradient", "student", "chunks", gradient=True)]}
-
-    @classmethod
     def describe(cls, config: Config) -> Iterator[tuple[str, str]]:
         own = config.of(InitConfig)
         yield "init", f"sigmas {own.sigmas}, stored noise in chunks: {own.stored_noise}"
-
-    def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
-        student = self.trained[turn]
-        conditioning = drop_text(batch, draw, self.text_dropout, self.negative)
-        noise = draw.normal("noise", batch.latents.shape[1:], batch.latents)
-        if batch.noise is not None:
-            for chunk in self.chunks[: self.num_stored_noise]:
-                chunk.of(noise).copy_(chunk.of(batch.noise))
-        frames = tuple(chunk.frames for chunk in self.chunks)
-        sigma = self.draw_sigma(draw.uniform("sigma", (len(frames),))).to(noise)
-        sigma = sigma.repeat_interleave(torch.tensor(frames, device=sigma.device), dim=1)
-        cache = KVCache(self.sink, self.window)
-        contexts = teacher_forced_contexts(student, batch.latents, conditioning, cache, self.chunks)
-        context = PackedContext(contexts, frames)
-        loss = flow_matching(student, batch.latents, noise, sigma, conditioning, context)
-        return StageLoss(loss.mean(), {"flow_loss": loss.detach()})
-
-    def draw_sigma(self, u: Tensor) -> Tensor:
-        """Noise levels for uniform u in [0, 1)."""
-        if not self.sigmas:
-            return shift_sigma(u, self.shift)
-        return torch.tensor(self.sigmas, dtype=u.dtype)[(u * len(self.sigmas)).long()]
