@@ -8,8 +8,8 @@ asks it, in some rows of the batch, about a real clip. For one student update:
    the pairing `caption` it does not: only the caption ties the two together.
 3. `anchored_rows`, `anchor`: the teacher is asked about the real clip where the row is tied and its
    noise level lies in `sigma_range`, else about the student's own sample.
-4. `rows_with_loss`: a sample with a real past is three pieces that do not join. The fake score has
-   never seen such clips, so these rows are trained by their anchor or not at all.
+4. `rows_with_loss`: with a real past, the chunks of a sample do not continue each other. The fake
+   score has never seen such clips, so these rows are trained by their anchor or not at all.
 
 In expectation a real clip enters as its mean given what ties it; a loose caption's mean is grey.
 """

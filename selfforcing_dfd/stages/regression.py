@@ -1,12 +1,11 @@
-"""Stage `regression`: at each step of its ladder, the student learns one answer by heart.
+"""Stage `regression`: at each step of its ladder, the student learns to give one known answer.
 
-Its input is a real clip noised to a step of the ladder, after the clip's real past; or, in some
-updates, what entered a step of the student's own rollout, after its own past. The answer (target):
+Its input is a real clip noised to a step of the ladder, after the clip's real past. In some updates
+it is what entered a step of the student's own rollout, after its own past. The answer (target):
 
-- `trajectory`: where a causal teacher's ODE leads from that very input. It is a function of the
-  input, so nothing is averaged, and the gap of Eq. 7 in arXiv 2606.18478 can go to zero. The
-  teacher's ODE as target is progressive or ODE distillation (arXiv 2202.00512); entered from real
-  clips at every step it also holds past the training clips' own trajectories.
+- `trajectory`: where a causal teacher's ODE leads from that very input. The input determines it, so
+  nothing is averaged, and the gap of Eq. 7 in arXiv 2606.18478 can go to zero. A teacher's ODE as
+  target is known from progressive distillation (arXiv 2202.00512).
 - `consistency`: the student's own answer, one step of that ODE further down (arXiv 2303.01469).
 - `clip`: the real clip. The student learns the mean of what can follow, as in teacher forcing.
 """
