@@ -204,8 +204,9 @@ class DataConfig:
 class CheckpointConfig:
     every: int = ranged(10, 1, 10 * MILLION)  # student updates
     keep: int = ranged(3, 1, 10_000)
-    # of the finished weights; small steps of a large model need float32
-    export: Literal["float16", "float32"] = "float16"
+    # of the finished weights; small steps of a large model need float32; int8: small files, whose
+    # matrices have 8 bits a value and a scale a row
+    export: Literal["float16", "float32", "int8"] = "float16"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -8,6 +8,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from selfforcing_dfd.common import DTYPES
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.data.shards import ShardReader
@@ -54,7 +56,7 @@ def export(trainer: Trainer, folder: Path, config: Config) -> None:
         "stage": config.run.stage,
         "student_updates": str(config.run.student_updates),
     }
-    dtype = DTYPES[config.checkpoint.export]
+    dtype = {**DTYPES, "int8": torch.int8}[config.checkpoint.export]
     stated = identities(config, trainer.reader)
     codec = Path(config.data.shards) / CODEC_FILE
     if codec.is_file():

@@ -26,6 +26,7 @@ from selfforcing_dfd.weights.checkpoint_files import (
     is_training_checkpoint,
     read_training_checkpoint,
 )
+from selfforcing_dfd.weights.eight_bits import from_8_bits
 from selfforcing_dfd.weights.names import (
     Layout,
     Shape,
@@ -184,7 +185,7 @@ def _read_file(path: Path, entry: str, drop_gan_heads: bool) -> StoredWeights:
     beside = path.with_name("config.json")
     if not config and path.name.startswith(WEIGHTS) and beside.is_file():
         config = _read_json(beside)
-    weights = _named(str(path), "safetensors file", raw, config, drop_gan_heads)
+    weights = _named(str(path), "safetensors file", from_8_bits(raw), config, drop_gan_heads)
     about = {key: value for key, value in metadata.items() if key not in FILE_KEYS}
     return dataclasses.replace(weights, about=about)
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from selfforcing_dfd.common import atomic_file
+from selfforcing_dfd.weights.eight_bits import in_8_bits
 from selfforcing_dfd.weights.stored import stored
 from selfforcing_dfd.weights.write import Outgoing, write_safetensors
 
@@ -24,11 +25,15 @@ def save_weights(
 ) -> None:
     """Write one safetensors file; a kill leaves the old file or the new one, a failure the old one.
 
-    dtype: for floating-point tensors; None keeps their own. Equal weights and metadata give equal
+    dtype: for floating-point tensors; None keeps their own; int8: float16, and matrices in 8 bits,
+    see `weights.eight_bits`. Equal weights and metadata give equal
     bytes. With a process group all ranks call, the first one writes. Raises WeightsError for values
     that the dtype cannot hold.
     """
-    tensors = {name: stored(name, whole(tensor)) for name, tensor in _named(weights).items()}
+    named = {name: whole(tensor) for name, tensor in _named(weights).items()}
+    if dtype is torch.int8:
+        named, dtype = in_8_bits(named), None
+    tensors = {name: stored(name, tensor) for name, tensor in named.items()}
     if dist.is_initialized() and dist.get_rank() != 0:
         return
     with atomic_file(path) as partial:
