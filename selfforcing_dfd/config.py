@@ -128,6 +128,7 @@ class RolloutConfig:
     # timesteps before the shift
     ladder: tuple[float, ...] = ranged((1000.0, 750.0, 500.0, 250.0), 0, 1000, above=True)
     shift: float = ranged(5.0, 0, 1000, above=True)
+    noise: Literal["fresh", "kept"] = "fresh"  # between steps
     # latent frames at the video's start that every chunk sees
     sink: int = ranged(0, 0, MOST_FRAMES)
     # latent frames of history and the chunk itself, the sink not counted; 0 is all of them
@@ -204,9 +205,7 @@ class DataConfig:
 class CheckpointConfig:
     every: int = ranged(10, 1, 10 * MILLION)  # student updates
     keep: int = ranged(3, 1, 10_000)
-    # of the finished weights; small steps of a large model need float32; int8: small files, whose
-    # matrices have 8 bits a value and a scale a row
-    export: Literal["float16", "float32", "int8"] = "float16"
+    export: Literal["float16", "float32", "int8"] = "float16"  # int8: matrices in 8 bits a value
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -80,17 +80,20 @@ def denoise_chunk(
 ) -> tuple[Tensor, Tensor]:
     """Few-step generation of one chunk: (x0 after the exit step, what entered that step).
 
-    noise: [S, B, f, C, H, W], one draw for each step of the ladder: where the first step starts,
-    then what is added between steps. exit_step: index into the ladder; None is its last step.
-    real_input: puts real latents into rows of what is noised for the exit step.
+    noise: [S, B, f, C, H, W], a draw for each step of the ladder: the start, then what is added
+    between steps. With one draw, x_t keeps it: Euler's steps along the flow (DDIM, arXiv
+    2010.02502). exit_step: index into the ladder; None is its last step. real_input: puts real
+    latents into rows of what is noised for the exit step.
     """
     last_step = len(ladder) - 1 if exit_step is None else exit_step
     x_t = noise[0]
     for step in range(last_step):
-        x0 = x0_from_flow(x_t, student(x_t, ladder[step], conditioning, context).flow, ladder[step])
+        flow = student(x_t, ladder[step], conditioning, context).flow
+        x0 = x0_from_flow(x_t, flow, ladder[step])
         if real_input is not None and step == last_step - 1:
             x0 = real_input(x0)
-        x_t = add_noise(x0, noise[step + 1], ladder[step + 1])
+        kept = x_t + (1 - ladder[step]) * flow
+        x_t = add_noise(x0, kept if len(noise) == 1 else noise[step + 1], ladder[step + 1])
     flow = student(x_t, ladder[last_step], conditioning, context).flow
     return x0_from_flow(x_t, flow, ladder[last_step]), x_t
 

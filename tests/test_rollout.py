@@ -269,6 +269,21 @@ def test_each_step_adds_its_own_noise():
         assert torch.equal(roll(network, changed, (2, 2, 2)).x0, base) is not matters
 
 
+def test_one_draw_of_noise_is_kept_to_the_end():
+    """Catches noise that is redrawn or scaled: kept, it makes the ladder Euler's steps."""
+    network, noise, text = tiny_network(), ladder_noise()[:1], conditioning()
+    chunk = noise[:, :, :CHUNK]
+    x_t = chunk[0]
+    for sigma, following in zip(LADDER, (*LADDER[1:], 0.0), strict=True):
+        entered = x_t
+        x_t = x_t + (following - sigma) * network(x_t, sigma, text, ChunkContext()).flow
+    x0, x_exit = denoise_chunk(network, chunk, text, ChunkContext(), LADDER)
+    torch.testing.assert_close(x0, x_t)
+    torch.testing.assert_close(x_exit, entered)
+    fresh, _ = denoise_chunk(network, ladder_noise()[:, :, :CHUNK], text, ChunkContext(), LADDER)
+    assert not torch.allclose(fresh, x0)
+
+
 def test_last_chunk_is_not_committed():
     """Catches one wasted network pass in three (of three chunks) on a clip that nothing follows."""
     cache = KVCache()

@@ -96,13 +96,14 @@ class MakeChunk(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class FewSteps:
-    """A student: down the whole ladder, as in streaming."""
+    """A student: down the whole ladder, as in streaming. keeps_noise: see `denoise_chunk`."""
 
     ladder: Ladder
+    keeps_noise: bool = False
 
     @property
     def num_draws(self) -> int:
-        return len(self.ladder)
+        return 1 if self.keeps_noise else len(self.ladder)
 
     def __call__(
         self, network: WanTransformer, noise: Tensor, conditioning: Conditioning, context: Context

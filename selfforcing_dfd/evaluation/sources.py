@@ -137,7 +137,9 @@ def teacher_source(name: str, config: Config, start: Start) -> Source:
 
 def student_source(name: str, about: str, config: Config, start: Start) -> Source:
     """Rollouts of the network in a weights file, with its config's ladder, chunks and window."""
-    return causal_source(name, about, config, start, FewSteps(ladder_of(config)))
+    return causal_source(
+        name, about, config, start, FewSteps(ladder_of(config), config.rollout.noise == "kept")
+    )
 
 
 def causal_source(

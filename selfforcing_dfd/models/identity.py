@@ -52,8 +52,9 @@ class Recipe:
     ladder: timesteps before the shift, from 1000 down. chunk_frames, frames, sink and window are in
     latent frames: of one chunk, of a training clip, at the start of the video that every chunk
     sees, and of history and the current chunk together (0: all of the clip). first_ladder: the
-    ladder of the first chunk where it differs. Raises ValueError for a ladder that does not fall
-    from 1000, and UserError for counts that chunks cannot serve.
+    ladder of the first chunk where it differs. noise: `fresh` between steps, or `kept`. Raises
+    ValueError for a ladder that does not fall from 1000, and UserError for counts that chunks
+    cannot serve.
     """
 
     ladder: tuple[float, ...]
@@ -63,8 +64,11 @@ class Recipe:
     sink: int = 0
     window: int = 0
     first_ladder: tuple[float, ...] | None = None
+    noise: str = "fresh"
 
     def __post_init__(self) -> None:
+        if self.noise not in ("fresh", "kept"):
+            raise UserError(f"a recipe's noise is {self.noise!r}; use fresh or kept")
         for ladder in (self.ladder, self.first_ladder):
             if ladder is not None:
                 _sigmas(ladder, self.shift)
@@ -76,6 +80,11 @@ class Recipe:
         check_frames("sink", self.sink, self.chunk_frames)
         if self.window:
             check_frames("window", self.window, self.chunk_frames)
+
+    @property
+    def keeps_noise(self) -> bool:
+        """Whether the noise that a chunk starts from stays between its steps."""
+        return self.noise == "kept"
 
     @property
     def sigmas(self) -> tuple[float, ...]:

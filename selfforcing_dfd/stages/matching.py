@@ -68,8 +68,9 @@ class MatchingStage(TrainingStage):
 
     The fake score learns by flow matching on the student's own samples, `fake_per_student` times
     for each student update. Where there is a `regression`, the student also learns by it, with an
-    optimizer of its own. coin_shared_by: what shares one data-forcing coin. negative: [L, D_text],
-    the text of guidance's unconditional half; None is zeros.
+    optimizer of its own. keeps_noise: see `denoise_chunk`. coin_shared_by: what shares one
+    data-forcing coin. negative: [L, D_text], the text of guidance's unconditional half; None is
+    zeros.
     """
 
     has_guards = True
@@ -94,6 +95,7 @@ class MatchingStage(TrainingStage):
     control_variate: bool = False
     regression_per_student: int = 0
     regression: RegressionStage | None = None
+    keeps_noise: bool = False
 
     @classmethod
     def build(
@@ -121,6 +123,7 @@ class MatchingStage(TrainingStage):
             control_variate=score.control_variate,
             regression_per_student=score.regression_per_student,
             regression=regression,
+            keeps_noise=config.rollout.noise == "kept",
             negative=negative,
             **cls.forcing_settings(config),
             **cache_sizes(config),
@@ -253,7 +256,7 @@ class MatchingStage(TrainingStage):
 
     def roll_out(self, batch: Batch, draw: Draw, tied: Tensor, exit_step: int) -> Rollout:
         """The student's clips for the batch's captions; `tied` rows [B] as the pairing says."""
-        shape = (len(self.ladder), *batch.latents.shape[1:])
+        shape = (1 if self.keeps_noise else len(self.ladder), *batch.latents.shape[1:])
         noise = draw.normal("rollout", shape, batch.latents).transpose(0, 1)
         pairing = self.forcing.pairing
         start = forcing.start_noise(pairing, noise[0], batch.noise, tied, self.chunks)

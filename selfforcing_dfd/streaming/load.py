@@ -86,6 +86,7 @@ def load_stream_model(
         codec=codec.to(run_on),
         text=TinyPrompts(TinyText(student.config["text_dim"])),
         ladder=settled.sigmas,
+        keeps_noise=settled.keeps_noise,
         chunk_frames=settled.chunk_frames,
         latent_size=(SIDE // SPACE, SIDE // SPACE),
     )
@@ -161,6 +162,7 @@ def load_wan_model(
         codec=WanCodec.from_pretrained(folder, decode_on, weights_dtype, channels_last=on_gpu),
         text=WanText.cached(folder, text_cache(), run_on, weights_dtype),
         ladder=settled.sigmas,
+        keeps_noise=settled.keeps_noise,
         chunk_frames=settled.chunk_frames,
         latent_size=rows_columns,
         decode_device=decode_on,

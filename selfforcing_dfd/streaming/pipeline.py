@@ -290,6 +290,7 @@ class CausalWanPipeline(DiffusionPipeline):
             codec=codec,
             text=WanText(self.tokenizer, self.text_encoder),
             ladder=recipe.sigmas,
+            keeps_noise=recipe.keeps_noise,
             chunk_frames=recipe.chunk_frames,
             latent_size=latent_size(size, codec.strides, self.transformer.patch),
             decode_device=codec.device,
@@ -348,7 +349,8 @@ def export_scheduler(recipe: Recipe) -> FlowMatchEulerDiscreteScheduler:
 
     They are set by set_timesteps(sigmas=[t / 1000 for t in recipe.ladder]).
     """
-    return FlowMatchEulerDiscreteScheduler(shift=recipe.shift, stochastic_sampling=True)
+    fresh = not recipe.keeps_noise
+    return FlowMatchEulerDiscreteScheduler(shift=recipe.shift, stochastic_sampling=fresh)
 
 
 def prompt_seeds(count: int, seed: int | None, generator: Generators | None) -> list[int]:

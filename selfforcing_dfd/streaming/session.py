@@ -44,7 +44,7 @@ class StreamModel:
     """What sessions share: weights and sizes.
 
     latent_size: rows and columns of the latents. decode_device: the codec's device; None is the
-    student's.
+    student's. keeps_noise: whether the noise that a chunk starts from stays between its steps.
     """
 
     student: WanTransformer
@@ -54,6 +54,7 @@ class StreamModel:
     chunk_frames: int
     latent_size: tuple[int, int]
     decode_device: torch.device | None = None
+    keeps_noise: bool = False
 
     @property
     def device(self) -> torch.device:
@@ -284,11 +285,12 @@ class StreamSession:
             return self.model.student.prepare(Conditioning(text), (*self.model.ladder, CLEAN))
 
     def _noise(self) -> Tensor:
-        """[S, 1, f, C, h, w] float32, a function of seed, chunk and denoising step."""
+        """[S, 1, f, C, h, w] float32, by seed, chunk and step; S = 1 if noise is kept."""
         model = self.model
         shape = (1, model.chunk_frames, model.codec.channels, *model.latent_size)
         key = (self.settings.seed, "stream noise", self.chunk_index)
-        draws = [rng.normal(shape, *key, step) for step in range(len(model.ladder))]
+        steps = range(1 if model.keeps_noise else len(model.ladder))
+        draws = [rng.normal(shape, *key, step) for step in steps]
         return torch.stack(draws).to(model.device, non_blocking=True)
 
     def _denoise(self, noise: Tensor) -> Tensor:

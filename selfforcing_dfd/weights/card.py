@@ -161,6 +161,7 @@ def _settings(facts: ModelFacts) -> str:
         "ladder before the shift": _numbers(recipe.ladder),
         "shift": f"{recipe.shift:g}",
         "sigmas": _numbers(recipe.sigmas),
+        "noise between steps": recipe.noise,
         "chunk": f"{chunk} latent frames ({TIME * chunk} video frames)",
         "training clips": f"{recipe.frames} latent frames ({facts.num_video_frames} video frames)",
     }

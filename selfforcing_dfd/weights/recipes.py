@@ -75,6 +75,6 @@ def _in_words(settings: Mapping[str, Any]) -> str:
         if value is None:
             continue
         values = value if isinstance(value, tuple) else (value,)
-        text = ",".join(f"{number:g}" for number in values)
+        text = ",".join(each if isinstance(each, str) else f"{each:g}" for each in values)
         parts.append(f"{name.replace('_', '-')} {text}")
     return ", ".join(parts)

@@ -100,6 +100,25 @@ def test_stream_is_the_rollout(model):
     assert (made - wanted).abs().max() < ROUNDING
 
 
+def test_a_stream_that_keeps_its_noise_is_the_rollout_from_that_noise(model):
+    """Catches fresh noise between a stream's steps where its student was trained to keep it."""
+    kept = replace(model, keeps_noise=True)
+    made = stream(kept, 2, sink_frames=0, window_frames=8, positions="absolute")
+    shape = (1, 2, 16, *LATENT_SIZE)
+    draws = [rng.normal(shape, 0, "stream noise", index, 0).double() for index in range(2)]
+    expected = rollout(
+        model.student,
+        torch.cat(draws, dim=1)[None],
+        conditioning(model),
+        KVCache(),
+        LADDER,
+        (Chunk(0, 2), Chunk(2, 2)),
+    ).x0
+    assert (made - expected).abs().max() < ROUNDING
+    fresh = stream(model, 2, sink_frames=0, window_frames=8, positions="absolute")
+    assert (made - fresh).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize("first", [2, 1])
 @pytest.mark.parametrize(("sink", "window"), [(0, 6), (0, 2), (2, 4), (2, 2), (4, 4)])
 def test_ring_is_the_cache_by_concatenation(model, sink, window, first):
