@@ -83,6 +83,7 @@ def save(folder: Path, page: Page, more: Mapping[str, Any]) -> None:
     document = {
         "title": page.title,
         "world": page.world.name,
+        "headline": page.headline,
         "background": page.background,
         "verdict": page.verdict,
         "findings": findings,
@@ -105,6 +106,7 @@ def _markdown(page: Page) -> str:
     commands = "\n".join(page.commands)
     parts = [
         f"# {page.title}",
+        page.headline,
         f"{page.subtitle}.",
         page.tried,
         *(f"**{finding.text}**" for finding in page.findings),
@@ -119,8 +121,9 @@ def _markdown(page: Page) -> str:
 
 
 def printed(page: Page, folder: Path) -> str:
-    """The table and the verdict for a terminal."""
+    """The headline, the table and the verdict for a terminal."""
     parts = [
+        textwrap.fill(page.headline, TERMINAL),
         f"{page.title}: {page.subtitle}",
         tables.plain_table(page.rows, page.world.metrics),
         "\n".join(textwrap.fill(note, TERMINAL) for note in (MARKS, *page.notes)),

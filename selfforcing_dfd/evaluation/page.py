@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 
 from selfforcing_dfd.evaluation import curves
+from selfforcing_dfd.evaluation.headline import label, shown_first
 from selfforcing_dfd.evaluation.tables import (
     CONTROL,
     DATA,
@@ -44,20 +45,21 @@ class Page:
     """Everything that the page shows.
 
     tried: a sentence on what was compared. background: what is known about it. notes: how to read
-    the table. comparison: address of the video of all rows side by side. captions: of the clips in
-    the pictures.
+    the table. headline: one sentence for a stranger, or empty. strip: address of the video of
+    `shown_first`'s rows side by side, or empty. captions: of the clips in the pictures.
     """
 
     title: str
     subtitle: str
     tried: str
+    headline: str
     background: str
     world: World
     findings: Sequence[Finding]
     rows: Sequence[Row]
     notes: Sequence[str]
     sheets: Mapping[str, Sheet]
-    comparison: str
+    strip: str
     captions: Sequence[str]
     panels: Sequence[curves.Panel]
     commands: Sequence[str]
@@ -105,12 +107,14 @@ def render_page(page: Page) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"prose": prose, "png": png, "svg": svg}
+    environment.filters |= {"label": label, "prose": prose, "png": png, "svg": svg}
     style = (files(__package__) / "templates" / "report.css").read_text(encoding="utf-8")
     series = [one for panel in page.panels for one in panel.series]
+    first = shown_first([row.name for row in page.rows])
     plots = [(panel, curves.plot(panel)) for panel in page.panels]
     return environment.get_template("report.html").render(
         page=page,
+        strip_rows=[row for row in page.rows if row.name in first],
         style=Markup(style),
         palette=curves.PALETTE,
         colour=colours(page.rows),

@@ -15,6 +15,7 @@ from selfforcing_dfd.evaluation import curves
 from selfforcing_dfd.evaluation.combine import combine
 from selfforcing_dfd.evaluation.document import environment, notes_on, printed, save
 from selfforcing_dfd.evaluation.generate import Decode, EvaluationSet, Videos
+from selfforcing_dfd.evaluation.headline import shown_first
 from selfforcing_dfd.evaluation.page import Page, Sheet, colours
 from selfforcing_dfd.evaluation.pictures import (
     contact_sheet,
@@ -36,7 +37,7 @@ from selfforcing_dfd.weights.runs import CONFIG_FILE, config_of, student_of
 
 __all__ = ["combine", "sample_videos", "write_report"]
 
-COMPARISON = "samples/side_by_side.mp4"
+STRIP = "samples/side_by_side.mp4"
 
 
 def write_report(config: Config) -> str:
@@ -54,7 +55,7 @@ def write_report(config: Config) -> str:
     decode = world.decoder(config)
     rows = []
     sheets = {}
-    compared = {}
+    strip = {}
     layout = world.layout
     for source in found:
         row, first = measure(config, world, source, evaluation, decode)
@@ -64,9 +65,10 @@ def write_report(config: Config) -> str:
         write_mp4(folder / video, enlarged(grid, layout.scale), layout.fps)
         sheet = contact_sheet(first[: layout.sheet_clips], layout.max_width)
         sheets[source.name] = Sheet(sheet, video)
-        compared[source.name] = shrunk(first[: layout.compared_clips], layout.max_width)
-    together = side_by_side(compared, layout.compared_columns, layout.scale)
-    write_mp4(folder / COMPARISON, together, layout.fps)
+        strip[source.name] = shrunk(first[: layout.compared_clips], layout.max_width)
+    shown = {name: strip[name] for name in shown_first(list(strip))}
+    together = side_by_side(shown, layout.compared_columns, layout.scale)
+    write_mp4(folder / STRIP, together, layout.fps)
     if config.arms or not (folder / CONFIG_FILE).exists():
         (folder / CONFIG_FILE).write_text(to_yaml(config))
     device = str(find_device(config.run.device, "run.device"))
@@ -74,13 +76,14 @@ def write_report(config: Config) -> str:
         title=config.run.name,
         subtitle=_subtitle(config, world, len(evaluation)),
         tried=_tried(config),
+        headline=world.headline(rows, len(evaluation)),
         background=world.background(config),
         world=world,
         findings=world.findings(rows),
         rows=rows,
         notes=notes_on(world, rows, len(evaluation), [config.report.seed]),
         sheets=sheets,
-        comparison=COMPARISON,
+        strip=STRIP,
         captions=evaluation.captions[: layout.compared_clips],
         panels=curves.panels(run_metrics(config), colours(rows)),
         commands=_commands(folder, config.run.name),

@@ -15,6 +15,7 @@ from selfforcing_dfd.evaluation import tiny_verdict
 from selfforcing_dfd.evaluation.curves import Group, share_chart
 from selfforcing_dfd.evaluation.follow import compare_clips
 from selfforcing_dfd.evaluation.generate import Decode, EvaluationSet, GoOn, Videos
+from selfforcing_dfd.evaluation.headline import counted
 from selfforcing_dfd.evaluation.tables import (
     CONTROLS,
     FEWEST,
@@ -90,6 +91,8 @@ METRICS = (
     Metric("seam_excess_px", "seam excess, px", 2, 0.5, "how much less even motion is at seams"),
     Metric("spread", "spread of pixels", 3, 0.04, "standard deviation over clips, all clips", 0),
 )
+
+KINDS = "kinds of motion (colour, direction and speed)"  # modes, in the report's first sentence
 
 LAYOUT = Layout(
     fps=FPS,
@@ -187,6 +190,9 @@ class TinyWorld:
 
     def findings(self, rows: Sequence[Row]) -> list[Finding]:
         return tiny_verdict.findings(rows, METRICS)
+
+    def headline(self, rows: Sequence[Row], num_clips: int, num_runs: int = 1) -> str:
+        return counted(rows, "modes", KINDS, num_clips, num_runs)
 
     def verdict(self, runs: Sequence[Run]) -> list[Finding]:
         return tiny_verdict.verdict(runs)

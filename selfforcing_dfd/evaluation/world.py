@@ -95,6 +95,13 @@ class World(Protocol):
         """One sentence for each row that is judged, from a single run. It is no verdict."""
         ...
 
+    def headline(self, rows: Sequence[Row], num_clips: int, num_runs: int = 1) -> str:
+        """One sentence for a stranger, from these rows; empty where the world counts nothing.
+
+        num_clips: of each row and run. num_runs: over which the scores are means.
+        """
+        ...
+
     def verdict(self, runs: Sequence[Run]) -> list[Finding]:
         """One sentence for each arm and control, over runs; nothing without a rule for it."""
         ...

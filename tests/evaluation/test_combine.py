@@ -71,6 +71,8 @@ def test_combined_report_judges_over_runs_and_shows_their_range(tmp_path: Path):
         {"value": 3.41 / 4, "low": 0.8, "high": 0.9, "n": 4}
     )
     assert "0.85 [0.80 0.90]" in table
+    assert "(256 clips each, means over 4 runs)" in saved["headline"]
+    assert " ".join(table.split()).startswith(saved["headline"])
     assert "The verdict's rule." in " ".join(table.split())
     assert saved["runs"][3] == {"start": "b", "seed": 1}
     assert "evaluation seed 2000, kept for reporting" in " ".join(table.split())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
@@ -74,13 +75,14 @@ def page(rows: Sequence[Row], **fields: Any) -> Page:
         "title": "run",
         "subtitle": "a test",
         "tried": "two arms",
+        "headline": "Real clips show 54 kinds.",
         "background": "",
         "world": TINY,
         "findings": TINY.findings(rows),
         "rows": rows,
         "notes": ["note"],
         "sheets": {},
-        "comparison": "",
+        "strip": "",
         "captions": (),
         "panels": (),
         "commands": ["python train.py"],
@@ -102,7 +104,7 @@ def test_page_is_one_well_formed_file_with_every_row():
         page(
             rows,
             sheets={one.name: Sheet(b"png", f"samples/{n}.mp4") for n, one in enumerate(rows)},
-            comparison="samples/side_by_side.mp4",
+            strip="samples/side_by_side.mp4",
             captions=("a disc moves",),
             panels=panels({"a<b & co": lines}, colours(rows)),
         )
@@ -117,16 +119,48 @@ def test_page_is_one_well_formed_file_with_every_row():
     assert "KL(prior ‖ sample)" in tags.text
 
 
-def test_page_explains_before_it_counts():
-    """Catches a page that opens with a table whose words a newcomer does not know."""
+def test_page_shows_and_explains_before_it_counts():
+    """Catches a page that opens with a verdict or a table whose words a newcomer does not know."""
     rows = [row("data"), row("control", **USUAL), row("caption", **USUAL)]
     sheets = {one.name: Sheet(b"png", "samples/x.mp4") for one in rows}
-    html = render_page(page(rows, sheets=sheets, comparison="samples/side_by_side.mp4"))
-    places = [
-        html.index(text)
-        for text in ("two arms", "about caption", "samples/side_by_side.mp4", "<table>")
-    ]
+    html = render_page(page(rows, sheets=sheets, strip="samples/side_by_side.mp4"))
+    order = (
+        "<h1>",
+        "samples/side_by_side.mp4",
+        "Real clips show 54 kinds.",
+        "two arms",
+        'class="verdict"',
+        "</i>caption</dt><dd>about caption",
+        "samples/x.mp4",
+        "<table>",
+    )
+    places = [html.index(text) for text in order]
     assert places == sorted(places)
+
+
+def test_strip_has_data_and_arms_by_name_and_plays_by_itself():
+    """Catches names over the wrong clips, and a strip that stands still until it is clicked."""
+    names = ("data", "teacher", "start", "control", "caption")
+    rows = [row(name) for name in names]
+    rows[-1] = dataclasses.replace(rows[-1], about="DFD, as in the paper: more; 24 updates")
+    html = render_page(page(rows, strip="samples/side_by_side.mp4"))
+    heads, _, rest = html.partition('<div class="heads">')[2].partition("<video")
+    shown = re.findall(r"</i>([^<]*)<small>([^<]*)</small>", heads)
+    assert shown == [
+        ("data", "about data"),
+        ("control", "about control"),
+        ("caption", "DFD, as in the paper"),
+    ]
+    assert "--groups: 3" in html
+    attributes = rest.partition(">")[0].split()
+    assert {"autoplay", "loop", "muted", "playsinline"} <= set(attributes)
+
+
+def test_page_without_a_strip_or_sentence_leaves_no_gap():
+    """Catches an empty player over a report of several runs."""
+    html = render_page(page([row("data"), row("student")], headline=""))
+    assert "<video" not in html
+    assert 'class="headline"' not in html
 
 
 def test_same_report_gives_the_same_bytes():

@@ -9,12 +9,15 @@ from pathlib import Path
 import av
 import imageio.v2 as imageio
 import pytest
+import torch
 from test_page import parsed
 from tiny_models import fill_weights, save_network
+from torch import Tensor
 
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import Config, ConfigError, NetworkConfig, change, to_yaml
 from selfforcing_dfd.evaluation.gate import GateError, check_gate
+from selfforcing_dfd.evaluation.pictures import GAP, ROW_GAP
 from selfforcing_dfd.evaluation.report import sample_videos, write_report
 from selfforcing_dfd.evaluation.showcase import write_showcase
 from selfforcing_dfd.evaluation.sources import sources
@@ -73,7 +76,7 @@ def test_report_has_every_row_in_every_file(reported: tuple[Config, str]):
     folder = Path(config.run.out) / "demo"
     saved = json.loads((folder / "report.json").read_text())
     assert [one["name"] for one in saved["rows"]] == ROWS
-    assert table.splitlines()[3].split() == ROWS
+    assert table.splitlines()[6].split() == ROWS
     assert saved["verdict"] in " ".join(table.split())
     markdown = (folder / "report.md").read_text()
     tags = parsed((folder / "report.html").read_text())
@@ -94,6 +97,58 @@ def test_report_has_every_row_in_every_file(reported: tuple[Config, str]):
     assert "evaluation seed 1000, on which settings may have been chosen" in " ".join(table.split())
     assert "statement about dose" in saved["background"]
     assert saved["background"] in tags.text
+
+
+def pictures_of(path: Path) -> list[Tensor]:
+    """The video frames of an mp4, [H, W, 3] each."""
+    with av.open(str(path)) as video:
+        frames = [frame.to_ndarray(format="rgb24") for frame in video.decode(video=0)]
+    return [torch.from_numpy(frame).float() for frame in frames]
+
+
+def test_strip_holds_data_and_arms_in_step(reported: tuple[Config, str]):
+    """Catches a strip with another row, another order, or clips of another place or time.
+
+    `twin` is equal to `control`, and `caption` is not. The first clips of a row's own video are
+    those of the strip: there 4 lie in a line, here 2.
+    """
+    samples = Path(reported[0].run.out) / "demo" / "samples"
+    strip = pictures_of(samples / "side_by_side.mp4")
+    shown = ["data", "control", "twin", "caption"]
+    layout = TINY.layout
+    side = layout.scale * layout.max_width
+    share = 2 * side + GAP + ROW_GAP
+    assert len(strip) == 21
+    assert strip[0].shape == (3 * side + 2 * GAP, 4 * share - ROW_GAP, 3)
+    own = {name: pictures_of(samples / f"{name}.mp4") for name in ROWS}
+    for time in (0, 10, 20):
+        for place, name in enumerate(shown):
+            left = place * share
+            clip = strip[time][:side, left : left + side]
+            apart = {
+                (other, when): float((clip - frames[when][:side, :side]).abs().mean())
+                for other, frames in own.items()
+                for when in (0, 10, 20)
+            }
+            nearest = min(apart.values())
+            assert apart[name, time] < nearest + 1, (name, time, apart)
+
+
+def test_every_file_opens_with_the_sentence(reported: tuple[Config, str]):
+    """Catches a sentence whose numbers are not those of the rows below it."""
+    config, table = reported
+    folder = Path(config.run.out) / "demo"
+    saved = json.loads((folder / "report.json").read_text())
+    counts = {one["name"]: f"{one['scores']['modes']['value']:.0f}" for one in saved["rows"]}
+    assert saved["headline"] == (
+        f"Real clips show {counts['data']} kinds of motion (colour, direction and speed); for the "
+        f"same captions, control (DMD alone) shows {counts['control']}, twin {counts['twin']} and "
+        f"caption {counts['caption']} (8 clips each, one run)."
+    )
+    assert " ".join(table.split()).startswith(saved["headline"])
+    assert (folder / "report.md").read_text().split("\n\n")[1] == saved["headline"]
+    html = (folder / "report.html").read_text()
+    assert html.index("side_by_side.mp4") < html.index(saved["headline"]) < html.index('verdict"')
 
 
 @pytest.mark.parametrize("name", ["clips.webp", "scores.svg", "scores.png"])

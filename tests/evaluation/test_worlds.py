@@ -89,6 +89,8 @@ def test_video_report_has_basics_and_pictures(reported: tuple[Config, str]):
     run = Path(config.run.out) / "demo"
     saved = json.loads((run / "report.json").read_text())
     assert saved["world"] == "video"
+    assert saved["headline"] == ""
+    assert table.startswith("\ndemo: Video")
     assert [row["name"] for row in saved["rows"]] == ["data", "teacher", "student"]
     metrics = {"saturation", "contrast", "sharpness", "motion", "spread"}
     for row in saved["rows"]:
