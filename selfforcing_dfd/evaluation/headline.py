@@ -61,7 +61,7 @@ def counted(rows: Sequence[Row], key: str, what: str, num_clips: int, num_runs: 
         return ""
     counts = {row.name: number(row.scores[key].value, 0) for row in shown}
     real = counts.pop(DATA)
-    told = []
+    told: list[str] = []
     for name, count in counts.items():
         verb = "" if told else "shows "
         told.append(f"{IN_WORDS.get(name, name)} {verb}{count}")

@@ -111,10 +111,11 @@ def render_page(page: Page) -> str:
     style = (files(__package__) / "templates" / "report.css").read_text(encoding="utf-8")
     series = [one for panel in page.panels for one in panel.series]
     first = shown_first([row.name for row in page.rows])
+    strip_rows = [row for row in page.rows if row.name in first]
     plots = [(panel, curves.plot(panel)) for panel in page.panels]
     return environment.get_template("report.html").render(
         page=page,
-        strip_rows=[row for row in page.rows if row.name in first],
+        strip_rows=strip_rows,
         style=Markup(style),
         palette=curves.PALETTE,
         colour=colours(page.rows),
