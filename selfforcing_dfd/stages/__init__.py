@@ -9,11 +9,13 @@ from selfforcing_dfd import config as settings
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.stages import causal, dfd, dmd, init, pairs, regression, teacher
 from selfforcing_dfd.stages.base import STAGES, stage_of
+from selfforcing_dfd.stages.presets import SETTING, expanded, settings_of
 
 __all__ = [
     "STAGES",
     "arms_of",
     "causal",
+    "change",
     "dfd",
     "dmd",
     "init",
@@ -28,7 +30,19 @@ __all__ = [
 def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     """A config file with overrides on top, checked by its stage. Raises ConfigError."""
     sections = {key: kind for stage in STAGES.values() for key, kind in stage.sections.items()}
-    return checked(settings.load(name, list(overrides), sections), name)
+    with settings.explained(name):
+        asked = expanded(overrides)
+    config = settings.load(name, asked, sections)
+    preset = config.of(dfd.DFDConfig).preset
+    if preset and not any(override.startswith(SETTING) for override in overrides):
+        config = settings.load(name, [*settings_of(preset), *asked], sections)
+    return checked(config, name)
+
+
+def change(config: Config, overrides: Sequence[str]) -> Config:
+    """The same settings with overrides on top. Raises ConfigError."""
+    with settings.explained(config.run.name):
+        return settings.change(config, expanded(overrides))
 
 
 def arms_of(config: Config) -> Iterator[Config]:
@@ -38,7 +52,7 @@ def arms_of(config: Config) -> Iterator[Config]:
     for arm, overrides in config.arms.items():
         alone = dataclasses.replace(config, arms={})
         arm_of_run = [f"run.name={config.run.name}/{arm}", *overrides]
-        yield checked(settings.change(alone, arm_of_run), f"arm {arm}")
+        yield checked(change(alone, arm_of_run), f"arm {arm}")
 
 
 def checked(config: Config, name: str) -> Config:

@@ -25,6 +25,7 @@ PAIRINGS_IN_WORDS = {
 class DFDConfig:
     """Which rows of a batch ask the teacher about a real video (arXiv 2606.18478, Eq. 9-10)."""
 
+    preset: Literal["", "stable"] = ""  # several settings by one name, stages/presets.py
     p: float = ranged(0.5, 0, 1)  # probability that a row is tied to a real clip
     # probability at the first student update; it goes linearly to p
     p_start: float = ranged(0.5, 0, 1)

@@ -14,7 +14,7 @@ from selfforcing_dfd import config as settings
 from selfforcing_dfd.common import shipped
 from selfforcing_dfd.config import Config, ConfigError, require
 from selfforcing_dfd.evaluation.tables import REFERENCES
-from selfforcing_dfd.stages import checked, load_config
+from selfforcing_dfd.stages import change, checked, load_config
 from selfforcing_dfd.weights.runs import FAKE_FILE, STUDENT_FILE
 
 STUDY_CONFIGS = "configs/study"
@@ -177,14 +177,14 @@ def configs_of_arm(plan: Plan, base: Config, name: str) -> dict[str, Config]:
     every = arm.every or plan.every
     own = [*common_settings(plan), f"checkpoint.every={every}", *settings_of_arm(plan, name)]
     named = replace(base, run=replace(base.run, name=f"arm {name}"))  # as errors call it
-    config = checked(settings.change(named, own), f"arm {name}")
+    config = checked(change(named, own), f"arm {name}")
     configs = {name: config}
     if arm.long:
         lengthened = [
             f"run.student_updates={plan.long * config.run.student_updates}",
             f"checkpoint.every={plan.long * every}",
         ]
-        configs[name + LONG] = settings.change(config, lengthened)
+        configs[name + LONG] = change(config, lengthened)
     return configs
 
 
@@ -205,7 +205,7 @@ def common_settings(plan: Plan) -> list[str]:
 
 def reference_config(plan: Plan, start: str) -> Config:
     """Settings by which rows that no arm trains are measured: a start's student, its teachers."""
-    return in_start(plan, settings.change(load_config(plan.base), common_settings(plan)), start)
+    return in_start(plan, change(load_config(plan.base), common_settings(plan)), start)
 
 
 def in_start(plan: Plan, config: Config, start: str) -> Config:

@@ -1,0 +1,57 @@
+"""Recipes by name: what they set, and what comes after them."""
+
+from __future__ import annotations
+
+import pytest
+
+from selfforcing_dfd.config import ConfigError
+from selfforcing_dfd.stages import arms_of, change, load_config
+from selfforcing_dfd.stages.regression import RegressionConfig
+
+CAUSAL = "weights.causal=causal.safetensors"
+
+
+def test_a_preset_is_its_settings():
+    """Catches a name that is noted and does nothing."""
+    config = load_config("dfd_ar", [CAUSAL, "dfd.preset=stable"])
+    assert config.run.stage == "regression"
+    assert config.rollout.noise == "kept"
+    assert config.of(RegressionConfig).target == "trajectory"
+
+
+def test_settings_after_a_preset_win_and_those_before_do_not():
+    """Catches a preset that is merged last, or only first."""
+    after = load_config("dfd_ar", [CAUSAL, "dfd.preset=stable", "regression.steps=7"])
+    before = load_config("dfd_ar", [CAUSAL, "regression.steps=7", "dfd.preset=stable"])
+    assert after.of(RegressionConfig).steps == 7
+    assert before.of(RegressionConfig).steps != 7
+
+
+def test_a_file_may_name_a_preset(tmp_path):
+    """Catches presets that only overrides can name, and files that silently undo one."""
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "base: dfd_ar.yaml\ndfd: {preset: stable}\nweights: {causal: c.safetensors}\narms: {}\n"
+    )
+    assert load_config(str(file)).run.stage == "regression"
+    assert load_config(str(file), ["rollout.noise=fresh"]).rollout.noise == "fresh"
+    assert load_config(str(file), ["run.stage=dmd", "dfd.preset="]).run.stage == "dmd"
+
+
+def test_an_arm_may_name_a_preset(tmp_path):
+    """Catches arms whose overrides are taken as they stand."""
+    file = tmp_path / "own.yaml"
+    file.write_text(
+        "base: dfd_ar.yaml\nweights: {causal: c.safetensors}\n"
+        "arms: {control: [run.stage=dmd], stable: [dfd.preset=stable, regression.steps=2]}\n"
+    )
+    arms = {arm.run.name.rpartition("/")[2]: arm for arm in arms_of(load_config(str(file)))}
+    control, stable = arms["control"], arms["stable"]
+    assert (control.run.stage, control.rollout.noise) == ("dmd", "fresh")
+    assert (stable.run.stage, stable.rollout.noise) == ("regression", "kept")
+    assert stable.of(RegressionConfig).steps == 2
+
+
+def test_an_unknown_preset_is_refused_with_the_known_ones():
+    with pytest.raises(ConfigError, match=r"dfd\.preset is 'stabel'; use one of stable"):
+        change(load_config("dfd_ar"), ["dfd.preset=stabel"])
