@@ -14,8 +14,8 @@ STAGES: tuple[tuple[str, dict[str, str]], ...] = (
     ("tiny/teacher.yaml", {"student": "teacher"}),
     ("tiny/teacher_long.yaml", {"student": "teacher"}),  # continues the run before
     ("tiny/teacher_all.yaml", {"student": "teacher"}),  # and so does this
-    ("tiny/causal.yaml", {}),
-    ("tiny/init.yaml", {}),
+    ("tiny/causal.yaml", {"student": "causal"}),
+    ("tiny/stable.yaml", {"student": "stable"}),
     ("tiny/dmd.yaml", {"student": "student", "fake": "fake"}),
 )
 NUM_BASIS_CLIPS = 1024

@@ -23,6 +23,8 @@ BASE = "base"  # the file there that is no plan
 CAUSAL = "causal"  # the causal teacher's row
 LONG = "_long"  # how the names of lengthened arms end
 OTHER_DRAWS = 1000  # added to the seed of arms with other draws
+# added for each start after the first; an arm that takes nothing of its start would repeat itself
+OF_START = 100
 RESULTS = "results"
 START_FILE = "start.json"  # a start's own result, beside the folders of its draws
 
@@ -225,7 +227,7 @@ def runs_of_arm(
     """An arm's run, and in the first draw its lengthened run."""
     arm = plan.arms[name]
     first = draw == plan.draws[0]
-    seed = draw + OTHER_DRAWS if arm.other_draws else draw
+    seed = draw + OF_START * list(plan.starts).index(start) + OTHER_DRAWS * arm.other_draws
     folder = Path(plan.out) / RESULTS / start / str(draw)
     for each, config in configs.items():
         if each == name or first:

@@ -16,15 +16,16 @@ def test_a_preset_is_its_settings():
     config = load_config("dfd_ar", [CAUSAL, "dfd.preset=stable"])
     assert config.run.stage == "regression"
     assert config.rollout.noise == "kept"
+    assert config.weights.student == ""
     assert config.of(RegressionConfig).target == "trajectory"
 
 
 def test_settings_after_a_preset_win_and_those_before_do_not():
     """Catches a preset that is merged last, or only first."""
-    after = load_config("dfd_ar", [CAUSAL, "dfd.preset=stable", "regression.steps=7"])
-    before = load_config("dfd_ar", [CAUSAL, "regression.steps=7", "dfd.preset=stable"])
-    assert after.of(RegressionConfig).steps == 7
-    assert before.of(RegressionConfig).steps != 7
+    after = load_config("dfd_ar", [CAUSAL, "dfd.preset=stable", "regression.target=clip"])
+    before = load_config("dfd_ar", [CAUSAL, "regression.target=clip", "dfd.preset=stable"])
+    assert after.of(RegressionConfig).target == "clip"
+    assert before.of(RegressionConfig).target == "trajectory"
 
 
 def test_a_file_may_name_a_preset(tmp_path):
