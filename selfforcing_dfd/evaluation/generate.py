@@ -15,9 +15,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.context import Cache, Conditioning, Context, KVCache
+from selfforcing_dfd.context import (
+    WHOLE_CLIP,
+    Cache,
+    ChunkKV,
+    Conditioning,
+    Context,
+    KVCache,
+    Network,
+    NetworkOutput,
+)
+from selfforcing_dfd.flow import expand_sigma
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.ode import integrate, sample, sampling_ladder, with_context
+from selfforcing_dfd.ode import descend, integrate, sample, sampling_ladder, with_context
 from selfforcing_dfd.rollout import Chunks, Ladder, commit_chunk, denoise_chunk
 
 Videos = Iterator[Tensor]
@@ -124,6 +134,46 @@ class ODESteps:
     ) -> Tensor:
         ladder = sampling_ladder(self.num_steps, self.shift)
         return integrate(with_context(network, context), noise[0], ladder, conditioning)
+
+
+@dataclass(frozen=True, slots=True)
+class ODEAtEachStep:
+    """What a student would be that has learnt a causal teacher's trajectories without error.
+
+    At each step of the ladder the answer is where the teacher's ODE leads, in num_steps steps of
+    Heun's method. keeps_noise: see `denoise_chunk`. What is lost here no training can bring back.
+    """
+
+    ladder: Ladder
+    num_steps: int
+    shift: float
+    keeps_noise: bool = False
+
+    @property
+    def num_draws(self) -> int:
+        return 1 if self.keeps_noise else len(self.ladder)
+
+    def __call__(
+        self, network: WanTransformer, noise: Tensor, conditioning: Conditioning, context: Context
+    ) -> Tensor:
+        ideal = self.student(network)
+        return denoise_chunk(ideal, noise, conditioning, context, self.ladder)[0]
+
+    def student(self, teacher: Network) -> Network:
+        """The network whose clean prediction is where the teacher's ODE leads."""
+
+        def run(
+            x_t: Tensor,
+            sigma: Tensor | float,
+            conditioning: Conditioning,
+            context: Context | None = None,
+        ) -> NetworkOutput:
+            level = torch.as_tensor(sigma).to(x_t).expand(x_t.shape[:2])
+            seen = WHOLE_CLIP if context is None else context
+            x0 = descend(teacher, x_t, level, conditioning, seen, self.num_steps, self.shift)
+            return NetworkOutput((x_t - x0) / expand_sigma(level, x_t), ChunkKV(x_t.shape[1], ()))
+
+        return run
 
 
 @torch.no_grad()

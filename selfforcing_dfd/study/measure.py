@@ -18,7 +18,7 @@ from selfforcing_dfd.common import atomic_file, find_file
 from selfforcing_dfd.config import Config, as_dict
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.evaluation import tables
-from selfforcing_dfd.evaluation.generate import ODESteps
+from selfforcing_dfd.evaluation.generate import ODEAtEachStep, ODESteps
 from selfforcing_dfd.evaluation.report import measure
 from selfforcing_dfd.evaluation.sources import (
     Source,
@@ -34,12 +34,13 @@ from selfforcing_dfd.stages.base import (
     FlowConfig,
     Start,
     causal_start,
+    ladder_of,
     student_start,
     teacher_start,
 )
 from selfforcing_dfd.streaming.load import load_settings, load_stream_model
 from selfforcing_dfd.streaming.session import StreamSession
-from selfforcing_dfd.study.plan import CAUSAL, Plan, StudyRun
+from selfforcing_dfd.study.plan import CAUSAL, IDEAL_STEPS, IDEALS, Plan, StudyRun
 from selfforcing_dfd.tiny.codec import TIME
 from selfforcing_dfd.tiny.metrics import summarise
 from selfforcing_dfd.tiny.readout import read
@@ -111,6 +112,10 @@ def references(config: Config) -> dict[str, Source]:
         steps = config.report.teacher_steps
         ode = ODESteps(steps, config.of(FlowConfig).shift)
         found[CAUSAL] = causal_source(CAUSAL, f"{steps} ODE steps", config, causal, ode)
+        for name, keeps_noise in IDEALS.items():
+            about = "its ODE at each step of the ladder"
+            ideal = ODEAtEachStep(ladder_of(config), IDEAL_STEPS, ode.shift, keeps_noise)
+            found[name] = causal_source(name, about, config, causal, ideal)
     return found
 
 

@@ -21,6 +21,9 @@ STUDY_CONFIGS = "configs/study"
 FOLDER = "START"  # stands for a start's folder in settings of an arm
 BASE = "base"  # the file there that is no plan
 CAUSAL = "causal"  # the causal teacher's row
+# its ODE at each step of a student's ladder: what a student without error would be
+IDEALS = {"ideal_fresh": False, "ideal_kept": True}  # name -> whether it keeps its noise
+IDEAL_STEPS = 5
 LONG = "_long"  # how the names of lengthened arms end
 OTHER_DRAWS = 1000  # added to the seed of arms with other draws
 # added for each start after the first; an arm that takes nothing of its start would repeat itself
@@ -36,7 +39,9 @@ class ArmPlan:
     like: str = ""  # an arm above, whose settings come first
     set: list[str] = field(default_factory=list)
     tried: int = 1  # settings that were tried for this arm before the study
-    every: int = 0  # student updates between measured points; 0 is the study's
+    every: int = 0  # student updates between checkpoints; 0 is the study's
+    # which of them are measured; empty is all. Of a lengthened run always all
+    points: list[int] = field(default_factory=list)
     other_draws: bool = False  # seeds of its own: beside its twin, what draws alone make
     long: bool = False  # also run `study.long` times as long, in the first draw of each start
     stream: bool = False  # also stream freely, in the first draw of each start
@@ -126,7 +131,7 @@ def load_plan(name: str) -> Plan:
 def check(plan: Plan) -> None:
     """Raise ConfigError for names of arms that do not exist, and for numbers that do not fit."""
     known = ", ".join(plan.arms)
-    rows = Counter((*REFERENCES, CAUSAL))
+    rows = Counter((*REFERENCES, CAUSAL, *IDEALS))
     rows.update(list(plan.arms))
     rows.update(list(plan.fixed))
     for name, times in rows.items():
@@ -235,11 +240,22 @@ def runs_of_arm(
             placed = in_start(plan, replace(config, run=run), start)
             result = folder / f"{each}.json"
             streams = arm.stream and first
-            yield StudyRun(start, draw, each, placed, points_of(placed), result, streams)
+            points = points_of(placed, arm.points if each == name else [])
+            yield StudyRun(start, draw, each, placed, points, result, streams)
 
 
-def points_of(config: Config) -> tuple[int, ...]:
-    """Student updates at which a run is measured: every so many, and the last."""
+def points_of(config: Config, wanted: Sequence[int]) -> tuple[int, ...]:
+    """Student updates at which a run is measured: those wanted, or all that have a checkpoint.
+
+    Raises ConfigError for a wanted one without a checkpoint.
+    """
     last = config.run.student_updates
     every = config.checkpoint.every
-    return (*range(every, last, every), last)
+    saved = (*range(every, last, every), last)
+    other = sorted(set(wanted) - set(saved))
+    require(
+        not other,
+        f"{config.run.name} is to be measured at {other}, but has checkpoints at {list(saved)}; "
+        "use some of them",
+    )
+    return tuple(wanted) or saved

@@ -37,6 +37,8 @@ from selfforcing_dfd.study.measure import (
     write_json,
 )
 from selfforcing_dfd.study.plan import (
+    CAUSAL,
+    IDEALS,
     RESULTS,
     START_FILE,
     Plan,
@@ -125,7 +127,7 @@ def tasks_of(plan: Plan, runs: Sequence[StudyRun], measure_only: bool) -> list[T
     tasks = []
     make: Callable[[], Mapping[str, Any] | None]
     for name, source in references(some).items():
-        roles = () if name == DATA else (name,)
+        roles = () if name == DATA else (CAUSAL if name in IDEALS else name,)
         make = partial(measure_reference, some, source, roles)
         result = results / f"{name}.json"
         tasks.append(Task(name, some, result, locks / name, make, roles, OF_TRAINING))

@@ -17,12 +17,13 @@ from selfforcing_dfd.config import (
     RunConfig,
     TinyDataConfig,
 )
-from selfforcing_dfd.context import Conditioning, KVCache
+from selfforcing_dfd.context import ChunkContext, Conditioning, KVCache
 from selfforcing_dfd.evaluation.follow import follow_scores
 from selfforcing_dfd.evaluation.generate import (
     Decode,
     EvaluationSet,
     FewSteps,
+    ODEAtEachStep,
     ODESteps,
     causal_clips,
     make_clip,
@@ -30,8 +31,9 @@ from selfforcing_dfd.evaluation.generate import (
 )
 from selfforcing_dfd.evaluation.tiny_world import evaluation_factors, real_latents
 from selfforcing_dfd.evaluation.worlds import TINY
+from selfforcing_dfd.flow import add_noise
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.ode import sample
+from selfforcing_dfd.ode import descend, sample
 from selfforcing_dfd.rollout import RealRows, plan_chunks, rollout
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.metrics import summarise
@@ -227,3 +229,22 @@ def test_follow_scores_take_student_and_teacher(decode: Decode):
         assert scores["follow"].n == 3
         assert "follow_speed_1" in scores
         assert "follow_speed_2" not in scores  # two chunks: one follows
+
+
+@pytest.mark.parametrize("keeps_noise", [False, True])
+def test_the_ideal_student_answers_with_the_teachers_ode(keeps_noise: bool):
+    """Catches another ODE, another noise between steps, or steps that are left out."""
+    teacher = network()
+    evaluation = asked(2)
+    text = Conditioning(evaluation.text)
+    make_chunk = ODEAtEachStep(LADDER, 2, 3.0, keeps_noise)
+    noise = evaluation.noise(range(2), make_chunk.num_draws)[:, :, :3]
+    made = make_chunk(teacher, noise, text, ChunkContext())
+    x_t = noise[0]
+    for step, sigma in enumerate(LADDER):
+        level = torch.full(x_t.shape[:2], sigma, dtype=x_t.dtype)
+        x0 = descend(teacher, x_t, level, text, ChunkContext(), 2, 3.0)
+        if step + 1 < len(LADDER):
+            kept = (x_t - (1 - sigma) * x0) / sigma
+            x_t = add_noise(x0, kept if keeps_noise else noise[step + 1], LADDER[step + 1])
+    torch.testing.assert_close(made, x0)

@@ -82,3 +82,15 @@ def test_mistakes_in_a_plan_are_named(plan: Path, old: str, new: str, message: s
     plan.write_text(plan.read_text().replace(old, new, 1))
     with pytest.raises(ConfigError, match=message):
         runs_of(load_plan(str(plan)))
+
+
+def test_only_wanted_points_are_measured(plan: Path):
+    """Catches points that are measured without being wanted, or wanted without a checkpoint."""
+    text = plan.read_text()
+    plan.write_text(text.replace("tried: 3", "tried: 3, every: 1, points: [2]"))
+    arm = next(name for name, each in load_plan(str(plan)).arms.items() if each.points)
+    runs = [run for run in runs_of(load_plan(str(plan))) if run.arm == arm]
+    assert {run.updates for run in runs} == {(2,)}
+    plan.write_text(text.replace("tried: 3", "tried: 3, every: 2, points: [1]"))
+    with pytest.raises(ConfigError, match=r"to be measured at \[1\], but has checkpoints at \[2"):
+        runs_of(load_plan(str(plan)))

@@ -69,7 +69,7 @@ def test_a_study_is_run_once_however_often_it_is_stopped(
 
     assert main(["study", "--plan", str(plan)]) == 0
     assert len(measured) == 9
-    assert "13 results, 13 are there, 0 to make" in capsys.readouterr().out
+    assert "15 results, 15 are there, 0 to make" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     fake.write_bytes(broken)
     assert main(["study", "--plan", str(plan), "--only", "control"]) == EXIT_USER_ERROR
     captured = capsys.readouterr()
-    assert "1 of 7 results failed, the first: one, draw 0, control: " in captured.err
+    assert "1 of 9 results failed, the first: one, draw 0, control: " in captured.err
     assert list(results_of(tmp_path)) == ["two/0/control.json"]
 
 
