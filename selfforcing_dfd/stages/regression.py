@@ -7,9 +7,6 @@ it is what entered a step of the student's own rollout, after its own past. The 
   nothing is averaged, and the gap of Eq. 7 in arXiv 2606.18478 can go to zero. A teacher's ODE as
   target is known from progressive distillation (arXiv 2202.00512).
 - `consistency`: the student's own answer, one step of that ODE further down (arXiv 2303.01469).
-- `endpoint`: for students that keep a chunk's noise between steps (`rollout.noise=kept`). Each
-  chunk starts from noise after its real past and goes down the whole ladder. At every step the
-  answer is where the causal teacher's ODE leads from that noise: one ODE teaches all steps.
 - `clip`: the real clip. The student learns the mean of what can follow, as in teacher forcing.
 """
 
@@ -43,7 +40,7 @@ from selfforcing_dfd.stages.base import (
     student_start,
 )
 
-Target = Literal["trajectory", "consistency", "clip", "endpoint"]
+Target = Literal["trajectory", "consistency", "clip"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -116,16 +113,6 @@ class RegressionStage(TrainingStage):
             "belong to no clip: use regression.own=0",
         )
         require(
-            own.target != "endpoint" or config.rollout.noise == "kept",
-            f"regression.target is endpoint and rollout.noise {config.rollout.noise}: with fresh "
-            "noise between steps a clip does not belong to its first noise; use rollout.noise=kept",
-        )
-        require(
-            own.target != "endpoint" or own.own == 0,
-            f"regression.own is {own.own} and regression.target endpoint, whose rollouts are "
-            "always the student's own, after a real past; use regression.own=0",
-        )
-        require(
             len(own.weights) in (0, len(ladder)),
             f"regression.weights has {len(own.weights)} values for the {len(ladder)} steps of the "
             "ladder; give one each, or none",
@@ -154,9 +141,7 @@ class RegressionStage(TrainingStage):
         if own.own:
             steps = (len(config.rollout.ladder) + 1) / 2
             past.append(Pass("rollout", "student", "chunks", own.own * steps))
-        steps = len(config.rollout.ladder) if own.target == "endpoint" else 1
-        trained = Pass("with gradient", "student", "chunks", steps, gradient=True)
-        return {"student": [*past, trained]}
+        return {"student": [*past, Pass("with gradient", "student", "chunks", gradient=True)]}
 
     @classmethod
     def about(cls, config: Config) -> str:
@@ -169,8 +154,6 @@ class RegressionStage(TrainingStage):
         yield "regression", f"target {own.target}{steps}; own rollouts in {own.own:.0%} of updates"
 
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
-        if self.target == "endpoint":
-            return self.whole_ladder(batch, draw)
         student = self.trained[turn]
         conditioning = Conditioning(batch.text)
         steps_left = self.num_steps
@@ -187,25 +170,6 @@ class RegressionStage(TrainingStage):
         loss = (error * expand_sigma(self.weight_of(sigma), error)).mean(PER_SAMPLE)
         error = error.detach().mean(PER_SAMPLE)
         return StageLoss(loss.mean(), {"loss": loss.detach(), "error": error})
-
-    def whole_ladder(self, batch: Batch, draw: Draw) -> StageLoss:
-        """Every step of a rollout of each chunk after its real past, with one answer for all."""
-        student = self.trained["student"]
-        conditioning = Conditioning(batch.text)
-        real = batch.latents
-        x_t = draw.normal("noise", real.shape[1:], real)
-        sigma = x_t.new_full(x_t.shape[:2], self.ladder[0])
-        context = PackedContext(self.contexts_of(student, real, conditioning), self.frames)
-        target = self.answer(x_t, sigma, real, conditioning, context, self.num_steps)
-        errors = []
-        for level, following in zip(self.ladder, (*self.ladder[1:], 0.0), strict=True):
-            sigma = torch.full_like(sigma, level)
-            flow = student(x_t, sigma, conditioning, context).flow
-            error = (x0_from_flow(x_t, flow, sigma) - target).square()
-            errors.append((error * expand_sigma(self.weight_of(sigma), error)).mean(PER_SAMPLE))
-            x_t = (x_t + (following - level) * flow).detach()
-        loss = torch.stack(errors).mean(0)
-        return StageLoss(loss.mean(), {"loss": loss.detach(), "error": errors[-1].detach()})
 
     @property
     def frames(self) -> tuple[int, ...]:
@@ -267,7 +231,7 @@ class RegressionStage(TrainingStage):
         seen = self.contexts_of(self.causal, past, conditioning)
         context = PackedContext(seen, self.frames)
         teacher = self.causal
-        if self.target in ("trajectory", "endpoint"):
+        if self.target == "trajectory":
             return descend(teacher, x_t, sigma, conditioning, context, steps_left, self.shift)
         x_t, sigma = heun_step(teacher, x_t, sigma, conditioning, context, steps_left, self.shift)
         flow = self.trained["student"](x_t, sigma, conditioning, own).flow

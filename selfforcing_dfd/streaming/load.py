@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 
 CODEC_FILE = "codec.safetensors"
 TINY_ASSETS = shipped("assets/tiny")
-TINY_STUDENT = TINY_ASSETS / "student.safetensors"
+TINY_STUDENT = TINY_ASSETS / "stable.safetensors"
 STREAM_CONFIGS = shipped("configs/stream")
 
 

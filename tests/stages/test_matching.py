@@ -7,10 +7,10 @@ from dataclasses import replace
 import pytest
 import torch
 from tiny_models import CHUNK, LADDER, DataForcing, latents, tiny_batch
-from tiny_stages import NO_ROW, draw, gradients, matching_stage, rows_of, touched
+from tiny_stages import CHUNKS, NO_ROW, draw, gradients, matching_stage, rows_of, touched
 from torch import Tensor
 
-from selfforcing_dfd.context import Conditioning, KVCache
+from selfforcing_dfd.context import ChunkContext, Conditioning, KVCache
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.objectives import flow_matching
 from selfforcing_dfd.rollout import commit_chunk
@@ -267,3 +267,15 @@ def test_a_guided_fake_score_learns_without_caption_too():
     torch.testing.assert_close(always.loss("fake", batch, draw(), 0).loss, expected)
     kept = matching_stage().loss("fake", batch, draw(), 0).loss
     assert not torch.isclose(kept, expected)
+
+
+def test_a_student_that_keeps_its_noise_is_trained_on_such_rollouts():
+    """Catches DMD on clips that the student would not make."""
+    batch = tiny_batch()
+    kept = matching_stage(keeps_noise=True)
+    record = kept.roll_out(batch, draw(), NO_ROW, 1)
+    noise = draw().normal("rollout", (1, *batch.latents.shape[1:]), batch.latents)[:, 0]
+    student, text = kept.trained["student"], Conditioning(batch.text)
+    first = CHUNKS[0].of(noise)
+    flow = student(first, LADDER[0], text, ChunkContext()).flow
+    torch.testing.assert_close(CHUNKS[0].of(record.x_exit), first + (LADDER[1] - LADDER[0]) * flow)

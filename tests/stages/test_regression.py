@@ -11,13 +11,10 @@ from tiny_models import CHUNK, FRAMES, LADDER, latents, tiny_batch, tiny_network
 from tiny_stages import CHUNKS, draw, gradients, touched
 from torch import Tensor
 
-from selfforcing_dfd.config import ConfigError
-from selfforcing_dfd.context import ChunkContext, Conditioning, KVCache, PackedContext
+from selfforcing_dfd.context import Conditioning, KVCache, PackedContext
 from selfforcing_dfd.data.shards import Batch
-from selfforcing_dfd.flow import x0_from_flow
-from selfforcing_dfd.ode import integrate, sampling_ladder, with_context
-from selfforcing_dfd.rollout import commit_chunk, denoise_chunk
-from selfforcing_dfd.stages import load_config
+from selfforcing_dfd.ode import integrate, with_context
+from selfforcing_dfd.rollout import commit_chunk, rollout
 from selfforcing_dfd.stages.init import InitStage
 from selfforcing_dfd.stages.regression import RegressionStage
 
@@ -33,10 +30,6 @@ def regression(**changes: Any) -> RegressionStage:
         "num_steps": 2,
     }
     return RegressionStage(**(settings | changes))
-
-
-def endpoint(**changes: Any) -> RegressionStage:
-    return regression(target="endpoint", keeps_noise=True, **changes)
 
 
 def loss(stage: RegressionStage, batch: Batch | None = None, seed: int = 0) -> Tensor:
@@ -126,55 +119,6 @@ def test_own_rollouts_use_nothing_of_the_clip():
     assert not torch.equal(loss(regression()), loss(regression(own=1.0)))
 
 
-def test_every_step_learns_where_the_ode_leads_from_the_kept_noise():
-    """Catches answers of another noise or past, steps left out, and fresh noise between steps."""
-    stage, batch = endpoint(), tiny_batch()
-    student, causal = stage.trained["student"], stage.causal
-    assert causal is not None
-    real, text = batch.latents, Conditioning(batch.text)
-    noise = draw().normal("noise", real.shape[1:], real)
-    errors = []
-    for chunk in CHUNKS:
-        cache, seen = KVCache(), KVCache()
-        for past in CHUNKS[: CHUNKS.index(chunk)]:
-            commit_chunk(student, past.of(real), text, cache)
-            commit_chunk(causal, past.of(real), text, seen)
-        ladder = sampling_ladder(stage.num_steps, 5.0)
-        own_teacher = with_context(causal, seen.read(chunk.frames))
-        answer = integrate(own_teacher, chunk.of(noise), ladder, text)
-        for step in range(len(LADDER)):
-            context = cache.read(chunk.frames)
-            x0, _ = denoise_chunk(student, chunk.of(noise)[None], text, context, LADDER, step)
-            errors.append((x0 - answer).square().mean())
-    torch.testing.assert_close(loss(stage, batch), torch.stack(errors).mean())
-
-
-def test_steps_of_the_kept_noise_do_not_train_each_other():
-    """Catches gradient through a step into those before it, a graph four times as deep."""
-    batch = tiny_batch(frames=CHUNK)
-    stage = endpoint(chunks=CHUNKS[:1], weights=(0.0, 0.0, 0.0, 1.0))
-    student, causal = stage.trained["student"], stage.causal
-    assert causal is not None
-    loss(stage, batch).backward()
-    ours = gradients(student)
-    student.zero_grad()
-    text = Conditioning(batch.text)
-    noise = draw().normal("noise", batch.latents.shape[1:], batch.latents)
-    _, x_exit = denoise_chunk(student, noise[None], text, ChunkContext(), LADDER)
-    x0 = x0_from_flow(x_exit, student(x_exit, LADDER[-1], text, ChunkContext()).flow, LADDER[-1])
-    answer = integrate(causal, noise, sampling_ladder(stage.num_steps, 5.0), text)
-    ((x0 - answer).square().mean() / len(LADDER)).backward()
-    torch.testing.assert_close(ours, gradients(student))
-
-
-def test_the_endpoint_needs_kept_noise():
-    """Catches one answer for steps between which the noise, and so the clip, changes."""
-    config = ["run.stage=regression", "regression.target=endpoint", "weights.causal=x"]
-    with pytest.raises(ConfigError, match=r"use rollout\.noise=kept"):
-        RegressionStage.check(load_config("dfd_ar", config))
-    RegressionStage.check(load_config("dfd_ar", [*config, "rollout.noise=kept"]))
-
-
 def test_only_the_student_is_trained():
     """Catches gradient in the causal teacher."""
     stage = regression()
@@ -207,3 +151,19 @@ def test_a_step_of_weight_0_teaches_nothing(step):
     stage = regression(weights=tuple(only))
     sigma = torch.tensor(LADDER)[None]
     assert stage.weight_of(sigma).tolist() == [only]
+
+
+def test_own_rollouts_keep_their_noise_where_the_student_does():
+    """Catches inputs that a student which keeps its noise never sees."""
+    batch = tiny_batch()
+    kept, fresh = regression(own=1.0, keeps_noise=True), regression(own=1.0)
+    noise = draw().normal("rollout", (1, *batch.latents.shape[1:]), batch.latents).transpose(0, 1)
+    _, x_t, sigma, _ = kept.own_inputs(batch, draw())
+    levels = torch.tensor(LADDER)
+    steps = tuple(int((levels - sigma[0, chunk.start]).abs().argmin()) for chunk in CHUNKS)
+    assert max(steps) > 0  # else no step before the one that is trained
+    text = Conditioning(batch.text)
+    student = kept.trained["student"]
+    expected = rollout(student, noise, text, KVCache(), LADDER, CHUNKS, steps).x_exit
+    torch.testing.assert_close(x_t, expected)
+    assert not torch.allclose(fresh.own_inputs(batch, draw())[1], x_t)
