@@ -28,7 +28,7 @@ from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
-from selfforcing_dfd.weights.read import load_network
+from selfforcing_dfd.weights.read import describe, load_network
 
 HEADS, HEAD_DIM, LAYERS, FFN, FREQ = 8, 32, 3, 512, 64
 VIDEO_FRAMES, LATENT_FRAMES, NUM_CLIPS = 21, 6, 4
@@ -151,10 +151,28 @@ def student(place: Path, wan: Path, shards: Path, prompts: Path) -> Path:
         f"weights.student={dmd / 'student.safetensors'}",
         f"weights.fake={dmd / 'fake.safetensors'}",
     )
-    return (
-        train("dfd_ar", place, shards, *weights, *teachers, "dfd.p=1.0", "dfd.p_start=1.0")
-        / "caption"
+    causal = train("init_tf", place, shards, f"weights.student={teacher}", "run.student_updates=1")
+    arms = (
+        f"weights.causal={causal / 'student.safetensors'}",
+        "arms.stable=[dfd.preset=stable]",
+        "dfd.p=1.0",
+        "dfd.p_start=1.0",
     )
+    return train("dfd_ar", place, shards, *weights, *teachers, *arms) / "caption"
+
+
+def test_the_stable_student_is_its_causal_teacher_in_few_steps(place, student):
+    """Catches a preset that starts from the DMD student, and a recipe without its noise."""
+    run = place / "runs" / "wan1.3b" / "dfd_ar" / "stable"
+    settings = load_config(str(run / "config.yaml"))
+    assert settings.weights.student == ""
+    trained = describe(run / "student.safetensors")
+    assert trained.role == "causal_student"
+    assert trained.recipe is not None
+    assert trained.recipe.keeps_noise
+    others = describe(student / "student.safetensors").recipe
+    assert others is not None
+    assert not others.keeps_noise
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 from selfforcing_dfd.common import find_file
 from selfforcing_dfd.config import Config, training_configs
 from selfforcing_dfd.data.shards import INDEX_NAME, ShardReader
-from selfforcing_dfd.stages import load_config, stage_of
+from selfforcing_dfd.stages import arms_of, load_config, stage_of
 from selfforcing_dfd.stages.base import Start
 
 ENCODERS = "weights/Wan2.1-T2V-1.3B-Diffusers"  # VAE and text encoder; those of 14B are the same
@@ -161,10 +161,11 @@ def maker_of_shards(folder: str) -> str:
 
 
 def chain_of(config: Config) -> dict[str, Config]:
-    """Names of the shipped recipes that make the missing weights of this config, in order."""
+    """Names of the shipped recipes that make the missing weights of all its runs, in order."""
     chain: dict[str, Config] = {}
     names = [maker_of_shards(config.data.shards)] if not has_shards(config) else []
-    for start in stage_of(config).starts(config).values():
+    starts = [start for run in arms_of(config) for start in stage_of(run).starts(run).values()]
+    for start in starts:
         if start.path and not find_file(start.path).exists():
             names.append(maker_of_run(str(Path(start.path).parent)))
     for name in filter(None, names):

@@ -178,6 +178,7 @@ def test_sum_over_the_recipes_that_come_before() -> None:
         "wan1.3b/ode_pairs.yaml",
         "wan1.3b/init_ode.yaml",
         "wan1.3b/dmd_ar.yaml",
+        "wan1.3b/init_tf.yaml",  # of one arm alone
         "wan1.3b/dfd_ar",
     ]
     assert float(total[1]) == pytest.approx(sum(float(hours) for hours, _ in parts), abs=0.3)
