@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from tiny_models import tiny_network
 
 from selfforcing_dfd.config import ConfigError
-from selfforcing_dfd.stages import arms_of, change, load_config
+from selfforcing_dfd.stages import arms_of, change, load_config, stage_of
 from selfforcing_dfd.stages.regression import RegressionConfig
 
 CAUSAL = "weights.causal=causal.safetensors"
@@ -56,3 +57,13 @@ def test_an_arm_may_name_a_preset(tmp_path):
 def test_an_unknown_preset_is_refused_with_the_known_ones():
     with pytest.raises(ConfigError, match=r"dfd\.preset is 'stabel'; use one of stable"):
         change(load_config("dfd_ar"), ["dfd.preset=stabel"])
+
+
+@pytest.mark.parametrize("stage", ["dmd", "dfd", "regression"])
+@pytest.mark.parametrize("noise", ["fresh", "kept"])
+def test_every_stage_of_a_student_takes_its_noise_from_the_recipe(stage: str, noise: str):
+    """Catches training on rollouts that the exported recipe does not describe."""
+    config = load_config("dfd_ar", [f"run.stage={stage}", f"rollout.noise={noise}", CAUSAL])
+    networks = {role: tiny_network() for role in ("student", "teacher", "fake", "causal")}
+    built = stage_of(config).build(config, networks, None)
+    assert built.keeps_noise is (noise == "kept")
