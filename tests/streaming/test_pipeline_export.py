@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from typing import Any
@@ -18,6 +19,7 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.models.hub import HubError
 from selfforcing_dfd.models.identity import TrainingData, mark
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.streaming.load import load_wan_model
 from selfforcing_dfd.streaming.parts import LoadError
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline, export_scheduler
 
@@ -171,3 +173,16 @@ def test_the_card_says_what_the_export_is(export):
         "21 video frames",
     ):
         assert row in card.text
+
+
+def test_a_student_that_keeps_its_noise_says_so_to_everybody(wan, tmp_path):
+    """Catches fresh noise in a stream, in the pipeline or in diffusers' own scheduler."""
+    kept = dataclasses.replace(RECIPE, noise="kept")
+    student = tiny_student()
+    mark(student, "causal_student", kept, TrainingData("wan-vae-0", "umt5-0", (2, 4)))
+    student.save_pretrained(tmp_path / "student")
+    pipe = CausalWanPipeline.from_pretrained(wan, student=tmp_path / "student")
+    assert pipe.stream_model().keeps_noise
+    assert not pipe.scheduler.config.stochastic_sampling
+    assert load_wan_model(wan, str(tmp_path / "student")).keeps_noise
+    assert export_scheduler(RECIPE).config.stochastic_sampling

@@ -169,3 +169,9 @@ def test_a_copied_run_streams_anywhere(comparison, tmp_path):
     """Catches a run that needs the shards or the checkout that it was trained with."""
     moved = shutil.copytree(comparison / "prefix", tmp_path / "elsewhere")
     assert load_stream_model(moved).chunk_frames == 3
+
+
+def test_the_shipped_students_keep_their_noise_or_do_not():
+    """Catches a stream that adds fresh noise for a student which never saw any."""
+    assert load_stream_model().keeps_noise  # `stable`, which is shown unless another is named
+    assert not load_stream_model(checkpoint="assets/tiny/student.safetensors").keeps_noise
