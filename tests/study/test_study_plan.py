@@ -45,6 +45,8 @@ def test_seeds_starts_and_lengths_of_runs(plan: Path):
         ("two", 0, "control_long"),
     }
     assert [runs["one", draw, "control"].config.run.seed for draw in (0, 1)] == [0, 1]
+    # an arm that takes nothing of its start must not be one run counted twice
+    assert [runs["two", draw, "control"].config.run.seed for draw in (0, 1)] == [100, 101]
     assert [runs["one", draw, "prefix"].config.run.seed for draw in (0, 1)] == [1000, 1001]
     for (start, _, _), run in runs.items():
         assert run.config.weights.student == str(plan.parent / start / "student.safetensors")
