@@ -15,7 +15,7 @@ PRESETS: Mapping[str, tuple[str, ...]] = {
     # The student starts from a causal teacher and learns that teacher's trajectories, entered from
     # real clips at every step of its ladder. Between steps it keeps its noise: with fresh noise
     # each step draws the clip anew, and even the teacher's own ODE loses motion and modes at every
-    # draw (docs/study.md).
+    # draw (docs/method.md).
     "stable": (
         "run.stage=regression",
         "regression.target=trajectory",

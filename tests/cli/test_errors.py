@@ -162,8 +162,11 @@ def test_ctrl_c(options, message, capsys):
 def test_a_second_ctrl_c_ends_at_once(tmp_path: Path):
     """Catches a traceback of a thread that Python waits for at its end."""
     program = """
-        import argparse, sys, threading, time
+        import argparse, signal, sys, threading, time
         from selfforcing_dfd.cli.errors import guarded
+
+        # a shell's background jobs ignore Ctrl-C, and so do their children
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
         def command(options):
             threading.Thread(target=time.sleep, args=(60,)).start()
