@@ -116,7 +116,7 @@ class FewSteps:
         return 1 if self.keeps_noise else len(self.ladder)
 
     def __call__(
-        self, network: WanTransformer, noise: Tensor, conditioning: Conditioning, context: Context
+        self, network: Network, noise: Tensor, conditioning: Conditioning, context: Context
     ) -> Tensor:
         return denoise_chunk(network, noise, conditioning, context, self.ladder)[0]
 
@@ -140,24 +140,22 @@ class ODESteps:
 class ODEAtEachStep:
     """What a student would be that has learnt a causal teacher's trajectories without error.
 
-    At each step of the ladder the answer is where the teacher's ODE leads, in num_steps steps of
-    Heun's method. keeps_noise: see `denoise_chunk`. What is lost here no training can bring back.
+    At each step of few_steps the answer is where the teacher's ODE leads, in num_steps steps of
+    Heun's method. What is lost here no training can bring back.
     """
 
-    ladder: Ladder
+    few_steps: FewSteps
     num_steps: int
     shift: float
-    keeps_noise: bool = False
 
     @property
     def num_draws(self) -> int:
-        return 1 if self.keeps_noise else len(self.ladder)
+        return self.few_steps.num_draws
 
     def __call__(
         self, network: WanTransformer, noise: Tensor, conditioning: Conditioning, context: Context
     ) -> Tensor:
-        ideal = self.student(network)
-        return denoise_chunk(ideal, noise, conditioning, context, self.ladder)[0]
+        return self.few_steps(self.student(network), noise, conditioning, context)
 
     def student(self, teacher: Network) -> Network:
         """The network whose clean prediction is where the teacher's ODE leads."""

@@ -30,6 +30,7 @@ from selfforcing_dfd.stages.base import (
     Start,
     cache_sizes,
     chunks_of,
+    keeps_noise,
     ladder_of,
     student_start,
     teacher_start,
@@ -138,7 +139,7 @@ def teacher_source(name: str, config: Config, start: Start) -> Source:
 def student_source(name: str, about: str, config: Config, start: Start) -> Source:
     """Rollouts of the network in a weights file, with its config's ladder, chunks and window."""
     return causal_source(
-        name, about, config, start, FewSteps(ladder_of(config), config.rollout.noise == "kept")
+        name, about, config, start, FewSteps(ladder_of(config), keeps_noise(config))
     )
 
 

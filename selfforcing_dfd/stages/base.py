@@ -231,6 +231,11 @@ def ladder_of(config: Config) -> tuple[float, ...]:
     return few_step_ladder(tuple(config.rollout.ladder), config.rollout.shift)
 
 
+def keeps_noise(config: Config) -> bool:
+    """Whether a chunk's noise stays between the student's steps."""
+    return config.rollout.noise == "kept"
+
+
 def cache_sizes(config: Config) -> dict[str, Any]:
     """Sink and window as `KVCache` takes them."""
     return {"sink": config.rollout.sink, "window": config.rollout.window or None}

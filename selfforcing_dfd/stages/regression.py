@@ -35,6 +35,7 @@ from selfforcing_dfd.stages.base import (
     cache_sizes,
     causal_start,
     chunks_of,
+    keeps_noise,
     ladder_of,
     register,
     student_start,
@@ -94,7 +95,7 @@ class RegressionStage(TrainingStage):
             own.steps,
             own.own,
             own.weights,
-            config.rollout.noise == "kept",
+            keeps_noise(config),
             **cache_sizes(config),
         )
 

@@ -18,7 +18,7 @@ from selfforcing_dfd.common import atomic_file, find_file
 from selfforcing_dfd.config import Config, as_dict
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.evaluation import tables
-from selfforcing_dfd.evaluation.generate import ODEAtEachStep, ODESteps
+from selfforcing_dfd.evaluation.generate import FewSteps, ODEAtEachStep, ODESteps
 from selfforcing_dfd.evaluation.report import measure
 from selfforcing_dfd.evaluation.sources import (
     Source,
@@ -114,7 +114,8 @@ def references(config: Config) -> dict[str, Source]:
         found[CAUSAL] = causal_source(CAUSAL, f"{steps} ODE steps", config, causal, ode)
         for name, keeps_noise in IDEALS.items():
             about = "its ODE at each step of the ladder"
-            ideal = ODEAtEachStep(ladder_of(config), IDEAL_STEPS, ode.shift, keeps_noise)
+            few_steps = FewSteps(ladder_of(config), keeps_noise)
+            ideal = ODEAtEachStep(few_steps, IDEAL_STEPS, ode.shift)
             found[name] = causal_source(name, about, config, causal, ideal)
     return found
 

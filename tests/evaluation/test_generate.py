@@ -237,7 +237,7 @@ def test_the_ideal_student_answers_with_the_teachers_ode(keeps_noise: bool):
     teacher = network()
     evaluation = asked(2)
     text = Conditioning(evaluation.text)
-    make_chunk = ODEAtEachStep(LADDER, 2, 3.0, keeps_noise)
+    make_chunk = ODEAtEachStep(FewSteps(LADDER, keeps_noise), 2, 3.0)
     noise = evaluation.noise(range(2), make_chunk.num_draws)[:, :, :3]
     made = make_chunk(teacher, noise, text, ChunkContext())
     x_t = noise[0]
