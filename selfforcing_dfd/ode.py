@@ -176,14 +176,19 @@ def descend(
     context: Context,
     num_steps: int,
     shift: float,
+    down_to: Tensor | None = None,
 ) -> Tensor:
     """Where the ODE leads from x_t [B, F, C, H, W] at noise levels sigma [B, F] > 0.
 
-    Heun's method in num_steps steps to sigma 0 for every frame, evenly spaced before the shift;
-    2 num_steps - 1 calls.
+    Heun's method in num_steps steps, evenly spaced before the shift, 2 num_steps calls at most.
+    down_to: the noise level of each frame where it ends, [B, F]; 0 without it.
     """
-    for step in range(num_steps):
-        x_t, sigma = heun_step(network, x_t, sigma, conditioning, context, num_steps - step, shift)
+    start = unshift_sigma(sigma, shift)
+    end = torch.zeros_like(start) if down_to is None else unshift_sigma(down_to, shift)
+    for step in range(1, num_steps + 1):
+        following = shift_sigma(start + (end - start) * (step / num_steps), shift)
+        x_t = heun_step(network, x_t, sigma, conditioning, context, following)
+        sigma = following
     return x_t
 
 
@@ -193,17 +198,19 @@ def heun_step(
     sigma: Tensor,
     conditioning: Conditioning,
     context: Context,
-    steps_left: int,
-    shift: float,
-) -> tuple[Tensor, Tensor]:
-    """The first of `steps_left` steps down to sigma 0: x_t and sigma [B, F] after it."""
+    following: Tensor,
+) -> Tensor:
+    """x_t after a step from noise levels sigma to `following`, both [B, F].
+
+    A step to 0 is one of Euler's method: without noise the flow is not determined.
+    """
     flow = network(x_t, sigma, conditioning, context).flow
-    if steps_left == 1:
-        return x0_from_flow(x_t, flow, sigma), torch.zeros_like(sigma)
-    following = shift_sigma(unshift_sigma(sigma, shift) * (1 - 1 / steps_left), shift)
     step = expand_sigma(following - sigma, x_t)
+    if not following.any():
+        return x_t + step * flow
     second = network(x_t + step * flow, following, conditioning, context).flow
-    return x_t + step * 0.5 * (flow + second), following
+    second = torch.where(expand_sigma(following, x_t) > 0, second, flow)
+    return x_t + step * 0.5 * (flow + second)
 
 
 @torch.no_grad()

@@ -238,6 +238,36 @@ def test_descending_from_any_level_is_the_closed_form_for_gaussian_data():
     assert errors[1] < 0.35 * errors[0]
 
 
+def test_descending_step_by_step_down_the_ladder_is_descending_at_once():
+    """Catches an end at another level than asked, and Euler's method where Heun's belongs.
+
+    The ladder's steps are even before the shift, so both pass the same noise levels.
+    """
+    network, text = ExactGaussian(0.7, 0.5), conditioning()
+    ladder = (1.0, 0.9375, 5 / 6, 0.625)
+    x_t, context = latents("noise").double(), ChunkContext()
+    levels = [torch.full(x_t.shape[:2], level, dtype=torch.float64) for level in (*ladder, 0.0)]
+    at_once = descend(network, x_t, levels[0], text, context, 8, 5.0)
+    for level, lower in pairwise(levels):
+        x_t = descend(network, x_t, level, text, context, 2, 5.0, lower)
+    torch.testing.assert_close(x_t, at_once)
+
+
+def test_frames_may_end_at_different_levels():
+    """Catches a frame whose step to 0 is taken as Heun's because other frames end above 0."""
+    network, text, context = ExactGaussian(0.7, 0.5), conditioning(), ChunkContext()
+    x_t = latents("noise")
+    start, end = torch.full(x_t.shape[:2], 0.8), torch.full(x_t.shape[:2], 0.4)
+    end[:, 0] = 0.0
+    both = descend(network, x_t, start, text, context, 2, 5.0, end)
+    for frames in (slice(0, 1), slice(1, None)):
+        levels = start[:, frames], end[:, frames]
+        alone = descend(
+            network, x_t[:, frames], levels[0], text, context, 2, 5.0, down_to=levels[1]
+        )
+        torch.testing.assert_close(both[:, frames], alone)
+
+
 def test_sampling_by_chunks_sees_the_chunks_before():
     """Catches a causal teacher that samples every chunk alone or sees its future."""
     network, noise, text = smooth_network(), latents("noise"), conditioning()

@@ -15,8 +15,10 @@ STAGES: tuple[tuple[str, dict[str, str]], ...] = (
     ("tiny/teacher_long.yaml", {"student": "teacher"}),  # continues the run before
     ("tiny/teacher_all.yaml", {"student": "teacher"}),  # and so does this
     ("tiny/causal.yaml", {"student": "causal"}),
-    ("tiny/stable.yaml", {"student": "stable"}),
+    ("tiny/init.yaml", {"student": "init"}),
     ("tiny/dmd.yaml", {"student": "student", "fake": "fake"}),
+    ("tiny/causal_long.yaml", {"student": "causal"}),
+    ("tiny/stable.yaml", {"student": "stable"}),
 )
 NUM_BASIS_CLIPS = 1024
 

@@ -12,13 +12,14 @@ from selfforcing_dfd.config import require
 
 SETTING = "dfd.preset"
 PRESETS: Mapping[str, tuple[str, ...]] = {
-    # The student starts from a causal teacher and learns that teacher's trajectories, entered from
-    # real clips at every step of its ladder. Between steps it keeps its noise: with fresh noise
-    # each step draws the clip anew, and even the teacher's own ODE loses motion and modes at every
-    # draw (docs/method.md).
+    # The student starts from a causal teacher and learns that teacher's ODE, entered from real
+    # clips, from each step of its ladder to the next. Between steps it keeps its noise: with fresh
+    # noise each step draws the clip anew, and even the teacher's own ODE loses motion and modes at
+    # every draw (docs/method.md).
     "stable": (
         "run.stage=regression",
-        "regression.target=trajectory",
+        "regression.target=next_step",
+        "regression.steps=2",
         "weights.student=",
         "rollout.noise=kept",
     )

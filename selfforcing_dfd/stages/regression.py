@@ -4,8 +4,10 @@ Its input is a real clip noised to a step of the ladder, after the clip's real p
 it is what entered a step of the student's own rollout, after its own past. The answer (target):
 
 - `trajectory`: where a causal teacher's ODE leads from that very input. The input determines it, so
-  nothing is averaged, and the gap of Eq. 7 in arXiv 2606.18478 can go to zero. A teacher's ODE as
-  target is known from progressive distillation (arXiv 2202.00512).
+  nothing is averaged, and the gap of Eq. 7 in arXiv 2606.18478 can go to zero.
+- `next_step`: the same ODE, but only as far as the ladder's next step, which is where a student
+  that keeps its noise goes (progressive distillation, arXiv 2202.00512). Its clean prediction is
+  the end of the straight line to there. All steps together follow the ODE; nothing is jumped.
 - `consistency`: the student's own answer, one step of that ODE further down (arXiv 2303.01469).
 - `clip`: the real clip. The student learns the mean of what can follow, as in teacher forcing.
 """
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, Self
 
 import torch
@@ -41,7 +44,7 @@ from selfforcing_dfd.stages.base import (
     student_start,
 )
 
-Target = Literal["trajectory", "consistency", "clip"]
+Target = Literal["trajectory", "next_step", "consistency", "clip"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +52,7 @@ class RegressionConfig:
     """What the student regresses to, and from where."""
 
     target: Target = "trajectory"
-    steps: int = ranged(5, 1, 10_000)  # of Heun's method down to 0, 2 steps - 1 teacher calls
+    steps: int = ranged(5, 1, 10_000)  # of Heun's method, two teacher calls each, to the answer
     own: float = ranged(0.0, 0, 1)  # share of updates on the student's own rollouts
     # weight of each step of the ladder, from the noisiest on; empty: 1 for all
     weights: tuple[float, ...] = ranged((), 0, 1000)
@@ -109,6 +112,11 @@ class RegressionStage(TrainingStage):
             "teacher, which stage `causal` makes, or use regression.target=clip",
         )
         require(
+            own.target != "next_step" or keeps_noise(config),
+            "regression.target is next_step and rollout.noise fresh; a student that learns one "
+            "step of the ODE must keep its noise: use rollout.noise=kept",
+        )
+        require(
             own.target != "clip" or own.own == 0,
             f"regression.own is {own.own} and regression.target clip; the student's own rollouts "
             "belong to no clip: use regression.own=0",
@@ -132,7 +140,8 @@ class RegressionStage(TrainingStage):
         own = config.of(RegressionConfig)
         past = [Pass("past", "student", "committed")]
         if own.target != "clip":
-            calls = 2 if own.target == "consistency" else 2 * own.steps - 1
+            last = own.target == "trajectory"  # whose last step is one of Euler's method
+            calls = 2 if own.target == "consistency" else 2 * own.steps - last
             past += [
                 Pass("past, teacher", "causal", "committed"),
                 Pass("teacher's ODE", "causal", "chunks", calls),
@@ -232,11 +241,24 @@ class RegressionStage(TrainingStage):
         seen = self.contexts_of(self.causal, past, conditioning)
         context = PackedContext(seen, self.frames)
         teacher = self.causal
-        if self.target == "trajectory":
-            return descend(teacher, x_t, sigma, conditioning, context, steps_left, self.shift)
-        x_t, sigma = heun_step(teacher, x_t, sigma, conditioning, context, steps_left, self.shift)
-        flow = self.trained["student"](x_t, sigma, conditioning, own).flow
+        if self.target == "consistency":
+            u = unshift_sigma(sigma, self.shift) * (1 - 1 / steps_left)
+            following = shift_sigma(u, self.shift)
+            x_t = heun_step(teacher, x_t, sigma, conditioning, context, following)
+            flow = self.trained["student"](x_t, following, conditioning, own).flow
+            return x0_from_flow(x_t, flow, following)
+        end = self.next_level(sigma) if self.target == "next_step" else torch.zeros_like(sigma)
+        x_end = descend(teacher, x_t, sigma, conditioning, context, steps_left, self.shift, end)
+        flow = (x_t - x_end) / expand_sigma(sigma - end, x_t)
         return x0_from_flow(x_t, flow, sigma)
+
+    def next_level(self, sigma: Tensor) -> Tensor:
+        """For each frame, [B, F], the noise level of the ladder's step after its own."""
+        following = torch.zeros_like(sigma)
+        for level, lower in pairwise(self.ladder):
+            at_level = torch.isclose(sigma, sigma.new_tensor(level))
+            following = torch.where(at_level, lower, following)
+        return following
 
     def by_frame(self, per_chunk: Tensor) -> Tensor:
         """Values [B, chunks] as [B, F]."""

@@ -18,7 +18,7 @@ def test_a_preset_is_its_settings():
     assert config.run.stage == "regression"
     assert config.rollout.noise == "kept"
     assert config.weights.student == ""
-    assert config.of(RegressionConfig).target == "trajectory"
+    assert config.of(RegressionConfig).target == "next_step"
 
 
 def test_settings_after_a_preset_win_and_those_before_do_not():
@@ -26,7 +26,7 @@ def test_settings_after_a_preset_win_and_those_before_do_not():
     after = load_config("dfd_ar", [CAUSAL, "dfd.preset=stable", "regression.target=clip"])
     before = load_config("dfd_ar", [CAUSAL, "regression.target=clip", "dfd.preset=stable"])
     assert after.of(RegressionConfig).target == "clip"
-    assert before.of(RegressionConfig).target == "trajectory"
+    assert before.of(RegressionConfig).target == "next_step"
 
 
 def test_a_file_may_name_a_preset(tmp_path):
@@ -36,7 +36,7 @@ def test_a_file_may_name_a_preset(tmp_path):
         "base: dfd_ar.yaml\ndfd: {preset: stable}\nweights: {causal: c.safetensors}\narms: {}\n"
     )
     assert load_config(str(file)).run.stage == "regression"
-    assert load_config(str(file), ["rollout.noise=fresh"]).rollout.noise == "fresh"
+    assert load_config(str(file), ["regression.steps=4"]).of(RegressionConfig).steps == 4
     assert load_config(str(file), ["run.stage=dmd", "dfd.preset="]).run.stage == "dmd"
 
 

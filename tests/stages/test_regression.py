@@ -11,10 +11,19 @@ from tiny_models import CHUNK, FRAMES, LADDER, latents, tiny_batch, tiny_network
 from tiny_stages import CHUNKS, draw, gradients, touched
 from torch import Tensor
 
-from selfforcing_dfd.context import Conditioning, KVCache, PackedContext
+from selfforcing_dfd.config import ConfigError
+from selfforcing_dfd.context import (
+    ChunkContext,
+    ChunkKV,
+    Conditioning,
+    KVCache,
+    NetworkOutput,
+    PackedContext,
+)
 from selfforcing_dfd.data.shards import Batch
-from selfforcing_dfd.ode import integrate, with_context
-from selfforcing_dfd.rollout import commit_chunk, rollout
+from selfforcing_dfd.ode import descend, integrate, with_context
+from selfforcing_dfd.rollout import commit_chunk, denoise_chunk, rollout
+from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.stages.init import InitStage
 from selfforcing_dfd.stages.regression import RegressionStage
 
@@ -70,6 +79,53 @@ def test_a_student_that_is_the_teacher_has_nothing_to_learn_from_one_step():
         same = regression(causal=tiny_network(0), num_steps=1, own=own)
         assert float(loss(same)) < 1e-20
         assert float(loss(regression(num_steps=1, own=own))) > 1e-3
+
+
+def test_students_of_single_steps_follow_the_teachers_ode():
+    """Catches answers that do not lead to the ladder's next step when noise is kept.
+
+    A student that gives the answers makes what the ODE makes, step by step. A clean prediction is
+    there and back by a division by sigma, in float32: 1e-6 of values up to 4.
+    """
+    stage, text = regression(target="next_step", keeps_noise=True), Conditioning(tiny_batch().text)
+    assert stage.causal is not None
+    past, own = tiny_batch().latents, PackedContext((), ())
+
+    def perfect(x_t: Tensor, sigma: float, *_: object) -> NetworkOutput:
+        level = torch.full(x_t.shape[:2], sigma).to(x_t)
+        x0 = stage.answer(x_t, level, past, text, own, stage.num_steps)
+        return NetworkOutput((x_t - x0) / sigma, ChunkKV(x_t.shape[1], ()))
+
+    noise = draw().normal("noise", past.shape[1:], past)
+    made = denoise_chunk(perfect, noise[None], text, ChunkContext(), LADDER)[0]
+    seen = PackedContext(stage.contexts_of(stage.causal, past, text), stage.frames)
+    start, end, expected = torch.ones(past.shape[:2]).to(past), None, noise
+    for level in (*LADDER[1:], 0.0):
+        end = torch.full_like(start, level)
+        expected = descend(stage.causal, expected, start, text, seen, stage.num_steps, 5.0, end)
+        start = end
+    torch.testing.assert_close(made, expected, rtol=0, atol=1e-5)
+
+
+def test_single_steps_and_whole_trajectories_end_in_the_same_clip_at_the_last_step():
+    """Catches a last step of the ladder that stops above 0, and other steps that do not."""
+    text = Conditioning(tiny_batch().text)
+    answers = {}
+    for target in ("trajectory", "next_step"):
+        stage = regression(target=target, keeps_noise=True)
+        past, x_t, _, contexts = stage.real_inputs(tiny_batch(), draw(), 2)
+        own = PackedContext(contexts, stage.frames)
+        for level in (LADDER[-1], LADDER[0]):
+            sigma = torch.full(x_t.shape[:2], level).to(x_t)
+            answers[target, level] = stage.answer(x_t, sigma, past, text, own, 2)
+    last, first = LADDER[-1], LADDER[0]
+    torch.testing.assert_close(answers["trajectory", last], answers["next_step", last])
+    assert not torch.allclose(answers["trajectory", first], answers["next_step", first])
+
+
+def test_single_steps_need_noise_that_is_kept():
+    with pytest.raises(ConfigError, match=r"next_step and rollout\.noise fresh.*noise=kept"):
+        load_config("dfd_ar", ["dfd.preset=stable", "rollout.noise=fresh"])
 
 
 def test_consistency_of_the_last_step_is_the_teachers_answer():
