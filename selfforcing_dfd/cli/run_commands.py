@@ -17,7 +17,6 @@ STAGES: tuple[tuple[str, dict[str, str]], ...] = (
     ("tiny/causal.yaml", {"student": "causal"}),
     ("tiny/init.yaml", {"student": "init"}),
     ("tiny/dmd.yaml", {"student": "student", "fake": "fake"}),
-    ("tiny/causal_long.yaml", {"student": "causal"}),
     ("tiny/stable.yaml", {"student": "stable"}),
 )
 NUM_BASIS_CLIPS = 1024
