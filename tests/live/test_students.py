@@ -15,6 +15,7 @@ from tiny_wan import HEIGHT, RECIPE, WIDTH, save_wan_folder, tiny_parts, tiny_st
 
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.cli.stream_commands import stream as stream_command
+from selfforcing_dfd.live import server
 from selfforcing_dfd.live.play import load_students
 from selfforcing_dfd.live.web.shared import Student
 from selfforcing_dfd.streaming.load import TINY_DMD_STUDENT, TINY_STUDENT, load_stream_model
@@ -156,7 +157,7 @@ def test_one_student_needs_no_switch(models):
         assert len(tab.until("hello")["students"]) == 1
         page = get(port, "/")[1]
         script = get(port, "/page.js")[1]
-    assert re.search(r'<fieldset [^>]*id="students" hidden>', page)
+    assert re.search(r'<fieldset [^>]*id="students" [^>]*hidden>', page)
     assert '$("students").hidden = names.length < 2' in script
 
 
@@ -223,7 +224,8 @@ def test_students_of_wan_share_vae_and_text_encoder(tmp_path: Path):
         (["--serve", "--beside", "a=nowhere.safetensors"], "nowhere.safetensors does not exist"),
     ],
 )
-def test_wrong_options_are_refused(arguments, message, capsys):
+def test_wrong_options_are_refused(arguments, message, capsys, monkeypatch):
     """Catches a server that starts without a student that was asked for."""
+    monkeypatch.setattr(server, "serve", lambda *_, **__: pytest.fail("it serves"))
     assert main(["stream", "--device", "cpu", *arguments]) == 2
     assert message in capsys.readouterr().err
