@@ -52,6 +52,16 @@ def rate(text: str) -> Fraction:
     return value
 
 
+def named_file(text: str) -> tuple[str, str]:
+    """A name and a file, of `DMD=assets/tiny/student.safetensors`."""
+    name, _, file = text.partition("=")
+    if not name.strip() or not file.strip():
+        raise argparse.ArgumentTypeError(
+            f"{text!r}, want NAME=FILE such as DMD=assets/tiny/student.safetensors"
+        )
+    return name.strip(), file.strip()
+
+
 def positive(text: str) -> int:
     """A whole number above 0."""
     if not text.isdecimal() or int(text) == 0:

@@ -12,6 +12,7 @@ from selfforcing_dfd.cli.options import (
     DTYPE_NAMES,
     Run,
     add_past_options,
+    named_file,
     num_chunks,
     positive,
     size,
@@ -20,13 +21,14 @@ from selfforcing_dfd.common import UserError
 
 MODEL_SIZES = ("tiny", "wan1.3b", "wan14b")
 NOT_WITH_SERVE = ("prompt", "prompts", "chunks", "image", "video", "out", "overwrite")
+ONLY_WITH_SERVE = ("port", "beside")
 STREAM_DEFAULTS = {"chunks": 20, "out": "stream.mp4", "port": 8000}
 
 
 def stream(parser: argparse.ArgumentParser) -> Run:
     """Generate video chunk by chunk, in bounded memory, for as long as asked.
 
-    Without --model, --run or --weights it shows the tiny world, whose student is shipped.
+    Without --model, --run or --weights it shows the tiny world, whose students are shipped.
     """
     _add_content_options(parser.add_argument_group("what to show"))
     _add_model_options(parser.add_argument_group("with which model"))
@@ -54,7 +56,7 @@ def stream(parser: argparse.ArgumentParser) -> Run:
 def check_targets(args: argparse.Namespace) -> None:
     """Refuse options that would have no effect, and fill in the others' defaults."""
     given = vars(args)
-    idle = NOT_WITH_SERVE if args.serve else ("port",)
+    idle = NOT_WITH_SERVE if args.serve else ONLY_WITH_SERVE
     useless = [f"--{name}" for name in idle if given[name]]
     if useless and args.serve:
         raise UserError(
@@ -62,7 +64,10 @@ def check_targets(args: argparse.Namespace) -> None:
             f"{', '.join(useless)} would have no effect: drop it, or drop --serve"
         )
     if useless:
-        raise UserError("--port is the port of the web page; add --serve, or drop it")
+        raise UserError(
+            f"{', '.join(useless)} would have no effect without the web page; "
+            "add --serve, or drop it"
+        )
     for name, value in STREAM_DEFAULTS.items():
         if given[name] is None:
             setattr(args, name, value)
@@ -99,6 +104,14 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="Wan2.1 as a diffusers folder, or an export of ours",
     )
     _add_student_options(group)
+    group.add_argument(
+        "--beside",
+        type=named_file,
+        action="append",
+        metavar="NAME=FILE",
+        help="with --serve: another student's weights, which the page can switch to by that name; "
+        "may be given several times (default: the tiny world's DMD student, beside `stable`)",
+    )
     group.add_argument(
         "--ladder",
         metavar="T,T,...",

@@ -10,7 +10,8 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TextIO
 
 import torch
@@ -21,9 +22,16 @@ from selfforcing_dfd.live import control as commands
 from selfforcing_dfd.live.background import BackgroundWriter
 from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
 from selfforcing_dfd.live.status import StatusLine
+from selfforcing_dfd.live.web import shared as page
 from selfforcing_dfd.live.writers import ReaderGone, Writer, open_writer
 from selfforcing_dfd.models.identity import recipe_of
-from selfforcing_dfd.streaming.load import load_settings, load_stream_model, load_wan_model
+from selfforcing_dfd.streaming.load import (
+    TINY_DMD_STUDENT,
+    TINY_STUDENT,
+    load_settings,
+    load_stream_model,
+    load_wan_model,
+)
 from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.weights.recipes import asked_settings
 
@@ -38,6 +46,8 @@ WAN_EXAMPLES = (
     "neon signs reflected in the wet asphalt.",
 )
 """Long and concrete, as the students' training prompts are."""
+TINY_BESIDE = (("DMD", str(TINY_DMD_STUDENT)),)
+"""Name and file of the student that the page offers beside the tiny world's."""
 # video frames of a clip to continue: five seconds at 16 a second, Wan's training length
 MAX_CONTEXT_FRAMES = 81
 PAUSE_POLL_S = 0.05
@@ -160,12 +170,46 @@ def serve(options: argparse.Namespace) -> None:
     """The web page, until Ctrl-C."""
     from selfforcing_dfd.live import server
 
-    model, settings = prepare(options)
-    app = server.create_app(model, settings, fps=options.fps, examples=examples(options))
-    sys.stderr.write(
-        f"{describe(options, model, None)}\nopen http://127.0.0.1:{options.port} (Ctrl-C ends it)\n"
-    )
+    students = load_students(options)
+    app = server.create_app(students, fps=options.fps, examples=examples(options))
+    lines = [describe_model(name, student.model) for name, student in students.items()]
+    lines.append(f"open http://127.0.0.1:{options.port} (Ctrl-C ends it)")
+    sys.stderr.write("\n".join(lines) + "\n")
     server.serve(app, port=options.port)
+
+
+def load_students(options: argparse.Namespace) -> dict[str, page.Student]:
+    """The students that the page offers; the first one is shown first.
+
+    All are loaded with the same options. Raises UserError for a name that is given twice.
+    """
+    first = student_name(options)
+    beside = options.beside
+    if beside is None:
+        named = options.run or options.weights or options.model
+        beside = () if named else TINY_BESIDE
+    names = [first, *(name for name, _ in beside)]
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(
+                f"two students are called {name!r}; use another NAME in --beside NAME=FILE"
+            )
+    students = {first: page.Student(*prepare(options))}
+    for name, file in beside:
+        asked = argparse.Namespace(**{**vars(options), "run": None, "weights": file})
+        model, settings = prepare(asked)
+        if options.model:  # Wan's VAE and text encoder are large, and the same for all
+            shown = students[first].model
+            model = replace(model, codec=shown.codec, text=shown.text)
+        students[name] = page.Student(model, settings)
+    return students
+
+
+def student_name(options: argparse.Namespace) -> str:
+    """What the page calls the student of --run, --weights or --model, or the tiny world's."""
+    given = options.run or options.weights or options.model or TINY_STUDENT
+    path = Path(given).absolute()
+    return path.name if path.is_dir() else path.stem
 
 
 def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
@@ -261,18 +305,16 @@ def read_context(options: argparse.Namespace, model: StreamModel) -> torch.Tenso
     return frames.float() / 255
 
 
-def describe(options: argparse.Namespace, model: StreamModel, session: StreamSession | None) -> str:
-    """What is about to run: the model, and the session's context and length if there is one."""
-    height, width = model.video_size
-    parameters = sum(parameter.numel() for parameter in model.student.parameters())
+def describe_model(name: str, model: StreamModel) -> str:
+    """A student that is about to run, in one line."""
+    dtype = str(model.dtype).removeprefix("torch.")
+    return f"{name}: {page.describe(model)}, {dtype}, attention {model.student.attention_backend}"
+
+
+def describe(options: argparse.Namespace, model: StreamModel, session: StreamSession) -> str:
+    """What is about to run: the model, and the session's context and length."""
     weights = options.run or options.weights or options.model or "the tiny world's student"
-    line = (
-        f"{weights}: {parameters / 1e6:.1f} M parameters on {model.device}, "
-        f"{len(model.ladder)} steps a chunk, {width} x {height} pixels, "
-        f"{str(model.dtype).removeprefix('torch.')}, attention {model.student.attention_backend}"
-    )
-    if session is None:
-        return line
+    line = describe_model(str(weights), model)
     settings = session.settings
     length = "without end" if options.chunks == math.inf else f"{options.chunks} chunks"
     return (

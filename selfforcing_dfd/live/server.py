@@ -6,7 +6,7 @@ Every tab has a stream of its own, see `web.viewer`, and one WebSocket, see `web
 from __future__ import annotations
 
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,8 +24,8 @@ from starlette.websockets import WebSocket
 
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.live.web.messages import short
-from selfforcing_dfd.live.web.viewer import Ended, Shared, Viewer
-from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
+from selfforcing_dfd.live.web.shared import Shared, Student
+from selfforcing_dfd.live.web.viewer import Ended, Viewer
 
 WEB = Path(__file__).parent / "web"
 PAGES = {
@@ -118,13 +118,14 @@ class StreamServer:
         return FileResponse(WEB / PAGES[request.url.path], headers=HEADERS)
 
     async def health(self, _: Request) -> JSONResponse:
+        students = self.shared.students
         facts = {
             "status": "ok",
             "sessions": len(self.viewers),
             "max_sessions": self.max_sessions,
-            "model": self.shared.name,
             "fps": self.shared.fps,
-            "settings": asdict(self.shared.settings),
+            "students": self.shared.facts,
+            "settings": {name: asdict(one.settings) for name, one in students.items()},
         }
         return JSONResponse(facts, headers=HEADERS)
 
@@ -135,45 +136,31 @@ class StreamServer:
 
 
 def create_app(
-    model: StreamModel,
-    settings: StreamSettings,
+    students: Mapping[str, Student],
     *,
     fps: float,
     max_sessions: int = 2,
     idle_s: float = 60,
     max_queue_chunks: int = 2,
     examples: Sequence[str] = (),
-    name: str = "",
 ) -> Starlette:
     """The page, its WebSocket `/stream` and `/healthz`.
 
-    A connection beyond max_sessions is told so and closed with code 1013. One that is idle for
-    idle_s seconds, or acknowledges nothing for as long while it is not paused, is told and closed.
-    A viewer's stream is at most max_queue_chunks chunks ahead of what was shown. examples: prompts
-    that the page offers; the first one is played at once. name: of the model. Raises UserError for
-    settings that do not fit the model.
+    students: by the names that the page shows; the first one is played at once. A connection beyond
+    max_sessions is told so and closed with code 1013. One that is idle for idle_s seconds, or
+    acknowledges nothing for as long while it is not paused, is told and closed. A viewer's stream
+    is at most max_queue_chunks chunks ahead of what was shown. examples: prompts that the page
+    offers; it begins with the first one. Raises UserError for settings that do not fit a model.
     """
     if max_sessions < 1:
         raise UserError(f"max_sessions is {max_sessions}; want at least 1")
-    shared = Shared(
-        model, settings, fps, idle_s, max_queue_chunks, examples, name or describe(model)
-    )
+    shared = Shared(students, fps, idle_s, max_queue_chunks, examples)
     server = StreamServer(shared, max_sessions)
     routes = [*(Route(path, server.page) for path in PAGES), Route("/healthz", server.health)]
     return Starlette(
         routes=[*routes, WebSocketRoute("/stream", server.stream)],
         middleware=[Middleware(LocalOnly)],
         lifespan=server.lifespan,
-    )
-
-
-def describe(model: StreamModel) -> str:
-    """A model in one line."""
-    height, width = model.video_size
-    parameters = sum(parameter.numel() for parameter in model.student.parameters())
-    return (
-        f"{parameters / 1e6:.1f} M parameters on {model.device}, "
-        f"{len(model.ladder)} steps a chunk, {width} x {height} pixels"
     )
 
 

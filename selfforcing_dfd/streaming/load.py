@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 CODEC_FILE = "codec.safetensors"
 TINY_ASSETS = shipped("assets/tiny")
 TINY_STUDENT = TINY_ASSETS / "stable.safetensors"
+TINY_DMD_STUDENT = TINY_ASSETS / "student.safetensors"
 STREAM_CONFIGS = shipped("configs/stream")
 
 

@@ -8,7 +8,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -22,6 +22,7 @@ from websockets.sync.client import connect
 
 from selfforcing_dfd.live import server
 from selfforcing_dfd.live.web.messages import HEADER, encode_jpeg
+from selfforcing_dfd.live.web.shared import Student
 from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
@@ -107,9 +108,11 @@ class Tab:
 
 
 @contextmanager
-def serving(model: StreamModel, **options: Any) -> Iterator[int]:
-    """The app in uvicorn on a free port, which is handed out."""
-    app = server.create_app(model, SETTINGS, **{"fps": 16.0, "max_queue_chunks": 2, **options})
+def serving(models: StreamModel | Mapping[str, StreamModel], **options: Any) -> Iterator[int]:
+    """The app in uvicorn on a free port, which is handed out. models: one, or several by name."""
+    by_name = {"only": models} if isinstance(models, StreamModel) else models
+    students = {name: Student(model, SETTINGS) for name, model in by_name.items()}
+    app = server.create_app(students, **{"fps": 16.0, "max_queue_chunks": 2, **options})
     running = uvicorn.Server(server.server_config(app))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]

@@ -170,6 +170,7 @@ def test_reset_starts_again_with_the_new_seed_and_prompt(model):
         tab.send("reset")
         assert tab.until("began") == {
             "type": "began",
+            "student": "only",
             "prompt": "a cross",
             "seed": 7,
             "next_chunk": 2,
@@ -247,7 +248,7 @@ def test_server_answers_while_it_computes(model):
 
 def test_page_is_whole_and_needs_no_other_site(model):
     """Catches a file that is not served or not installed, and a page that calls elsewhere."""
-    with serving(model, examples=["a disc"], name="a name") as port, Tab(port) as tab:
+    with serving({"a name": model}, examples=["a disc"]) as port, Tab(port) as tab:
         hello = tab.until("hello")
         pages = {"/": get(port, "/")[1]}
         while found := {
@@ -263,7 +264,9 @@ def test_page_is_whole_and_needs_no_other_site(model):
     assert {url for text in pages.values() for url in re.findall(r"https?://[\w.]+", text)} <= {
         "http://www.w3.org"
     }
-    assert (hello["examples"], hello["model"], hello["visible_frames"]) == (["a disc"], "a name", 6)
+    (student,) = hello["students"]
+    assert hello["examples"] == ["a disc"]
+    assert (student["name"], student["visible_frames"]) == ("a name", 6)
 
 
 def test_figures_are_those_of_the_stream(model):

@@ -13,6 +13,7 @@ from websockets.sync.client import connect
 
 from selfforcing_dfd.live import server
 from selfforcing_dfd.live.web.messages import MAX_SEED
+from selfforcing_dfd.live.web.shared import Student
 from selfforcing_dfd.streaming.session import StreamModel
 
 
@@ -40,6 +41,7 @@ BAD = {
     "seed is a truth": ('{"type": "seed", "seed": true}', "seed is True"),
     "seed is negative": ('{"type": "seed", "seed": -1}', "seed is -1"),
     "seed is too large": (json.dumps({"type": "seed", "seed": MAX_SEED + 1}), f"0 to {MAX_SEED}"),
+    "student is a number": ('{"type": "student", "name": 1}', "name is 1"),
     "ack of a chunk to come": ('{"type": "ack", "chunk": 99}', "chunk is 99"),
     "second start": ('{"type": "start", "prompt": "a disc", "seed": 0}', "start after start"),
     "binary": (b"\x00\x01", "2 bytes of binary data"),
@@ -118,15 +120,18 @@ def test_other_name_may_not_open_a_stream(model):
 def test_wrong_options_are_refused_at_once(model, wrong, told):
     """Catches a server that starts and then fails for every viewer."""
     with pytest.raises(ValueError, match=told):
-        server.create_app(model, SETTINGS, **{"fps": 16.0, **wrong})
+        server.create_app({"only": Student(model, SETTINGS)}, **{"fps": 16.0, **wrong})
     with pytest.raises(ValueError, match="sink_frames is 3"):
-        server.create_app(model, replace(SETTINGS, sink_frames=3), fps=16.0)
+        server.create_app({"only": Student(model, replace(SETTINGS, sink_frames=3))}, fps=16.0)
+    with pytest.raises(ValueError, match="there are no students"):
+        server.create_app({}, fps=16.0)
 
 
 def test_port_in_use_is_told(model):
     """Catches a traceback, or a server that ends without a word."""
+    app = server.create_app({"only": Student(model, SETTINGS)}, fps=16.0)
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(OSError, match="choose another port"),
     ):
-        server.serve(server.create_app(model, SETTINGS, fps=16.0), port=taken.getsockname()[1])
+        server.serve(app, port=taken.getsockname()[1])

@@ -1,14 +1,17 @@
 """Messages between the live page and its server. A wrong message is answered by an error.
 
 To the server, as JSON: `start {prompt, seed}`, `prompt {text, mode}`, `pause`, `resume`, `reset`,
-`seed {seed}` (of the next reset) and `ack {chunk}`: that chunk, and all before it, has been shown.
-`type` names the message.
+`seed {seed}` (of the next reset), `student {name}` (begin anew with that one, under the same prompt
+and seed; before the start: begin with it) and `ack {chunk}`: that chunk, and all before it, has
+been shown. `type` names the message.
 
-From the server, as JSON: `hello` (sizes and limits), `began` (a start or reset; frames of chunks
-before `next_chunk` need not be shown, and are to be acknowledged), `prompt` (accepted, with the
-first chunk it holds for), `state`, `chunk` (figures; its video frames follow), `error` and `ended`.
+From the server, as JSON: `hello` (the students with their sizes, and limits), `began` (a start, a
+reset or another student; frames of chunks before `next_chunk` need not be shown, and are to be
+acknowledged), `prompt` (accepted, with the first chunk it holds for), `state`, `chunk` (figures;
+its video frames follow), `error` and `ended`.
 Each video frame is one binary message: `HEADER`, then a JPEG. Chunks and video frames are counted
-from the start of the connection, so that a number means the same chunk before and after a reset.
+from the start of the connection, so that a number means the same chunk before and after a reset
+or another student.
 """
 
 from __future__ import annotations
@@ -38,6 +41,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "resume": {},
     "reset": {},
     "seed": {"seed": "number"},
+    "student": {"name": "text"},
     "ack": {"chunk": "number"},
 }
 WANTED = {

@@ -17,6 +17,8 @@ const player = new Player($("video"), { onShown, onStarved, onBroken: () => say(
 
 let socket = null;
 let hello = null;
+let student = null; // facts of the one that is shown
+let chosen = null; // the name of the one that was asked for
 let phase = "connecting";
 let hasBegun = false; // whether the server has a stream for us
 let latencies = [];
@@ -58,20 +60,22 @@ const receive = {
   hello(message) {
     const isFirst = hello === null;
     hello = message;
-    player.open(hello);
     graph.open(hello);
-    showSizes(isFirst);
+    showLimits(isFirst);
+    showStudents();
     begin();
   },
-  began({ prompt, seed, next_chunk }) {
+  began({ student: name, prompt, seed, next_chunk }) {
     hasBegun = true;
+    showStudent(name);
     player.clear();
     graph.clear();
     latencies = [];
     numFramesMade = 0;
     if (next_chunk > 0) send("ack", { chunk: next_chunk - 1 }); // they will not be shown any more
     $("seed").value = seed;
-    say(`${prompt ? `“${prompt}”` : "no prompt"}, seed ${seed}`);
+    const who = hello.students.length > 1 ? `${name}: ` : "";
+    say(`${who}${prompt ? `“${prompt}”` : "no prompt"}, seed ${seed}`);
     setPhase("waiting");
   },
   prompt({ text }) {
@@ -88,6 +92,7 @@ const receive = {
   },
   error({ about, message }) {
     say(message, true);
+    if (hasBegun) showStudent(student.name); // one that refuses the prompt is not shown
     if (about === "prompt" && !hasBegun) setPhase("ready", "Write a prompt to begin.");
   },
 };
@@ -96,7 +101,9 @@ function begin() {
   const prompt = $("prompt").value || (hello.examples[0] ?? "");
   if (!prompt) return setPhase("ready", "Write a prompt to begin.");
   const seed = seedOf($("seed"));
-  if (seed !== null) send("start", { prompt, seed });
+  if (seed === null) return;
+  if (chosen !== hello.students[0].name) send("student", { name: chosen });
+  send("start", { prompt, seed });
 }
 
 function onShown(info, isLast, isFirst) {
@@ -139,13 +146,42 @@ function say(text, isBad = false) {
   $("notice").classList.toggle("bad", isBad);
 }
 
-function showSizes(isFirst) {
-  $("model").textContent = hello.model;
-  $("screen").classList.toggle("small", hello.width < 256);
-  const zoom = hello.width < 256 ? Math.floor(576 / hello.width) : 1; // whole, so that all pixels are squares of one size
-  $("screen").style.setProperty("--widest", `${zoom * hello.width}px`);
-  $("context").textContent = hello.visible_frames;
-  $("context-note").textContent = `sink ${hello.sink_frames} + window ${hello.window_frames}, in latent frames`;
+/** The switch, which one student alone does not need; the choice holds for a new connection too. */
+function showStudents() {
+  const names = hello.students.map(({ name }) => name);
+  $("students").hidden = names.length < 2;
+  const offered = [...document.getElementsByName("student")].map(({ value }) => value);
+  if (offered.join("\n") !== names.join("\n")) $("segments").replaceChildren(...names.map(segment)); // else the focus stays
+  showStudent(names.includes(chosen) ? chosen : names[0]);
+}
+
+function segment(name) {
+  const label = document.createElement("label");
+  const radio = document.createElement("input");
+  const text = document.createElement("span");
+  Object.assign(radio, { type: "radio", name: "student", value: name });
+  radio.onchange = () => choose(name);
+  text.textContent = name;
+  label.append(radio, text);
+  return label;
+}
+
+/** What belongs to one student: its name and its sizes. */
+function showStudent(name) {
+  chosen = name;
+  student = hello.students.find((one) => one.name === name);
+  for (const radio of document.getElementsByName("student")) radio.checked = radio.value === name;
+  player.open(student, hello.fps);
+  $("model").textContent = student.about;
+  const isSmall = student.width < 256;
+  $("screen").classList.toggle("small", isSmall);
+  const zoom = isSmall ? Math.floor(576 / student.width) : 1; // whole, so that all pixels are squares of one size
+  $("screen").style.setProperty("--widest", `${zoom * student.width}px`);
+  $("context").textContent = student.visible_frames;
+  $("context-note").textContent = `sink ${student.sink_frames} + window ${student.window_frames}, in latent frames`;
+}
+
+function showLimits(isFirst) {
   $("queue").textContent = hello.max_queue_chunks;
   $("idle").textContent = hello.idle_s;
   $("seed").max = hello.max_seed;
@@ -179,7 +215,7 @@ function showFigures(info) {
   figure("speed", (budget / median).toFixed(1), "×", "of the playing speed");
   figure("chunks", info.index + 1, "", `${(numFramesMade / hello.fps).toFixed(1)} s of video`);
   const [memory, size] = bytes(info.device_bytes ?? info.memory_bytes).split(" ");
-  const [cache, cacheUnit] = bytes(hello.cache_bytes).split(" ");
+  const [cache, cacheUnit] = bytes(student.cache_bytes).split(" ");
   figure("memory", memory, size, `keys and values ${cache} ${cacheUnit}, constant`);
 }
 
@@ -211,6 +247,14 @@ function apply() {
   if (phase === "ended" || phase === "refused") connect();
   else if (!hasBegun) begin();
   else send("prompt", { text, mode: $("mode").value });
+}
+
+/** Go on with another student; the server's `began` says when. */
+function choose(name) {
+  chosen = name;
+  if (phase === "ended" || phase === "refused") return connect();
+  send("student", { name });
+  if (player.isPaused) send("resume");
 }
 
 function togglePause() {

@@ -24,10 +24,11 @@ export class Player {
   }
 
   /** Sizes and rate of the video that follows. */
-  open({ width, height, fps }) {
+  open({ width, height }, fps) {
+    this.fps = fps;
+    if (this.#canvas.width === width && this.#canvas.height === height) return; // a new size would clear the picture
     this.#canvas.width = width;
     this.#canvas.height = height;
-    this.fps = fps;
   }
 
   /** A chunk's figures; `info.num_frames` frames of it follow. */

@@ -12,33 +12,25 @@ import asyncio
 import json
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Awaitable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
-from typing import Any, TypeVar, get_args
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
-from selfforcing_dfd.common import UserError, resident_bytes
+from selfforcing_dfd.common import resident_bytes
 from selfforcing_dfd.live.web.messages import (
     HEADER,
-    MAX_SEED,
-    MAX_TEXT,
     BadMessage,
     Message,
     encode_jpeg,
     parse_message,
+    short,
 )
-from selfforcing_dfd.streaming.ring import RingCache
-from selfforcing_dfd.streaming.session import (
-    PromptMode,
-    StreamChunk,
-    StreamModel,
-    StreamSession,
-    StreamSettings,
-)
+from selfforcing_dfd.live.web.shared import Shared
+from selfforcing_dfd.streaming.session import StreamChunk, StreamSession
 
 MAX_BAD_MESSAGES = 20
 MAX_WAITING_MESSAGES = 64
@@ -49,8 +41,6 @@ IDLE = 1001  # close codes of RFC 6455
 BAD_MESSAGES = 1008
 FAILED = 1011
 
-Result = TypeVar("Result")
-
 
 class Ended(Exception):
     """The server ends a connection: close code, and what its viewer is told."""
@@ -59,76 +49,6 @@ class Ended(Exception):
         super().__init__(message)
         self.code = code
         self.message = message
-
-
-@dataclass(slots=True)
-class Shared:
-    """What all viewers share: the model, the limits, and the one thread that computes.
-
-    fps: at which the page plays. idle_s: seconds after which an inactive viewer is disconnected.
-    examples: prompts. Raises UserError for limits and settings that do not fit.
-    """
-
-    model: StreamModel
-    settings: StreamSettings
-    fps: float
-    idle_s: float
-    max_queue_chunks: int
-    examples: Sequence[str]
-    name: str
-    worker: ThreadPoolExecutor = field(
-        init=False, default_factory=lambda: ThreadPoolExecutor(1, "stream")
-    )
-    ring: RingCache = field(init=False)  # without memory: for its checks and sizes
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fps <= 240:
-            raise UserError(f"fps is {self.fps}; want more than 0 and at most 240, such as 16")
-        if self.idle_s <= 0 or self.max_queue_chunks < 1:
-            raise UserError(
-                f"idle_s is {self.idle_s} and max_queue_chunks {self.max_queue_chunks}; "
-                "want more than 0 and at least 1"
-            )
-        if not 0 <= self.settings.seed <= MAX_SEED:
-            raise UserError(f"seed is {self.settings.seed}; the page takes 0 to {MAX_SEED}")
-        self.ring = RingCache(
-            self.model.kv_shape(),
-            self.model.chunk_frames,
-            self.settings.sink_frames,
-            self.settings.window_frames,
-            self.settings.positions,
-            dtype=self.model.dtype,
-            device="meta",
-        )
-
-    async def compute(self, job: Callable[[], Result]) -> Result:
-        """Run a job on the worker thread, after the jobs that wait there."""
-        return await asyncio.get_running_loop().run_in_executor(self.worker, job)
-
-    def hello(self) -> dict[str, Any]:
-        """What the page needs to know."""
-        height, width = self.model.video_size
-        return {
-            "model": self.name,
-            "width": width,
-            "height": height,
-            "fps": self.fps,
-            "num_steps": len(self.model.ladder),
-            "chunk_frames": self.model.chunk_frames,
-            "visible_frames": self.ring.num_frames,
-            "sink_frames": self.settings.sink_frames,
-            "window_frames": self.settings.window_frames,
-            "positions": self.settings.positions,
-            "cache_bytes": self.ring.num_bytes,
-            "modes": get_args(PromptMode),
-            "mode": self.settings.on_prompt,
-            "seed": self.settings.seed,
-            "max_seed": MAX_SEED,
-            "max_text": MAX_TEXT,
-            "examples": list(self.examples),
-            "max_queue_chunks": self.max_queue_chunks,
-            "idle_s": self.idle_s,
-        }
 
 
 @dataclass(slots=True, eq=False)
@@ -141,6 +61,7 @@ class Viewer:
         default_factory=lambda: asyncio.Queue(MAX_WAITING_MESSAGES)
     )
     session: StreamSession | None = None
+    student: str = field(init=False)  # whose stream it is, or will be
     prompt: str = ""  # the last one that was accepted
     seed: int | None = None  # of the next reset
     paused: bool = False
@@ -153,6 +74,9 @@ class Viewer:
     recent: deque[tuple[float, int]] = field(
         default_factory=lambda: deque(maxlen=RECENT_CHUNKS + 1)
     )
+
+    def __post_init__(self) -> None:
+        self.student = self.shared.first
 
     async def run(self) -> None:
         """Until one side ends it."""
@@ -241,6 +165,9 @@ class Viewer:
         if kind == "start":
             await self.start(**fields)
             return
+        if kind == "student":
+            await self.choose(**fields)
+            return
         if session is None:
             raise BadMessage(f"got {kind} before start; want start first")
         if kind == "ack":
@@ -259,18 +186,40 @@ class Viewer:
 
     async def start(self, prompt: str, seed: int) -> None:
         if self.session is not None:
-            raise BadMessage("got start after start; want prompt, seed or reset")
-        model = self.shared.model
-        settings = replace(self.shared.settings, seed=seed)
-        self.session = await self.shared.compute(lambda: StreamSession(model, prompt, settings))
+            raise BadMessage("got start after start; want prompt, seed, student or reset")
+        await self.begin(self.student, prompt, seed)
+
+    async def choose(self, name: str) -> None:
+        """Another student, whose stream begins anew under the same prompt and seed.
+
+        Before the start it is only noted.
+        """
+        if name not in self.shared.students:
+            known = ", ".join(self.shared.students)
+            raise BadMessage(f"student: name is {short(name)}; want one of {known}")
+        if self.session is None:
+            self.student = name
+        else:
+            await self.begin(name, self.prompt, self.session.settings.seed)
+
+    async def begin(self, name: str, prompt: str, seed: int) -> None:
+        """A new stream in place of the old one, which stays if the model refuses the prompt."""
+        student = self.shared.students[name]
+        session = await self.shared.compute(lambda: student.begin(prompt, seed))
+        self.session = session
+        self.student = name
         self.prompt = prompt
-        await self.began(self.session)
+        await self.began(session)
 
     async def began(self, session: StreamSession) -> None:
         self.recent.clear()
         self.alive_at = time.monotonic()
         await self.send(
-            "began", prompt=self.prompt, seed=session.settings.seed, next_chunk=self.num_chunks
+            "began",
+            student=self.student,
+            prompt=self.prompt,
+            seed=session.settings.seed,
+            next_chunk=self.num_chunks,
         )
 
     def acknowledge(self, chunk: int) -> None:
