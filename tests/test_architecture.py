@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -36,6 +37,12 @@ LEVELS = (
     {"__main__", PACKAGE, "train", "inference"},
 )
 """Each part may import from its own level and from those before it."""
+
+TOP_LEVEL = {
+    *(".ci", ".gitignore", "assets", "configs", "docs", "inference", PACKAGE, "tests"),
+    *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"),
+    *("pyproject.toml", "requirements.txt", "train.py"),
+}
 
 APART = {
     "streaming": ("training", "stages", "evaluation", "live", "benchmark", "cli"),
@@ -325,6 +332,17 @@ def test_no_path_of_one_machine():
         if machine.search(line)
     ]
     assert found == []
+
+
+def test_the_repository_holds_no_links_and_a_fixed_top_level():
+    """Catches a link to a folder of one machine, and files that came in by accident."""
+    if not (ROOT / ".git").exists():
+        return  # an unpacked archive: nothing says what is tracked
+    command = ["git", "ls-files", "--stage", "-z"]
+    listed = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
+    entries = [entry.split("\t") for entry in listed.split("\0") if entry]
+    assert [name for mode, name in entries if mode.startswith("120000")] == []
+    assert {name.partition("/")[0] for _, name in entries} <= TOP_LEVEL
 
 
 def test_nothing_is_left_for_later_or_left_out():
