@@ -40,7 +40,7 @@ from selfforcing_dfd.stages.base import (
 )
 from selfforcing_dfd.streaming.load import load_settings, load_stream_model
 from selfforcing_dfd.streaming.session import StreamSession
-from selfforcing_dfd.study.plan import CAUSAL, IDEAL_STEPS, IDEALS, Plan, StudyRun
+from selfforcing_dfd.study.plan import CAUSAL, CAUSAL_FEW, IDEAL_STEPS, IDEALS, Plan, StudyRun
 from selfforcing_dfd.tiny.codec import TIME
 from selfforcing_dfd.tiny.metrics import summarise
 from selfforcing_dfd.tiny.readout import read
@@ -112,6 +112,9 @@ def references(config: Config) -> dict[str, Source]:
         steps = config.report.teacher_steps
         ode = ODESteps(steps, config.of(FlowConfig).shift)
         found[CAUSAL] = causal_source(CAUSAL, f"{steps} ODE steps", config, causal, ode)
+        untrained = FewSteps(ladder_of(config), keeps_noise=True)
+        about = "itself in the student's steps, untrained"
+        found[CAUSAL_FEW] = causal_source(CAUSAL_FEW, about, config, causal, untrained)
         for name, keeps_noise in IDEALS.items():
             about = "its ODE at each step of the ladder"
             few_steps = FewSteps(ladder_of(config), keeps_noise)

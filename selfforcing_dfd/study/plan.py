@@ -24,6 +24,8 @@ CAUSAL = "causal"  # the causal teacher's row
 # its ODE at each step of a student's ladder: what a student without error would be
 IDEALS = {"ideal_fresh": False, "ideal_kept": True}  # name -> whether it keeps its noise
 IDEAL_STEPS = 5
+CAUSAL_FEW = "causal_few"  # the causal teacher in the student's steps, noise kept, untrained
+CAUSAL_ROWS = (CAUSAL, CAUSAL_FEW, *IDEALS)
 LONG = "_long"  # how the names of lengthened arms end
 OTHER_DRAWS = 1000  # added to the seed of arms with other draws
 # added for each start after the first; an arm that takes nothing of its start would repeat itself
@@ -131,7 +133,7 @@ def load_plan(name: str) -> Plan:
 def check(plan: Plan) -> None:
     """Raise ConfigError for names of arms that do not exist, and for numbers that do not fit."""
     known = ", ".join(plan.arms)
-    rows = Counter((*REFERENCES, CAUSAL, *IDEALS))
+    rows = Counter((*REFERENCES, *CAUSAL_ROWS))
     rows.update(list(plan.arms))
     rows.update(list(plan.fixed))
     for name, times in rows.items():

@@ -16,8 +16,7 @@ from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.dfd import DFDStage
 from selfforcing_dfd.study.measure import GUARDS, about_run
 from selfforcing_dfd.study.plan import (
-    CAUSAL,
-    IDEALS,
+    CAUSAL_ROWS,
     LONG,
     RESULTS,
     START_FILE,
@@ -138,7 +137,7 @@ def collect(name: str, plan: Plan) -> Study:
     found = {run.name: read_json(run.result) for run in runs if run.result.exists()}
     references = {
         each: _scores(read_json(folder / f"{each}.json")["row"])
-        for each in (DATA, TEACHER, CAUSAL, *IDEALS)
+        for each in (DATA, TEACHER, *CAUSAL_ROWS)
         if (folder / f"{each}.json").exists()
     }
     for needed in (DATA, TEACHER):

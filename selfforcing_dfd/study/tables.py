@@ -24,7 +24,7 @@ from selfforcing_dfd.study.compare import (
     with_rows,
 )
 from selfforcing_dfd.study.goal import GOAL, Criterion, criteria
-from selfforcing_dfd.study.plan import LONG
+from selfforcing_dfd.study.plan import CAUSAL, CAUSAL_FEW, LONG
 from selfforcing_dfd.study.results import Study
 from selfforcing_dfd.study.way_tables import (
     COLUMNS,
@@ -37,6 +37,13 @@ from selfforcing_dfd.study.way_tables import (
     streams,
     the_front,
 )
+
+OF_THE_CAUSAL_TEACHER = {
+    CAUSAL: "its ODE in many steps, as it is",
+    CAUSAL_FEW: "itself in the student's few steps, noise kept, not trained for them",
+    "ideal_fresh": "a student that jumps to its ODE's end without error, with fresh noise",
+    "ideal_kept": "the same with the noise kept",
+}
 
 COMPARED = ("coverage", "kl_prior_sample", "follow")
 ALIGNMENTS: Mapping[Alignment, str] = {
@@ -79,6 +86,8 @@ def sections(study: Study) -> Iterator[str]:
     for alignment, title in ALIGNMENTS.items():
         yield f"## {title}"
         yield about_alignment(study, alignment)
+        if alignment == "compute":
+            yield from rows_of_the_causal_teacher(study)
         yield markdown(score_table(study, alignment))
     yield "## Differences in pairs of runs"
     yield (
@@ -153,6 +162,14 @@ def verdict_on_goal(study: Study) -> Iterator[str]:
 
 def share_met(parts: Sequence[Criterion]) -> float:
     return sum(part.met for part in parts) / len(parts)
+
+
+def rows_of_the_causal_teacher(study: Study) -> Iterator[str]:
+    """What the rows mean that only the causal teacher made."""
+    there = [name for name in OF_THE_CAUSAL_TEACHER if name in study.references]
+    if there:
+        lines = [f"- `{name}`: {OF_THE_CAUSAL_TEACHER[name]}" for name in there]
+        yield "\n".join(["Rows of the causal teacher:", *lines])
 
 
 def about_alignment(study: Study, alignment: Alignment) -> str:

@@ -38,7 +38,7 @@ from selfforcing_dfd.study.measure import (
 )
 from selfforcing_dfd.study.plan import (
     CAUSAL,
-    IDEALS,
+    CAUSAL_ROWS,
     RESULTS,
     START_FILE,
     Plan,
@@ -127,7 +127,7 @@ def tasks_of(plan: Plan, runs: Sequence[StudyRun], measure_only: bool) -> list[T
     tasks = []
     make: Callable[[], Mapping[str, Any] | None]
     for name, source in references(some).items():
-        roles = () if name == DATA else (CAUSAL if name in IDEALS else name,)
+        roles = () if name == DATA else (CAUSAL if name in CAUSAL_ROWS else name,)
         make = partial(measure_reference, some, source, roles)
         result = results / f"{name}.json"
         tasks.append(Task(name, some, result, locks / name, make, roles, OF_TRAINING))

@@ -12,7 +12,7 @@ import pytest
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.common import EXIT_USER_ERROR, UserError
 from selfforcing_dfd.study import work
-from selfforcing_dfd.study.plan import load_plan, runs_of
+from selfforcing_dfd.study.plan import CAUSAL_ROWS, load_plan, runs_of
 from selfforcing_dfd.study.results import load_study
 from selfforcing_dfd.study.tables import score_table
 from selfforcing_dfd.training.exclusive import lock_folders
@@ -69,7 +69,7 @@ def test_a_study_is_run_once_however_often_it_is_stopped(
 
     assert main(["study", "--plan", str(plan)]) == 0
     assert len(measured) == 9
-    assert "15 results, 15 are there, 0 to make" in capsys.readouterr().out
+    assert "16 results, 16 are there, 0 to make" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +100,9 @@ def test_results_hold_the_way_of_a_run(done: Path):
         results["two/0/prefix.json"]["data"] == one["data"] != results["one/0/control.json"]["data"]
     )
     assert results["two/0/prefix.json"]["weights"]["student"] != one["weights"]["student"]
+    files = [done / "runs" / "results" / f"{name}.json" for name in CAUSAL_ROWS]
+    rows = [json.loads(file.read_text())["row"]["scores"] for file in files]
+    assert all(rows.count(row) == 1 for row in rows)  # the same weights, sampled in four ways
     assert not (done / "runs/runs/one/0/prefix/checkpoints").exists()
 
 
@@ -122,6 +125,9 @@ def test_the_page_shows_the_numbers_in_the_repository(done: Path):
     for line in score_table(study, "updates"):
         assert f"| {' | '.join(line)} |" in page
     for name in ("data", "teacher", "causal", "start", "control", "prefix", "prefix_first"):
+        assert f"\n| {name} |" in page
+    for name in CAUSAL_ROWS:
+        assert f"\n- `{name}`: " in page
         assert f"\n| {name} |" in page
     assert "| control | 3 | `run.stage=dmd` |" in page
     assert (done / "docs/study/trajectories.svg").stat().st_size > 5000
@@ -177,7 +183,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     fake.write_bytes(broken)
     assert main(["study", "--plan", str(plan), "--only", "control"]) == EXIT_USER_ERROR
     captured = capsys.readouterr()
-    assert "1 of 9 results failed, the first: one, draw 0, control: " in captured.err
+    assert "1 of 10 results failed, the first: one, draw 0, control: " in captured.err
     assert list(results_of(tmp_path)) == ["two/0/control.json"]
 
 
