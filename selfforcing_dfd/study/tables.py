@@ -135,11 +135,10 @@ def plural(number: int, word: str) -> str:
 
 def verdict_on_goal(study: Study) -> Iterator[str]:
     """Who reaches the goal; if none, which parts each arm misses."""
-    judged = {
-        arm: criteria(study, arm)
-        for arm in study.arms
-        if arm not in study.controls and not arm.endswith(LONG)
-    }
+    candidates = [
+        arm for arm in study.arms if arm not in study.controls and not arm.endswith(LONG)
+    ]
+    judged = {arm: criteria(study, arm) for arm in candidates if study.runs_of(arm)}
     if not judged:
         yield "There is no arm beside the controls."
         return
@@ -158,6 +157,9 @@ def verdict_on_goal(study: Study) -> Iterator[str]:
         missed = "; ".join(part.text for part in parts if not part.met)
         table.append([arm, f"{sum(part.met for part in parts)} of {len(parts)}", missed or "none"])
     yield markdown(table)
+    waiting = [f"`{arm}`" for arm in candidates if arm not in judged]
+    if waiting:
+        yield f"Not run yet: {', '.join(waiting)}."
 
 
 def share_met(parts: Sequence[Criterion]) -> float:

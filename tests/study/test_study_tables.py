@@ -256,6 +256,14 @@ def test_the_goal_is_reached_by_what_reaches_it():
     ]
 
 
+def test_arms_without_a_run_wait_and_are_not_judged():
+    """Catches a page that says of arms which did not run that they missed everything."""
+    arms = {**STUDY.arms, "later": ArmFacts("later", 1, [])}
+    page = "\n".join(sections(dataclasses.replace(STUDY, arms=arms)))
+    assert "\nNot run yet: `later`." in page
+    assert "\n| later | 0 of " not in page
+
+
 def test_one_start_that_lost_is_a_goal_missed():
     """Catches a mean over all runs that hides a start in which the control was better."""
     study = with_scores(STUDY, "control", "coverage", [0.95, 0.95], start="b")
