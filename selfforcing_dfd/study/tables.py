@@ -135,9 +135,7 @@ def plural(number: int, word: str) -> str:
 
 def verdict_on_goal(study: Study) -> Iterator[str]:
     """Who reaches the goal; if none, which parts each arm misses."""
-    candidates = [
-        arm for arm in study.arms if arm not in study.controls and not arm.endswith(LONG)
-    ]
+    candidates = [arm for arm in study.arms if arm not in study.controls and not arm.endswith(LONG)]
     judged = {arm: criteria(study, arm) for arm in candidates if study.runs_of(arm)}
     if not judged:
         yield "There is no arm beside the controls."
