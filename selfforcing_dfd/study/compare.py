@@ -95,9 +95,10 @@ def aligned(study: Study, alignment: Alignment) -> list[Run]:
 
 
 def arms_in(study: Study) -> list[str]:
-    """Names of the rows that are compared: arms and fixed points, in the plan's order."""
-    arms = [name for name in study.arms if not name.endswith(LONG)]
-    return arms + list(study.fixed)
+    """Names of the rows that are compared: arms that ran, then fixed points, as the plan has them."""
+    ran = {run.arm for run in study.runs}
+    arms = [name for name in study.arms if name in ran and not name.endswith(LONG)]
+    return arms + [name for name, point in study.fixed.items() if point.arm in ran]
 
 
 def with_rows(runs: Sequence[Run], *names: str) -> list[Run]:
