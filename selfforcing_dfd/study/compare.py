@@ -95,7 +95,7 @@ def aligned(study: Study, alignment: Alignment) -> list[Run]:
 
 
 def arms_in(study: Study) -> list[str]:
-    """Names of the rows that are compared: arms that ran, then fixed points, in the plan's order."""
+    """Names of the compared rows: arms that ran, then fixed points, in the plan's order."""
     ran = {run.arm for run in study.runs}
     arms = [name for name in study.arms if name in ran and not name.endswith(LONG)]
     return arms + [name for name, point in study.fixed.items() if point.arm in ran]
