@@ -5,9 +5,9 @@ it is what entered a step of the student's own rollout, after its own past. The 
 
 - `trajectory`: where a causal teacher's ODE leads from that very input. The input determines it, so
   nothing is averaged, and the gap of Eq. 7 in arXiv 2606.18478 can go to zero.
-- `next_step`: the same ODE, but only as far as the ladder's next step, which is where a student
-  that keeps its noise goes (progressive distillation, arXiv 2202.00512). Its clean prediction is
-  the end of the straight line to there. All steps together follow the ODE; nothing is jumped.
+- `next_step`: the same ODE, but only to the ladder's next step (progressive distillation, arXiv
+  2202.00512). The target is the clean prediction from which Euler's step leads exactly there. All
+  steps of the ladder together then follow the ODE. The student must keep its noise.
 - `consistency`: the student's own answer, one step of that ODE further down (arXiv 2303.01469).
 - `clip`: the real clip. The student learns the mean of what can follow, as in teacher forcing.
 """
@@ -140,11 +140,11 @@ class RegressionStage(TrainingStage):
         own = config.of(RegressionConfig)
         past = [Pass("past", "student", "committed")]
         if own.target != "clip":
-            last = own.target == "trajectory"  # whose last step is one of Euler's method
-            calls = 2 if own.target == "consistency" else 2 * own.steps - last
+            # two calls a step of Heun's method; the last step down to sigma 0 needs one
+            calls = {"trajectory": 2 * own.steps - 1, "next_step": 2 * own.steps, "consistency": 2}
             past += [
                 Pass("past, teacher", "causal", "committed"),
-                Pass("teacher's ODE", "causal", "chunks", calls),
+                Pass("teacher's ODE", "causal", "chunks", calls[own.target]),
             ]
         if own.target == "consistency":
             past.append(Pass("one step further", "student", "chunks"))
