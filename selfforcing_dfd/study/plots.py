@@ -89,9 +89,13 @@ def trajectories(study: Study, by_compute: bool = False) -> str:
 def draw_arm(
     place: Axes, study: Study, arm: str, key: str, look: Mapping[str, Any], by_compute: bool
 ) -> None:
-    """A line through the means and a band over the range of runs."""
+    """A line through the means and a band over the range of runs.
+
+    It begins at the starts' students if the arm does.
+    """
     found = along(study, arm, key)
-    own = [scores.get(key) for scores in study.starts.values()]
+    starts = study.starts.values() if study.arms[arm].from_start else ()
+    own = [scores.get(key) for scores in starts]
     known = [each for each in own if each is not None]
     if known:
         found.insert(0, (0, Mean(sum(known) / len(known), min(known), max(known), len(known))))

@@ -28,6 +28,7 @@ from selfforcing_dfd.study.plan import (
 )
 from selfforcing_dfd.study.work import noise_file
 from selfforcing_dfd.tiny.bootstrap import Score
+from selfforcing_dfd.weights.runs import STUDENT_FILE
 
 DIGITS = 4  # after the point
 KEPT = (
@@ -78,12 +79,17 @@ class Trajectory:
 
 @dataclass(frozen=True)
 class ArmFacts:
-    """What the tables say of an arm. forced: whether real clips anchor its teacher (a dose)."""
+    """What the tables say of an arm.
+
+    forced: whether real clips anchor its teacher (a dose). from_start: whether it trains the
+    start's own student on.
+    """
 
     about: str
     tried: int
     settings: list[str]
     forced: bool = False
+    from_start: bool = True
 
 
 @dataclass(frozen=True)
@@ -194,6 +200,7 @@ def facts_of(plan: Plan, arm: str, runs: Sequence[StudyRun]) -> ArmFacts:
         tried=plan.arms[name].tried,
         settings=settings_of_arm(plan, name),
         forced=issubclass(stage_of(run.config), DFDStage),
+        from_start=run.config.weights.student == f"{plan.starts[run.start]}/{STUDENT_FILE}",
     )
 
 

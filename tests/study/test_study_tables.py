@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from selfforcing_dfd.evaluation.tiny_verdict import RULE
 from selfforcing_dfd.study.compare import (
@@ -23,6 +24,7 @@ from selfforcing_dfd.study.compare import (
 )
 from selfforcing_dfd.study.goal import GOAL, criteria
 from selfforcing_dfd.study.plan import FixedPoint
+from selfforcing_dfd.study.plots import draw_arm
 from selfforcing_dfd.study.results import (
     ArmFacts,
     Study,
@@ -309,3 +311,13 @@ def test_the_page_says_the_rule_first_and_the_file_holds_it_all(tmp_path: Path):
     assert "27 runs" not in page
     assert "30 runs: 3 starts x 3 draws of 4 arms, 256 clips a point" in flat
     assert [line for line in page.splitlines() if len(line) > 100 and line[0] != "|"] == []
+
+
+@pytest.mark.parametrize("from_start", [True, False])
+def test_a_line_begins_at_the_start_only_if_its_arm_does(from_start: bool):
+    """Catches a plot in which an arm of another student seems to repair the start's."""
+    good = dataclasses.replace(STUDY.arms["good"], from_start=from_start)
+    study = dataclasses.replace(STUDY, arms={**STUDY.arms, "good": good})
+    place = Figure().subplots()
+    draw_arm(place, study, "good", "coverage", {"color": "black"}, by_compute=False)
+    assert (0 in list(place.lines[0].get_xdata())) is from_start
