@@ -27,7 +27,6 @@ IDEAL_STEPS = 5
 CAUSAL_FEW = "causal_few"  # the causal teacher in the student's steps, noise kept, untrained
 CAUSAL_ROWS = (CAUSAL, CAUSAL_FEW, *IDEALS)
 LONG = "_long"  # how the names of lengthened arms end
-OTHER_DRAWS = 1000  # added to the seed of arms with other draws
 # added for each start after the first; an arm that takes nothing of its start would repeat itself
 OF_START = 100
 RESULTS = "results"
@@ -44,7 +43,8 @@ class ArmPlan:
     every: int = 0  # student updates between checkpoints; 0 is the study's
     # which of them are measured; empty is all. Of a lengthened run always all
     points: list[int] = field(default_factory=list)
-    other_draws: bool = False  # seeds of its own: beside its twin, what draws alone make
+    draws: int = 0  # how many of the study's draws, from the first on; 0 is all
+    family: str = ""  # arms of one family are settings of one method, to choose from
     long: bool = False  # also run `study.long` times as long, in the first draw of each start
     stream: bool = False  # also stream freely, in the first draw of each start
 
@@ -152,6 +152,9 @@ def check(plan: Plan) -> None:
         plain = name.replace("_", "").isalnum() and not name.endswith(LONG)
         require(plain, f"{name} is no name: use letters, digits and _, without {LONG} at the end")
     require(plan.long >= 2, f"long is {plan.long}; lengthened arms need 2 or more")
+    for name, arm in plan.arms.items():
+        fits = 0 <= arm.draws <= len(plan.draws)
+        require(fits, f"{name} has draws: {arm.draws}; use 0 (all) to {len(plan.draws)}")
     for option, value in (("updates", plan.updates), ("every", plan.every), ("clips", plan.clips)):
         require(value >= 1, f"{option} is {value}; it must be at least 1")
 
@@ -176,7 +179,8 @@ def runs_of(plan: Plan, only: Sequence[str] = ()) -> list[StudyRun]:
     for draw in plan.draws:
         for start in plan.starts:
             for name, configs in arms.items():
-                found += runs_of_arm(plan, start, draw, name, configs)
+                if draw in plan.draws[: plan.arms[name].draws or None]:
+                    found += runs_of_arm(plan, start, draw, name, configs)
     return found
 
 
@@ -234,7 +238,7 @@ def runs_of_arm(
     """An arm's run, and in the first draw its lengthened run."""
     arm = plan.arms[name]
     first = draw == plan.draws[0]
-    seed = draw + OF_START * list(plan.starts).index(start) + OTHER_DRAWS * arm.other_draws
+    seed = draw + OF_START * list(plan.starts).index(start)
     folder = Path(plan.out) / RESULTS / start / str(draw)
     for each, config in configs.items():
         if each == name or first:

@@ -82,7 +82,7 @@ class ArmFacts:
     """What the tables say of an arm.
 
     forced: whether real clips anchor its teacher (a dose). from_start: whether it trains the
-    start's own student on.
+    start's own student on. family: of arms that are settings of one method.
     """
 
     about: str
@@ -90,6 +90,7 @@ class ArmFacts:
     settings: list[str]
     forced: bool = False
     from_start: bool = True
+    family: str = ""
 
 
 @dataclass(frozen=True)
@@ -201,6 +202,7 @@ def facts_of(plan: Plan, arm: str, runs: Sequence[StudyRun]) -> ArmFacts:
         settings=settings_of_arm(plan, name),
         forced=issubclass(stage_of(run.config), DFDStage),
         from_start=run.config.weights.student == f"{plan.starts[run.start]}/{STUDENT_FILE}",
+        family=plan.arms[name].family,
     )
 
 

@@ -12,7 +12,9 @@ from selfforcing_dfd.evaluation.document import evaluated_with
 from selfforcing_dfd.evaluation.paired import Paired, paired
 from selfforcing_dfd.evaluation.tables import START, TERMINAL, Run, number
 from selfforcing_dfd.evaluation.tiny_verdict import RULE, differences, mean
+from selfforcing_dfd.study.choice import choices, chosen_in_words, has_families
 from selfforcing_dfd.study.compare import (
+    SLACK,
     Alignment,
     aligned,
     arms_in,
@@ -80,15 +82,31 @@ def sections(study: Study) -> Iterator[str]:
     """The parts of the page, headings and texts and tables, in order."""
     yield f"# Study: {study.plan}"
     yield " ".join([study.about, *facts(study)]).strip()
-    yield from (GOAL, RULE)
-    yield "## What it found"
-    yield from verdict_on_goal(study)
+    if has_families(study):
+        yield from choices(study)
+    else:
+        yield from (GOAL, RULE)
+        yield "## What it found"
+        yield from verdict_on_goal(study)
     for alignment, title in ALIGNMENTS.items():
         yield f"## {title}"
         yield about_alignment(study, alignment)
         if alignment == "compute":
             yield from rows_of_the_causal_teacher(study)
         yield markdown(score_table(study, alignment))
+    if not has_families(study):
+        yield from pairs_of_runs(study)
+    yield from doses(study)
+    yield from the_front(study)
+    yield from long_runs(study)
+    yield from streams(study)
+    yield from gap_section(study)
+    yield "## Arms"
+    yield markdown(arms_table(study))
+
+
+def pairs_of_runs(study: Study) -> Iterator[str]:
+    """Every arm against every control, and the rule's outcomes."""
     yield "## Differences in pairs of runs"
     yield (
         "Arm minus control, mean over pairs of equal start and draws, with Student's 95 % interval "
@@ -98,13 +116,6 @@ def sections(study: Study) -> Iterator[str]:
         yield f"### Against {control}"
         yield markdown(paired_table(study, control))
     yield from outcomes(study)
-    yield from doses(study)
-    yield from the_front(study)
-    yield from long_runs(study)
-    yield from streams(study)
-    yield from gap_section(study)
-    yield "## Arms"
-    yield markdown(arms_table(study))
 
 
 def facts(study: Study) -> Iterator[str]:
@@ -180,8 +191,8 @@ def about_alignment(study: Study, alignment: Alignment) -> str:
     spread = f"Means over runs, with the smallest and the largest run's value.{fixed}"
     if alignment == "compute":
         return (
-            f"Each arm's newest point within the core seconds that {study.budget} took for "
-            f"{study.updates} student updates with the same start and draw. {spread}"
+            f"Each arm's newest point that took at most {SLACK:g} times the core seconds of "
+            f"{study.budget}'s {study.updates} student updates, by means over runs. {spread}"
         )
     if alignment == "updates":
         return f"Each arm's newest point within {study.updates} student updates. {spread}"
@@ -296,7 +307,8 @@ def arms_table(study: Study) -> Table:
 
 def summary(study: Study) -> str:
     """What a terminal shows: the verdict on the goal and the table at equal compute."""
-    first = next(iter(verdict_on_goal(study))).replace("**", "")
+    found = chosen_in_words(study) if has_families(study) else next(verdict_on_goal(study))
+    first = found.replace("**", "")
     rows = score_table(study, "compute")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []

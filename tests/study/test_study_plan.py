@@ -33,31 +33,28 @@ def test_shipped_plans_can_be_run(name: str):
 def test_seeds_starts_and_lengths_of_runs(plan: Path):
     """Catches two draws with one seed, a start's weights in another start's run, a short long run.
 
-    An arm of other draws shares no seed with its twin.
+    An arm of fewer draws has the first ones.
     """
-    text = plan.read_text().replace("prefix]}", "prefix], other_draws: true}")
-    text = text.replace("tried: 3", "tried: 3, long: true, every: 2")
-    plan.write_text(text.replace("stream: true}", "stream: true, other_draws: true}"))
+    text = plan.read_text().replace("tried: 3", "tried: 3, long: true, every: 2")
+    plan.write_text(text.replace("stream: true}", "stream: true, draws: 1}"))
     runs = {(run.start, run.draw, run.arm): run for run in runs_of(load_plan(str(plan)))}
     assert set(runs) == {
-        *((start, draw, arm) for start in ("one", "two") for draw in (0, 1) for arm in ARMS),
+        *((start, draw, "control") for start in ("one", "two") for draw in (0, 1)),
+        ("one", 0, "prefix"),
+        ("two", 0, "prefix"),
         ("one", 0, "control_long"),
         ("two", 0, "control_long"),
     }
     assert [runs["one", draw, "control"].config.run.seed for draw in (0, 1)] == [0, 1]
     # an arm that takes nothing of its start must not be one run counted twice
     assert [runs["two", draw, "control"].config.run.seed for draw in (0, 1)] == [100, 101]
-    assert [runs["one", draw, "prefix"].config.run.seed for draw in (0, 1)] == [1000, 1001]
     for (start, _, _), run in runs.items():
         assert run.config.weights.student == str(plan.parent / start / "student.safetensors")
         assert run.config.weights.fake == str(plan.parent / start / "fake.safetensors")
     assert runs["two", 0, "control"].updates == (2,)
     assert runs["two", 0, "control_long"].updates == (4,)
     assert runs["two", 0, "control_long"].config.run.student_updates == 4
-    assert runs["two", 1, "prefix"].updates == (1, 2)
-
-
-ARMS = ("control", "prefix")
+    assert runs["two", 0, "prefix"].updates == (1, 2)
 
 
 @pytest.mark.parametrize(
@@ -73,6 +70,7 @@ ARMS = ("control", "prefix")
         ("  control: {set", "  control: {like: prefix, set", "like prefix, which is no arm above"),
         ("long: 2", "long: 1", "long is 1; lengthened arms need 2 or more"),
         ("draws: [0, 1]", "draws: []", "starts or draws are empty"),
+        ("tried: 3", "draws: 3", "control has draws: 3; use 0 \\(all\\) to 2"),
         ("{one:", "{one/two:", "one/two is no name"),
         ("dfd.pairing=prefix", "dfd.pairing=nothing", "arm prefix: .*pairing"),
         ("run.stage=dmd", "run.stage=nothing", "arm control: run.stage is 'nothing'"),

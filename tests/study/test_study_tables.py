@@ -139,10 +139,11 @@ def cells(table: list[list[str]], name: str) -> dict[str, str]:
 
 
 def test_equal_compute_takes_the_newest_point_within_the_budget():
-    """Catches a point beyond the budget, one of the wrong draw's budget, and the first point.
+    """Catches a point beyond the budget, the first point, and runs of an arm at several updates.
 
-    The control took 120 s: the good arm's newest point is that of 121 s, which is 2 % more at
-    most, the rival's its first one. At equal updates both stand at 24, at the end at their last.
+    The control took 120 s: the good arm's newest point is that of 121 s, as 151 s are more than
+    10 % above it, the rival's its first one. At equal updates both stand at 24, at the end at
+    their last. One slow run raises the mean for all runs alike.
     """
     by_name = {found.arm: found for found in STUDY.runs if (found.start, found.draw) == ("a", 0)}
     at = {
@@ -150,16 +151,19 @@ def test_equal_compute_takes_the_newest_point_within_the_budget():
         for alignment in ("compute", "updates", "end")
     }
     assert at == {"compute": [3, 0], "updates": [1, 1], "end": [4, 1]}
-    dearer = dataclasses.replace(by_name["good"], core_seconds=[130, 140, 150, 160, 170])
-    assert index_at(STUDY, dearer, "compute") is None
+    others = [each for each in STUDY.runs if each.arm != "good"]
+    seconds = [133, 140, 150, 160, 170]
+    dearer = dataclasses.replace(by_name["good"], core_seconds=seconds)
+    study = dataclasses.replace(STUDY, runs=[*others, dearer])
+    assert index_at(study, dearer, "compute") is None
     runs = []
     for each in STUDY.runs:
-        slow = each.arm == "control" and each.draw == 0
-        seconds = [500, 1000] if slow else each.core_seconds
-        runs.append(dataclasses.replace(each, core_seconds=seconds))
+        slow = each.arm == "good" and (each.start, each.draw) == ("a", 1)
+        spent = [10 * second for second in each.core_seconds] if slow else each.core_seconds
+        runs.append(dataclasses.replace(each, core_seconds=spent))
     uneven = dataclasses.replace(STUDY, runs=runs)
-    good = [each for each in runs if each.arm == "good" and each.start == "a"]
-    assert [index_at(uneven, each, "compute") for each in good] == [4, 3, 3]
+    good = [each for each in runs if each.arm == "good"]
+    assert [index_at(uneven, each, "compute") for each in good] == [1] * 9
     alone = dataclasses.replace(STUDY, runs=[by_name["good"]])
     assert index_at(alone, by_name["good"], "compute") is None
     table = score_table(STUDY, "compute")
