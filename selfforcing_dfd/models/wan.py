@@ -41,6 +41,7 @@ from selfforcing_dfd.models.layers import (
 )
 from selfforcing_dfd.models.lora import LoraMixin
 from selfforcing_dfd.models.rope import positions_rotary, rotate
+from selfforcing_dfd.models.sequence import Sequence
 
 
 class Modulation(NamedTuple):
@@ -90,6 +91,7 @@ class WanBlock(nn.Module):
         self.attn2 = WanAttention(dim, heads, eps)
         self.ffn = FeedForward(dim, ffn_dim)
         self.attend: Attention = attend
+        self.sequence: Sequence | None = None  # processes that share the tokens; None: this one
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
@@ -100,17 +102,23 @@ class WanBlock(nn.Module):
         rotary: tuple[Tensor, Tensor],
         context: Context,
         layer: int,
+        frames: int,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, F * tokens, D] -> (x, keys, values).
+        """x: [B, F * tokens, D] -> (x, keys, values). Of a sequence on several processes: its part.
 
         text: [B, L, D], or its keys and values. modulation: the embedding [B, F, 6, D], or this
-        block's. What is not prepared is computed in here and not by the caller, so that gradient
-        checkpointing and sharding, which wrap this call, cover it.
+        block's. frames: F of the patches. What is not prepared is computed in here and not by the
+        caller, so that gradient checkpointing and sharding, which wrap this call, cover it.
         """
         text_k, text_v = self.attn2.keys_values(text) if isinstance(text, Tensor) else text
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation)
         q, k, v = self.before_attention(x, shift1, scale1, *rotary)
-        attended = context.attend(self.attend, layer, q, k, v)
+        if self.sequence is None:
+            attended = context.attend(self.attend, layer, q, k, v)
+        else:
+            q, k, v = self.sequence.split_heads((q, k, v), frames)
+            attended = context.attend(self.attend, layer, q, k, v)
+            attended = self.sequence.join_heads(attended, frames)
         return self.after_attention(x, attended, gate1, shift2, scale2, gate2, text_k, text_v), k, v
 
     def modulation(self, embedding: Tensor | Modulation) -> Modulation:
@@ -182,6 +190,7 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
         self.attention_backend = "sdpa"
+        self.sequence: Sequence | None = None
 
     def set_attention(self, name: str = "auto") -> str:
         """Choose the attention kernel for the weights' present device and return its name.
@@ -194,6 +203,23 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         for block in self.wan_blocks():
             block.attend = function
         return self.attention_backend
+
+    def share_sequence(self, sequence: Sequence) -> None:
+        """From now on each sequence is on all processes of the group, which call together.
+
+        K/V that come out and that are kept have a part of the heads. Raises UserError for a number
+        of processes that does not divide the heads.
+        """
+        sequence.check_heads(self.config["num_attention_heads"])
+        self.sequence = sequence
+        for block in self.wan_blocks():
+            block.sequence = sequence
+
+    @property
+    def own_heads(self) -> int:
+        """Heads of the keys and values on this process."""
+        heads: int = self.config["num_attention_heads"]
+        return heads // self.sequence.size if self.sequence else heads
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the code between attentions in every block; attention itself is not compiled.
@@ -224,17 +250,31 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         rotary = positions_rotary(
             context.next_frame, *grid, self.head_dim, tokens.device, precision
         )
+        frames = grid[0]
+        if self.sequence is not None:
+            self.sequence.check_tokens(*grid[1:])
+            tokens = self.sequence.own_tokens(tokens, frames)
+            rotary = self.own_rotary(rotary, frames)
         layers = []
         for layer, block in enumerate(self.blocks):
             tokens, k, v = self.run_block(
-                block, tokens, text[layer], level.blocks[layer], rotary, context, layer
+                block, tokens, text[layer], level.blocks[layer], rotary, context, layer, frames
             )
             if context.wants_kv:
                 layers.append((k, v))
         shift, scale = level.head
         tokens = modulate(self.norm_out(tokens), scale, shift).type_as(tokens)
-        flow = self.unpatchify(self.proj_out(tokens), grid)
+        patches = self.proj_out(tokens)
+        if self.sequence is not None:
+            patches = self.sequence.all_tokens(patches, frames)
+        flow = self.unpatchify(patches, grid)
         return NetworkOutput(flow, ChunkKV(x_t.shape[1], tuple(layers)))
+
+    def own_rotary(self, rotary: tuple[Tensor, Tensor], frames: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables of this process's tokens."""
+        assert self.sequence is not None
+        cos, sin = (self.sequence.own_tokens(table[None], frames)[0] for table in rotary)
+        return cos, sin
 
     def wan_blocks(self) -> tuple[WanBlock, ...]:
         return tuple(block for block in self.blocks if isinstance(block, WanBlock))

@@ -80,7 +80,7 @@ class StreamModel:
             num_layers=config["num_layers"],
             batch=1,
             tokens=(rows // patch_rows) * (columns // patch_columns),
-            heads=config["num_attention_heads"],
+            heads=self.student.own_heads,
             head_dim=config["attention_head_dim"],
         )
 
