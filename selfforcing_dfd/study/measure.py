@@ -102,11 +102,16 @@ def measure_row(config: Config, source: Source) -> dict[str, Any]:
 
 
 def references(config: Config) -> dict[str, Source]:
-    """The rows that no run makes, but for the start's own student."""
-    found = {
+    """The rows that are the same for all starts."""
+    return {
         DATA: data_source(config, world_of(config)),
         TEACHER: teacher_source(TEACHER, config, teacher_start(config)),
     }
+
+
+def causal_references(config: Config) -> dict[str, Source]:
+    """The rows of a start's causal teacher; none where it has none."""
+    found: dict[str, Source] = {}
     causal = causal_start(config)
     if causal.path and find_file(causal.path).exists():
         steps = config.report.teacher_steps

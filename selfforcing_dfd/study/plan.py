@@ -21,6 +21,7 @@ STUDY_CONFIGS = "configs/study"
 FOLDER = "START"  # stands for a start's folder in settings of an arm
 BASE = "base"  # the file there that is no plan
 CAUSAL = "causal"  # the causal teacher's row
+CAUSAL_FILE = "causal.safetensors"
 # its ODE at each step of a student's ladder: what a student without error would be
 IDEALS = {"ideal_fresh": False, "ideal_kept": True}  # name -> whether it keeps its noise
 IDEAL_STEPS = 5
@@ -73,7 +74,7 @@ class Plan:
     base: str = "study/base.yaml"
     out: str = "runs/study"  # runs and results
     document: str = "docs/study.md"  # with NAME.json and plots in a folder named like it
-    starts: dict[str, str]  # name -> folder with student.safetensors and fake.safetensors
+    starts: dict[str, str]  # name -> folder with {student,fake,causal}.safetensors
     draws: list[int]  # seeds of training
     updates: int  # student updates of an arm that sets no other number
     every: int  # student updates between measured points
@@ -208,6 +209,7 @@ def common_settings(plan: Plan) -> list[str]:
         f"run.student_updates={plan.updates}",
         f"weights.student={FOLDER}/{STUDENT_FILE}",
         f"weights.fake={FOLDER}/{FAKE_FILE}",
+        f"weights.causal={FOLDER}/{CAUSAL_FILE}",
         "checkpoint.keep=10000",  # all points are kept until they are measured
         "checkpoint.export=float32",
         f"report.clips={plan.clips}",
@@ -217,7 +219,7 @@ def common_settings(plan: Plan) -> list[str]:
 
 
 def reference_config(plan: Plan, start: str) -> Config:
-    """Settings by which rows that no arm trains are measured: a start's student, its teachers."""
+    """Settings for rows that no arm trains: data, teachers, a start's student."""
     return in_start(plan, change(load_config(plan.base), common_settings(plan)), start)
 
 
@@ -228,6 +230,7 @@ def in_start(plan: Plan, config: Config, start: str) -> Config:
         config.weights,
         student=config.weights.student.replace(FOLDER, folder),
         fake=config.weights.fake.replace(FOLDER, folder),
+        causal=config.weights.causal.replace(FOLDER, folder),
     )
     return replace(config, weights=weights)
 

@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 from selfforcing_dfd.common import atomic_file
 from selfforcing_dfd.evaluation.curves import PALETTE, QUIET, STYLE, svg
+from selfforcing_dfd.evaluation.tables import START
 from selfforcing_dfd.study.compare import Mean, along, gaps, points, spent, teacher_value
 from selfforcing_dfd.study.plan import LONG
 from selfforcing_dfd.study.results import Study
@@ -95,7 +96,7 @@ def draw_arm(
     """
     found = along(study, arm, key)
     starts = study.starts.values() if study.arms[arm].from_start else ()
-    own = [scores.get(key) for scores in starts]
+    own = [rows[START].get(key) for rows in starts]
     known = [each for each in own if each is not None]
     if known:
         found.insert(0, (0, Mean(sum(known) / len(known), min(known), max(known), len(known))))

@@ -95,7 +95,7 @@ class ArmFacts:
 
 @dataclass(frozen=True)
 class Study:
-    """All that tables and plots are made of."""
+    """All that tables and plots are made of. starts: rows of each start, by their names."""
 
     plan: str
     about: str
@@ -109,7 +109,7 @@ class Study:
     fixed: dict[str, FixedPoint]
     arms: dict[str, ArmFacts]
     references: dict[str, Scores]
-    starts: dict[str, Scores]
+    starts: dict[str, dict[str, Scores]]
     start_streams: dict[str, list[Scores]]
     runs: list[Trajectory]
     missing: int  # runs of the plan without a result
@@ -120,11 +120,9 @@ class Study:
         return [run for run in self.runs if run.arm == arm]
 
     def reference_rows(self, start: str) -> list[Row]:
-        """Rows of data, teacher and so on, and of the start's own student."""
-        rows = [self.row(name, scores) for name, scores in self.references.items()]
-        if start in self.starts:
-            rows.append(self.row(START, self.starts[start]))
-        return rows
+        """Rows of data and teacher, then of the start's own student and causal teacher."""
+        known = self.references | self.starts.get(start, {})
+        return [self.row(name, scores) for name, scores in known.items()]
 
     def row(self, name: str, scores: Mapping[str, float | None]) -> Row:
         """Scores as a report's row; one run is one number, so intervals have no width."""
@@ -144,7 +142,7 @@ def collect(name: str, plan: Plan) -> Study:
     found = {run.name: read_json(run.result) for run in runs if run.result.exists()}
     references = {
         each: _scores(read_json(folder / f"{each}.json")["row"])
-        for each in (DATA, TEACHER, *CAUSAL_ROWS)
+        for each in (DATA, TEACHER)
         if (folder / f"{each}.json").exists()
     }
     for needed in (DATA, TEACHER):
@@ -161,7 +159,10 @@ def collect(name: str, plan: Plan) -> Study:
     arms = {arm: facts_of(plan, arm, runs) for arm in dict.fromkeys(run.arm for run in runs)}
     commits = {result["commit"] for result in found.values()}
     trained = [trajectory(result, noise or 0.0) for result in found.values()]
-    of_starts = {start: _scores(result["row"]) for start, result in starts.items()}
+    of_starts = {
+        start: {START: _scores(result["row"])} | causal_rows(folder / start)
+        for start, result in starts.items()
+    }
     start_streams = {start: result["stream"] for start, result in starts.items()}
     return Study(
         plan=name,
@@ -183,6 +184,12 @@ def collect(name: str, plan: Plan) -> Study:
         commits=sorted(commits),
         noise_core_seconds=noise,
     )
+
+
+def causal_rows(folder: Path) -> dict[str, Scores]:
+    """Rows of a start's causal teacher that are there."""
+    paths = {name: folder / f"{name}.json" for name in CAUSAL_ROWS}
+    return {name: _scores(read_json(path)["row"]) for name, path in paths.items() if path.exists()}
 
 
 def noise_cost(runs: Sequence[StudyRun]) -> float | None:

@@ -26,7 +26,7 @@ from selfforcing_dfd.study.compare import (
     with_rows,
 )
 from selfforcing_dfd.study.goal import GOAL, Criterion, criteria
-from selfforcing_dfd.study.plan import CAUSAL, CAUSAL_FEW, LONG
+from selfforcing_dfd.study.plan import CAUSAL, CAUSAL_FEW, CAUSAL_ROWS, LONG
 from selfforcing_dfd.study.results import Study
 from selfforcing_dfd.study.way_tables import (
     COLUMNS,
@@ -177,10 +177,11 @@ def share_met(parts: Sequence[Criterion]) -> float:
 
 def rows_of_the_causal_teacher(study: Study) -> Iterator[str]:
     """What the rows mean that only the causal teacher made."""
-    there = [name for name in OF_THE_CAUSAL_TEACHER if name in study.references]
+    measured = {name for rows in study.starts.values() for name in rows}
+    there = [name for name in OF_THE_CAUSAL_TEACHER if name in measured]
     if there:
         lines = [f"- `{name}`: {OF_THE_CAUSAL_TEACHER[name]}" for name in there]
-        yield "\n".join(["Rows of the causal teacher:", *lines])
+        yield "\n".join(["Rows of the starts' causal teachers:", *lines])
 
 
 def about_alignment(study: Study, alignment: Alignment) -> str:
@@ -205,7 +206,7 @@ def score_table(study: Study, alignment: Alignment) -> Table:
     spent = spent_by(study, alignment)
     head = ["", "runs", "updates", "core s", *(title for title, _ in COLUMNS.values())]
     table = [head]
-    for name in (*study.references, START, *arms_in(study)):
+    for name in (*study.references, START, *CAUSAL_ROWS, *arms_in(study)):
         own = with_rows(runs, name)
         if own:
             cells = [

@@ -27,6 +27,7 @@ from selfforcing_dfd.models.identity import Identity
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.study.measure import (
     START_ROLES,
+    causal_references,
     measure_reference,
     measure_run,
     measure_start,
@@ -38,7 +39,6 @@ from selfforcing_dfd.study.measure import (
 )
 from selfforcing_dfd.study.plan import (
     CAUSAL,
-    CAUSAL_ROWS,
     RESULTS,
     START_FILE,
     Plan,
@@ -127,7 +127,7 @@ def tasks_of(plan: Plan, runs: Sequence[StudyRun], measure_only: bool) -> list[T
     tasks = []
     make: Callable[[], Mapping[str, Any] | None]
     for name, source in references(some).items():
-        roles = () if name == DATA else (CAUSAL if name in CAUSAL_ROWS else name,)
+        roles = () if name == DATA else (name,)
         make = partial(measure_reference, some, source, roles)
         result = results / f"{name}.json"
         tasks.append(Task(name, some, result, locks / name, make, roles, OF_TRAINING))
@@ -137,6 +137,12 @@ def tasks_of(plan: Plan, runs: Sequence[StudyRun], measure_only: bool) -> list[T
         result = results / start / START_FILE
         lock = locks / f"start-{start}"
         tasks.append(Task(f"start {start}", own, result, lock, make, START_ROLES, OF_TRAINING))
+        for name, source in causal_references(own).items():
+            make = partial(measure_reference, own, source, (CAUSAL,))
+            result = results / start / f"{name}.json"
+            lock = locks / f"{start}-{name}"
+            title = f"start {start}, {name}"
+            tasks.append(Task(title, own, result, lock, make, (CAUSAL,), OF_TRAINING))
     for run in runs:
         make = partial(make_run, plan, run, measure_only)
         tasks.append(Task(run.name, run.config, run.result, run_folder(run.config), make))

@@ -14,7 +14,7 @@ SIZES = NetworkConfig(num_heads=2, head_dim=8, num_layers=1, ffn_dim=32, freq_di
 
 BASE = """
 run: {{stage: dfd, device: cpu}}
-weights: {{teacher: {folder}/teacher.safetensors, causal: {folder}/causal.safetensors}}
+weights: {{teacher: {folder}/teacher.safetensors}}
 rollout: {{frames: 6, ladder: [1000, 500]}}
 score: {{fake_per_student: 1, guidance: 1}}
 regression: {{steps: 1}}
@@ -53,11 +53,12 @@ def make_study(folder: Path) -> Path:
     network = build_network(SIZES)
     weights = {
         "teacher.safetensors": "teacher",
-        "causal.safetensors": "causal_teacher",
         "one/student.safetensors": "causal_student",
         "one/fake.safetensors": "fake_score",
+        "one/causal.safetensors": "causal_teacher",
         "two/student.safetensors": "causal_student",
         "two/fake.safetensors": "fake_score",
+        "two/causal.safetensors": "causal_teacher",
     }
     for number, (name, role) in enumerate(weights.items()):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -51,6 +51,7 @@ def test_seeds_starts_and_lengths_of_runs(plan: Path):
     for (start, _, _), run in runs.items():
         assert run.config.weights.student == str(plan.parent / start / "student.safetensors")
         assert run.config.weights.fake == str(plan.parent / start / "fake.safetensors")
+        assert run.config.weights.causal == str(plan.parent / start / "causal.safetensors")
     assert runs["two", 0, "control"].updates == (2,)
     assert runs["two", 0, "control_long"].updates == (4,)
     assert runs["two", 0, "control_long"].config.run.student_updates == 4

@@ -103,7 +103,7 @@ def made_up() -> Study:
         fixed={"rival_first": FixedPoint(arm="rival", update=12)},
         arms=facts,
         references={"data": {**TEACHER, "coverage": 1.0}, "teacher": dict(TEACHER)},
-        starts={start: dict(COLLAPSED) for start in STARTS},
+        starts={start: {"start": dict(COLLAPSED)} for start in STARTS},
         start_streams={},
         runs=runs,
         missing=0,
