@@ -69,7 +69,7 @@ def test_a_study_is_run_once_however_often_it_is_stopped(
 
     assert main(["study", "--plan", str(plan)]) == 0
     assert len(measured) == 9
-    assert "16 results, 16 are there, 0 to make" in capsys.readouterr().out
+    assert "20 results, 20 are there, 0 to make" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +100,7 @@ def test_results_hold_the_way_of_a_run(done: Path):
         results["two/0/prefix.json"]["data"] == one["data"] != results["one/0/control.json"]["data"]
     )
     assert results["two/0/prefix.json"]["weights"]["student"] != one["weights"]["student"]
-    files = [done / "runs" / "results" / f"{name}.json" for name in CAUSAL_ROWS]
+    files = [done / "runs" / "results" / "one" / f"{name}.json" for name in CAUSAL_ROWS]
     rows = [json.loads(file.read_text())["row"]["scores"] for file in files]
     assert all(rows.count(row) == 1 for row in rows)  # the same weights, sampled in four ways
     assert not (done / "runs/runs/one/0/prefix/checkpoints").exists()
@@ -183,7 +183,7 @@ def test_a_run_that_fails_does_not_stop_the_others(
     fake.write_bytes(broken)
     assert main(["study", "--plan", str(plan), "--only", "control"]) == EXIT_USER_ERROR
     captured = capsys.readouterr()
-    assert "1 of 10 results failed, the first: one, draw 0, control: " in captured.err
+    assert "1 of 14 results failed, the first: one, draw 0, control: " in captured.err
     assert list(results_of(tmp_path)) == ["two/0/control.json"]
 
 
