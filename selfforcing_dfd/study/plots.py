@@ -18,6 +18,7 @@ from matplotlib.ticker import MaxNLocator
 from selfforcing_dfd.common import atomic_file
 from selfforcing_dfd.evaluation.curves import PALETTE, QUIET, STYLE, svg
 from selfforcing_dfd.evaluation.tables import START
+from selfforcing_dfd.study.choice import has_families
 from selfforcing_dfd.study.compare import Mean, along, gaps, points, spent, teacher_value
 from selfforcing_dfd.study.plan import LONG
 from selfforcing_dfd.study.results import Study
@@ -35,7 +36,12 @@ COLUMNS = 3
 
 
 def write_plots(study: Study, folder: Path) -> dict[str, Path]:
-    """Title -> file of every plot that the study's numbers can fill."""
+    """Title -> file of every plot that the study's numbers can fill.
+
+    None of a screening: dozens of lines from one run each would show nothing.
+    """
+    if has_families(study):
+        return {}
     drawn = {
         "Along the way": ("trajectories.svg", trajectories(study)),
         "Along the way, by compute": ("compute.svg", trajectories(study, by_compute=True)),
@@ -52,8 +58,8 @@ def write_plots(study: Study, folder: Path) -> dict[str, Path]:
 
 
 def looks(names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """A colour and a dash for each name, all different for up to 32."""
-    pairs = itertools.product(DASHES, PALETTE)
+    """A colour and a dash for each name, all different for up to 32; then they repeat."""
+    pairs = itertools.cycle(itertools.product(DASHES, PALETTE))
     return {
         name: {"color": colour, "linestyle": dash, "label": name}
         for name, (dash, colour) in zip(names, pairs, strict=False)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 from test_study_tables import STUDY, TEACHER
 
 from selfforcing_dfd.study.choice import RULE_OF_CHOICE, candidates, chosen, mark
+from selfforcing_dfd.study.plots import looks, write_plots
 from selfforcing_dfd.study.results import Study
 from selfforcing_dfd.study.tables import sections, summary
 
@@ -59,3 +61,10 @@ def test_a_screening_says_its_rule_and_choice_and_gives_no_verdict():
     assert "| forced | **good** | 24 | 61 |" in page
     assert "Chosen, one of each family" in summary(screening())
     assert "Chosen" not in "\n".join(sections(STUDY))
+    assert write_plots(screening(), Path("nowhere")) == {}
+
+
+def test_more_arms_than_looks_can_be_drawn():
+    """Catches a KeyError for the thirty-third arm."""
+    names = [f"arm{number}" for number in range(40)]
+    assert list(looks(names)) == names
