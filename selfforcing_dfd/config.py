@@ -68,18 +68,23 @@ class RunConfig:
     student_updates: int = ranged(40, 1, 10 * MILLION)
     out: str = "runs"
     device: str = "auto"  # auto | cpu | cuda | cuda:N
-    gpus: int = ranged(1, 1, 4096)  # what --dry-run plans for; training itself runs on one
+    gpus: int = ranged(1, 1, 4096)  # what --dry-run plans for
+    timeout_s: int = ranged(1800, 1, MILLION)  # a process that waits longer for others gives up
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ModelConfig:
     """How the networks compute. Their sizes come with their weights."""
 
-    gradient_checkpointing: bool = False
-    # bfloat16: trained weights stay float32, training/precision.py
+    # what the backward pass computes again instead of keeping it; selective: all but attention
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    # bfloat16: trained weights stay float32, training/sharding.py
     compute: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "sdpa", "fa2", "fa3", "fa4"] = "auto"  # kernel in bfloat16
     compile: bool = False  # the blocks, attention excepted; the first updates take longer
+    # processes that hold one copy of the weights together: 0 all, 1 a whole copy in each, or a
+    # number between, such as the GPUs of one machine
+    shard_ranks: int = ranged(0, 0, 4096)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -70,7 +70,8 @@ def _failed(error: Exception, options: argparse.Namespace) -> int:
         traceback.print_exception(error)
     if message is None:
         return end(REPORT, EXIT_FAULT)
-    return end(f"error: {as_typed(message, options)}", EXIT_USER_ERROR)
+    rank = "".join(f"{note}: " for note in vars(error).get("__notes__", ()))
+    return end(f"error: {rank}{as_typed(message, options)}", EXIT_USER_ERROR)
 
 
 def explain(error: Exception) -> str | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from contextlib import ExitStack
 
 from selfforcing_dfd.common import find_device
 from selfforcing_dfd.config import Config, require
@@ -10,47 +11,66 @@ from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.base import ShardStage
 from selfforcing_dfd.training.build import build_networks, check_start
 from selfforcing_dfd.training.build_data import build_reader
-from selfforcing_dfd.training.exclusive import lock_folders, refuse_many_processes
+from selfforcing_dfd.training.exclusive import lock_folders
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.needs import has_shards
 from selfforcing_dfd.training.one_run import prepare_data, train
+from selfforcing_dfd.training.ranks import on_first_rank
+from selfforcing_dfd.training.world import World, joined
 from selfforcing_dfd.weights.tensors import model_fingerprint
 
 
 def run(config: Config, resume: bool = False) -> None:
-    """Train every arm of `config` (or its one run) and write the report. Raises UserError."""
-    refuse_many_processes()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(message)s")
-    runs = list(arms_of(config))
-    require(
-        config.run.gpus == 1,
-        f"run.gpus is {config.run.gpus}, but training runs on one GPU; it is for --dry-run",
-    )
-    # what does not fit the last arm is said before the first is trained
-    for arm in runs:
-        check_start(arm)
-        # tiny-world shards without noise are those of an interrupted start; it is found below
-        if has_shards(arm) and not arm.data.tiny.noise_steps:
-            build_reader(arm)
-    with lock_folders(run_folder(config), *map(run_folder, runs)):
-        prepare_data(config)
+    """Train every arm of `config` (or its one run) and write the report. Raises UserError.
+
+    In one process, or in all that torchrun or `accelerate launch` started. What is done once, the
+    first of them does, while the others wait.
+    """
+    with joined(config.run.device, config.run.timeout_s) as world, ExitStack() as held:
+        level = logging.WARNING if world.is_first else logging.ERROR
+        logging.basicConfig(level=level, format="%(levelname)s %(message)s")
+        runs = list(arms_of(config))
+        check_processes(config, world)
+        # what does not fit the last arm is said before the first is trained
+        for arm in runs:
+            check_start(arm)
+            # tiny-world shards without noise are those of an interrupted start; it is found below
+            if has_shards(arm) and not arm.data.tiny.noise_steps:
+                build_reader(arm)
+        folders = [run_folder(config), *map(run_folder, runs)]
+        on_first_rank(lambda: held.enter_context(lock_folders(*folders)))
+        on_first_rank(lambda: prepare_data(config))
         for arm in runs:
             build_reader(arm)
         for arm in runs:
             train_or_make(arm, resume)
         if config.report.clips:
-            from selfforcing_dfd.evaluation.gate import check_gate
-            from selfforcing_dfd.evaluation.report import write_report
+            on_first_rank(lambda: report(config))
 
-            print(write_report(config))
-            check_gate(config)
+
+def check_processes(config: Config, world: World) -> None:
+    """ConfigError where a plan for several GPUs is about to run on another number of them."""
+    planned = config.run.gpus
+    require(
+        planned in (1, world.size),
+        f"run.gpus is {planned}, but {world.size} process{'es' * (world.size > 1)} would train; "
+        f"start with torchrun --nproc_per_node {planned}, or leave run.gpus to --dry-run",
+    )
+
+
+def report(config: Config) -> None:
+    from selfforcing_dfd.evaluation.gate import check_gate
+    from selfforcing_dfd.evaluation.report import write_report
+
+    print(write_report(config))
+    check_gate(config)
 
 
 def train_or_make(config: Config, resume: bool) -> None:
     """One run: of a stage that trains, or of one that writes shards."""
     stage = stage_of(config)
     if issubclass(stage, ShardStage):
-        make_shards(config, stage, resume)
+        on_first_rank(lambda: make_shards(config, stage, resume))
     else:
         train(config, resume)
 

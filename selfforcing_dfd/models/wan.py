@@ -192,13 +192,15 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         self.attention_backend = "sdpa"
         self.sequence: Sequence | None = None
 
-    def set_attention(self, name: str = "auto") -> str:
+    def set_attention(self, name: str = "auto", compute: torch.dtype | None = None) -> str:
         """Choose the attention kernel for the weights' present device and return its name.
 
-        name: auto, sdpa, fa2, fa3 or fa4. Before the first call it is torch's SDPA. Raises
-        AttentionError for a kernel that cannot run here.
+        name: auto, sdpa, fa2, fa3 or fa4. compute: the dtype in which the network will run; None is
+        that of its weights. Before the first call it is torch's SDPA. Raises AttentionError for a
+        kernel that cannot run here.
         """
         weight = self.patch_embedding.weight
+        weight = weight if compute is None else weight.to(compute)
         self.attention_backend, function = choose_attention(weight, self.head_dim, name)
         for block in self.wan_blocks():
             block.attend = function

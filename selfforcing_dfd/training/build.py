@@ -9,7 +9,7 @@ from torch import nn
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.common import DTYPES, find_device, find_file
-from selfforcing_dfd.config import Config, ConfigError, ModelConfig, NetworkConfig, as_dict
+from selfforcing_dfd.config import Config, ConfigError, ModelConfig, NetworkConfig, as_dict, require
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.base import Start, TrainingStage, teacher_start
@@ -18,11 +18,15 @@ from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.ema import EMA
 from selfforcing_dfd.training.exports import describe_networks
 from selfforcing_dfd.training.folders import run_folder
-from selfforcing_dfd.training.loop import Trainer, Watch, World
+from selfforcing_dfd.training.loop import Trainer
+from selfforcing_dfd.training.metrics import Watch
 from selfforcing_dfd.training.optimizers import build_learner
-from selfforcing_dfd.training.precision import compute_in, parameters_in
+from selfforcing_dfd.training.ranks import on_first_rank
+from selfforcing_dfd.training.recompute import recompute
 from selfforcing_dfd.training.same_run import check_config
+from selfforcing_dfd.training.sharding import Sharding
 from selfforcing_dfd.training.tracking import Tracker, check_trackers
+from selfforcing_dfd.training.world import World, find_world
 from selfforcing_dfd.weights.read import load_network
 from selfforcing_dfd.weights.tensors import model_fingerprint
 
@@ -67,15 +71,13 @@ def load_frozen(config: Config, start: Start, device: torch.device | str = "cpu"
 
 
 def train_in(config: ModelConfig, network: WanTransformer) -> WanTransformer:
-    """The network, whose weights are float32, computing in the configured dtype."""
-    if config.gradient_checkpointing:
-        network.enable_gradient_checkpointing()
-    dtype = DTYPES[config.compute]
-    if dtype != torch.float32:
-        # the dtype by which kernels are chosen
-        with parameters_in(network, {network.patch_embedding.weight}, dtype):
-            network.set_attention(config.attention)
-        compute_in(network, dtype)
+    """The network, whose weights are float32, ready to compute in the configured dtype.
+
+    `Sharding` casts its weights.
+    """
+    recompute(network, config.activation_checkpointing)
+    if config.compute != "float32":
+        network.set_attention(config.attention, DTYPES[config.compute])
     if config.compile:
         network.compile_blocks()
     return network
@@ -163,6 +165,8 @@ MAY_CHANGE = {
     "run.device",
     "run.out",
     "run.gpus",
+    "run.timeout_s",
+    "model.shard_ranks",
     "data.workers",
     "data.video_size",
     "checkpoint",
@@ -176,15 +180,19 @@ MAY_CHANGE = {
 
 def build_trainer(config: Config, watch: Watch | None = None, resume: bool = False) -> Trainer:
     """The trainer of one run, resumed from its newest checkpoint if asked and if there is one."""
-    device = find_device(config.run.device, "run.device")
+    world = find_world(config.run.device)
+    check_batch(config, world)
     reader = build_reader(config)
-    networks = build_networks(config, device)
+    networks = build_networks(config, world.device)
     check_shapes(config, reader, networks["student"].config)
-    stage = training_stage_of(config).build(config, networks, reader.negative)
     folder = run_folder(config)
     fixed = {
         role: model_fingerprint(network) for role, network in networks.items() if role in FROZEN
     }
+    sharding = Sharding(world, config.model.shard_ranks, DTYPES[config.model.compute])
+    for role, network in networks.items():
+        sharding.apply(network, is_trained=role not in FROZEN)
+    stage = training_stage_of(config).build(config, networks, reader.negative)
     settings = as_dict(config) | {"networks": describe_networks(config, reader, networks)}
     checkpoints = CheckpointManager(
         folder / "checkpoints",
@@ -192,7 +200,7 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
         config=settings,
         models=fixed | {"data": reader.index_hash},
     )
-    newest = checkpoints.latest() if resume else None
+    newest = on_first_rank(checkpoints.latest) if resume else None
     if newest is not None:
         check_config(newest, settings, MAY_CHANGE)
     optim = {
@@ -218,9 +226,21 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
         tracker=Tracker(folder, trackers=config.log.trackers, project=config.log.project),
         num_workers=config.data.workers,
         watch=watch,
-        world=World(device=device),
+        world=world,
     )
     if newest is not None:
         checkpoints.load(newest, trainer.state())
-    trainer.tracker.open(trainer.clock.student_updates if resume else None)
+    on_first_rank(lambda: trainer.tracker.open(trainer.clock.student_updates if resume else None))
     return trainer
+
+
+def check_batch(config: Config, world: World) -> None:
+    """ConfigError unless every process gets as many whole micro-batches of an update."""
+    size = config.batch.size
+    at_once = config.batch.micro * world.size
+    require(
+        size % at_once == 0,
+        f"batch.size is {size}, but {world.size} processes with {config.batch.micro} samples each "
+        f"take {at_once} at a time; use batch.size={size + -size % at_once}, or a batch.micro or "
+        "a number of processes that divides it",
+    )

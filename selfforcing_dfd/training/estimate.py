@@ -102,6 +102,14 @@ def clip_flops(size: NetworkConfig, clip: Clip, gradient: bool, checkpointing: b
     )
 
 
+def attention_flops(size: NetworkConfig, clip: Clip) -> int:
+    """Of attention alone in one pass of one sample: to the clip and its past, and to the text."""
+    frame = clip.frame_tokens
+    keys = [own * (own + before) for own, before in zip(clip.chunks, clip.past, strict=True)]
+    pairs = sum(keys) * frame * frame + clip.tokens * clip.text_tokens
+    return 4 * size.num_layers * size.num_heads * size.head_dim * pairs
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """Bytes of one GPU. lasting: all the time; phases: what is alive besides, by moment.
@@ -144,9 +152,12 @@ class Estimate:
         over = self.clip.over(one.over)
         if not over.chunks:
             return 0
-        checkpointing = one.gradient and self.config.model.gradient_checkpointing
+        what = self.config.model.activation_checkpointing
         size = self.sizes[one.role]
-        return int(one.times * clip_flops(size, over, one.gradient, checkpointing))
+        flops = clip_flops(size, over, one.gradient, one.gradient and what != "none")
+        if one.gradient and what == "selective":
+            flops -= attention_flops(size, over)  # is not made again
+        return int(one.times * flops)
 
     def turn_flops(self, turn: str) -> dict[str, int]:
         """Of one update for one sample, by what they are for."""
@@ -225,9 +236,12 @@ class Estimate:
         if len(over.chunks) > 1:
             committed = self.clip.over("committed")
             kept["keys and values of the past"] = self.kv_bytes(one.role, committed) * rows
-        if self.config.model.gradient_checkpointing:
+        what = self.config.model.activation_checkpointing
+        if what != "none":
             inputs = size.num_layers * self.block_bytes(one.role, over) * rows
             kept["inputs of checkpointed blocks"] = inputs
+            if what == "selective":
+                kept["what attention gives, of all blocks"] = 2 * inputs  # to itself, to the text
         else:
             saved = size.num_layers * saved_bytes(size, over, self.width) * rows
             kept["activations of all blocks"] = saved

@@ -1,4 +1,4 @@
-"""One process trains a run, and nobody else writes to its folder meanwhile."""
+"""One run at a time writes to a run folder."""
 
 from __future__ import annotations
 
@@ -17,20 +17,7 @@ LOCK_FILE = ".lock"
 
 
 class ExclusiveError(UserError):
-    """More than one process would train one run."""
-
-
-def refuse_many_processes() -> None:
-    """ExclusiveError if a launcher (torchrun, accelerate launch) started several processes.
-
-    Each of them would train the whole run by itself, into the same folder.
-    """
-    num_processes = os.environ.get("WORLD_SIZE") or "1"
-    if num_processes != "1":
-        raise ExclusiveError(
-            f"WORLD_SIZE is {num_processes}, but training runs in one process; "
-            "start it with plain python, or with one process in torchrun or accelerate launch"
-        )
+    """Another program writes to the folder of this run."""
 
 
 @contextmanager

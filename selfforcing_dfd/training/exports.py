@@ -59,7 +59,7 @@ def export(trainer: Trainer, folder: Path, config: Config) -> None:
     dtype = {**DTYPES, "int8": torch.int8}[config.checkpoint.export]
     stated = identities(config, trainer.reader)
     codec = Path(config.data.shards) / CODEC_FILE
-    if codec.is_file():
+    if trainer.world.is_first and codec.is_file():
         shutil.copyfile(codec, folder / CODEC_FILE)
     if "fake" in trainer.learners:
         fake: Any = trainer.learners["fake"].network

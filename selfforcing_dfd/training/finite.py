@@ -27,6 +27,14 @@ def require_finite(name: str, value: float | Tensor, where: str) -> None:
         raise NonFiniteError(_advice(what, where))
 
 
+def check_losses(losses: Tensor, where: str) -> Tensor:
+    """The mean of losses [R, micro-batches]; NonFiniteError names the ranks where it is none."""
+    for rank, own in enumerate(losses):
+        name = "loss" if len(losses) == 1 else f"loss of rank {rank}"
+        require_finite(name, own.mean(), where)
+    return losses.mean()
+
+
 def check_finite(
     loss: Tensor, named_grads: Iterable[tuple[str, Tensor | None]], where: str
 ) -> Tensor:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,34 +24,17 @@ from selfforcing_dfd.stages.base import StageLoss, TrainingStage
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock, Turn
 from selfforcing_dfd.training.ema import EMA
-from selfforcing_dfd.training.finite import check_finite
+from selfforcing_dfd.training.failure import another_failed
+from selfforcing_dfd.training.finite import check_finite, check_losses
+from selfforcing_dfd.training.metrics import Watch, summarise, values_of_all, watched_clips
 from selfforcing_dfd.training.optimizer_state import optimizer_state
+from selfforcing_dfd.training.ranks import add_up, gather
+from selfforcing_dfd.training.sharding import expect_backward, keep_gathered, release
 from selfforcing_dfd.training.tracking import Tracker
+from selfforcing_dfd.training.world import World
 
-SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
-NUM_WATCHED = 16
-"""Clips of an update that are compared with the data; more would cost memory and say little."""
-
-
-class Watch(Protocol):
-    """Looks at the student's clips beside real ones of the same captions, both [B, F, C, H, W]."""
-
-    def __call__(self, generated: Tensor, real: Tensor) -> dict[str, float]:
-        """Numbers to log."""
-        ...
-
-    def pictures(self, generated: Tensor, real: Tensor) -> dict[str, Tensor]:
-        """Images [N, H, W, 3] uint8 by name; none where latents cannot be shown."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class World:
-    """This process among all that train together."""
-
-    rank: int = 0
-    size: int = 1
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+SAME_SIGNAL_S = 1.0
+"""torchrun passes on a Ctrl-C that its processes also got themselves."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,16 +77,18 @@ class Trainer:
         """Train to the end.
 
         Raises Interrupted, after saving, on SIGTERM or Ctrl-C; NonFiniteError before a bad step.
+        Several processes stop after the same turn, whichever of them was asked.
         """
-        start = self.clock.student_updates
         bar = tqdm(
             total=self.student_updates,
-            initial=start,
+            initial=self.clock.student_updates,
             desc=description,
             unit="update",
             dynamic_ncols=True,
+            disable=not self.world.is_first,
         )
         stream = self.stream()
+        keep_gathered(self.learners["student"].network)
         with self.stop_on_signals(), bar:
             while self.clock.student_updates < self.student_updates:
                 turn = self.clock.next_turn(
@@ -112,42 +98,58 @@ class Trainer:
                 cores_started = time.process_time()
                 values = self.take_turn(turn, stream)
                 values["seconds"] = time.perf_counter() - started
-                values["core_seconds"] = time.process_time() - cores_started
-                fake_belongs_to_next = int(turn != "student")
-                self.tracker.log(turn, self.clock.student_updates + fake_belongs_to_next, values)
+                (values["core_seconds"],) = add_up([time.process_time() - cores_started])
+                self.log(turn, values)
                 if turn == "student":
                     bar.set_postfix(loss=f"{values['loss']:.3g}", refresh=False)
                     bar.update()
                     self.save_when_due()
-                if self.stop_requested:
+                (num_asked_to_stop,) = add_up([self.stop_requested])
+                if num_asked_to_stop:
                     self.save()
                     raise Interrupted(
                         f"stopped and saved at student update {self.clock.student_updates} "
                         f"of {self.student_updates}; go on with the same command and --resume"
                     )
 
+    def log(self, turn: Turn, values: Mapping[str, float]) -> None:
+        if self.world.is_first:
+            fake_belongs_to_next = int(turn != "student")
+            self.tracker.log(turn, self.clock.student_updates + fake_belongs_to_next, values)
+
     def take_turn(self, turn: Turn, stream: Iterator[Batch]) -> dict[str, float]:
         """One update of one network: all micro-batches, then the optimizer step, then the clock."""
         learner = self.learners[turn]
-        learner.network.requires_grad_(True)
         for optimizer in learner.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        parts = [self.backward(turn, next(stream), draw) for draw in self.draws()]
-        mean_loss = torch.stack([part.loss.detach() for part in parts]).mean()
+        draws = list(self.draws())
+        parts = []
+        for draw in draws:
+            expect_backward(learner.network, is_last=draw is draws[-1])
+            parts.append(self.backward(turn, next(stream), draw))
+        for each in self.learners.values():
+            release(each.network)
+        losses = gather(torch.stack([part.loss.detach() for part in parts]))
+        mean_loss = check_losses(losses, self.where(turn))
         grad_norm = check_finite(mean_loss, gradients(learner.network), self.where(turn))
         nn.utils.clip_grad_norm_(learner.network.parameters(), learner.clip)
         for optimizer in learner.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learner.lr(self.clock.student_updates)
             optimizer.step()
-        learner.network.requires_grad_(False)
         self.clock.advance(turn, self.batch_size)
         if turn == "student":
             self.ema.update(learner.network, self.clock.student_updates)
-        return {"loss": float(mean_loss), "grad_norm": float(grad_norm)} | self.summary(parts)
+        values = summarise(values_of_all(parts))
+        return (
+            {"loss": float(mean_loss), "grad_norm": float(grad_norm)} | values | self.look_at(parts)
+        )
 
     def backward(self, turn: str, batch: Batch, draw: Draw) -> StageLoss:
-        """Loss and gradient of one micro-batch; all samples of an update weigh the same."""
+        """Loss and gradient of one micro-batch; all samples of an update weigh the same.
+
+        Sharded gradients are means over processes, so each process counts for `world.size`.
+        """
         batch = to_device(batch, self.world.device)
         part = self.stage.loss(turn, batch, draw, self.clock.student_updates)
         (part.loss * (len(draw.positions) * self.world.size / self.batch_size)).backward()
@@ -168,7 +170,7 @@ class Trainer:
         for micro in range(start, start + self.batch_size, stride):
             first = micro + self.world.rank * self.micro
             positions = tuple(range(first, first + self.micro))
-            yield Draw(self.seed, start, self.batch_size, micro, positions)
+            yield Draw(self.seed, start, self.batch_size, first, positions)
 
     def where(self, turn: str) -> str:
         clock = self.clock
@@ -177,25 +179,17 @@ class Trainer:
             f"(seed {self.seed}, samples from {clock.samples})"
         )
 
-    def summary(self, parts: list[StageLoss]) -> dict[str, float]:
-        """What is logged of a turn: means by branch and by sigma bin, and what the guards see."""
-        values = {
-            name: torch.cat([part.values[name] for part in parts]).float().cpu()
-            for name in parts[0].values
-        }
-        return summarise(values) | self.look_at(parts)
-
     def look_at(self, parts: list[StageLoss]) -> dict[str, float]:
-        """Numbers of the guards, over the first NUM_WATCHED clips of this process's micro-batches.
+        """Numbers of the guards, over the first NUM_WATCHED clips of the update; first rank only.
 
         Where a checkpoint is due, pictures of them go to the trackers.
         """
-        generated = [part.generated for part in parts if part.generated is not None]
-        real = [part.real for part in parts if part.real is not None]
-        if self.watch is None or not generated or not real:
+        if self.watch is None:
             return {}
-        ours = torch.cat(generated)[:NUM_WATCHED]
-        data = torch.cat(real)[:NUM_WATCHED]
+        clips = watched_clips(parts, self.world)
+        if clips is None:
+            return {}
+        ours, data = clips
         if self.tracker.takes_pictures and self.is_due():
             self.tracker.log_pictures(self.clock.student_updates, self.watch.pictures(ours, data))
         return self.watch(ours, data)
@@ -233,11 +227,17 @@ class Trainer:
 
         A second one ends at once.
         """
+        asked_at = -math.inf
 
         def ask(number: int, frame: FrameType | None) -> None:
+            nonlocal asked_at
+            is_copy = self.world.size > 1 and time.monotonic() - asked_at < SAME_SIGNAL_S
+            if is_copy or another_failed():
+                return  # torchrun stops all when one has failed
             if self.stop_requested:
                 raise KeyboardInterrupt
             self.stop_requested = True
+            asked_at = time.monotonic()
             name = signal.Signals(number).name
             tqdm.write(f"{name}: finishing this update, then saving; again to leave at once")
 
@@ -257,24 +257,3 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
 def gradients(network: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Names and gradients of what is trained."""
     return ((name, p.grad) for name, p in network.named_parameters() if p.grad is not None)
-
-
-def summarise(values: Mapping[str, Tensor]) -> dict[str, float]:
-    """Means of per-sample values [B].
-
-    Also by branch, where `dfd` marks rows, and by sigma bin, where sigma is known.
-    """
-    some = next(iter(values.values()))
-    masks = {"": torch.ones(some.shape, dtype=torch.bool)}
-    if "dfd" in values:
-        masks |= {"/dfd": values["dfd"] > 0, "/dmd": values["dmd"] > 0}
-    if "sigma" in values:
-        for low, high in itertools.pairwise(SIGMA_BINS):
-            masks[f"/sigma<={high:g}"] = (values["sigma"] > low) & (values["sigma"] <= high)
-    means = {}
-    for suffix, mask in masks.items():
-        for name, value in values.items():
-            splits_itself = suffix and name in ("dfd", "dmd", "sigma")
-            if mask.any() and not splits_itself:
-                means[f"{name}{suffix}"] = float(value[mask].mean())
-    return means

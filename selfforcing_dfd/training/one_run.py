@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 from tqdm import tqdm
 
-from selfforcing_dfd.common import find_device, find_file
+from selfforcing_dfd.common import find_file
 from selfforcing_dfd.config import Config, to_yaml
 from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.shards import ShardReader
@@ -21,6 +21,8 @@ from selfforcing_dfd.training.exports import export
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.guards import Guards, latent_statistics
 from selfforcing_dfd.training.inversion import build_inversion
+from selfforcing_dfd.training.ranks import on_first_rank
+from selfforcing_dfd.training.world import find_world
 from selfforcing_dfd.weights.runs import CONFIG_FILE, STUDENT_FILE
 
 logger = logging.getLogger(__name__)
@@ -47,14 +49,18 @@ def train(config: Config, resume: bool) -> None:
     """One run from its weights, or from its newest checkpoint, to its exported weights."""
     folder = run_folder(config)
     exported = folder / STUDENT_FILE
-    if resume and exported.exists():
-        tqdm.write(f"{config.run.name}: already trained, {exported}")
+    if resume and on_first_rank(exported.exists):
+        on_first_rank(lambda: tqdm.write(f"{config.run.name}: already trained, {exported}"))
         return
     trainer = build_trainer(config, build_guards(config), resume)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(to_yaml(config))
+    on_first_rank(lambda: write_settings(folder, config))
     trainer.run(config.run.name)
     export(trainer, folder, config)
+
+
+def write_settings(folder: Path, config: Config) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / CONFIG_FILE).write_text(to_yaml(config))
 
 
 def build_guards(config: Config) -> Guards | None:
@@ -67,7 +73,7 @@ def build_guards(config: Config) -> Guards | None:
         return None
     guards = config.guards
     if holds_tiny_world(config.data.shards):
-        codec = TinyCodec.load(codec_file(config)).to(find_device(config.run.device, "run.device"))
+        codec = TinyCodec.load(codec_file(config)).to(find_world(config.run.device).device)
         return Guards(codec.decode, guards.tolerance, guards.stop)
     logger.info("guards watch latents: %s are not of the tiny codec", config.data.shards)
     return Guards(as_it_is, guards.tolerance, guards.stop, latent_statistics)

@@ -11,10 +11,11 @@ from torch.optim import Optimizer
 
 from selfforcing_dfd.config import OptimizerConfig
 from selfforcing_dfd.training.loop import Learner
+from selfforcing_dfd.training.muon import Muon
 
 
 def build_learner(network: nn.Module, config: OptimizerConfig, student_updates: int) -> Learner:
-    """A network with AdamW. With kind muon, torch.optim.Muon takes the blocks' matrices."""
+    """A network with AdamW. With kind muon, Muon takes the blocks' matrices."""
     rate = config.lr
     decay = config.weight_decay
     matrices, rest = split_parameters(network, config.kind)
@@ -22,9 +23,7 @@ def build_learner(network: nn.Module, config: OptimizerConfig, student_updates: 
         torch.optim.AdamW(rest, lr=rate, betas=config.betas, weight_decay=decay)
     ]
     if matrices:
-        muon = torch.optim.Muon(
-            matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-        )
+        muon = Muon(matrices, lr=rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
         optimizers.append(muon)
     # else both networks' gradients lie in memory, one of them unused
     for optimizer in optimizers:

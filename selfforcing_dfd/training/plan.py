@@ -83,12 +83,12 @@ def difference(values: dict[str, Any], defaults: dict[str, Any]) -> dict[str, An
 def plan_run(config: Config, prompts_do: bool = False) -> list[str]:
     """A run's networks, data and updates, one line each. prompts_do: data without clips will do."""
     device = find_device(config.run.device, "run.device")
-    checkpointing = "on" if config.model.gradient_checkpointing else "off"
+    checkpointing = config.model.activation_checkpointing
     sizes = known_sizes(config)
     lines = [
         f"{run_folder(config)}: stage {config.run.stage} on {device}, seed {config.run.seed}",
         f"  parameters  {describe_parameters(config)}",
-        f"  compute     {config.model.compute}, gradient checkpointing {checkpointing}",
+        f"  compute     {config.model.compute}, activation checkpointing {checkpointing}",
         *describe_shapes(config, sizes),
         f"  no caption  {describe_negative(config)}",
     ]
@@ -170,13 +170,11 @@ def plan_cost(config: Config) -> list[str]:
 
 
 def describe_fit(estimate: Estimate) -> Iterator[str]:
-    """On how many of which GPU the plan fits, and that only one can be used yet."""
+    """On how many of which GPU the plan fits."""
     fewest = {gpu: fewest_gpus(estimate, gpu) for gpu in GPUS}
     for gpu, count in fewest.items():
         fits = f"fits {count} of them" if count else "does not fit, nor any number up to 512"
         yield f"{gpu.name}, {gpu.gigabytes} GB: {fits}"
-    if estimate.config.run.gpus > 1 or 1 not in fewest.values():
-        yield "NOTE: training runs on one GPU today; sharded training over several is not there yet"
 
 
 def table_of_flops(title: str, parts: dict[str, int]) -> Iterator[str]:

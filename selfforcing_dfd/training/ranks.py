@@ -2,12 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from functools import cache
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 T = TypeVar("T")
+
+VERY_LONG = timedelta(days=30)
+
+
+def are_many() -> bool:
+    """Whether other processes take part."""
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def is_first() -> bool:
+    """Whether this is the process that does what is done once."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@cache
+def patient_group() -> dist.ProcessGroup | None:
+    """All processes, for waiting on what may take hours: data, reports. None is the usual group.
+
+    A process that fails or dies ends the others all the same; see `training/failure.py`.
+    """
+    if not are_many():
+        return None
+    return dist.new_group(backend="gloo", timeout=VERY_LONG)
+
+
+def forget_patience() -> None:
+    """Forget the group of processes that are leaving each other."""
+    patient_group.cache_clear()
 
 
 def on_first_rank(action: Callable[[], T]) -> T:
@@ -20,7 +52,7 @@ def on_first_rank(action: Callable[[], T]) -> T:
             outcome[0] = action()
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome)
+    dist.broadcast_object_list(outcome, group=patient_group())
     if outcome[1] is not None:
         raise outcome[1]
     result: T = outcome[0]
@@ -32,12 +64,8 @@ def gather_entries(own: dict[str, Any]) -> dict[str, Any]:
 
     ValueError, on all of them, if one key has different contents on two ranks.
     """
-    if not dist.is_initialized():
-        return own
-    ranks: list[dict[str, Any]] = [{}] * dist.get_world_size()
-    dist.all_gather_object(ranks, own)
     merged: dict[str, Any] = {}
-    for rank, entries in enumerate(ranks):
+    for rank, entries in enumerate(gather_objects(own)):
         for key in sorted(entries.keys() & merged.keys()):
             if entries[key] != merged[key]:
                 raise ValueError(
@@ -45,3 +73,27 @@ def gather_entries(own: dict[str, Any]) -> dict[str, Any]:
                 )
         merged |= entries
     return merged
+
+
+def gather_objects(own: T) -> list[T]:
+    """What each rank has, in the order of ranks; on all ranks."""
+    if not dist.is_initialized():
+        return [own]
+    ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(ranks, own)
+    return ranks
+
+
+def gather(own: Tensor) -> Tensor:
+    """[R, ...] on the CPU: a tensor of the same shape from each rank; on all ranks."""
+    own = own.detach().cpu().contiguous()
+    if not are_many():
+        return own[None]
+    ranks = [torch.empty_like(own) for _ in range(dist.get_world_size())]
+    dist.all_gather(ranks, own)
+    return torch.stack(ranks)
+
+
+def add_up(own: Sequence[float]) -> list[float]:
+    """Sums over ranks."""
+    return gather(torch.tensor(own, dtype=torch.float64)).sum(0).tolist()

@@ -30,12 +30,15 @@ def save_weights(
     bytes. With a process group all ranks call, the first one writes. Raises WeightsError for values
     that the dtype cannot hold.
     """
+    if dist.is_initialized() and dist.get_rank() != 0:
+        for tensor in _named(weights).values():
+            if isinstance(tensor, DTensor):
+                tensor.full_tensor()  # the first rank needs our part
+        return
     named = {name: whole(tensor) for name, tensor in _named(weights).items()}
     if dtype is torch.int8:
         named, dtype = in_8_bits(named), None
     tensors = {name: stored(name, tensor) for name, tensor in named.items()}
-    if dist.is_initialized() and dist.get_rank() != 0:
-        return
     with atomic_file(path) as partial:
         write_safetensors(partial, Outgoing(str(path), tensors, dtype), metadata or {})
 

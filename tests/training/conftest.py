@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import torch.distributed as dist
 
 from selfforcing_dfd.common import shipped
 from selfforcing_dfd.config import Config, NetworkConfig
@@ -20,6 +21,14 @@ from tests.tiny_models import fill_weights, save_network
 
 MODEL = NetworkConfig(num_heads=2, head_dim=8, num_layers=1, ffn_dim=32, freq_dim=16)
 SMALL = [f"network.{name}={value}" for name, value in asdict(MODEL).items()]
+
+
+@pytest.fixture(autouse=True)
+def no_group_is_left() -> Iterator[None]:
+    """A run in 16 bits makes a process group of one; the next test begins without."""
+    yield
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")

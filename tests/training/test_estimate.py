@@ -30,7 +30,8 @@ from selfforcing_dfd.training.estimate import (
     num_parameters,
     saved_bytes,
 )
-from selfforcing_dfd.training.precision import compute_in
+from selfforcing_dfd.training.sharding import Sharding
+from selfforcing_dfd.training.world import World
 
 # Wan2.1, arXiv 2503.20314, table 2
 WAN = NetworkConfig(num_heads=12, head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096)
@@ -238,7 +239,7 @@ def kept_by_block(size: NetworkConfig, side: int, compute: str) -> int:
     """
     network = build_network(size)
     if compute == "bfloat16":
-        compute_in(network, torch.bfloat16)
+        Sharding(World(), compute=torch.bfloat16).apply(network, is_trained=True)
     kept: dict[int, tuple[int, Tensor]] = {}
     block = network.blocks[0]
     forward = block.forward

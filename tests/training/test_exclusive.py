@@ -1,4 +1,4 @@
-"""One process trains a run: launchers of several are refused, and a used folder is locked."""
+"""One run at a time writes to a folder, which is locked meanwhile."""
 
 from __future__ import annotations
 
@@ -11,12 +11,7 @@ from pathlib import Path
 import pytest
 
 from selfforcing_dfd.common import shipped
-from selfforcing_dfd.training.exclusive import (
-    LOCK_FILE,
-    ExclusiveError,
-    lock_folders,
-    refuse_many_processes,
-)
+from selfforcing_dfd.training.exclusive import LOCK_FILE, ExclusiveError, lock_folders
 from tests.training.conftest import arguments
 
 HOLD = """
@@ -42,37 +37,19 @@ def hold(*folders: Path) -> subprocess.Popen[str]:
     return process
 
 
-def train(world: Path, out: Path, *overrides: str, **environment: str) -> tuple[int, str]:
+def train(world: Path, out: Path, *overrides: str) -> tuple[int, str]:
     """Exit code and errors of `python train.py` in a process of its own."""
     (out / "one.yaml").write_text("run: {stage: dfd, name: one}\n")
     settings = [*arguments(world, out), "run.student_updates=1", *overrides]
     done = subprocess.run(
         [sys.executable, "train.py", "--config", str(out / "one.yaml"), *settings],
         cwd=shipped("."),
-        env=os.environ | {"OMP_NUM_THREADS": "1"} | environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
         check=False,
     )
     return done.returncode, done.stderr
-
-
-def test_several_processes_are_refused_in_one_line(world: Path, tmp_path: Path) -> None:
-    """Catches `torchrun train.py`: trainers that delete what the others write."""
-    code, errors = train(world, tmp_path, WORLD_SIZE="2", RANK="1")
-    assert code == 2
-    assert "\n" not in errors.strip()
-    assert "WORLD_SIZE is 2, but training runs in one process" in errors
-    assert not (tmp_path / "runs").exists()
-
-
-@pytest.mark.parametrize("num_processes", ["", "1"])
-def test_a_launcher_of_one_process_is_welcome(
-    monkeypatch: pytest.MonkeyPatch, num_processes: str
-) -> None:
-    """Catches a refusal of `torchrun --nproc_per_node 1`, which does no harm."""
-    monkeypatch.setenv("WORLD_SIZE", num_processes)
-    refuse_many_processes()
 
 
 def test_a_second_process_on_a_run_folder_is_refused(world: Path, tmp_path: Path) -> None:

@@ -109,14 +109,6 @@ def test_entries_of_a_file_are_shown() -> None:
     )
 
 
-def test_what_does_not_fit_one_gpu_says_that_there_is_only_one() -> None:
-    """Catches a plan for 16 GPUs that cannot run, and a note in the plan for one GPU."""
-    note = "training runs on one GPU today"
-    assert note in table(load_config("wan14b/dmd_ar.yaml"))
-    assert note in table(load_config("wan1.3b/dfd_ar.yaml", ["run.gpus=8"]))
-    assert note not in table(load_config("wan1.3b/dfd_ar.yaml"))
-
-
 def memory_in_all(text: str) -> float:
     return next(
         float(line.split()[0].replace(",", ""))

@@ -44,7 +44,7 @@ from tests.training.conftest import MODEL
 
 Settings = Callable[..., Config]
 
-BF16 = ["model.compute=bfloat16", "model.gradient_checkpointing=true"]
+BF16 = ["model.compute=bfloat16", "model.activation_checkpointing=full"]
 
 
 @pytest.fixture(scope="session")

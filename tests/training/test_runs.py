@@ -45,7 +45,7 @@ STAGES = {
     "causal": ["run.stage=causal"],
     "regression": ["run.stage=regression", "regression.target=clip"],
     "inversion": ["dfd.pairing=inversion", "dfd.p=1"],
-    "bfloat16": ["model.compute=bfloat16", "model.gradient_checkpointing=true", "run.stage=dmd"],
+    "bfloat16": ["model.compute=bfloat16", "model.activation_checkpointing=full", "run.stage=dmd"],
 }
 
 
