@@ -76,15 +76,13 @@ class RunConfig:
 class ModelConfig:
     """How the networks compute. Their sizes come with their weights."""
 
-    # what the backward pass computes again instead of keeping it; selective: all but attention
+    # what the backward pass computes again; selective: all but attention
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     # bfloat16: trained weights stay float32, training/sharding.py
     compute: Literal["float32", "bfloat16"] = "float32"
     attention: Literal["auto", "sdpa", "fa2", "fa3", "fa4"] = "auto"  # kernel in bfloat16
     compile: bool = False  # the blocks, attention excepted; the first updates take longer
-    # processes that hold one copy of the weights together: 0 all, 1 a whole copy in each, or a
-    # number between, such as the GPUs of one machine
-    shard_ranks: int = ranged(0, 0, 4096)
+    shard_ranks: int = ranged(0, 0, 4096)  # processes that hold a copy of the weights; 0: all
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -349,10 +347,7 @@ def check_ranges(section: type, values: Any, path: str) -> None:
 
 @contextmanager
 def explained(name: str) -> Iterator[None]:
-    """Turn what OmegaConf and our own checks raise into ConfigError with the file's name.
-
-    Errors of YAML itself name file and line already.
-    """
+    """Turn errors of OmegaConf and of our checks into ConfigError with the file's name."""
     try:
         yield
     except (OmegaConfBaseException, ValueError) as error:

@@ -13,6 +13,7 @@ from selfforcing_dfd.config import Config, ConfigError, ModelConfig, NetworkConf
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.base import Start, TrainingStage, teacher_start
+from selfforcing_dfd.training.agreement import norms_of, require_agreement
 from selfforcing_dfd.training.build_data import build_order, build_reader, check_shapes
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.ema import EMA
@@ -23,7 +24,7 @@ from selfforcing_dfd.training.metrics import Watch
 from selfforcing_dfd.training.optimizers import build_learner
 from selfforcing_dfd.training.ranks import on_first_rank
 from selfforcing_dfd.training.recompute import recompute
-from selfforcing_dfd.training.same_run import check_config
+from selfforcing_dfd.training.same_run import check_config, config_fingerprint
 from selfforcing_dfd.training.sharding import Sharding
 from selfforcing_dfd.training.tracking import Tracker, check_trackers
 from selfforcing_dfd.training.world import World, find_world
@@ -189,16 +190,17 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
     fixed = {
         role: model_fingerprint(network) for role, network in networks.items() if role in FROZEN
     }
+    settings = as_dict(config) | {"networks": describe_networks(config, reader, networks)}
+    models = fixed | {"data": reader.index_hash}
+    if world.size > 1:
+        fingerprint = config_fingerprint(settings)
+        require_agreement({**models, "settings": fingerprint, **norms_of(networks)})
     sharding = Sharding(world, config.model.shard_ranks, DTYPES[config.model.compute])
     for role, network in networks.items():
         sharding.apply(network, is_trained=role not in FROZEN)
     stage = training_stage_of(config).build(config, networks, reader.negative)
-    settings = as_dict(config) | {"networks": describe_networks(config, reader, networks)}
     checkpoints = CheckpointManager(
-        folder / "checkpoints",
-        config.checkpoint.keep,
-        config=settings,
-        models=fixed | {"data": reader.index_hash},
+        folder / "checkpoints", config.checkpoint.keep, config=settings, models=models
     )
     newest = on_first_rank(checkpoints.latest) if resume else None
     if newest is not None:

@@ -26,7 +26,7 @@ from selfforcing_dfd.common import EXIT_INTERRUPTED, Interrupted, UserError
 
 POLL_S = 0.5
 GRACE_S = 3 * POLL_S  # for the other processes to learn of a failure
-LEAVE_S = 20 * POLL_S  # they leave after the one that failed, which launchers take for the cause
+LEAVE_S = 10 * POLL_S  # they leave after the one that failed, which launchers take for the cause
 MEETING_TIMEOUT_S = 600
 EXIT_FAILED_ELSEWHERE = 1
 FAILED = "failed"
@@ -85,7 +85,7 @@ class Companions:
         dead = [rank for rank, beats in self.beats().items() if beats == before[rank]]
         if dead:
             return f"{names(dead)} ended without a word: killed, or out of memory"
-        places = {rank: self.place(rank) for rank in range(self.size)}
+        places = {rank: self.place(rank) for rank in range(self.size) if rank != self.rank}
         busy = [rank for rank, place in places.items() if "torch/distributed" not in place]
         shown = "; ".join(f"rank {rank} {places[rank]}" for rank in busy or places)
         return f"waited too long for other ranks: {shown}"

@@ -21,6 +21,7 @@ from selfforcing_dfd.common import Interrupted
 from selfforcing_dfd.data.shards import Batch, SampleOrder, ShardReader, batches
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages.base import StageLoss, TrainingStage
+from selfforcing_dfd.training.agreement import AGREE_EVERY, norms_of, require_agreement
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock, Turn
 from selfforcing_dfd.training.ema import EMA
@@ -89,6 +90,7 @@ class Trainer:
         )
         stream = self.stream()
         keep_gathered(self.learners["student"].network)
+        self.check_agreement()
         with self.stop_on_signals(), bar:
             while self.clock.student_updates < self.student_updates:
                 turn = self.clock.next_turn(
@@ -104,6 +106,8 @@ class Trainer:
                     bar.set_postfix(loss=f"{values['loss']:.3g}", refresh=False)
                     bar.update()
                     self.save_when_due()
+                    if self.clock.student_updates % AGREE_EVERY == 0:
+                        self.check_agreement()
                 (num_asked_to_stop,) = add_up([self.stop_requested])
                 if num_asked_to_stop:
                     self.save()
@@ -111,6 +115,21 @@ class Trainer:
                         f"stopped and saved at student update {self.clock.student_updates} "
                         f"of {self.student_updates}; go on with the same command and --resume"
                     )
+
+    def check_agreement(self) -> None:
+        """DisagreementError where a rank is elsewhere in the run, or has other draws or weights."""
+        if self.world.size == 1:
+            return
+        draw = Draw(self.seed, self.clock.samples, self.batch_size, self.clock.samples, (0,))
+        networks = {turn: learner.network for turn, learner in self.learners.items()}
+        require_agreement(
+            {
+                "clock": self.clock,
+                "exit steps": draw.in_turn("exit", 1000, self.clock.student_updates),
+                "noise": draw.normal("noise", (4,), torch.zeros(())).tolist(),
+                **norms_of(networks),
+            }
+        )
 
     def log(self, turn: Turn, values: Mapping[str, float]) -> None:
         if self.world.is_first:

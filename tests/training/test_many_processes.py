@@ -23,7 +23,6 @@ from tests.training.conftest import arguments
 
 TOLERANCE = 1e-11
 FLOAT32 = 2e-6  # of what is float32 everywhere: the average of the student, and logged numbers
-CAUSAL = "weights.causal={world}/teacher.safetensors"  # any network will do
 STAGES = {
     "teacher": ["run.stage=teacher", "teacher.first_chunk=0.5"],
     "causal": ["run.stage=causal"],
@@ -47,9 +46,10 @@ def make(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
     (folder / "config.yaml").write_text("run: {stage: dfd}\n")
 
     def config(stage: str, run: str, *overrides: str) -> Config:
+        causal = f"weights.causal={world / 'teacher.safetensors'}"  # any network will do
         settings = [
             *arguments(world, folder),
-            CAUSAL.format(world=world),
+            causal,
             *STAGES[stage],
             f"run.name={run}/{stage}",
             "run.student_updates=5",
