@@ -6,7 +6,12 @@ import pytest
 import torch
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.training.finite import NonFiniteError, check_finite, require_finite
+from selfforcing_dfd.training.finite import (
+    NonFiniteError,
+    check_finite,
+    check_losses,
+    require_finite,
+)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
@@ -67,3 +72,13 @@ def test_a_turn_without_gradients_is_an_error() -> None:
     """
     with pytest.raises(ValueError, match="no parameter has a gradient"):
         check_finite(torch.tensor(1.0), [("w", None)], "student update 1")
+
+
+def test_the_rank_with_a_bad_loss_is_named() -> None:
+    """Catches a NaN of one rank that becomes a NaN of the mean, and so of nobody."""
+    losses = torch.tensor([[1.0, 2.0], [3.0, math.nan], [5.0, 6.0]])
+    with pytest.raises(NonFiniteError, match="loss of rank 1 is nan at student update 3"):
+        check_losses(losses, "student update 3")
+    assert check_losses(losses[::2], "student update 3") == 3.5
+    with pytest.raises(NonFiniteError, match="loss is nan at student update 3"):
+        check_losses(losses[1:2], "student update 3")
