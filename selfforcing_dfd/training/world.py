@@ -70,16 +70,15 @@ def joined(device: str, timeout_s: float) -> Iterator[World]:
         world_size=size,
         timeout=timedelta(seconds=timeout_s),
     )
-    try:
-        PartialState(cpu=on_cpu)  # knows the device, for itself and for accelerate's trackers
-        yield find_world(device)
-        dist.barrier()  # nobody leaves while another still writes
-    finally:
-        leave()
+    PartialState(cpu=on_cpu)  # knows the device, for itself and for accelerate's trackers
+    # after an error the process ends, and would wait for messages if it took leave
+    yield find_world(device)
+    leave()
 
 
 def leave() -> None:
-    """End the process group, and what was built on it."""
+    """End the process group when all have come here, and what was built on it."""
+    dist.barrier()  # nobody leaves while another still writes
     forget_patience()
     PartialState._reset_state()
     dist.destroy_process_group()
