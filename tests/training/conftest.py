@@ -25,8 +25,13 @@ SMALL = [f"network.{name}={value}" for name, value in asdict(MODEL).items()]
 
 @pytest.fixture(autouse=True)
 def no_group_is_left() -> Iterator[None]:
-    """A run in 16 bits makes a process group of one; the next test begins without."""
+    """A run in 16 bits makes a process group of one; every test begins without."""
+    leave_group()
     yield
+    leave_group()
+
+
+def leave_group() -> None:
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -391,7 +391,8 @@ def test_pairs_need_noise(
         )
 
 
-def test_several_gpus_are_for_plans_only(settings: Settings) -> None:
+def test_a_plan_for_several_gpus_needs_as_many_processes(settings: Settings) -> None:
     """Catches a run that takes one of eight GPUs in silence."""
-    with pytest.raises(ConfigError, match=r"run\.gpus is 8, but training runs on one GPU"):
+    wanted = r"run\.gpus is 8, but 1 process would train.*torchrun --nproc_per_node 8"
+    with pytest.raises(ConfigError, match=wanted):
         run(settings("run.gpus=8"))
