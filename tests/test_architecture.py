@@ -26,6 +26,7 @@ PRINTING_FOLDERS = ("inference", f"{PACKAGE}/cli")
 LEVELS = (
     {*CORE},
     {"rng", "common", "ode", "cost"},
+    {"processes"},
     {"models", "codecs"},
     {"weights", "config", "tiny"},
     {"data"},

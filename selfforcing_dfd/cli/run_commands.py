@@ -58,8 +58,8 @@ def train(parser: argparse.ArgumentParser) -> Run:
 
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.cli.train import run
+        from selfforcing_dfd.processes.failure import ending_together
         from selfforcing_dfd.stages import load_config
-        from selfforcing_dfd.training.failure import ending_together
         from selfforcing_dfd.training.plan import plan
 
         gpus = [] if args.gpus is None else [f"run.gpus={args.gpus}"]

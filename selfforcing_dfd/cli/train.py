@@ -7,6 +7,8 @@ from contextlib import ExitStack
 
 from selfforcing_dfd.common import find_device
 from selfforcing_dfd.config import Config, require
+from selfforcing_dfd.processes.ranks import on_first_rank
+from selfforcing_dfd.processes.world import World, joined
 from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.base import ShardStage
 from selfforcing_dfd.training.build import build_networks, check_start
@@ -15,8 +17,6 @@ from selfforcing_dfd.training.exclusive import lock_folders
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.needs import has_shards
 from selfforcing_dfd.training.one_run import prepare_data, train
-from selfforcing_dfd.training.ranks import on_first_rank
-from selfforcing_dfd.training.world import World, joined
 from selfforcing_dfd.weights.tensors import model_fingerprint
 
 

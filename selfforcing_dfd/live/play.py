@@ -20,6 +20,7 @@ from selfforcing_dfd.common import UserError
 from selfforcing_dfd.data.sources.video import read_last_frames
 from selfforcing_dfd.live import control as commands
 from selfforcing_dfd.live.background import BackgroundWriter
+from selfforcing_dfd.live.company import ALONE, Company, in_company, refuse_company, shown_by
 from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
 from selfforcing_dfd.live.status import StatusLine
 from selfforcing_dfd.live.web import shared as page
@@ -55,7 +56,10 @@ PAUSE_POLL_S = 0.05
 
 @dataclass(slots=True)
 class Player:
-    """One stream on its way to its writers, and the commands that change it between two chunks."""
+    """One stream on its way to its writers, and the commands that change it between two chunks.
+
+    company: the processes that make it; what the first one is told counts for all.
+    """
 
     session: StreamSession
     schedule: PromptSchedule
@@ -63,17 +67,26 @@ class Player:
     status: StatusLine
     control: commands.Control = field(default_factory=commands.Control)
     stop: threading.Event = field(default_factory=threading.Event)
+    company: Company = ALONE
     mode: PromptMode | None = None
     seed: int | None = None
     paused: bool = False
 
     def play(self, num_chunks: float) -> None:
         """Write that many chunks, those before a reset included, or until told to stop."""
+        try:
+            self._play(num_chunks)
+        except ReaderGone:
+            self.company.agree(([], True))  # the others have no reader, and wait for a word
+            raise
+
+    def _play(self, num_chunks: float) -> None:
         self._write(self.session.context_frames)
         done = 0
-        while done < num_chunks:
-            self._obey()
-            if self.stop.is_set():
+        while True:
+            ends = self.stop.is_set() or done >= num_chunks
+            told, is_over = self.company.agree((self.control.poll(), ends))
+            if is_over or self._obey(told):
                 return
             if self.paused:
                 self.stop.wait(PAUSE_POLL_S)
@@ -102,9 +115,9 @@ class Player:
             for writer in self.writers:
                 writer.write(frames)
 
-    def _obey(self) -> None:
-        """Carry out the commands that came since the last chunk."""
-        for command in self.control.poll():
+    def _obey(self, told: list[commands.Command]) -> bool:
+        """Carry out the commands that came since the last chunk; whether one was to quit."""
+        for command in told:
             match command:
                 case commands.NewPrompt(text):
                     self._set_prompt(text)
@@ -122,7 +135,8 @@ class Player:
                 case commands.Mode(mode):
                     self.mode = mode
                 case commands.Quit():
-                    self.stop.set()
+                    return True
+        return False
 
     def _set_prompt(self, text: str) -> None:
         """Answer a prompt: accepted, or refused by the model, which changes nothing."""
@@ -135,26 +149,45 @@ class Player:
 
 
 def stream(options: argparse.Namespace) -> None:
-    """Generate and write until done. Raises USER_ERRORS, whose messages say what to do."""
-    model, settings = prepare(options)
+    """Generate and write until done. Raises USER_ERRORS, whose messages say what to do.
+
+    Where torchrun started several processes, all make the stream and the first one writes it.
+    """
+    with in_company(options.device) as (company, device):
+        options.device = device
+        stream_in(company, options)
+
+
+def stream_in(company: Company, options: argparse.Namespace) -> None:
+    """`stream` for one of the processes that make it together."""
+    model, settings = prepare(options, company)
     schedule = plan_prompts(options, model)
     session = StreamSession(model, schedule.first, settings, read_context(options, model))
     with ExitStack() as stack:
+        shown = stack.enter_context(shown_by(company, sys.stderr))
         stack.enter_context(_reader_may_leave())
-        output = BackgroundWriter(open_writer(options.out, options.fps, options.overwrite))
-        stack.enter_context(output)
-        sys.stderr.write(describe(options, model, session) + "\n")
-        status = stack.enter_context(StatusLine(sys.stderr, options.fps))
-        player = Player(session, schedule, [output], status)
+        writers: list[Writer] = []
+        if company.is_first:
+            output = BackgroundWriter(open_writer(options.out, options.fps, options.overwrite))
+            writers.append(stack.enter_context(output))
+        shown.write(describe(options, model, session) + "\n")
+        status = stack.enter_context(StatusLine(shown, options.fps))
+        player = Player(session, schedule, writers, status, company=company)
         stack.enter_context(_stopping_on_signals(player.stop))
-        stdin = readable_stdin()
-        if stdin is not None:
-            commands.LineReader(stdin, player.control, status.say)
-            if stdin.isatty():
-                status.say(commands.HELP)
+        if company.is_first:
+            listen(player)
         player.play(options.chunks)
-    if options.out != "-":
+    if company.is_first and options.out != "-":
         sys.stderr.write(f"wrote {options.out}\n")
+
+
+def listen(player: Player) -> None:
+    """From now on lines of stdin are commands, where there is a stdin."""
+    stdin = readable_stdin()
+    if stdin is not None:
+        commands.LineReader(stdin, player.control, player.status.say)
+        if stdin.isatty():
+            player.status.say(commands.HELP)
 
 
 def readable_stdin() -> TextIO | None:
@@ -168,6 +201,7 @@ def readable_stdin() -> TextIO | None:
 
 def serve(options: argparse.Namespace) -> None:
     """The web page, until Ctrl-C."""
+    refuse_company("the web page")
     from selfforcing_dfd.live import server
 
     students = load_students(options)
@@ -212,10 +246,13 @@ def student_name(options: argparse.Namespace) -> str:
     return path.name if path.is_dir() else path.stem
 
 
-def prepare(options: argparse.Namespace) -> tuple[StreamModel, StreamSettings]:
-    """Model and settings that the options ask for."""
+def prepare(
+    options: argparse.Namespace, company: Company = ALONE
+) -> tuple[StreamModel, StreamSettings]:
+    """Model and settings that the options ask for; the model is shared by the company."""
     model = load_model(options)
     model.student.set_attention(options.attention)
+    company.share(model.student)
     settings = load_settings(
         options.settings or "",
         default="default" if options.model else "tiny",

@@ -240,9 +240,10 @@ def stale(
     roles: see `provenance`. ignored: how settings begin that do not matter.
     """
     now = provenance(config, roles)
+    ignored += WEIGHT_FILES
     for part in ("settings", "weights"):
-        found = differences(result[part], now[part], "there")
-        found = [line for line in found if not line.startswith((*ignored, *WEIGHT_FILES))]
+        lines = differences(result[part], now[part], "there")
+        found = [line for line in lines if not line.startswith(ignored)]
         if found:
             return found[0]
     return "" if result["data"] == now["data"] else "the shards hold other clips"

@@ -206,7 +206,9 @@ def score_table(study: Study, alignment: Alignment) -> Table:
     spent = spent_by(study, alignment)
     head = ["", "runs", "updates", "core s", *(title for title, _ in COLUMNS.values())]
     table = [head]
-    for name in (*study.references, START, *CAUSAL_ROWS, *arms_in(study)):
+    names = [*study.references, START]
+    names += [*CAUSAL_ROWS, *arms_in(study)]
+    for name in names:
         own = with_rows(runs, name)
         if own:
             cells = [

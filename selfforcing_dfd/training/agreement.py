@@ -17,8 +17,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from selfforcing_dfd.common import UserError
+from selfforcing_dfd.processes.ranks import are_many, gather_objects
 from selfforcing_dfd.training.compare import listed
-from selfforcing_dfd.training.ranks import are_many, gather_objects
 
 AGREE_EVERY = 10
 """Student updates from one check to the next; a check sends a few hundred bytes."""

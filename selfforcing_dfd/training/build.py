@@ -11,6 +11,8 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.common import DTYPES, find_device, find_file
 from selfforcing_dfd.config import Config, ConfigError, ModelConfig, NetworkConfig, as_dict, require
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.processes.ranks import on_first_rank
+from selfforcing_dfd.processes.world import World, find_world
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.base import Start, TrainingStage, teacher_start
 from selfforcing_dfd.training.agreement import norms_of, require_agreement
@@ -22,12 +24,10 @@ from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.loop import Trainer
 from selfforcing_dfd.training.metrics import Watch
 from selfforcing_dfd.training.optimizers import build_learner
-from selfforcing_dfd.training.ranks import on_first_rank
 from selfforcing_dfd.training.recompute import recompute
 from selfforcing_dfd.training.same_run import check_config, config_fingerprint
 from selfforcing_dfd.training.sharding import Sharding
 from selfforcing_dfd.training.tracking import Tracker, check_trackers
-from selfforcing_dfd.training.world import World, find_world
 from selfforcing_dfd.weights.read import load_network
 from selfforcing_dfd.weights.tensors import model_fingerprint
 

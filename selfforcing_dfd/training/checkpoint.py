@@ -27,8 +27,8 @@ from torch.distributed.tensor import DTensor
 
 from selfforcing_dfd import __version__
 from selfforcing_dfd.common import PARTIAL, REPLACED, partial_of, remove_folder, replace_folder
+from selfforcing_dfd.processes.ranks import gather_entries, on_first_rank
 from selfforcing_dfd.training.compare import describe, differences, listed
-from selfforcing_dfd.training.ranks import gather_entries, on_first_rank
 from selfforcing_dfd.training.same_run import config_fingerprint
 from selfforcing_dfd.training.state import State, flatten, give_back, put_values, unfold
 from selfforcing_dfd.weights.checkpoint_files import (

@@ -19,20 +19,20 @@ from tqdm import tqdm
 
 from selfforcing_dfd.common import Interrupted
 from selfforcing_dfd.data.shards import Batch, SampleOrder, ShardReader, batches
+from selfforcing_dfd.processes.failure import another_failed
+from selfforcing_dfd.processes.ranks import add_up, gather
+from selfforcing_dfd.processes.world import World
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages.base import StageLoss, TrainingStage
 from selfforcing_dfd.training.agreement import AGREE_EVERY, norms_of, require_agreement
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock, Turn
 from selfforcing_dfd.training.ema import EMA
-from selfforcing_dfd.training.failure import another_failed
 from selfforcing_dfd.training.finite import check_finite, check_losses
 from selfforcing_dfd.training.metrics import Watch, summarise, values_of_all, watched_clips
 from selfforcing_dfd.training.optimizer_state import optimizer_state
-from selfforcing_dfd.training.ranks import add_up, gather
 from selfforcing_dfd.training.sharding import expect_backward, keep_gathered, release
 from selfforcing_dfd.training.tracking import Tracker
-from selfforcing_dfd.training.world import World
 
 SAME_SIGNAL_S = 1.0
 """torchrun passes on a Ctrl-C that its processes also got themselves."""

@@ -10,9 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from selfforcing_dfd.processes.ranks import gather
+from selfforcing_dfd.processes.world import World
 from selfforcing_dfd.stages.base import StageLoss
-from selfforcing_dfd.training.ranks import gather
-from selfforcing_dfd.training.world import World
 
 SIGMA_BINS = (0.0, 0.3, 0.6, 0.8, 0.9, 1.0)
 NUM_WATCHED = 16

@@ -13,6 +13,8 @@ from selfforcing_dfd.config import Config, to_yaml
 from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards
+from selfforcing_dfd.processes.ranks import on_first_rank
+from selfforcing_dfd.processes.world import find_world
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.training.build import build_trainer
@@ -21,8 +23,6 @@ from selfforcing_dfd.training.exports import export
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.guards import Guards, latent_statistics
 from selfforcing_dfd.training.inversion import build_inversion
-from selfforcing_dfd.training.ranks import on_first_rank
-from selfforcing_dfd.training.world import find_world
 from selfforcing_dfd.weights.runs import CONFIG_FILE, STUDENT_FILE
 
 logger = logging.getLogger(__name__)

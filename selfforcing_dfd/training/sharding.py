@@ -22,7 +22,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from selfforcing_dfd.config import require
-from selfforcing_dfd.training.world import World, join_alone
+from selfforcing_dfd.processes.world import World, join_alone
 
 VIEWS = "FSDP2-wrapped module .* returned a view tensor"
 

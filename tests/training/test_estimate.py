@@ -16,6 +16,7 @@ from selfforcing_dfd.config import BatchConfig, Config, NetworkConfig, RolloutCo
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.models import attention
+from selfforcing_dfd.processes.world import World
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.training.build import build_network, training_stage_of
@@ -31,7 +32,6 @@ from selfforcing_dfd.training.estimate import (
     saved_bytes,
 )
 from selfforcing_dfd.training.sharding import Sharding
-from selfforcing_dfd.training.world import World
 
 # Wan2.1, arXiv 2503.20314, table 2
 WAN = NetworkConfig(num_heads=12, head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096)

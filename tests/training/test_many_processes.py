@@ -26,13 +26,13 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import Interrupted
 from selfforcing_dfd.config import Config, ConfigError
+from selfforcing_dfd.processes.world import World, find_world
 from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.training.agreement import DisagreementError
 from selfforcing_dfd.training.build import build_trainer, check_batch
 from selfforcing_dfd.training.clock import Clock
 from selfforcing_dfd.training.muon import Muon
 from selfforcing_dfd.training.sharding import Sharding
-from selfforcing_dfd.training.world import World, find_world
 from selfforcing_dfd.weights.tensors import whole
 from tests.training.conftest import arguments
 

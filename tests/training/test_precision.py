@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.processes.world import World
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import plan_chunks
 from selfforcing_dfd.stages.matching import MatchingStage
 from selfforcing_dfd.training.sharding import Sharding, release
-from selfforcing_dfd.training.world import World
 from selfforcing_dfd.weights.tensors import whole
 
 BF16 = torch.bfloat16

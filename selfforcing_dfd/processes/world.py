@@ -13,8 +13,8 @@ import torch.distributed as dist
 from accelerate import PartialState
 
 from selfforcing_dfd.common import UserError, find_device
-from selfforcing_dfd.training.failure import launched, meeting_point
-from selfforcing_dfd.training.ranks import forget_patience
+from selfforcing_dfd.processes.failure import launched, meeting_point
+from selfforcing_dfd.processes.ranks import forget_patience
 
 
 @dataclass(frozen=True, slots=True)

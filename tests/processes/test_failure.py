@@ -18,9 +18,9 @@ import torch.distributed as dist
 
 from selfforcing_dfd.cli.errors import guarded
 from selfforcing_dfd.common import Interrupted, UserError
-from selfforcing_dfd.training.failure import ending_together
-from selfforcing_dfd.training.ranks import add_up, on_first_rank
-from selfforcing_dfd.training.world import World, joined
+from selfforcing_dfd.processes.failure import ending_together
+from selfforcing_dfd.processes.ranks import add_up, on_first_rank
+from selfforcing_dfd.processes.world import World, joined
 
 LIMIT_S = 120
 

@@ -1,0 +1,83 @@
+"""One stream made by several processes, each on a GPU of its own.
+
+All of them run the same session and share each sequence by heads (`models/sequence.py`). The first
+one writes the frames, shows the status and listens to commands, and tells the others before each
+chunk what to do.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TextIO, TypeVar
+
+from selfforcing_dfd.common import UserError
+from selfforcing_dfd.models.sequence import Sequence
+from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.processes.failure import ending_together, launched
+from selfforcing_dfd.processes.ranks import are_many, is_first, on_first_rank
+
+T = TypeVar("T")
+
+TIMEOUT_S = 600.0
+"""A process that waits longer for another inside of a chunk gives up."""
+
+
+@dataclass(frozen=True, slots=True)
+class Company:
+    """The processes of a stream; a process alone is in company of itself."""
+
+    is_first: bool = True
+    is_shared: bool = False
+
+    def share(self, student: WanTransformer) -> None:
+        """Spread the student's sequences over all processes.
+
+        Raises UserError for a number of processes that does not divide the heads.
+        """
+        if self.is_shared:
+            student.share_sequence(Sequence())
+
+    def agree(self, own: T) -> T:
+        """What the first process has."""
+        return on_first_rank(lambda: own) if self.is_shared else own
+
+
+ALONE = Company()
+
+
+@contextmanager
+def in_company(device: str) -> Iterator[tuple[Company, str]]:
+    """(the processes that torchrun started, this one's device), until the `with` ends.
+
+    device: as asked for. One process alone gets it back, and nothing is set up.
+    """
+    if not launched():
+        yield ALONE, device
+        return
+    # accelerate takes a second to import
+    from selfforcing_dfd.processes.world import joined
+
+    with ending_together(), joined(device, TIMEOUT_S) as world:
+        yield Company(is_first(), are_many()), str(world.device)
+
+
+def refuse_company(what: str) -> None:
+    """Raise UserError where torchrun started several processes for what one process does."""
+    if launched():
+        raise UserError(
+            f"{what} runs in one process, but WORLD_SIZE is {os.environ['WORLD_SIZE']}; "
+            "start it without torchrun"
+        )
+
+
+@contextmanager
+def shown_by(company: Company, stream: TextIO) -> Iterator[TextIO]:
+    """The stream for the first process, nowhere for the others."""
+    if company.is_first:
+        yield stream
+        return
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        yield nowhere

@@ -1,0 +1,1 @@
+"""Several processes that work together: how they meet, talk, and end together."""
