@@ -1,10 +1,9 @@
 """Two and four processes train as one does on the same samples: data, draws, losses, weights.
 
 Networks have float64 weights here. What is summed over samples (gradients, metrics) is summed in
-another order by another number of processes, which changes the last of 16 digits; AdamW divides by
-the gradient's own size and passes that on, and five updates of a chain of a few hundred products
-pass it on again. Measured: 2e-13 of the largest value of a tensor at most. TOLERANCE leaves a
-factor of fifty; a wrong gradient differs by a hundredth or more.
+another order by another number of processes, which changes the last of 16 digits. AdamW divides by
+the gradient's own size and passes that on, and so do five updates of a chain of a few hundred
+products. TOLERANCE allows for a loss of five digits. A wrong gradient differs in the first ones.
 """
 
 from __future__ import annotations
