@@ -6,10 +6,12 @@ Importing this module does not import torch, so that command lines can use it an
 from __future__ import annotations
 
 import ctypes
+import hashlib
+import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,11 +28,14 @@ PACKAGE = Path(__file__).resolve().parent
 PRESETS = PACKAGE / "presets"  # only in an installed package; see pyproject.toml
 
 PARTIAL = ".tmp-"  # how the name of a folder that is being written or deleted begins
+DAMAGED = "damaged-"  # how the name of what cannot be trusted begins once it was moved aside
 REPLACED = ".old-"  # how that of the folder before it begins; see `replace_folder`
 
 M_TRIM_THRESHOLD = -1  # a name of glibc's mallopt
 M_MMAP_THRESHOLD = -3  # another one
 KEEP_BYTES = 32 << 20  # the largest that glibc accepts for mmap
+
+SEAL = "sha256"  # entry of a JSON object: the SHA-256 of all its other entries
 
 AT_FDCWD = -100  # a flag of renameat2: paths are relative to the working directory
 RENAME_EXCHANGE = 2  # another one: exchange the two names
@@ -143,6 +148,39 @@ def atomic_folder(path: Path | str) -> Iterator[Path]:
         replace_folder(partial, path)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
+
+
+def sealed(entries: Mapping[str, Any]) -> dict[str, Any]:
+    """The entries of a JSON object with a SHA-256 over all of them beside."""
+    return {**entries, SEAL: seal_of(entries)}
+
+
+def seal_of(entries: Mapping[str, Any]) -> str:
+    """SHA-256 over the entries of a JSON object, in any order, without a seal that is there."""
+    others = {name: value for name, value in entries.items() if name != SEAL}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+def is_as_sealed(entries: Mapping[str, Any]) -> bool:
+    """Whether every entry of a JSON object is what it was when it was sealed."""
+    return entries.get(SEAL) == seal_of(entries)
+
+
+def sha256_of(path: Path) -> str:
+    """Of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a damaged file or folder to `damaged-NAME`, with a number if that is taken."""
+    number = 1
+    aside = path.with_name(f"{DAMAGED}{path.name}")
+    while aside.exists():
+        number += 1
+        aside = path.with_name(f"{DAMAGED}{number}-{path.name}")
+    path.rename(aside)
+    return aside
 
 
 def partial_of(path: Path) -> Path:

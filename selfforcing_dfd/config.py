@@ -68,6 +68,7 @@ class RunConfig:
     student_updates: int = ranged(40, 1, 10 * MILLION)
     out: str = "runs"
     device: str = "auto"  # auto | cpu | cuda | cuda:N
+    retries: int = ranged(3, 0, 1000)  # back to a checkpoint, after values that are not finite
     gpus: int = ranged(1, 1, 4096)  # what --dry-run plans for
     timeout_s: int = ranged(1800, 1, MILLION)  # a process that waits longer for others gives up
 
@@ -142,8 +143,7 @@ class RolloutConfig:
         check_frames("rollout.sink", self.sink, self.chunk_frames)
         if self.window != 0:
             check_frames("rollout.window", self.window, self.chunk_frames)
-        # raises for a ladder that does not fall from 1000
-        few_step_ladder(tuple(self.ladder), self.shift)
+        few_step_ladder(tuple(self.ladder), self.shift)  # raises unless it falls from 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -31,7 +31,7 @@ PROGRAMS = {
 
 OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 FILE_WORD = re.compile(r"`((?:[\w.]+/)*[\w.]+\.(?:py|yaml|md|json))`")
-MADE_BY_RUNS = {"config.json", "config.yaml", "metrics.jsonl", "tokenizer.json"}
+MADE_BY_RUNS = {"config.json", "config.yaml", "metrics.jsonl", "run.json", "tokenizer.json"}
 OF_OTHERS = {"self_forcing_dmd.yaml", "self_forcing_dfd.yaml", "wan_causal_ode.yaml"}
 FOLDERS = (ROOT, ROOT / "configs", PACKAGE, ROOT / "tests")
 

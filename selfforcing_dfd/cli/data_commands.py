@@ -1,4 +1,4 @@
-"""Commands around data: clips, pack, prompts, import, merge, invert, verify."""
+"""Commands around data: clips, pack, prompts, import, merge, invert."""
 
 from __future__ import annotations
 
@@ -269,21 +269,6 @@ def invert(parser: argparse.ArgumentParser) -> Run:
             args.folder, inversion.invert, noise_fingerprint=inversion.fingerprint
         )
         print(f"{summary.folder}: {summary.num_samples} samples now have their noise")
-
-    return run
-
-
-def verify(parser: argparse.ArgumentParser) -> Run:
-    """Recompute the checksums of a shard folder and read every sample."""
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="shards with their index.json")
-
-    def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.data.shards import ShardReader
-
-        reader = ShardReader(args.folder)
-        reader.verify()
-        num_shards = len(reader.index.shards)
-        print(f"{args.folder}: {len(reader)} samples in {num_shards} shards, as packed")
 
     return run
 

@@ -13,6 +13,7 @@ import torch
 from selfforcing_dfd.streaming.parts import LoadError
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
 from selfforcing_dfd.weights.card import ModelFacts
+from selfforcing_dfd.weights.run_record import read_record, require_result
 from selfforcing_dfd.weights.runs import STUDENT_FILE, read_settings
 
 REPORT_FILE = "report.json"
@@ -34,8 +35,8 @@ def export_run(
     The student has its averaged weights. wan: a diffusers folder of Wan2.1, whose own transformer
     is left out. base_model: the origin that the card names. dtype: in bfloat16 most of what a short
     distillation changed is smaller than a rounding step, and is lost. Raises UserError for a run
-    that is not finished or has several arms, for parts that do not fit the student, and for a
-    folder that is not empty.
+    that is not finished, has several arms, or whose student was changed, for parts that do not fit
+    the student, and for a folder that is not empty.
     """
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise LoadError(
@@ -47,6 +48,7 @@ def export_run(
         raise LoadError(
             f"{weights} does not exist: the run is not finished; continue it with train.py --resume"
         )
+    require_result(run, STUDENT_FILE)
     pipeline = CausalWanPipeline.from_pretrained(wan, student=weights, dtype=dtype)
     facts = ModelFacts(
         run.resolve().name, training=read_settings(run), measured=measured_results(run)
@@ -68,7 +70,8 @@ def the_only_arm(run: Path) -> Path:
 def measured_results(run: Path) -> dict[str, str]:
     """Results of a run's student in its report, beside those of the data; empty without a report.
 
-    An arm's results are in the report of the comparison, one folder above.
+    A report of another student than the run has now counts as none. An arm's results are in the
+    report of the comparison, one folder above.
     """
     for report, name in (
         (run / REPORT_FILE, STUDENT_ROW),
@@ -78,10 +81,20 @@ def measured_results(run: Path) -> dict[str, str]:
             continue
         document = json.loads(report.read_text(encoding="utf-8"))
         rows = {row["name"]: row["scores"] for row in document["rows"]}
+        student = document.get("trained", {}).get(name, {}).get("student")
+        if student is not None and student != student_hash(run):
+            continue
         if name in rows:
             clips = {"clips measured": f"{document['num_clips']}"}
             return clips | _in_words(rows[name], rows.get(DATA_ROW, {}))
     return {}
+
+
+def student_hash(run: Path) -> str:
+    """SHA-256 of the student that a run exported; empty without a record of it."""
+    record = read_record(run)
+    result = {} if record is None else record.results.get(STUDENT_FILE, {})
+    return str(result.get("sha256", ""))
 
 
 def _in_words(scores: Mapping[str, Any], data: Mapping[str, Any]) -> dict[str, str]:

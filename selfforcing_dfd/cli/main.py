@@ -16,6 +16,7 @@ from typing import NoReturn
 import selfforcing_dfd
 from selfforcing_dfd.cli import (
     data_commands,
+    doctor_command,
     run_commands,
     stream_commands,
     study_command,
@@ -45,9 +46,9 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         data_commands.import_,
         data_commands.merge,
         data_commands.invert,
-        data_commands.verify,
     ),
     "weights": (weights_commands.convert, weights_commands.export),
+    "trust": (doctor_command.verify, doctor_command.inspect, doctor_command.doctor),
 }
 
 

@@ -11,7 +11,6 @@ negative prompt was encoded, `negative.safetensors`: key `text`, [n, D].
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 from dataclasses import asdict, dataclass, field
@@ -22,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.common import UserError
+from selfforcing_dfd.common import SEAL, UserError, is_as_sealed, sealed
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -30,6 +29,11 @@ NEGATIVE_NAME = "negative.safetensors"
 LATENT = "latent.npy"
 TEXT = "text.npy"
 NOISE = "noise.npy"
+KEYS = {
+    *("version", "shards", "samples", "latent_shape", "text_shape", "fingerprints", "refused"),
+    *("about", SEAL),
+}
+"""Entries of the index."""
 
 
 class PackError(UserError):
@@ -105,7 +109,7 @@ class Index:
             "refused": self.refused,
             "about": self.about,
         }
-        return json.dumps(fields, ensure_ascii=False)
+        return json.dumps(sealed(fields), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str) -> Index:
@@ -116,6 +120,12 @@ class Index:
             raise ValueError(
                 f"format version {version}, this program reads version {FORMAT_VERSION}"
             )
+        unknown = sorted(set(fields) - KEYS)
+        if unknown:
+            raise ValueError(f"unknown entry {unknown[0]!r}")
+        # folders from before 2026-11-22 have no seal
+        if SEAL in fields and not is_as_sealed(fields):
+            raise ValueError("its content is not what was written (SHA-256 differs)")
         samples = tuple(Entry.from_fields(sample) for sample in fields["samples"])
         return cls(
             shards=tuple(Shard(**shard) for shard in fields["shards"]),
@@ -130,11 +140,6 @@ class Index:
 
 def write_index(folder: Path, index: Index) -> None:
     (folder / INDEX_NAME).write_text(index.to_json(), encoding="utf-8")
-
-
-def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def npy(tensor: Tensor, dtype: str, name: str) -> bytes:

@@ -10,15 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from selfforcing_dfd.data.format import (
-    INDEX_NAME,
-    Entry,
-    Index,
-    PackError,
-    Shard,
-    sha256_of,
-    write_index,
-)
+from selfforcing_dfd.common import sha256_of
+from selfforcing_dfd.data.format import INDEX_NAME, Entry, Index, PackError, Shard, write_index
 from selfforcing_dfd.data.journal import NUM_NAMED, differences
 from selfforcing_dfd.data.shards import ShardError
 from selfforcing_dfd.data.write import PackSummary, shard_folder, summary_of

@@ -9,9 +9,11 @@ Workers and ranks only decide who reads a position. See `format` for the files.
 from __future__ import annotations
 
 import hashlib
+import json
+import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -23,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.common import UserError
+from selfforcing_dfd.common import UserError, sha256_of
 from selfforcing_dfd.data.ahead import in_order
 from selfforcing_dfd.data.format import (
     INDEX_NAME,
@@ -35,7 +37,6 @@ from selfforcing_dfd.data.format import (
     Index,
     load_npy,
     pad_text,
-    sha256_of,
 )
 
 
@@ -44,6 +45,17 @@ class ShardError(UserError):
 
     The message says what was found, what was wanted and how to repair it.
     """
+
+
+class NonFiniteSampleError(ShardError):
+    """A sample that holds NaN or infinity as it was packed, so no copy of it is whole.
+
+    key: of the sample.
+    """
+
+    def __init__(self, message: str, key: str) -> None:
+        super().__init__(message)
+        self.key = key
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +93,8 @@ class ShardReader:
     """The samples of a shard folder, by number. Safe to share between threads.
 
     Opening checks the index, that each shard is there with its size, and the first sample. Every
-    read checks checksum, dtype and shape; `verify` reads everything. All raise ShardError.
+    read checks checksum, dtype, shape and that values are finite; `verify` reads everything. All
+    raise ShardError, and NonFiniteSampleError for values that are not finite.
     index_hash: SHA-256 of the index, which holds those of the shards.
     """
 
@@ -92,12 +105,26 @@ class ShardReader:
         self.index, self.index_hash = self._open_index()
         self._check_shards()
         self._check_samples()
-        self[0]
+        self._read_sample(0)
 
     def __len__(self) -> int:
         return len(self.index.samples)
 
     def __getitem__(self, number: int) -> Sample:
+        sample = self._read_sample(number)
+        for name, array in ((LATENT, sample.latents), (TEXT, sample.text), (NOISE, sample.noise)):
+            if array is not None and not bool(array.isfinite().all()):
+                entry = self.index.samples[number]
+                raise NonFiniteSampleError(
+                    f"{self.folder / entry.shard}: {entry.key}.{name} holds values that are not "
+                    "finite, and did when it was packed. Training leaves such samples out; to be "
+                    "rid of it, pack the clips again",
+                    entry.key,
+                )
+        return sample
+
+    def _read_sample(self, number: int) -> Sample:
+        """A sample whose values may be anything."""
         entry = self.index.samples[number]
         tokens = self._array(entry, TEXT)
         problem = self._text_problem(tokens)
@@ -161,7 +188,10 @@ class ShardReader:
         return {name: self._read(entry, name) for name in entry.members}
 
     def verify(self) -> None:
-        """Recompute every checksum and read every sample. The error names all damaged shards."""
+        """Recompute every checksum and read every sample, and compare captions with the shards'.
+
+        The error names all damaged shards, or all samples that cannot be used.
+        """
         changed = [
             shard.name
             for shard in self.index.shards
@@ -172,9 +202,23 @@ class ShardReader:
                 f"{self.folder}: {', '.join(changed)}: not as packed (SHA-256 differs). "
                 f"{self._remedy}"
             )
-        for number in range(len(self)):
-            self[number]
+        problems = [problem for number in range(len(self)) if (problem := self._problem(number))]
+        if problems:
+            raise ShardError(f"{self.folder}: {'; '.join(problems)}")
         self.negative  # noqa: B018  reading it checks it
+
+    def _problem(self, number: int) -> str:
+        """What is wrong with a sample; empty if nothing is."""
+        entry = self.index.samples[number]
+        try:
+            self[number]
+        except NonFiniteSampleError as error:
+            return str(error)
+        about = json.loads(self._read(entry, "json")) if "json" in entry.members else {}
+        packed = about.get("caption", entry.caption)
+        if packed == entry.caption:
+            return ""
+        return f"{entry.key} was packed as {packed!r}, but {INDEX_NAME} says {entry.caption!r}"
 
     @property
     def _remedy(self) -> str:
@@ -274,12 +318,17 @@ def _arrays_of(entry: Entry) -> set[str]:
 class SampleOrder:
     """An endless order: position n of the stream is sample `arrangement(n // N)[n % N]`.
 
-    Every sample comes exactly once per epoch.
+    Every sample comes exactly once per epoch. aside: samples that are left out, with the position
+    from which on; another one, drawn for that position, comes in their place, so all others stay
+    where they are. ValueError if nothing is left.
     """
 
-    def __init__(self, num_samples: int, seed: int):
+    def __init__(self, num_samples: int, seed: int, aside: Mapping[int, int] | None = None):
         if num_samples < 1:
             raise ValueError(f"num_samples is {num_samples}; want at least 1")
+        self.aside = dict(aside or {})
+        if len(self.aside) >= num_samples:
+            raise ValueError(f"all {num_samples} samples are set aside; none is left to train on")
         self.num_samples = num_samples
         self.seed = seed
         # two, as a batch may straddle epochs
@@ -288,7 +337,13 @@ class SampleOrder:
     def sample_at(self, position: int) -> int:
         """The sample number at a position of the stream, 0 <= position without end."""
         epoch, rest = divmod(position, self.num_samples)
-        return self._arrangement(epoch)[rest]
+        number = self._arrangement(epoch)[rest]
+        attempt = 0
+        while position >= self.aside.get(number, math.inf):
+            drawn = rng.uniform((), self.seed, "instead", position, attempt)
+            number = int(drawn * self.num_samples)
+            attempt += 1
+        return number
 
     def arrangement(self, epoch: int) -> list[int]:
         """All sample numbers in the order of one epoch."""

@@ -19,7 +19,7 @@ from typing import Literal
 
 from webdataset import TarWriter
 
-from selfforcing_dfd.common import replace_folder, sync
+from selfforcing_dfd.common import replace_folder, sha256_of, sync
 from selfforcing_dfd.data.format import (
     INDEX_NAME,
     Entry,
@@ -28,7 +28,6 @@ from selfforcing_dfd.data.format import (
     PackError,
     Shard,
     npy,
-    sha256_of,
     write_index,
 )
 from selfforcing_dfd.data.journal import (

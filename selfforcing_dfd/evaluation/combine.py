@@ -26,7 +26,8 @@ from selfforcing_dfd.evaluation.page import Page
 from selfforcing_dfd.evaluation.tables import DATA, Mark, ReportError, Row, Run
 from selfforcing_dfd.evaluation.worlds import world_named
 from selfforcing_dfd.tiny.bootstrap import Score
-from selfforcing_dfd.weights.runs import CONFIG_FILE
+from selfforcing_dfd.weights.run_record import read_record
+from selfforcing_dfd.weights.runs import CONFIG_FILE, STUDENT_FILE
 
 MAY_DIFFER = {
     "base",
@@ -117,7 +118,7 @@ def _labels(reports: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def load_report(folder: Path) -> dict[str, Any]:
-    """A run's report.json. Raises ReportError where there is none or it is damaged."""
+    """A run's report.json. Raises ReportError where there is none, or it is damaged or outdated."""
     path = folder / REPORT_FILE
     if not path.is_file():
         raise ReportError(f"no {path}; train with report.clips > 0, or name the run's own folder")
@@ -131,6 +132,15 @@ def load_report(folder: Path) -> dict[str, Any]:
             f"{path} has no {missing[0]}: it is not the report of one run, or an older version "
             f"wrote it; combine the runs' own reports, written by this version"
         )
+    for name, run in report.get("trained", {}).items():
+        arm = folder / name if report["config"]["arms"] else folder
+        record = read_record(arm)
+        result = {} if record is None else record.results.get(STUDENT_FILE, {})
+        if result.get("sha256") != run["student"]:
+            raise ReportError(
+                f"{path} is of another student than {arm} has now; write the report again with "
+                "train.py --resume"
+            )
     return dict(report)
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from selfforcing_dfd.evaluation.world import World
 from selfforcing_dfd.evaluation.worlds import world_of
 from selfforcing_dfd.stages import arms_of, load_config
 from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.training.identity import proof_of
 from selfforcing_dfd.training.tracking import METRICS_FILE, read_metrics
 from selfforcing_dfd.weights.runs import CONFIG_FILE, config_of, student_of
 
@@ -45,12 +46,14 @@ def write_report(config: Config) -> str:
 
     Rows: data; the teacher; the student that training began from; every arm, or the run itself.
     Files: report.json, .md and .html, and samples/. Returns the table with the verdict. Raises
-    ConfigError for weights that are not there, before anything is generated.
+    ConfigError for weights that are not there, and RunError for runs whose records do not prove
+    what the report would say of them, before anything is generated.
     """
     started = time.perf_counter()
     folder = run_folder(config)
     world = world_of(config)
     found = sources(config, world)
+    trained = {name: proof_of(run) for name, run in runs_of(config).items()}
     evaluation = world.draw(config, config.report.clips)
     decode = world.decoder(config)
     rows = []
@@ -81,7 +84,7 @@ def write_report(config: Config) -> str:
         world=world,
         findings=world.findings(rows),
         rows=rows,
-        notes=notes_on(world, rows, len(evaluation), [config.report.seed]),
+        notes=[*notes_on(world, rows, len(evaluation), [config.report.seed]), *left_out(trained)],
         sheets=sheets,
         strip=STRIP,
         captions=evaluation.captions[: layout.compared_clips],
@@ -91,8 +94,17 @@ def write_report(config: Config) -> str:
         settings=to_yaml(config),
         links={},
     )
-    save(folder, page, described_run(config))
+    save(folder, page, described_run(config) | {"trained": trained})
     return printed(page, folder)
+
+
+def left_out(trained: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A note for each run that left samples out because their values were not finite."""
+    return [
+        f"{name} left out {len(run['aside'])} samples whose values or losses were not finite."
+        for name, run in trained.items()
+        if run["aside"]
+    ]
 
 
 def described_run(config: Config) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from selfforcing_dfd.stages.base import (
 )
 from selfforcing_dfd.training.build import load_frozen
 from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.weights.run_record import require_result
 from selfforcing_dfd.weights.runs import STUDENT_FILE
 
 
@@ -56,7 +57,8 @@ class Source:
 def sources(config: Config, world: World) -> list[Source]:
     """The rows of this config's report. Networks are loaded when their clips are asked for.
 
-    Raises ConfigError for weights that are not there, and for an arm named like another row.
+    Raises ConfigError for weights that are not there, and for an arm named like another row;
+    RunError for weights that are not what their run exported.
     """
     for name in config.arms:
         require(
@@ -66,6 +68,7 @@ def sources(config: Config, world: World) -> list[Source]:
     found = list(references(config, world))
     for name, run in runs_of(config).items():
         found.append(run_source(name, run, run_folder(run) / STUDENT_FILE))
+        require_result(run_folder(run), STUDENT_FILE)
     return found
 
 

@@ -57,6 +57,8 @@ MAY_DIFFER = (
     "run.out",
     "run.device",
     "run.gpus",
+    "run.retries",
+    "run.timeout_s",
     "data.workers",
     "checkpoint.keep",
     "log.",

@@ -53,6 +53,7 @@ from selfforcing_dfd.training.exclusive import ExclusiveError, lock_folders
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.one_run import prepare_data, train
 from selfforcing_dfd.weights.read import load_network
+from selfforcing_dfd.weights.run_record import RUN_FILE
 from selfforcing_dfd.weights.runs import STUDENT_FILE
 from selfforcing_dfd.weights.tensors import save_weights
 from selfforcing_dfd.weights.write import file_metadata
@@ -158,9 +159,17 @@ def make_run(plan: Plan, run: StudyRun, measure_only: bool) -> Mapping[str, Any]
         refuse_stale(begun, run.config, begun.parent, ignored=OF_MEASURING)
     else:
         write_json(begun, provenance(run.config))
-    train(run.config, resume=True)
+    if not is_of_an_older_version(run):
+        train(run.config, resume=True)
     keep_points(run)
     return measure_run(plan, run)
+
+
+def is_of_an_older_version(run: StudyRun) -> bool:
+    """Whether a run was trained and kept before runs had a record; `begun.json` vouches for it."""
+    folder = run_folder(run.config)
+    kept = all(point_file(run.config, update).exists() for update in run.updates)
+    return kept and (folder / STUDENT_FILE).exists() and not (folder / RUN_FILE).exists()
 
 
 def keep_points(run: StudyRun) -> None:

@@ -20,12 +20,12 @@ from selfforcing_dfd.training.build_data import build_order, build_reader, check
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.ema import EMA
 from selfforcing_dfd.training.exports import describe_networks
-from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.training.folders import CHECKPOINTS, run_folder
 from selfforcing_dfd.training.loop import Trainer
 from selfforcing_dfd.training.metrics import Watch
 from selfforcing_dfd.training.optimizers import build_learner
 from selfforcing_dfd.training.recompute import recompute
-from selfforcing_dfd.training.same_run import check_config, config_fingerprint
+from selfforcing_dfd.training.same_run import MAY_CHANGE, check_config, config_fingerprint
 from selfforcing_dfd.training.sharding import Sharding
 from selfforcing_dfd.training.tracking import Tracker, check_trackers
 from selfforcing_dfd.weights.read import load_network
@@ -161,26 +161,16 @@ def training_stage_of(config: Config) -> type[TrainingStage]:
     return stage
 
 
-MAY_CHANGE = {
-    "run.student_updates",
-    "run.device",
-    "run.out",
-    "run.gpus",
-    "run.timeout_s",
-    "model.shard_ranks",
-    "data.workers",
-    "data.video_size",
-    "checkpoint",
-    "log",
-    "report",
-    "arms",
-    "base",
-}
-"""Settings that a resumed run may change and still be the same run."""
+def build_trainer(
+    config: Config,
+    watch: Watch | None = None,
+    resume: bool = False,
+    aside: Mapping[str, int] | None = None,
+) -> Trainer:
+    """The trainer of one run, resumed from its newest checkpoint if asked and if there is one.
 
-
-def build_trainer(config: Config, watch: Watch | None = None, resume: bool = False) -> Trainer:
-    """The trainer of one run, resumed from its newest checkpoint if asked and if there is one."""
+    aside: samples to leave out, by key, with the position in the data from which on.
+    """
     world = find_world(config.run.device)
     check_batch(config, world)
     reader = build_reader(config)
@@ -200,7 +190,7 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
         sharding.apply(network, is_trained=role not in FROZEN)
     stage = training_stage_of(config).build(config, networks, reader.negative)
     checkpoints = CheckpointManager(
-        folder / "checkpoints", config.checkpoint.keep, config=settings, models=models
+        folder / CHECKPOINTS, config.checkpoint.keep, config=settings, models=models
     )
     newest = on_first_rank(checkpoints.latest) if resume else None
     if newest is not None:
@@ -218,7 +208,7 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
         },
         ema=EMA(networks["student"], config.ema.decay, config.ema.start),
         reader=reader,
-        order=build_order(config, reader),
+        order=build_order(config, reader, aside or {}),
         batch_size=config.batch.size,
         micro=config.batch.micro,
         seed=config.run.seed,
@@ -232,7 +222,7 @@ def build_trainer(config: Config, watch: Watch | None = None, resume: bool = Fal
     )
     if newest is not None:
         checkpoints.load(newest, trainer.state())
-    on_first_rank(lambda: trainer.tracker.open(trainer.clock.student_updates if resume else None))
+    on_first_rank(lambda: trainer.tracker.open(trainer.clock if resume else None))
     return trainer
 
 

@@ -64,5 +64,8 @@ def codec_file(config: Config) -> Path:
     return beside if beside.exists() else find_file(BASIS)
 
 
-def build_order(config: Config, reader: ShardReader) -> SampleOrder:
-    return SampleOrder(len(reader), config.run.seed)
+def build_order(config: Config, reader: ShardReader, aside: Mapping[str, int]) -> SampleOrder:
+    """The order of the samples. aside: see `SampleOrder`, by key."""
+    numbers = {entry.key: number for number, entry in enumerate(reader.index.samples)}
+    left_out = {numbers[key]: since for key, since in aside.items()}
+    return SampleOrder(len(reader), config.run.seed, left_out)

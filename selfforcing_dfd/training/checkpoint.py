@@ -26,9 +26,19 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from selfforcing_dfd import __version__
-from selfforcing_dfd.common import PARTIAL, REPLACED, partial_of, remove_folder, replace_folder
+from selfforcing_dfd.common import (
+    DAMAGED,
+    PARTIAL,
+    REPLACED,
+    move_aside,
+    partial_of,
+    remove_folder,
+    replace_folder,
+    sealed,
+)
 from selfforcing_dfd.processes.ranks import gather_entries, on_first_rank
 from selfforcing_dfd.training.compare import describe, differences, listed
+from selfforcing_dfd.training.finite import check_stored
 from selfforcing_dfd.training.same_run import config_fingerprint
 from selfforcing_dfd.training.state import State, flatten, give_back, put_values, unfold
 from selfforcing_dfd.weights.checkpoint_files import (
@@ -37,6 +47,7 @@ from selfforcing_dfd.weights.checkpoint_files import (
     CheckpointError,
     TensorFiles,
     damage,
+    deep_damage,
     describe_files,
     load_tensors,
     read_meta,
@@ -72,15 +83,17 @@ class CheckpointManager:
         self.keep = keep
         self.config = dict(config or {})
         self.models = dict(models or {})
+        self._trusted: Path | None = None  # all of it was read and is whole
 
     def save(self, student_update: int, state: State) -> Path:
         """Write `state` and return where it is; older ones are deleted only after that.
 
-        CheckpointError on a full disk or any other failure; what was there before is untouched
-        then.
+        NonFiniteError for values that are not finite, CheckpointError on a full disk or any other
+        failure; what was there before is untouched then.
         """
         self.check_may_save(student_update)
         tensors, values = flatten(unfold(state))
+        check_stored(tensors.items(), f"the checkpoint of student update {student_update}")
         values = _gather(values)
         _gather(_fingerprints(tensors))
         sizes = _gather({key: tensor.nbytes for key, tensor in tensors.items()})
@@ -95,21 +108,31 @@ class CheckpointManager:
     def latest(self) -> Path | None:
         """The newest complete checkpoint, None if none was ever written.
 
-        Damaged ones are passed over with a warning. CheckpointError if all are damaged: a run must
-        not begin again unasked.
+        Complete: everything that was written is there, unchanged and finite. A damaged one is
+        renamed to `damaged-NAME` with a warning, so that nothing takes it for a checkpoint again;
+        one process calls, for all. CheckpointError if all are damaged: a run must not begin again
+        unasked.
         """
-        found = self._all()
-        for path in reversed(found):
-            lack = damage(path)
+        for path in reversed(self.all()):
+            lack = deep_damage(path)
             if lack is None:
+                self._trusted = path
                 return path
-            logger.warning("%s is passed over: %s", path, lack)
-        if found:
+            aside = move_aside(path)
+            logger.warning("%s is passed over: %s; it is now %s", path, lack, aside.name)
+        damaged = self.damaged()
+        if damaged:
             raise CheckpointError(
-                f"none of the {len(found)} checkpoints in {self.folder} is complete, the newest: "
-                f"{damage(found[-1])}; delete them to start the run again"
+                f"none of the {len(damaged)} checkpoints in {self.folder} is complete, the newest, "
+                f"{damaged[-1].name}: {deep_damage(damaged[-1])}; delete them to start the run "
+                "again"
             )
         return None
+
+    def damaged(self) -> list[Path]:
+        """Checkpoints that were renamed because something is wrong with them, oldest first."""
+        found = self.folder.glob(f"{DAMAGED}*student_update=*")
+        return sorted(found, key=_student_update)
 
     def load(self, path: Path | str, state: State) -> None:
         """Fill the tensors and values of `state` in place, bit for bit.
@@ -119,7 +142,11 @@ class CheckpointManager:
         """
         path = Path(path)
         meta = read_meta(path)
-        on_first_rank(lambda: _check_hashes(path, meta["files"]))
+        lack = on_first_rank(lambda: None if path == self._trusted else deep_damage(path))
+        if lack is not None:
+            raise CheckpointError(
+                f"{path} is damaged: {lack}. Move it away and resume from the one before it"
+            )
         unfolded = unfold(state)
         tensors, values = flatten(unfolded)
         files = TensorFiles(path)
@@ -132,15 +159,18 @@ class CheckpointManager:
 
     def check_may_save(self, student_update: int) -> None:
         """CheckpointError if the folder holds a later checkpoint, which `latest` would return."""
-        later = [path for path in self._all() if _student_update(path) > student_update]
+        later = [path for path in self.all() if _student_update(path) > student_update]
         if later:
             raise CheckpointError(
                 f"{later[-1]} is beyond student update {student_update} and would be taken for the "
                 "newest of this run; resume from it, use another run folder, or move it away"
             )
 
-    def _all(self) -> list[Path]:
-        """Oldest first. One that is just being replaced comes before the one that replaces it."""
+    def all(self) -> list[Path]:
+        """Checkpoints, whole or not, oldest first.
+
+        One that is just being replaced comes before the one that replaces it.
+        """
         paths = self.folder.iterdir() if self.folder.is_dir() else ()
         found = [path for path in paths if NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (_student_update(path), not _is_replaced(path)))
@@ -156,7 +186,7 @@ class CheckpointManager:
         """Complete the checkpoint with meta.json and give it its name, then drop the oldest."""
         meta = self._describe(_student_update(path), values)
         meta["files"] = describe_files(sorted(partial.iterdir()))
-        (partial / META_FILE).write_text(json.dumps(meta, indent=1), encoding="utf-8")
+        (partial / META_FILE).write_text(json.dumps(sealed(meta), indent=1), encoding="utf-8")
         replace_folder(partial, path)
         self._drop_oldest()
 
@@ -173,9 +203,9 @@ class CheckpointManager:
         }
 
     def _drop_oldest(self) -> None:
-        whole = [path for path in self._all() if not _is_replaced(path) and damage(path) is None]
+        whole = [path for path in self.all() if not _is_replaced(path) and damage(path) is None]
         first_kept = _student_update(whole[-self.keep :][0])
-        for path in self._all():
+        for path in self.all():
             if _is_replaced(path) or _student_update(path) < first_kept:
                 remove_folder(path)
 
@@ -214,15 +244,6 @@ def _gather(own: State) -> State:
         return gather_entries(own)
     except ValueError as error:
         raise CheckpointError(str(error)) from error
-
-
-def _check_hashes(path: Path, files: Mapping[str, Any]) -> None:
-    lines = differences(files, describe_files([path / name for name in files]))
-    if lines:
-        raise CheckpointError(
-            f"{path} is damaged, its files are not what was written. "
-            f"Move it away and resume from the one before it{listed(lines)}"
-        )
 
 
 def _as_stored(files: TensorFiles) -> dict[str, Tensor]:

@@ -9,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Literal
+from typing import Literal, get_args
 
 from selfforcing_dfd.common import UserError
 
 Turn = Literal["fake", "regression", "student"]
+TURNS: tuple[Turn, ...] = get_args(Turn)
 
 
 @dataclass(slots=True)
@@ -44,6 +45,15 @@ class Clock:
         if fake < fake_per_student:
             return "fake"
         return "regression" if regression < regression_per_student else "student"
+
+    def count(self, turn: str) -> int:
+        """Updates finished in turns of this kind."""
+        counts = {
+            "student": self.student_updates,
+            "fake": self.fake_updates,
+            "regression": self.regression_updates,
+        }
+        return counts[turn]
 
     def advance(self, turn: Turn, samples: int) -> None:
         """Count one finished turn and the samples that all ranks together consumed in it."""

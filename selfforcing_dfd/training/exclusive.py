@@ -34,6 +34,19 @@ def lock_folders(*folders: Path | str) -> Iterator[None]:
         yield
 
 
+def holder_of(folder: Path | str) -> str:
+    """Who holds a folder, in words; empty if nobody does. Nothing is written."""
+    path = Path(folder) / LOCK_FILE
+    if not path.is_file():
+        return ""
+    with path.open(encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _holder(file)
+    return ""
+
+
 @contextmanager
 def _lock(folder: Path) -> Iterator[None]:
     folder.mkdir(parents=True, exist_ok=True)

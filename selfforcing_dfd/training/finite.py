@@ -1,4 +1,4 @@
-"""The check that stops a run before a value that is not finite reaches the weights."""
+"""Checks that stop a run before values that are not finite are trained on or stored."""
 
 from __future__ import annotations
 
@@ -13,7 +13,14 @@ from selfforcing_dfd.common import UserError
 
 
 class NonFiniteError(UserError):
-    """A loss or gradient became infinite or not a number; the optimizer step was not taken."""
+    """A loss, gradient, weight or optimizer value became infinite or not a number.
+
+    Nothing of it was stored; training goes on from the newest checkpoint, see `healing`.
+    """
+
+
+class NonFiniteStateError(NonFiniteError):
+    """Values of a finished turn, found when they were to be stored."""
 
 
 def require_finite(name: str, value: float | Tensor, where: str) -> None:
@@ -55,6 +62,44 @@ def check_finite(
     if not math.isfinite(total.item()):
         _raise_for_gradient(grads, where)
     return total
+
+
+def check_weights(named: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """NonFiniteError, naming the first, unless all weights are finite; call after the step."""
+    weights = [(name, weight.detach()) for name, weight in named]
+    norms = [
+        torch.linalg.vector_norm(weight, dtype=_at_least_float32(weight)) for _, weight in weights
+    ]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    total = total.full_tensor() if isinstance(total, DTensor) else total
+    if not math.isfinite(total.item()):
+        bad = first_not_finite(weights)
+        if bad:
+            raise NonFiniteError(_too_late(bad, where))
+
+
+def check_stored(named: Iterable[tuple[str, Tensor]], where: str) -> None:
+    """NonFiniteStateError, naming the first, unless all values to be stored are finite."""
+    bad = first_not_finite(named)
+    if bad:
+        raise NonFiniteStateError(_too_late(bad, where))
+
+
+def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
+    """The first tensor that is not finite, and in how many values; empty if all are."""
+    for name, tensor in named:
+        bad = _count_bad(tensor) if tensor.is_floating_point() else 0
+        if bad:
+            return f"{name} is not finite in {bad} of {tensor.numel()} values"
+    return ""
+
+
+def _too_late(what: str, where: str) -> str:
+    return (
+        f"{what} at {where}. Nothing of it was stored. Look at the last lines of metrics.jsonl for "
+        "a growing loss or gradient norm; a lower learning rate or tighter gradient clipping helps "
+        "then"
+    )
 
 
 def _at_least_float32(tensor: Tensor) -> torch.dtype:

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from selfforcing_dfd.config import Config
 
+CHECKPOINTS = "checkpoints"  # in a run's folder
+
 
 def run_folder(config: Config) -> Path:
     return Path(config.run.out) / config.run.name

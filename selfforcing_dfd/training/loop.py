@@ -28,7 +28,7 @@ from selfforcing_dfd.training.agreement import AGREE_EVERY, norms_of, require_ag
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock, Turn
 from selfforcing_dfd.training.ema import EMA
-from selfforcing_dfd.training.finite import check_finite, check_losses
+from selfforcing_dfd.training.finite import check_finite, check_losses, check_weights
 from selfforcing_dfd.training.metrics import Watch, summarise, values_of_all, watched_clips
 from selfforcing_dfd.training.optimizer_state import optimizer_state
 from selfforcing_dfd.training.sharding import expect_backward, keep_gathered, release
@@ -77,7 +77,8 @@ class Trainer:
     def run(self, description: str = "train") -> None:
         """Train to the end.
 
-        Raises Interrupted, after saving, on SIGTERM or Ctrl-C; NonFiniteError before a bad step.
+        Raises Interrupted, after saving, on SIGTERM or Ctrl-C; NonFiniteError before values that
+        are not finite are stored.
         Several processes stop after the same turn, whichever of them was asked.
         """
         bar = tqdm(
@@ -134,7 +135,8 @@ class Trainer:
     def log(self, turn: Turn, values: Mapping[str, float]) -> None:
         if self.world.is_first:
             fake_belongs_to_next = int(turn != "student")
-            self.tracker.log(turn, self.clock.student_updates + fake_belongs_to_next, values)
+            update = self.clock.student_updates + fake_belongs_to_next
+            self.tracker.log(turn, update, values, self.clock.count(turn))
 
     def take_turn(self, turn: Turn, stream: Iterator[Batch]) -> dict[str, float]:
         """One update of one network: all micro-batches, then the optimizer step, then the clock."""
@@ -156,6 +158,7 @@ class Trainer:
             for group in optimizer.param_groups:
                 group["lr"] = learner.lr(self.clock.student_updates)
             optimizer.step()
+        check_weights(learner.network.named_parameters(), self.where(turn))
         self.clock.advance(turn, self.batch_size)
         if turn == "student":
             self.ema.update(learner.network, self.clock.student_updates)
@@ -223,7 +226,7 @@ class Trainer:
             self.save()
 
     def save(self) -> None:
-        """Write a checkpoint now."""
+        """Write a checkpoint now. NonFiniteError, with nothing written, for values not finite."""
         self.checkpoints.save(self.clock.student_updates, self.state())
 
     def state(self) -> dict[str, Any]:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
 from tqdm import tqdm
 
-from selfforcing_dfd.common import find_file
+from selfforcing_dfd.common import Interrupted, atomic_file, find_file, move_aside
 from selfforcing_dfd.config import Config, to_yaml
 from selfforcing_dfd.data.noise import store_noise
-from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.data.shards import NonFiniteSampleError, ShardReader
 from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards
 from selfforcing_dfd.processes.ranks import on_first_rank
 from selfforcing_dfd.processes.world import find_world
@@ -19,13 +22,28 @@ from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.training.build import build_trainer
 from selfforcing_dfd.training.build_data import BASIS, codec_file
-from selfforcing_dfd.training.exports import export
+from selfforcing_dfd.training.clock import Clock
+from selfforcing_dfd.training.exports import CODEC_FILE, export
+from selfforcing_dfd.training.finite import NonFiniteError
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.guards import Guards, latent_statistics
+from selfforcing_dfd.training.healing import Failure, check_start, failure_of, without_samples
+from selfforcing_dfd.training.identity import find_record, running_code, too_few
 from selfforcing_dfd.training.inversion import build_inversion
-from selfforcing_dfd.weights.runs import CONFIG_FILE, STUDENT_FILE
+from selfforcing_dfd.training.journal import note
+from selfforcing_dfd.training.loop import Trainer
+from selfforcing_dfd.weights.run_record import (
+    RunRecord,
+    changed_result,
+    describe_result,
+    write_record,
+)
+from selfforcing_dfd.weights.runs import CONFIG_FILE, FAKE_FILE, STUDENT_FILE
 
 logger = logging.getLogger(__name__)
+
+RESULTS = (STUDENT_FILE, FAKE_FILE, CODEC_FILE)
+"""What a run exports."""
 
 
 def prepare_data(config: Config) -> None:
@@ -46,21 +64,120 @@ def prepare_data(config: Config) -> None:
 
 
 def train(config: Config, resume: bool) -> None:
-    """One run from its weights, or from its newest checkpoint, to its exported weights."""
+    """One run from its weights, or from its newest checkpoint, to its exported weights.
+
+    Raises RunError for a folder of another run, and RetriesError for a run that meets values which
+    are not finite too often.
+    """
     folder = run_folder(config)
-    exported = folder / STUDENT_FILE
-    if resume and on_first_rank(exported.exists):
-        on_first_rank(lambda: tqdm.write(f"{config.run.name}: already trained, {exported}"))
+    record = on_first_rank(lambda: find_record(config, resume))
+    if record.state == "finished":
+        text = f"{config.run.name}: already trained, {folder / STUDENT_FILE}"
+        on_first_rank(lambda: tqdm.write(text))
         return
-    trainer = build_trainer(config, build_guards(config), resume)
-    on_first_rank(lambda: write_settings(folder, config))
-    trainer.run(config.run.name)
-    export(trainer, folder, config)
+    if record.state == "created":
+        on_first_rank(partial(create, folder, record))
+    while True:
+        trainer = build_trainer(config, build_guards(config), resume, record.aside)
+        check_start(trainer)
+        record = on_first_rank(partial(begin, config, record, trainer.clock))
+        failure = run_to_end(trainer, config)
+        if failure is None:
+            break
+        record = on_first_rank(partial(go_back, config, record, failure))
+        resume = True
+        del trainer  # before its successor is built
+    export_and_finish(trainer, config, record)
 
 
-def write_settings(folder: Path, config: Config) -> None:
+def create(folder: Path, record: RunRecord) -> None:
+    """Note which run the folder is for."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / CONFIG_FILE).write_text(to_yaml(config))
+    write_record(folder, record)
+
+
+def begin(config: Config, record: RunRecord, clock: Clock) -> RunRecord:
+    """Note that training begins or goes on. RunError for a run that is longer already."""
+    folder = run_folder(config)
+    done = clock.student_updates
+    if done > config.run.student_updates:
+        raise too_few(folder, config.run.student_updates, done)
+    code = running_code()
+    known = record.code
+    if not known or {**known[-1], "since": 0} != {**code, "since": 0}:
+        known = (*known, {**code, "since": done})
+    record = replace(record, state="training", config=to_yaml(config), code=known)
+    write_record(folder, record)
+    with atomic_file(folder / CONFIG_FILE) as partial_file:
+        partial_file.write_text(record.config, encoding="utf-8")
+    note(folder, "training", student_update=done, of=config.run.student_updates)
+    return record
+
+
+def run_to_end(trainer: Trainer, config: Config) -> Failure | None:
+    """Train; None at the end, else what went wrong. Interrupted where somebody asked to stop."""
+    try:
+        trainer.run(config.run.name)
+    except Interrupted:
+        done = trainer.clock.student_updates
+        on_first_rank(lambda: note(run_folder(config), "stopped", student_update=done))
+        raise
+    except (NonFiniteError, NonFiniteSampleError) as error:
+        # of several processes only one has met the sample, and the others wait elsewhere
+        met_alone = trainer.world.size > 1 and isinstance(error, NonFiniteSampleError)
+        if trainer.stop_requested or met_alone:
+            raise
+        return failure_of(trainer, error)
+    finally:
+        trainer.tracker.close()
+    return None
+
+
+def go_back(config: Config, record: RunRecord, failure: Failure) -> RunRecord:
+    """The record with the samples at fault set aside. RetriesError if it was done too often."""
+    folder = run_folder(config)
+    facts = {"message": failure.message, "samples": failure.keys, "since": failure.since}
+    note(folder, "not finite", **facts)
+    record = without_samples(record, failure, config.run.retries)
+    write_record(folder, record)
+    note(folder, "went back", retry=record.retries, of=config.run.retries)
+    return record
+
+
+def export_and_finish(trainer: Trainer, config: Config, record: RunRecord) -> None:
+    """Export the weights and note what they are.
+
+    A file in their place that this run did not export is kept as `damaged-NAME`.
+    """
+    folder = run_folder(config)
+    unknown = on_first_rank(partial(move_unknown, folder, record))
+    export(trainer, folder, config)
+    on_first_rank(partial(finish, config, record, unknown))
+
+
+def move_unknown(folder: Path, record: RunRecord) -> dict[str, Path]:
+    """Move results aside that are not what this run exported; their new places by name."""
+    moved = {}
+    for name in RESULTS:
+        path = folder / name
+        if path.exists() and changed_result(folder, record, name):
+            moved[name] = move_aside(path)
+    return moved
+
+
+def finish(config: Config, record: RunRecord, unknown: Mapping[str, Path]) -> None:
+    """Note the results; of files that were moved aside, drop those that they equal."""
+    folder = run_folder(config)
+    results = {name: describe_result(folder / name) for name in RESULTS if (folder / name).exists()}
+    for name, aside in unknown.items():
+        if describe_result(aside) == results.get(name):
+            aside.unlink()
+        else:
+            logger.warning("%s was not what this run exports; it is now %s", name, aside.name)
+    done = config.run.student_updates
+    record = replace(record, state="finished", results=results, student_updates=done)
+    write_record(folder, record)
+    note(folder, "finished", student_update=done, results=results)
 
 
 def build_guards(config: Config) -> Guards | None:

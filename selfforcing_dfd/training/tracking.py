@@ -1,7 +1,9 @@
 """Metrics of a run: JSON lines always, and the trackers of accelerate where asked for.
 
-Every line belongs to a student update; a fake-score turn belongs to the update that it prepares. A
-resume after update n drops the lines beyond n and writes them again, so curves have no duplicates.
+A line's key is its kind of turn and the count of such turns: (`fake`, 7). It also names the student
+update that it belongs to; a fake-score turn belongs to the one that it prepares. A resume drops the
+lines of turns that come again and no others, so nothing is lost or there twice, wherever in a cycle
+a run was stopped.
 """
 
 from __future__ import annotations
@@ -10,13 +12,15 @@ import json
 import logging
 import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from torch import Tensor
 
 from selfforcing_dfd.common import UserError, atomic_file
+from selfforcing_dfd.training.clock import TURNS, Clock
 
 if TYPE_CHECKING:  # accelerate's trackers are imported when a config asks for one
     from accelerate.tracking import GeneralTracker
@@ -25,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
-RESERVED = ("kind", "student_update")
+RESERVED = ("kind", "count", "student_update")
 
 
 class TrackingError(UserError):
@@ -51,8 +55,8 @@ class Tracker:
         self._lines: TextIO | None = None
         self._trackers: list[GeneralTracker] = []
 
-    def open(self, resume_at: int | None = None) -> None:
-        """Begin. `resume_at`: student updates of the checkpoint to continue from.
+    def open(self, resume_at: Clock | None = None) -> None:
+        """Begin. `resume_at`: the clock of the checkpoint to continue from.
 
         Lines beyond it are dropped. None is a new run (the first `log` begins one too), for which
         TrackingError in a folder that holds another run's metrics.
@@ -70,8 +74,8 @@ class Tracker:
         if self._names:
             self._trackers = _start(self._names, self._folder, self._project, resume_at)
 
-    def log(self, kind: str, student_update: int, values: Mapping[str, float]) -> None:
-        """Write one line now. `kind`: whose numbers these are (student, fake).
+    def log(self, kind: str, student_update: int, values: Mapping[str, float], count: int) -> None:
+        """Write one line now. `kind`: whose turn it was; count: of such turns, with this one.
 
         A value that is not finite becomes null in the file.
         """
@@ -83,7 +87,7 @@ class Tracker:
         if self._lines is None:
             self.open()
         assert self._lines is not None
-        line: dict[str, Any] = {"kind": kind, "student_update": student_update}
+        line: dict[str, Any] = {"kind": kind, "count": count, "student_update": student_update}
         for name, value in values.items():
             line[name] = float(value) if math.isfinite(value) else None
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
@@ -137,44 +141,63 @@ def check_trackers(names: Sequence[str]) -> None:
 
 
 def read_metrics(path: Path | str) -> list[dict[str, Any]]:
-    """Lines of a metrics file, without a last line that a kill cut short.
+    """Lines of a metrics file, without a last line that a kill or a power cut left unfinished.
 
     TrackingError for any other damage.
     """
     try:
-        *complete, tail = Path(path).read_text(encoding="utf-8").split("\n")
+        *complete, tail = Path(path).read_text(encoding="utf-8").rstrip("\0").split("\n")
     except UnicodeDecodeError as error:
-        raise TrackingError(f"{path} is not UTF-8 text ({error}); repair or remove it") from error
+        raise TrackingError(f"{path} is not UTF-8 text ({error}); {_cure(path)}") from error
     if tail:
         logger.warning("%s: the last line was cut short and is left out: %.60s", path, tail)
-    return [_read_line(text, f"{path}, line {n}") for n, text in enumerate(complete, start=1)]
+    lines = []
+    for number, text in enumerate(complete, start=1):
+        try:
+            lines.append(read_line(text))
+        except ValueError as error:
+            raise TrackingError(f"{path}, line {number}: {error}; {_cure(path)}") from error
+    return lines
 
 
-def _read_line(text: str, where: str) -> dict[str, Any]:
+def _cure(path: Path | str) -> str:
+    return f"`selfforcing-dfd doctor {Path(path).parent} --mend` keeps all other lines"
+
+
+def read_line(text: str) -> dict[str, Any]:
+    """One line of a metrics file. Raises ValueError for anything else."""
     try:
         line = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise TrackingError(
-            f"{where}: not JSON: {text[:60]!r}; repair or remove that line"
-        ) from error
+    except ValueError as error:
+        raise ValueError(f"not JSON: {text[:60]!r}") from error
     if not isinstance(line, dict) or not isinstance(line.get("student_update"), int):
-        raise TrackingError(
-            f"{where}: no student_update in {text[:60]!r}; repair or remove that line"
-        )
+        raise ValueError(f"no student_update in {text[:60]!r}")
+    if line.get("kind") not in TURNS:
+        raise ValueError(f"no kind of turn in {text[:60]!r}")
     return line
 
 
-def _drop_later_lines(path: Path, resume_at: int) -> None:
-    """Rewrite the file without lines beyond `resume_at`; a kill leaves the old file or the new."""
+def _drop_later_lines(path: Path, done: Clock) -> None:
+    """Rewrite the file without turns that come again; a kill leaves the old file or the new."""
     if not path.exists():
         return
-    kept = [line for line in read_metrics(path) if line["student_update"] <= resume_at]
+    lines = read_metrics(path)
+    counted = zip(lines, counts_of(lines), strict=True)
+    kept = [line for line, count in counted if count <= done.count(line["kind"])]
     with atomic_file(path) as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
 
 
+def counts_of(lines: Sequence[Mapping[str, Any]]) -> Iterator[int]:
+    """The count of each line among those of its kind; older files do not state it."""
+    seen: Counter[str] = Counter()
+    for line in lines:
+        seen[line["kind"]] += 1
+        yield line.get("count", seen[line["kind"]])
+
+
 def _start(
-    names: Sequence[str], folder: Path, project: str, resume_at: int | None
+    names: Sequence[str], folder: Path, project: str, resume_at: Clock | None
 ) -> list[GeneralTracker]:
     """The trackers of accelerate, started. TensorBoard and wandb go on with a resumed run's curves.
 
@@ -186,7 +209,7 @@ def _start(
     PartialState()  # accelerate's trackers ask it whether this is the main process
     options: dict[str, dict[str, Any]] = {}
     if "tensorboard" in names:
-        purge_step = None if resume_at is None else resume_at + 1
+        purge_step = None if resume_at is None else resume_at.student_updates + 1
         options["tensorboard"] = {"purge_step": purge_step}
     if "wandb" in names:
         options["wandb"] = {

@@ -27,7 +27,8 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
-from selfforcing_dfd.weights.stored import StoredTensor, WeightsError
+from selfforcing_dfd.common import SEAL, is_as_sealed
+from selfforcing_dfd.weights.stored import StoredTensor, WeightsError, not_finite_in
 
 FORMAT_VERSION = 2
 META_FILE = "meta.json"
@@ -40,6 +41,8 @@ FIELDS = {
     "files": dict,
 }
 """What meta.json must hold beside the format version."""
+KEYS = {"format_version", "config_fingerprint", SEAL, *FIELDS}
+"""All that it may hold."""
 FILE_BYTES = 1 << 30
 """A file is put together in memory before it is written, so it should not be larger."""
 ENTRIES = {"ema": "ema.shadow.", "student": "student.", "fake": "fake."}
@@ -155,8 +158,8 @@ def settings_of(meta: Mapping[str, Any]) -> dict[str, Any]:
 def damage(folder: Path) -> str | None:
     """What a checkpoint lacks, None if it is whole.
 
-    By names and sizes only, which is cheap; the manager compares hashes before it loads. A
-    checkpoint of another format passes: `read_meta` says what to do with it.
+    By names, sizes and the seal of meta.json only, which is cheap; `deep_damage` reads everything.
+    A checkpoint of another format passes: `read_meta` says what to do with it.
     """
     try:
         meta = _parse_meta(folder)
@@ -179,6 +182,47 @@ def damage(folder: Path) -> str | None:
         size_bytes = (folder / name).stat().st_size
         if not isinstance(entry, dict) or size_bytes != entry.get("size_bytes"):
             return f"{name} has {size_bytes} bytes; {META_FILE} says {entry}"
+    return _changes_of(meta)
+
+
+def _changes_of(meta: Mapping[str, Any]) -> str | None:
+    """What shows that meta.json is not as it was written, None if nothing does.
+
+    It holds the hashes of all other files, so its seal covers the whole checkpoint.
+    """
+    unknown = sorted(meta.keys() - KEYS)
+    if unknown:
+        return f"{META_FILE} has an entry {unknown[0]}, which is not known"
+    # checkpoints from before 2026-11-22 have no seal
+    if SEAL in meta and not is_as_sealed(meta):
+        return f"{META_FILE} is not what was written (SHA-256 differs)"
+    return None
+
+
+def deep_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint once all of it is read, None if nothing is.
+
+    Hashes of all files, and values that are not finite.
+    """
+    lack = damage(folder)
+    if lack is not None:
+        return lack
+    meta = _parse_meta(folder)
+    if meta["format_version"] != FORMAT_VERSION:
+        return None
+    files = meta["files"]
+    names = sorted(files)
+    found = describe_files([folder / name for name in names])
+    for name in names:
+        if found[name] != files[name]:
+            return f"{name} is not what was written (SHA-256 differs)"
+    for name in names:
+        try:
+            bad = not_finite_in(folder / name)
+        except WeightsError as error:
+            return str(error)
+        if bad is not None:
+            return f"{name} holds values that are not finite, first in {bad}"
     return None
 
 

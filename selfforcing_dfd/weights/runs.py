@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from selfforcing_dfd.weights.run_record import RunError, read_record, require_result
 from selfforcing_dfd.weights.stored import WeightsError
 
 logger = logging.getLogger(__name__)
@@ -19,7 +20,10 @@ CONFIG_FILE = "config.yaml"
 
 
 def config_of(run: Path) -> Path:
-    """The config in a run's folder. Raises WeightsError for a folder without a run."""
+    """The config in a run's folder.
+
+    Raises WeightsError for a folder without a run, RunError for a file that was changed.
+    """
     path = run / CONFIG_FILE
     if not path.is_file():
         known = sorted(found.parent.as_posix() for found in run.glob(f"*/{CONFIG_FILE}"))
@@ -27,6 +31,12 @@ def config_of(run: Path) -> Path:
         if known:
             advice = f"name one of its arms: {', '.join(known)}"
         raise WeightsError(f"{run} has no {CONFIG_FILE}; {advice}")
+    record = read_record(run)
+    if record is not None and record.config != path.read_text(encoding="utf-8"):
+        raise RunError(
+            f"{path} is not what the run was trained with; `selfforcing-dfd doctor {run} --mend` "
+            "brings that back and keeps yours beside it"
+        )
     return path
 
 
@@ -42,9 +52,11 @@ def read_settings(run: Path) -> Mapping[str, Any]:
 def student_of(run: Path) -> Path:
     """Weights of a run's student; of a comparison, those of its last arm, with a warning.
 
-    Raises WeightsError for a folder without a run, and for one that is not finished.
+    Raises WeightsError for a folder without a run, and for one that is not finished; RunError for
+    weights that are not what the run exported.
     """
     if (run / STUDENT_FILE).is_file():
+        require_result(run, STUDENT_FILE)
         return run / STUDENT_FILE
     arms = list(read_settings(run).get("arms") or {})
     found = run / arms[-1] / STUDENT_FILE if arms else run / STUDENT_FILE
@@ -57,4 +69,5 @@ def student_of(run: Path) -> Path:
             ", ".join(arms),
             arms[-1],
         )
+    require_result(found.parent, STUDENT_FILE)
     return found

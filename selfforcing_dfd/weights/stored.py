@@ -124,6 +124,17 @@ def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str
     return tensors, metadata
 
 
+def not_finite_in(path: Path) -> str | None:
+    """The first tensor of a safetensors file that holds NaN or infinity, None if none does.
+
+    One tensor is in memory at a time. Raises WeightsError like `read_safetensors`.
+    """
+    for key, tensor in read_safetensors(path)[0].items():
+        if tensor.dtype.is_floating_point and not bool(tensor.read().isfinite().all()):
+            return key
+    return None
+
+
 def read_folder(folder: Path) -> dict[str, StoredTensor]:
     """All tensors of `diffusion_pytorch_model*.safetensors` in a folder, sharded or not.
 

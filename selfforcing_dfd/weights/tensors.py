@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from selfforcing_dfd.common import atomic_file
 from selfforcing_dfd.weights.eight_bits import in_8_bits
-from selfforcing_dfd.weights.stored import stored
+from selfforcing_dfd.weights.stored import WeightsError, stored
 from selfforcing_dfd.weights.write import Outgoing, write_safetensors
 
 
@@ -28,7 +28,7 @@ def save_weights(
     dtype: for floating-point tensors; None keeps their own; int8: float16, and matrices in 8 bits,
     see `weights.eight_bits`. Equal weights and metadata give equal
     bytes. With a process group all ranks call, the first one writes. Raises WeightsError for values
-    that the dtype cannot hold.
+    that are not finite, and for those that the dtype cannot hold.
     """
     if dist.is_initialized() and dist.get_rank() != 0:
         for tensor in _named(weights).values():
@@ -36,6 +36,12 @@ def save_weights(
                 tensor.full_tensor()  # the first rank needs our part
         return
     named = {name: whole(tensor) for name, tensor in _named(weights).items()}
+    for name, tensor in named.items():
+        if tensor.is_floating_point() and not bool(tensor.isfinite().all()):
+            raise WeightsError(
+                f"{name} is not finite, so {path} is not written; go on from a checkpoint before "
+                "it, with a lower learning rate"
+            )
     if dtype is torch.int8:
         named, dtype = in_8_bits(named), None
     tensors = {name: stored(name, tensor) for name, tensor in named.items()}

@@ -131,3 +131,20 @@ def test_a_stream_that_is_dropped_leaves_no_threads(packed: Path) -> None:
     assert threading.active_count() > before
     del endless
     assert threading.active_count() == before
+
+
+def test_samples_are_set_aside_from_a_position_on() -> None:
+    """Catches a sample set aside that moves others, comes back, or was left out before."""
+    plain = SampleOrder(8, 3)
+    whole = [plain.sample_at(position) for position in range(40)]
+    bad = whole[20]
+    order = SampleOrder(8, 3, aside={bad: 20})
+    found = [order.sample_at(position) for position in range(40)]
+    assert found[:20] == whole[:20]
+    assert bad not in found[20:]
+    others = [position for position in range(40) if whole[position] != bad]
+    assert [found[position] for position in others] == [whole[position] for position in others]
+    both = SampleOrder(8, 3, aside={bad: 20, found[20]: 20})
+    assert not {bad, found[20]} & {both.sample_at(position) for position in range(20, 40)}
+    with pytest.raises(ValueError, match="all 2 samples are set aside"):
+        SampleOrder(2, 0, aside={0: 0, 1: 5})

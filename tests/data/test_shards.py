@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import os
@@ -17,7 +18,14 @@ import torch
 import webdataset
 from tiny_pack import pack_tiny
 
-from selfforcing_dfd.data.shards import SampleOrder, ShardError, ShardReader, batches
+from selfforcing_dfd.common import sealed
+from selfforcing_dfd.data.shards import (
+    NonFiniteSampleError,
+    SampleOrder,
+    ShardError,
+    ShardReader,
+    batches,
+)
 from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.tiny import world
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -30,10 +38,11 @@ REMEDY = (
 
 
 def edit_index(folder: Path, change: Callable[[dict[str, Any]], None]) -> None:
+    """Change the index and seal it again, as a program that is wrong would."""
     path = folder / "index.json"
     index = json.loads(path.read_text())
     change(index)
-    path.write_text(json.dumps(index))
+    path.write_text(json.dumps(sealed(index)))
 
 
 def replace_member(
@@ -321,7 +330,59 @@ def test_folders_packed_before_there_was_a_manifest_are_read(own_shards: Path) -
     """Catches a reader that asks every data set to be packed again."""
     path = own_shards / "index.json"
     index = json.loads(path.read_text())
-    del index["about"]
+    del index["about"], index["sha256"]
     path.write_text(json.dumps(index))
     reader = ShardReader(own_shards)
     assert (len(reader), reader.negative, reader.index.about) == (12, None, {})
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_flipped_bit_in_the_index_changes_nothing_unseen(own_shards: Path, part: int) -> None:
+    """Catches an index whose captions and offsets nothing protects: 2 of 90 flips changed them."""
+    path = own_shards / "index.json"
+    data = path.read_bytes()
+    before = json.loads(data)
+    for place in range(part, len(data), 37):
+        changed = bytearray(data)
+        changed[place] ^= 1 << (place % 7)
+        path.write_bytes(changed)
+        try:
+            ShardReader(own_shards)
+        except ShardError:
+            continue
+        assert json.loads(changed) == before, place
+
+
+def test_a_caption_of_another_clip_is_found(own_shards: Path) -> None:
+    """Catches a caption that was changed in the index, by hand or by a program that sealed it."""
+    index = json.loads((own_shards / "index.json").read_text())
+    index["samples"][3]["caption"] = "a cyan cross moves"
+    (own_shards / "index.json").write_text(json.dumps(index))
+    with pytest.raises(ShardError, match=r"content is not what was written \(SHA-256 differs\)"):
+        ShardReader(own_shards)
+    (own_shards / "index.json").write_text(json.dumps(sealed(index)))
+    with pytest.raises(ShardError, match=r"000003 was packed as '.*', but .* 'a cyan cross moves'"):
+        ShardReader(own_shards).verify()
+
+
+@pytest.mark.parametrize("name", ["latent.npy", "text.npy"])
+def test_values_that_are_not_finite_are_named(own_shards: Path, name: str) -> None:
+    """Catches NaN with valid checksums: `verify` said that all is well, and training named none."""
+    reader = ShardReader(own_shards)
+    sample = reader[0]
+    array = (sample.latents if name == "latent.npy" else sample.text[:3]).numpy().astype("float16")
+    array.flat[5] = np.nan
+    replace_member(own_shards, "000000", name, array)
+    reader = ShardReader(own_shards)
+    with pytest.raises(NonFiniteSampleError, match=rf"000000\.{name} holds values .* not finite"):
+        reader[0]
+    shard = own_shards / "shard-000000.tar"
+
+    def seal_shard(index: dict[str, Any]) -> None:
+        index["shards"][0]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
+
+    edit_index(own_shards, seal_shard)
+    with pytest.raises(ShardError, match=rf"000000\.{name} holds values that are not finite"):
+        ShardReader(own_shards).verify()
+    order = SampleOrder(12, 0, aside={0: 0})
+    assert len(list(next(batches(reader, order, [0], 12)).keys)) == 12

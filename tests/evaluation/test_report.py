@@ -25,7 +25,9 @@ from selfforcing_dfd.evaluation.worlds import TINY
 from selfforcing_dfd.stages import arms_of, load_config
 from selfforcing_dfd.training.build import build_network
 from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.weights.run_record import RunError
 from selfforcing_dfd.weights.stored import WeightsError
+from tests.run_files import finish
 
 SIZES = NetworkConfig(num_heads=2, head_dim=16, num_layers=2, ffn_dim=48, freq_dim=32)
 
@@ -55,6 +57,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
         save_network(path, network)
     for arm in arms_of(config):
         (run_folder(arm) / "config.yaml").write_text(to_yaml(arm))
+        finish(run_folder(arm), arm.run.student_updates)
     line = {"kind": "student", "student_update": 1, "loss": 0.5, "contrast_ratio": 0.9}
     (arms / "twin" / "metrics.jsonl").write_text(json.dumps(line) + "\n")
     return config
@@ -206,6 +209,25 @@ def test_missing_arm_is_named_before_anything_is_generated(tmp_path: Path):
     with pytest.raises(ConfigError, match=r"caption/student.safetensors; train them first"):
         write_report(config)
     assert not (tmp_path / "runs/demo/samples").exists()
+
+
+def test_a_report_says_only_what_the_records_prove(tmp_path: Path):
+    """Catches a report of settings that trained nothing, and of weights that no training made."""
+    config = config_of(tmp_path)
+    with pytest.raises(RunError, match=r"control is of another run:\n  optim.student.lr: the run"):
+        write_report(change(config, ["optim.student.lr=0.5"]))
+    with pytest.raises(RunError, match="control was trained for 40 student updates"):
+        write_report(change(config, ["run.student_updates=400"]))
+    arms = tmp_path / "runs" / "demo"
+    (arms / "control" / "student.safetensors").write_bytes(
+        (arms / "caption" / "student.safetensors").read_bytes()
+    )
+    with pytest.raises(RunError, match=r"control/student\.safetensors is not what the run export"):
+        write_report(config)
+    (arms / "control" / "run.json").unlink()
+    with pytest.raises(RunError, match=r"control has no run\.json, so a report could not say"):
+        write_report(config)
+    assert not (arms / "samples").exists()
 
 
 def test_arm_may_not_take_the_name_of_another_row(tmp_path: Path):

@@ -14,7 +14,7 @@ from tiny_models import fill_weights, save_network
 
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.config import Config, ConfigError, NetworkConfig
+from selfforcing_dfd.config import Config, ConfigError, NetworkConfig, to_yaml
 from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.files import FileSource
@@ -27,6 +27,7 @@ from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, draw_factors, render, write_clips
 from selfforcing_dfd.training.build import build_network
+from tests.run_files import finish
 
 BASIS = Path(__file__).parents[2] / "assets" / "tiny" / "codec.safetensors"
 CLIPS = 4
@@ -65,6 +66,7 @@ def config_of(folder: Path, *overrides: str) -> Config:
     for path in ("teacher.safetensors", "runs/demo/student.safetensors"):
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         save_network(folder / path, network)
+    finish(folder / "runs" / "demo", config.run.student_updates, to_yaml(config))
     return config
 
 

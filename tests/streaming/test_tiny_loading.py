@@ -25,6 +25,7 @@ from selfforcing_dfd.tiny.world import draw_factors, render
 from selfforcing_dfd.weights.read import describe
 from selfforcing_dfd.weights.stored import WeightsError
 from selfforcing_dfd.weights.write import file_metadata
+from tests.run_files import finish
 
 ROOT = Path(__file__).parents[2]
 ASSETS = ROOT / "assets" / "tiny"
@@ -65,6 +66,8 @@ def comparison(tmp_path: Path) -> Path:
     first = dataclasses.replace(recipe, chunk_frames=1)
     save_student(run / "control" / "student.safetensors", recipe=first)
     save_student(run / "prefix" / "student.safetensors")
+    for arm in ("control", "prefix"):
+        finish(run / arm, config="run: {stage: dfd}")
     (run / "config.yaml").write_text("arms: {control: [run.stage=dmd], prefix: []}\n")
     return run
 

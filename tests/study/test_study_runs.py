@@ -213,6 +213,19 @@ def test_a_run_begun_with_other_weights_is_not_measured_as_one_of_these(
     capsys.readouterr()
 
 
+def test_a_run_of_an_older_version_is_measured(done: Path):
+    """Catches hours of training that a study throws away because they have no record yet."""
+    plan = load_plan(str(done / "plan.yaml"))
+    run = runs_of(plan, ["control"])[0]
+    folder = run_folder(run.config)
+    assert json.loads((folder / "run.json").read_text())["state"] == "finished"
+    (folder / "run.json").rename(folder / "away.json")
+    fewer = dataclasses.replace(plan, clips=4)
+    assert work.make_run(fewer, runs_of(fewer, ["control"])[0], measure_only=False) is not None
+    assert not (folder / "run.json").exists()
+    (folder / "away.json").rename(folder / "run.json")
+
+
 def test_only_what_is_trained_is_measured_on_request(plan: Path, tmp_path: Path):
     """Catches --measure-only that trains."""
     with pytest.raises(UserError, match="no arm nothing; the arms are control, prefix"):

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoint import TENSORS, Run, assert_same, make_network, small_state
+from safetensors.torch import save_file
+from test_checkpoint import TENSORS, Run, assert_same, make_network, names, small_state
 from torch import Tensor
 
+from selfforcing_dfd.common import sealed
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock
-from selfforcing_dfd.weights.checkpoint_files import CheckpointError, read_meta
+from selfforcing_dfd.weights.checkpoint_files import CheckpointError, describe_files, read_meta
 from selfforcing_dfd.weights.tensors import model_fingerprint
 
 
@@ -22,6 +24,80 @@ def truncate(path: Path) -> None:
 
 def remove(path: Path) -> None:
     path.unlink()
+
+
+def flip(path: Path) -> None:
+    """One bit in the middle."""
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+def spoil(path: Path) -> None:
+    """NaN among the values, with hashes that fit: what an older version could write."""
+    save_file({"weights.w": torch.full((1000,), torch.nan)}, path)
+    meta = json.loads((path.parent / "meta.json").read_text())
+    meta["files"] = describe_files([path])
+    (path.parent / "meta.json").write_text(json.dumps(sealed(meta)))
+
+
+@pytest.mark.parametrize("harm", [flip, spoil])
+def test_the_newest_good_checkpoint_wins(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, harm: Any
+) -> None:
+    """Catches a requeue loop: the newest is whole by its sizes, and every load of it fails.
+
+    It stays, under a name that nothing takes for a checkpoint, and the run goes on before it.
+    """
+    manager = CheckpointManager(tmp_path)
+    for step in (1, 2, 3):
+        newest = manager.save(step, small_state(step))
+    harm(newest / TENSORS)
+    with caplog.at_level(logging.WARNING):
+        found = manager.latest()
+    assert found is not None and found.name == "student_update=000002"
+    assert names(tmp_path)[0] == "damaged-student_update=000003"
+    assert "student_update=000003 is passed over: " in caplog.text
+    state = small_state(0)
+    manager.load(found, state)
+    assert state["step"] == 2
+    manager.save(3, small_state(3))
+    harm(newest / TENSORS)
+    assert manager.latest() == found
+    assert names(tmp_path)[:2] == [
+        "damaged-2-student_update=000003",
+        "damaged-student_update=000003",
+    ]
+
+
+@pytest.mark.parametrize("part", range(3))
+def test_a_flipped_bit_in_the_meta_file_changes_no_value_unseen(tmp_path: Path, part: int) -> None:
+    """Catches `clock.samples` off by a power of two: a resume to other weights, without a word."""
+    state: dict[str, Any] = {"clock": {"samples": 1000}, "weights": {"w": torch.ones(8)}}
+    path = CheckpointManager(tmp_path, config={"lr": 0.1}).save(1, state)
+    data = (path / "meta.json").read_bytes()
+    before = json.loads(data)
+    for place in range(part, len(data), 7):
+        changed = bytearray(data)
+        changed[place] ^= 1 << (place % 7)
+        (path / "meta.json").write_bytes(changed)
+        try:
+            read_meta(path)
+        except CheckpointError:
+            continue
+        assert json.loads(changed) == before, place
+
+
+def test_a_checkpoint_from_before_there_were_seals_is_read(tmp_path: Path) -> None:
+    """Catches a run that cannot go on because a later version wrote none of its checkpoints."""
+    manager = CheckpointManager(tmp_path)
+    path = manager.save(1, small_state(1))
+    meta = json.loads((path / "meta.json").read_text())
+    del meta["sha256"]
+    (path / "meta.json").write_text(json.dumps(meta))
+    latest = manager.latest()
+    assert latest == path
+    manager.load(latest, small_state(0))
 
 
 @pytest.mark.parametrize("damage", [truncate, remove])
@@ -52,12 +128,10 @@ def test_flipped_bits_are_found_on_load(tmp_path: Path) -> None:
     """
     manager = CheckpointManager(tmp_path)
     path = manager.save(1, small_state(1))
-    data = bytearray((path / TENSORS).read_bytes())
-    data[len(data) // 2] ^= 1
-    (path / TENSORS).write_bytes(data)
+    flip(path / TENSORS)
     state = small_state(0)
     with pytest.raises(
-        CheckpointError, match=r"is damaged.*resume from the one before it\n  shard-00001"
+        CheckpointError, match=r"is damaged: shard-00001.*resume from the one before it"
     ):
         manager.load(path, state)
     assert torch.equal(state["weights"]["w"], torch.zeros(1000))

@@ -15,6 +15,7 @@ import torch
 from test_checkpoint import TENSORS, small_state
 
 from selfforcing_dfd.cli.train import run
+from selfforcing_dfd.common import sealed
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.training.build import run_folder
 from selfforcing_dfd.training.checkpoint import CheckpointManager
@@ -32,12 +33,12 @@ class Payload:
 
 
 def plant(path: Path, name: str, content: bytes) -> None:
-    """Put a file into a checkpoint, with a matching entry in meta.json."""
+    """Put a file into a checkpoint, with a matching entry in meta.json and a matching seal."""
     (path / name).write_bytes(content)
     meta = json.loads((path / "meta.json").read_text())
     sha256 = hashlib.sha256(content).hexdigest()
     meta["files"][name] = {"size_bytes": len(content), "sha256": sha256}
-    (path / "meta.json").write_text(json.dumps(meta))
+    (path / "meta.json").write_text(json.dumps(sealed(meta)))
 
 
 @pytest.mark.parametrize("name", [".metadata", "__0_0.distcp", "x.pt", TENSORS])
@@ -49,7 +50,7 @@ def test_a_planted_pickle_is_never_run(tmp_path: Path, name: str) -> None:
     manager = CheckpointManager(tmp_path / "checkpoints")
     path = manager.save(1, small_state(1))
     plant(path, name, pickle.dumps(Payload(tmp_path / "harm")))
-    with pytest.raises(CheckpointError, match=r"no complete checkpoint|headers are not readable"):
+    with pytest.raises(CheckpointError, match=r"no complete checkpoint|no safetensors file"):
         manager.load(path, small_state(0))
     assert not (tmp_path / "harm").exists()
 
@@ -195,7 +196,7 @@ def test_a_missing_piece_is_found(tmp_path: Path) -> None:
     path = run_ranks(tmp_path, "save2")
     meta = json.loads((path / "meta.json").read_text())
     del meta["files"][TENSORS]
-    (path / "meta.json").write_text(json.dumps(meta))
+    (path / "meta.json").write_text(json.dumps(sealed(meta)))
     (path / TENSORS).unlink()
     with pytest.raises(CheckpointError, match=r"student\.w has 6 of 15 values"):
         read_training_checkpoint(path)

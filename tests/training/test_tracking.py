@@ -16,28 +16,34 @@ from accelerate.tracking import GeneralTracker
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from selfforcing_dfd.common import shipped
+from selfforcing_dfd.training.clock import Clock
 from selfforcing_dfd.training.tracking import Tracker, TrackingError, read_metrics
 
 
 def log_updates(tracker: Tracker, updates: range) -> None:
     for update in updates:
-        tracker.log("fake", update, {"loss": update + 0.25})
-        tracker.log("student", update, {"loss": update / 3})
+        tracker.log("fake", update, {"loss": update + 0.25}, update)
+        tracker.log("student", update, {"loss": update / 3}, update)
+
+
+def after(updates: int) -> Clock:
+    """The clock after so many cycles of one fake-score turn."""
+    return Clock(student_updates=updates, fake_updates=updates)
 
 
 def test_every_line_is_on_disk_at_once(tmp_path: Path) -> None:
     """Catches buffered writes: a killed run would lose the very lines that say why it died."""
     tracker = Tracker(tmp_path / "run")
-    tracker.log("student", 1, {"loss": 1 / 3, "grad_norm": 2})
+    tracker.log("student", 1, {"loss": 1 / 3, "grad_norm": 2}, 1)
     assert read_metrics(tmp_path / "run" / "metrics.jsonl") == [
-        {"kind": "student", "student_update": 1, "loss": 1 / 3, "grad_norm": 2.0}
+        {"kind": "student", "count": 1, "student_update": 1, "loss": 1 / 3, "grad_norm": 2.0}
     ]
 
 
 def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     """Catches NaN and Infinity in the file, which no strict JSON reader accepts."""
     tracker = Tracker(tmp_path)
-    tracker.log("student", 1, {"a": math.nan, "b": math.inf, "c": 1.0})
+    tracker.log("student", 1, {"a": math.nan, "b": math.inf, "c": 1.0}, 1)
 
     def refuse(constant: str) -> None:
         raise AssertionError(constant)
@@ -55,7 +61,7 @@ def test_a_resumed_run_has_the_file_of_an_uninterrupted_one(tmp_path: Path) -> N
     log_updates(whole, range(1, 7))
     log_updates(Tracker(tmp_path / "cut"), range(1, 6))
     resumed = Tracker(tmp_path / "cut")
-    resumed.open(resume_at=3)
+    resumed.open(resume_at=after(3))
     log_updates(resumed, range(4, 7))
     assert (tmp_path / "cut" / "metrics.jsonl").read_bytes() == (
         tmp_path / "whole" / "metrics.jsonl"
@@ -70,10 +76,49 @@ def test_a_line_cut_by_a_kill_is_left_out(tmp_path: Path, caplog: pytest.LogCapt
     path.write_bytes(path.read_bytes()[:-9])
     resumed = Tracker(tmp_path)
     with caplog.at_level(logging.WARNING):
-        resumed.open(resume_at=2)
-    resumed.log("student", 3, {})
+        resumed.open(resume_at=after(2))
+    resumed.log("student", 3, {}, 3)
     assert "cut short" in caplog.text
     assert [line["student_update"] for line in read_metrics(path)] == [1, 1, 2, 3]
+
+
+def test_a_stop_in_mid_cycle_loses_no_line(tmp_path: Path) -> None:
+    """Catches lines keyed by student updates: fake turns of an unfinished cycle were dropped.
+
+    They are never made again. Older files do not state the count, and it follows from the order.
+    """
+    for states_count in (True, False):
+        folder = tmp_path / str(states_count)
+        tracker = Tracker(folder)
+        log_updates(tracker, range(1, 3))
+        for count in (3, 4, 5):
+            tracker.log("fake", 3, {"loss": 0.5}, count)
+        tracker.close()
+        path = folder / "metrics.jsonl"
+        if not states_count:
+            lines = [json.loads(line) for line in path.read_text().splitlines()]
+            for line in lines:
+                del line["count"]
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        resumed = Tracker(folder)
+        resumed.open(resume_at=Clock(student_updates=2, fake_updates=4))
+        kinds = [(line["kind"], line["student_update"]) for line in read_metrics(path)]
+        assert kinds == [
+            ("fake", 1),
+            ("student", 1),
+            ("fake", 2),
+            ("student", 2),
+            *[("fake", 3)] * 2,
+        ]
+
+
+def test_what_a_power_cut_leaves_is_left_out(tmp_path: Path) -> None:
+    """Catches a run that cannot go on: where the last block never reached the disk, it is NULs."""
+    log_updates(Tracker(tmp_path), range(1, 3))
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(path.read_bytes()[:-9] + bytes(4096))
+    Tracker(tmp_path).open(resume_at=after(2))
+    assert [line["count"] for line in read_metrics(path)] == [1, 1, 2]
 
 
 @pytest.mark.parametrize("damage", ["{broken\n", '{"kind": "student"}\n', "3\n"])
@@ -84,7 +129,7 @@ def test_other_damage_is_an_error_and_changes_nothing(tmp_path: Path, damage: st
     path.write_text(damage + path.read_text())
     before = path.read_bytes()
     with pytest.raises(TrackingError, match=r"metrics.jsonl, line 1: "):
-        Tracker(tmp_path).open(resume_at=1)
+        Tracker(tmp_path).open(resume_at=after(1))
     assert path.read_bytes() == before
 
 
@@ -100,12 +145,12 @@ def test_a_new_run_refuses_the_folder_of_another(tmp_path: Path) -> None:
 def test_a_metric_cannot_take_the_place_of_the_update(tmp_path: Path) -> None:
     """Catches a metric called student_update, by which a resume would sort the lines."""
     with pytest.raises(ValueError, match="may not be called student_update"):
-        Tracker(tmp_path).log("student", 1, {"student_update": 7.0})
+        Tracker(tmp_path).log("student", 1, {"student_update": 7.0}, 1)
 
 
 def test_tensorboard_shows_each_update_once_after_a_resume(tmp_path: Path) -> None:
     """Catches event files without a purge step: TensorBoard would draw both branches."""
-    for resume_at, updates in ((None, range(1, 6)), (3, range(4, 7))):
+    for resume_at, updates in ((None, range(1, 6)), (after(3), range(4, 7))):
         tracker = Tracker(tmp_path, trackers=["tensorboard"])
         tracker.open(resume_at)
         log_updates(tracker, updates)
@@ -136,7 +181,7 @@ def test_trackers_are_imported_only_when_asked_for(tmp_path: Path) -> None:
     """Catches an import at the top: TensorBoard takes a second, and a tracker may be missing."""
     code = (
         "import sys; from selfforcing_dfd.training.tracking import Tracker; "
-        "Tracker(sys.argv[1]).log('student', 1, {}); "
+        "Tracker(sys.argv[1]).log('student', 1, {}, 1); "
         "assert not {'accelerate.tracking', 'tensorboard', 'wandb'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True)
@@ -192,7 +237,7 @@ def test_any_tracker_of_accelerate_gets_the_same_numbers(
     """Catches glue for two trackers only, NaN made null, and names that MLflow refuses."""
     monkeypatch.setitem(tracking.LOGGER_TYPE_TO_CLASS, "recorder", Recorder)
     tracker = Tracker(tmp_path, trackers=["recorder", "recorder"], project="shapes")
-    tracker.log("student", 1, {"loss": 0.5, "loss/sigma<=0.3": math.inf})
+    tracker.log("student", 1, {"loss": 0.5, "loss/sigma<=0.3": math.inf}, 1)
     tracker.close()
     (recorder,) = Recorder.made
     assert recorder.project == "shapes"
@@ -224,9 +269,10 @@ def test_wandb_goes_on_with_the_curves_of_a_resumed_run(tmp_path: Path) -> None:
     (tmp_path / "wandb-0.20.0.dist-info" / "METADATA").write_text("Name: wandb\nVersion: 0.20.0\n")
     code = (
         "import sys; from selfforcing_dfd.training.tracking import Tracker\n"
-        "for at in (None, 1):\n"
+        "from selfforcing_dfd.training.clock import Clock\n"
+        "for at in (None, Clock(student_updates=1)):\n"
         "    tracker = Tracker(sys.argv[1], trackers=['wandb'], project='shapes')\n"
-        "    tracker.open(at); tracker.log('fake', 2, {'loss': 0.5}); tracker.close()"
+        "    tracker.open(at); tracker.log('fake', 2, {'loss': 0.5}, 2); tracker.close()"
     )
     path = os.pathsep.join([str(tmp_path), str(shipped("."))])
     environment = {"PYTHONPATH": path, "WANDB_CALLS": str(tmp_path / "calls")}
