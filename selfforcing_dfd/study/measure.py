@@ -59,6 +59,9 @@ MAY_DIFFER = (
     "run.gpus",
     "run.retries",
     "run.timeout_s",
+    "model.shard_ranks",
+    "model.activation_checkpointing",
+    "model.gradient_checkpointing",  # what it was called before
     "data.workers",
     "checkpoint.keep",
     "log.",
@@ -242,7 +245,7 @@ def stale(
     roles: see `provenance`. ignored: how settings begin that do not matter.
     """
     now = provenance(config, roles)
-    ignored += WEIGHT_FILES
+    ignored += (*WEIGHT_FILES, *MAY_DIFFER)
     for part in ("settings", "weights"):
         lines = differences(result[part], now[part], "there")
         found = [line for line in lines if not line.startswith(ignored)]
