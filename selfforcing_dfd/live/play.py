@@ -20,8 +20,8 @@ from selfforcing_dfd.common import UserError
 from selfforcing_dfd.data.sources.video import read_last_frames
 from selfforcing_dfd.live import control as commands
 from selfforcing_dfd.live.background import BackgroundWriter
-from selfforcing_dfd.live.company import ALONE, Company, in_company, refuse_company, shown_by
 from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
+from selfforcing_dfd.live.ranks import ALONE, StreamRanks, refuse_ranks, shown_by, stream_ranks
 from selfforcing_dfd.live.status import StatusLine
 from selfforcing_dfd.live.web import shared as page
 from selfforcing_dfd.live.writers import ReaderGone, Writer, open_writer
@@ -58,7 +58,7 @@ PAUSE_POLL_S = 0.05
 class Player:
     """One stream on its way to its writers, and the commands that change it between two chunks.
 
-    company: the processes that make it; what the first one is told counts for all.
+    ranks: the processes that make it; what the first one is told counts for all.
     """
 
     session: StreamSession
@@ -67,7 +67,7 @@ class Player:
     status: StatusLine
     control: commands.Control = field(default_factory=commands.Control)
     stop: threading.Event = field(default_factory=threading.Event)
-    company: Company = ALONE
+    ranks: StreamRanks = ALONE
     mode: PromptMode | None = None
     seed: int | None = None
     paused: bool = False
@@ -77,7 +77,7 @@ class Player:
         try:
             self._play(num_chunks)
         except ReaderGone:
-            self.company.agree(([], True))  # the others have no reader, and wait for a word
+            self.ranks.agree(([], True))  # the others have no reader, and wait for a word
             raise
 
     def _play(self, num_chunks: float) -> None:
@@ -85,7 +85,7 @@ class Player:
         done = 0
         while True:
             ends = self.stop.is_set() or done >= num_chunks
-            told, is_over = self.company.agree((self.control.poll(), ends))
+            told, is_over = self.ranks.agree((self.control.poll(), ends))
             if is_over or self._obey(told):
                 return
             if self.paused:
@@ -153,31 +153,31 @@ def stream(options: argparse.Namespace) -> None:
 
     Where torchrun started several processes, all make the stream and the first one writes it.
     """
-    with in_company(options.device) as (company, device):
+    with stream_ranks(options.device) as (ranks, device):
         options.device = device
-        stream_in(company, options)
+        stream_on(ranks, options)
 
 
-def stream_in(company: Company, options: argparse.Namespace) -> None:
+def stream_on(ranks: StreamRanks, options: argparse.Namespace) -> None:
     """`stream` for one of the processes that make it together."""
-    model, settings = prepare(options, company)
+    model, settings = prepare(options, ranks)
     schedule = plan_prompts(options, model)
     session = StreamSession(model, schedule.first, settings, read_context(options, model))
     with ExitStack() as stack:
-        shown = stack.enter_context(shown_by(company, sys.stderr))
+        shown = stack.enter_context(shown_by(ranks, sys.stderr))
         stack.enter_context(_reader_may_leave())
         writers: list[Writer] = []
-        if company.is_first:
+        if ranks.is_first:
             output = BackgroundWriter(open_writer(options.out, options.fps, options.overwrite))
             writers.append(stack.enter_context(output))
         shown.write(describe(options, model, session) + "\n")
         status = stack.enter_context(StatusLine(shown, options.fps))
-        player = Player(session, schedule, writers, status, company=company)
+        player = Player(session, schedule, writers, status, ranks=ranks)
         stack.enter_context(_stopping_on_signals(player.stop))
-        if company.is_first:
+        if ranks.is_first:
             listen(player)
         player.play(options.chunks)
-    if company.is_first and options.out != "-":
+    if ranks.is_first and options.out != "-":
         sys.stderr.write(f"wrote {options.out}\n")
 
 
@@ -201,7 +201,7 @@ def readable_stdin() -> TextIO | None:
 
 def serve(options: argparse.Namespace) -> None:
     """The web page, until Ctrl-C."""
-    refuse_company("the web page")
+    refuse_ranks("the web page")
     from selfforcing_dfd.live import server
 
     students = load_students(options)
@@ -247,12 +247,12 @@ def student_name(options: argparse.Namespace) -> str:
 
 
 def prepare(
-    options: argparse.Namespace, company: Company = ALONE
+    options: argparse.Namespace, ranks: StreamRanks = ALONE
 ) -> tuple[StreamModel, StreamSettings]:
-    """Model and settings that the options ask for; the model is shared by the company."""
+    """Model and settings that the options ask for; the model is shared by the ranks."""
     model = load_model(options)
     model.student.set_attention(options.attention)
-    company.share(model.student)
+    ranks.share(model.student)
     settings = load_settings(
         options.settings or "",
         default="default" if options.model else "tiny",

@@ -41,7 +41,7 @@ from selfforcing_dfd.models.layers import (
 )
 from selfforcing_dfd.models.lora import LoraMixin
 from selfforcing_dfd.models.rope import positions_rotary, rotate
-from selfforcing_dfd.models.sequence import Sequence
+from selfforcing_dfd.models.sequence_parallel import SequenceParallel
 
 
 class Modulation(NamedTuple):
@@ -91,7 +91,7 @@ class WanBlock(nn.Module):
         self.attn2 = WanAttention(dim, heads, eps)
         self.ffn = FeedForward(dim, ffn_dim)
         self.attend: Attention = attend
-        self.sequence: Sequence | None = None  # processes that share the tokens; None: this one
+        self.sequence_parallel: SequenceParallel | None = None  # None: this process has all tokens
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
     def forward(
@@ -113,12 +113,12 @@ class WanBlock(nn.Module):
         text_k, text_v = self.attn2.keys_values(text) if isinstance(text, Tensor) else text
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation)
         q, k, v = self.before_attention(x, shift1, scale1, *rotary)
-        if self.sequence is None:
+        if self.sequence_parallel is None:
             attended = context.attend(self.attend, layer, q, k, v)
         else:
-            q, k, v = self.sequence.split_heads((q, k, v), frames)
+            q, k, v = self.sequence_parallel.split_heads((q, k, v), frames)
             attended = context.attend(self.attend, layer, q, k, v)
-            attended = self.sequence.join_heads(attended, frames)
+            attended = self.sequence_parallel.join_heads(attended, frames)
         return self.after_attention(x, attended, gate1, shift2, scale2, gate2, text_k, text_v), k, v
 
     def modulation(self, embedding: Tensor | Modulation) -> Modulation:
@@ -190,7 +190,7 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
         self.attention_backend = "sdpa"
-        self.sequence: Sequence | None = None
+        self.sequence_parallel: SequenceParallel | None = None
 
     def set_attention(self, name: str = "auto", compute: torch.dtype | None = None) -> str:
         """Choose the attention kernel for the weights' present device and return its name.
@@ -206,22 +206,22 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
             block.attend = function
         return self.attention_backend
 
-    def share_sequence(self, sequence: Sequence) -> None:
+    def share_sequence(self, sequence_parallel: SequenceParallel) -> None:
         """From now on each sequence is on all processes of the group, which call together.
 
         K/V that come out and that are kept have a part of the heads. Raises UserError for a number
         of processes that does not divide the heads.
         """
-        sequence.check_heads(self.config["num_attention_heads"])
-        self.sequence = sequence
+        sequence_parallel.check_heads(self.config["num_attention_heads"])
+        self.sequence_parallel = sequence_parallel
         for block in self.wan_blocks():
-            block.sequence = sequence
+            block.sequence_parallel = sequence_parallel
 
     @property
     def own_heads(self) -> int:
         """Heads of the keys and values on this process."""
         heads: int = self.config["num_attention_heads"]
-        return heads // self.sequence.size if self.sequence else heads
+        return heads // self.sequence_parallel.size if self.sequence_parallel else heads
 
     def compile_blocks(self, **options: Any) -> None:
         """Compile the code between attentions in every block; attention itself is not compiled.
@@ -253,10 +253,10 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
             context.next_frame, *grid, self.head_dim, tokens.device, precision
         )
         frames = grid[0]
-        if self.sequence is not None:
-            self.sequence.check_tokens(*grid[1:])
-            tokens = self.sequence.own_tokens(tokens, frames)
-            rotary = self.own_rotary(rotary, frames)
+        if self.sequence_parallel is not None:
+            self.sequence_parallel.check_tokens(*grid[1:])
+            tokens = self.sequence_parallel.own_tokens(tokens, frames)
+            rotary = self.sequence_parallel.own_rotary(rotary, frames)
         layers = []
         for layer, block in enumerate(self.blocks):
             tokens, k, v = self.run_block(
@@ -267,16 +267,10 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         shift, scale = level.head
         tokens = modulate(self.norm_out(tokens), scale, shift).type_as(tokens)
         patches = self.proj_out(tokens)
-        if self.sequence is not None:
-            patches = self.sequence.all_tokens(patches, frames)
+        if self.sequence_parallel is not None:
+            patches = self.sequence_parallel.all_tokens(patches, frames)
         flow = self.unpatchify(patches, grid)
         return NetworkOutput(flow, ChunkKV(x_t.shape[1], tuple(layers)))
-
-    def own_rotary(self, rotary: tuple[Tensor, Tensor], frames: int) -> tuple[Tensor, Tensor]:
-        """Rotary tables of this process's tokens."""
-        assert self.sequence is not None
-        cos, sin = (self.sequence.own_tokens(table[None], frames)[0] for table in rotary)
-        return cos, sin
 
     def wan_blocks(self) -> tuple[WanBlock, ...]:
         return tuple(block for block in self.blocks if isinstance(block, WanBlock))

@@ -182,12 +182,7 @@ def build_trainer(
     }
     settings = as_dict(config) | {"networks": describe_networks(config, reader, networks)}
     models = fixed | {"data": reader.index_hash}
-    if world.size > 1:
-        fingerprint = config_fingerprint(settings)
-        require_agreement({**models, "settings": fingerprint, **norms_of(networks)})
-    sharding = Sharding(world, config.model.shard_ranks, DTYPES[config.model.compute])
-    for role, network in networks.items():
-        sharding.apply(network, is_trained=role not in FROZEN)
+    spread(config, world, networks, {**models, "settings": config_fingerprint(settings)})
     stage = training_stage_of(config).build(config, networks, reader.negative)
     checkpoints = CheckpointManager(
         folder / CHECKPOINTS, config.checkpoint.keep, config=settings, models=models
@@ -224,6 +219,21 @@ def build_trainer(
         checkpoints.load(newest, trainer.state())
     on_first_rank(lambda: trainer.tracker.open(trainer.clock if resume else None))
     return trainer
+
+
+def spread(
+    config: Config, world: World, networks: Mapping[str, WanTransformer], facts: Mapping[str, str]
+) -> None:
+    """Shard the networks over all processes.
+
+    facts: what the run is of, by name. Raises DisagreementError for processes with other facts or
+    weights, before their parts are mixed.
+    """
+    if world.size > 1:
+        require_agreement({**facts, **norms_of(networks)})
+    sharding = Sharding(world, config.model.shard_ranks, DTYPES[config.model.compute])
+    for role, network in networks.items():
+        sharding.apply(network, is_trained=role not in FROZEN)
 
 
 def check_batch(config: Config, world: World) -> None:

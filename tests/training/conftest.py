@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import shipped
 from selfforcing_dfd.config import Config, NetworkConfig
 from selfforcing_dfd.context import Conditioning
@@ -63,11 +64,21 @@ def settings(world: Path, tmp_path: Path) -> Callable[..., Config]:
     Overrides come on top.
     """
 
-    def make(*overrides: str) -> Config:
-        (tmp_path / "config.yaml").write_text("run: {stage: dfd}\n")
-        return load_config(str(tmp_path / "config.yaml"), [*arguments(world, tmp_path), *overrides])
+    return lambda *overrides: config_in(tmp_path, world, *overrides)
 
-    return make
+
+def config_in(folder: Path, world: Path, *overrides: str) -> Config:
+    """That config, with its run below `folder`."""
+    recipe = folder / "config.yaml"
+    recipe.write_text("run: {stage: dfd}\n")
+    return load_config(str(recipe), [*arguments(world, folder), *overrides])
+
+
+def finished_run(folder: Path, world: Path, *overrides: str) -> Config:
+    """That config, and the run has been done."""
+    config = config_in(folder, world, *overrides)
+    run(config)
+    return config
 
 
 def arguments(world: Path, out: Path) -> list[str]:

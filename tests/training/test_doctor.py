@@ -17,14 +17,13 @@ from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import EXIT_USER_ERROR, sealed
 from selfforcing_dfd.config import Config
-from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.training.doctor import examine
 from selfforcing_dfd.training.exclusive import lock_folders
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.tracking import read_metrics
 from selfforcing_dfd.weights.checkpoint_files import describe_files
 from selfforcing_dfd.weights.run_record import describe_result, read_record, write_record
-from tests.training.conftest import arguments
+from tests.training.conftest import finished_run
 
 FEW = ("run.stage=dmd", "score.fake_per_student=1", "run.student_updates=3", "checkpoint.every=1")
 TENSORS = "shard-00001-model-00001-of-00001.safetensors"
@@ -33,11 +32,7 @@ TENSORS = "shard-00001-model-00001-of-00001.safetensors"
 @pytest.fixture(scope="module")
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A finished run of three updates."""
-    folder = tmp_path_factory.mktemp("healthy")
-    (folder / "config.yaml").write_text("run: {stage: dfd}\n")
-    config = load_config(str(folder / "config.yaml"), [*arguments(world, folder), *FEW])
-    run(config)
-    return config
+    return finished_run(tmp_path_factory.mktemp("healthy"), world, *FEW)
 
 
 @pytest.fixture

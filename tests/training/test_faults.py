@@ -11,11 +11,10 @@ import pytest
 from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.data.shards import ShardError
-from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.training.build import build_trainer
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.tracking import read_metrics
-from tests.training.conftest import arguments
+from tests.training.conftest import finished_run
 
 Settings = Callable[..., Config]
 FEW = ("run.stage=dmd", "score.fake_per_student=1", "run.student_updates=4", "checkpoint.every=1")
@@ -25,11 +24,7 @@ RESULTS = ("student.safetensors", "fake.safetensors")
 @pytest.fixture(scope="module")
 def unharmed(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a run that nothing happened to."""
-    folder = tmp_path_factory.mktemp("unharmed")
-    (folder / "config.yaml").write_text("run: {stage: dfd}\n")
-    config = load_config(str(folder / "config.yaml"), [*arguments(world, folder), *FEW])
-    run(config)
-    return run_folder(config)
+    return run_folder(finished_run(tmp_path_factory.mktemp("unharmed"), world, *FEW))
 
 
 def assert_as_unharmed(folder: Path, unharmed: Path) -> None:

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from processes import Trained, in_processes, in_turn, train_in_float64
+from gloo import in_processes
+from processes import Trained, in_turn, train_in_float64
 from safetensors.torch import load_file
 from tiny_models import tiny_network
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -26,14 +27,13 @@ from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import Interrupted
 from selfforcing_dfd.config import Config, ConfigError
 from selfforcing_dfd.processes.world import World, find_world
-from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.training.agreement import DisagreementError
 from selfforcing_dfd.training.build import build_trainer, check_batch
 from selfforcing_dfd.training.clock import Clock
 from selfforcing_dfd.training.muon import Muon
 from selfforcing_dfd.training.sharding import Sharding
 from selfforcing_dfd.weights.tensors import whole
-from tests.training.conftest import arguments
+from tests.training.conftest import config_in
 
 TOLERANCE = 1e-11
 FLOAT32 = 2e-6  # of what is float32 everywhere: the average of the student, and logged numbers
@@ -57,12 +57,10 @@ BY_FOUR = {"caption": ["model.shard_ranks=2"], "causal": ["model.shard_ranks=1"]
 def make(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
     """A config by the name of a stage, in a run folder of its own."""
     folder = tmp_path_factory.mktemp("configs")
-    (folder / "config.yaml").write_text("run: {stage: dfd}\n")
 
     def config(stage: str, run: str, *overrides: str) -> Config:
         causal = f"weights.causal={world / 'teacher.safetensors'}"  # any network will do
         settings = [
-            *arguments(world, folder),
             causal,
             *STAGES[stage],
             f"run.name={run}/{stage}",
@@ -73,7 +71,7 @@ def make(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
             "checkpoint.every=100",
             *overrides,
         ]
-        return load_config(str(folder / "config.yaml"), settings)
+        return config_in(folder, world, *settings)
 
     return config
 

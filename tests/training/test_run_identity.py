@@ -17,7 +17,6 @@ from selfforcing_dfd.common import shipped
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
-from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.training import exports, identity, one_run
 from selfforcing_dfd.training.build import build_network, build_trainer
 from selfforcing_dfd.training.folders import run_folder
@@ -25,7 +24,7 @@ from selfforcing_dfd.training.tracking import read_metrics
 from selfforcing_dfd.weights.run_record import RunError, read_record, write_record
 from selfforcing_dfd.weights.runs import student_of
 from tests.tiny_models import fill_weights, save_network
-from tests.training.conftest import MODEL, arguments
+from tests.training.conftest import MODEL, finished_run
 
 Settings = Callable[..., Config]
 FEW = ("run.stage=dmd", "score.fake_per_student=1", "run.student_updates=2", "checkpoint.every=1")
@@ -41,11 +40,7 @@ def few(settings: Settings) -> Settings:
 @pytest.fixture(scope="module")
 def finished(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of that run, finished."""
-    folder = tmp_path_factory.mktemp("finished")
-    (folder / "config.yaml").write_text("run: {stage: dfd}\n")
-    config = load_config(str(folder / "config.yaml"), [*arguments(world, folder), *FEW])
-    run(config)
-    return run_folder(config)
+    return run_folder(finished_run(tmp_path_factory.mktemp("finished"), world, *FEW))
 
 
 @pytest.fixture

@@ -1,8 +1,8 @@
 """One stream made by several processes, each on a GPU of its own.
 
-All of them run the same session and share each sequence by heads (`models/sequence.py`). The first
-one writes the frames, shows the status and listens to commands, and tells the others before each
-chunk what to do.
+All of them run the same session and share each sequence by heads
+(`models/sequence_parallel.py`). The first one writes the frames, shows the status and listens to
+commands, and tells the others before each chunk what to do.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import TextIO, TypeVar
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.models.sequence import Sequence
+from selfforcing_dfd.models.sequence_parallel import SequenceParallel
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.processes.failure import ending_together, launched
 from selfforcing_dfd.processes.ranks import are_many, is_first, on_first_rank
@@ -26,8 +26,8 @@ TIMEOUT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True)
-class Company:
-    """The processes of a stream; a process alone is in company of itself."""
+class StreamRanks:
+    """The processes of a stream; there may be one alone."""
 
     is_first: bool = True
     is_shared: bool = False
@@ -38,18 +38,18 @@ class Company:
         Raises UserError for a number of processes that does not divide the heads.
         """
         if self.is_shared:
-            student.share_sequence(Sequence())
+            student.share_sequence(SequenceParallel())
 
     def agree(self, own: T) -> T:
         """What the first process has."""
         return on_first_rank(lambda: own) if self.is_shared else own
 
 
-ALONE = Company()
+ALONE = StreamRanks()
 
 
 @contextmanager
-def in_company(device: str) -> Iterator[tuple[Company, str]]:
+def stream_ranks(device: str) -> Iterator[tuple[StreamRanks, str]]:
     """(the processes that torchrun started, this one's device), until the `with` ends.
 
     device: as asked for. One process alone gets it back, and nothing is set up.
@@ -61,10 +61,10 @@ def in_company(device: str) -> Iterator[tuple[Company, str]]:
     from selfforcing_dfd.processes.world import joined
 
     with ending_together(), joined(device, TIMEOUT_S) as world:
-        yield Company(is_first(), are_many()), str(world.device)
+        yield StreamRanks(is_first(), are_many()), str(world.device)
 
 
-def refuse_company(what: str) -> None:
+def refuse_ranks(what: str) -> None:
     """Raise UserError where torchrun started several processes for what one process does."""
     if launched():
         raise UserError(
@@ -74,9 +74,9 @@ def refuse_company(what: str) -> None:
 
 
 @contextmanager
-def shown_by(company: Company, stream: TextIO) -> Iterator[TextIO]:
+def shown_by(ranks: StreamRanks, stream: TextIO) -> Iterator[TextIO]:
     """The stream for the first process, nowhere for the others."""
-    if company.is_first:
+    if ranks.is_first:
         yield stream
         return
     with open(os.devnull, "w", encoding="utf-8") as nowhere:

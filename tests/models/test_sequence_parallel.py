@@ -1,26 +1,21 @@
-"""Work for several processes: each asks a network that shares sequences, and one that does not.
-
-Run as a script: `python several_processes.py FOLDER SIZE`. Every process compares its answers with
-its own network of the same weights that shares nothing, in float64, and ends with an assertion
-error where they differ.
-"""
+"""A sequence on several processes gives what one process gives, in float64."""
 
 from __future__ import annotations
 
-import os
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
+from gloo import in_processes
 from tiny_models import CHUNK, FRAMES, LADDER, conditioning, ladder_noise, latents, tiny_network
 from torch import Tensor
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.context import KVCache
-from selfforcing_dfd.models.sequence import Sequence
+from selfforcing_dfd.models.sequence_parallel import SequenceParallel
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.rollout import plan_chunks, replay, rollout
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
@@ -34,7 +29,7 @@ ROUNDING = 1e-12  # sums in another order, in float64, of values of about 1
 def network(shared: bool, **sizes: int) -> WanTransformer:
     made = tiny_network(num_attention_heads=HEADS, attention_head_dim=12, **sizes)
     if shared:
-        made.share_sequence(Sequence())
+        made.share_sequence(SequenceParallel())
     return made
 
 
@@ -106,7 +101,9 @@ def streams() -> None:
 def refusals() -> None:
     """Heads and tokens that cannot be shared evenly are refused with the numbers that can."""
     odd = tiny_network(num_attention_heads=5, attention_head_dim=12)
-    refused(lambda: odd.share_sequence(Sequence()), "the model has 5 heads; use one of 1, 5")
+    refused(
+        lambda: odd.share_sequence(SequenceParallel()), "the model has 5 heads; use one of 1, 5"
+    )
     own = network(shared=True)
     x_t = torch.zeros(1, 1, 4, 10, 14, dtype=torch.float64)
     message = "share the 5 x 7 tokens of a latent frame"
@@ -122,25 +119,18 @@ def refused(action: Callable[[], object], message: str) -> None:
         raise AssertionError(f"not refused: {message}")
 
 
-def act(folder: Path, rank: int, size: int) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/store", rank=rank, world_size=size)
+def act() -> None:
+    """All of it, in one of several processes."""
     for part in (whole_clips, rollouts, streams, refusals):
         part()
-    dist.destroy_process_group()
 
 
-def main(folder: Path, size: int) -> None:
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            act(folder, rank, size)
-            os._exit(0)
-        children.append(child)
-    statuses = [os.waitpid(child, 0)[1] for child in children]
-    assert statuses == [0] * size, statuses
+@pytest.mark.parametrize("size", [2, 3])
+def test_several_processes_equal_one(tmp_path: Path, size: int):
+    """Catches tokens in another order, heads of another process, and gradients counted twice.
 
-
-if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]))
+    Each process holds its answers against a network of the same weights that shares nothing: whole
+    clips and their gradients, rollouts and their replay, streams past the window with a prompt
+    change, and what is refused.
+    """
+    in_processes(size, tmp_path / "ranks", act)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.live.company import refuse_company
+from selfforcing_dfd.live.ranks import refuse_ranks
 
 ROOT = Path(__file__).parents[2]
 STREAM = ["inference/stream.py", "--chunks", "4", "--device", "cpu"]
@@ -57,6 +57,6 @@ def test_the_page_is_not_served_by_several_processes(monkeypatch: pytest.MonkeyP
     """Catches two servers that fight for one port."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="the web page runs in one process, but WORLD_SIZE is 2"):
-        refuse_company("the web page")
+        refuse_ranks("the web page")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    refuse_company("the web page")
+    refuse_ranks("the web page")

@@ -1,4 +1,4 @@
-"""One sequence on several processes: Ulysses (arXiv 2309.14509).
+"""Sequence parallelism by heads: Ulysses (arXiv 2309.14509).
 
 Outside of self-attention each process holds a part of the tokens of every latent frame, with all
 heads. Inside it holds all tokens, with a part of the heads, and so do the K/V that it keeps. One
@@ -23,7 +23,7 @@ from selfforcing_dfd.common import UserError
 
 
 @dataclass(frozen=True, slots=True)
-class Sequence:
+class SequenceParallel:
     """A group of processes that share each sequence; by default all processes."""
 
     group: dist.ProcessGroup | None = None
@@ -59,6 +59,11 @@ class Sequence:
         parts = x.unflatten(1, (frames, self.size, -1))
         return parts[:, :, self.rank].flatten(1, 2)
 
+    def own_rotary(self, rotary: tuple[Tensor, Tensor], frames: int) -> tuple[Tensor, Tensor]:
+        """Rotary tables, each [frames * tokens, 1, d], of this process's tokens."""
+        cos, sin = (self.own_tokens(table[None], frames)[0] for table in rotary)
+        return cos, sin
+
     def all_tokens(self, x: Tensor, frames: int) -> Tensor:
         """Inverse of `own_tokens`, on every process."""
         gathered = _Gather.apply(x.contiguous(), self)
@@ -90,7 +95,7 @@ class _Exchange(torch.autograd.Function):
     """[size, ...]: entry r goes to process r. It is its own inverse, and its own gradient."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sequence: Sequence) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sequence: SequenceParallel) -> Tensor:
         ctx.sequence = sequence
         received = torch.empty_like(x)
         dist.all_to_all_single(received, x, group=sequence.group)
@@ -108,7 +113,7 @@ class _Gather(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, sequence: Sequence) -> Tensor:
+    def forward(ctx: Any, x: Tensor, sequence: SequenceParallel) -> Tensor:
         ctx.sequence = sequence
         parts = [torch.empty_like(x) for _ in range(sequence.size)]
         dist.all_gather(parts, x, group=sequence.group)
