@@ -114,7 +114,7 @@ def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path)
         ("network.head_dim=7", r"network\.head_dim is 7; .* even number"),
         (
             "run.stage=gan",
-            r"run\.stage is 'gan'; use one of causal, dfd, dmd, init, pairs, regression, teacher",
+            r"run\.stage is 'gan'; use one of causal, dfd, dmd, dp_dmd, init, pairs, regression, teacher",
         ),
         ("weights.teacher=", r"weights\.teacher is empty"),
         ("run.gpus=0", r"run\.gpus is 0; it must be at least 1"),

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from selfforcing_dfd import config as settings
 from selfforcing_dfd.config import Config
-from selfforcing_dfd.stages import causal, dfd, dmd, init, pairs, regression, teacher
+from selfforcing_dfd.stages import causal, dfd, dmd, dp_dmd, init, pairs, regression, teacher
 from selfforcing_dfd.stages.base import STAGES, stage_of
 from selfforcing_dfd.stages.presets import SETTING, expanded, settings_of
 
@@ -18,6 +18,7 @@ __all__ = [
     "change",
     "dfd",
     "dmd",
+    "dp_dmd",
     "init",
     "load_config",
     "pairs",

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from torch import nn
 
 from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.forcing import PAIRINGS, Forcing
@@ -57,7 +59,7 @@ class DFDStage(MatchingStage):
     }
 
     @classmethod
-    def forcing_settings(cls, config: Config) -> dict[str, Any]:
+    def own_settings(cls, config: Config, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
         dfd = config.of(DFDConfig)
         low, high = dfd.sigma_range
         pairing = PAIRINGS[dfd.pairing]

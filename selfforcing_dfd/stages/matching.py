@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -75,6 +75,7 @@ class MatchingStage(TrainingStage):
     """
 
     has_guards = True
+    first_exit: ClassVar[int] = 0  # the first step of the ladder that distribution matching trains
 
     trained: dict[str, nn.Module]
     teacher: nn.Module
@@ -126,13 +127,13 @@ class MatchingStage(TrainingStage):
             regression=regression,
             keeps_noise=keeps_noise(config),
             negative=negative,
-            **cls.forcing_settings(config),
+            **cls.own_settings(config, networks),
             **cache_sizes(config),
         )
 
     @classmethod
-    def forcing_settings(cls, config: Config) -> dict[str, Any]:
-        """`forcing` and `coin_shared_by`; none for DMD."""
+    def own_settings(cls, config: Config, networks: Mapping[str, nn.Module]) -> dict[str, Any]:
+        """Fields that a stage of this kind adds; none for DMD."""
         return {}
 
     @classmethod
@@ -163,7 +164,7 @@ class MatchingStage(TrainingStage):
     @classmethod
     def passes(cls, config: Config) -> dict[str, list[Pass]]:
         # exit steps are drawn evenly, so half of the ladder and half a step on average
-        steps = (len(config.rollout.ladder) + 1) / 2
+        steps = (cls.first_exit + len(config.rollout.ladder) + 1) / 2
         score = config.of(ScoreConfig)
         guided = 1 if score.guidance == 1 else 2
         fake_guided = 1 if score.fake_guidance == 1 else 2
@@ -218,7 +219,8 @@ class MatchingStage(TrainingStage):
     def fake_loss(self, batch: Batch, draw: Draw) -> StageLoss:
         untied = torch.zeros(len(batch.latents), dtype=torch.bool, device=batch.latents.device)
         # only x0 is kept: the rollout's record would hold the K/V of all chunks
-        x0 = self.roll_out(batch, draw, untied, draw.choice("exit", len(self.ladder))).x0
+        exit_step = self.first_exit + draw.choice("exit", len(self.ladder) - self.first_exit)
+        x0 = self.roll_out(batch, draw, untied, exit_step).x0
         noise, sigma = self.draw_score(draw, x0)
         conditioning = drop_text(batch, draw, self.fake_text_dropout, self.negative)
         loss = flow_matching(self.trained["fake"], x0, noise, sigma, conditioning)
@@ -228,7 +230,8 @@ class MatchingStage(TrainingStage):
         conditioning = Conditioning(batch.text)
         coin = draw.coin("dfd", self.coin_shared_by)
         tied = forcing.tied_rows(coin, self.forcing, student_updates).to(batch.latents.device)
-        exit_step = draw.in_turn("exit", len(self.ladder), student_updates)
+        exits = len(self.ladder) - self.first_exit
+        exit_step = self.first_exit + draw.in_turn("exit", exits, student_updates)
         record = self.roll_out(batch, draw, tied, exit_step)
         noise, sigma = self.draw_score(draw, record.x0)
         x0 = replay(self.trained["student"], record, conditioning)
@@ -253,12 +256,21 @@ class MatchingStage(TrainingStage):
         values = values_to_log(matching, anchored, with_loss, sigma)
         if real is not None:
             values["gap"] = forcing.gap(generated, real)
-        return StageLoss((matching.loss * with_loss).mean(), values, generated, real)
+        loss = matching.loss * with_loss
+        for name, (weight, further) in self.further_losses(batch, draw, record).items():
+            values[name] = further.detach()
+            loss = loss + weight * further
+        return StageLoss(loss.mean(), values, generated, real)
+
+    def further_losses(
+        self, batch: Batch, draw: Draw, record: Rollout
+    ) -> dict[str, tuple[float, Tensor]]:
+        """(weight, loss [B]) of what else a student update minimises, by its name in the log."""
+        return {}
 
     def roll_out(self, batch: Batch, draw: Draw, tied: Tensor, exit_step: int) -> Rollout:
         """The student's clips for the batch's captions; `tied` rows [B] as the pairing says."""
-        shape = (1 if self.keeps_noise else len(self.ladder), *batch.latents.shape[1:])
-        noise = draw.normal("rollout", shape, batch.latents).transpose(0, 1)
+        noise = self.rollout_noise(batch, draw)
         pairing = self.forcing.pairing
         start = forcing.start_noise(pairing, noise[0], batch.noise, tied, self.chunks)
         return rollout(
@@ -272,6 +284,11 @@ class MatchingStage(TrainingStage):
             real_past=forcing.real_past(pairing, batch.latents, tied),
             real_input=forcing.real_input(pairing, batch.latents, tied),
         )
+
+    def rollout_noise(self, batch: Batch, draw: Draw) -> Tensor:
+        """[S, B, F, C, H, W]: what a clip starts from, and what is added after each step."""
+        shape = (1 if self.keeps_noise else len(self.ladder), *batch.latents.shape[1:])
+        return draw.normal("rollout", shape, batch.latents).transpose(0, 1)
 
     def draw_score(self, draw: Draw, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Noise like the latents, and the sigma [B] at which teacher and fake score are asked."""
