@@ -17,7 +17,7 @@ from selfforcing_dfd.flow import shift_sigma
 from selfforcing_dfd.forcing import Forcing
 from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching
 from selfforcing_dfd.rng import Draw
-from selfforcing_dfd.rollout import Chunks, Rollout, replay, rollout
+from selfforcing_dfd.rollout import Chunks, RealRows, Rollout, replay, rollout
 from selfforcing_dfd.stages.base import (
     Pass,
     StageLoss,
@@ -50,6 +50,9 @@ class ScoreConfig:
     # of the fake score: 1 is off, as in the papers; else it trains without caption at times
     fake_guidance: float = ranged(1.0, 0, 1000)
     fake_text_dropout: float = ranged(0.0, 0, 1)
+    # what enters the step that is trained: what the student made in the steps before, or the real
+    # clip, noised, in rows of DMD too, as FastGen trains students of whole clips
+    student_input: Literal["rollout", "noised_real"] = "rollout"
     # subtract the difference on the real clip, which guidance leaves even where student is data
     control_variate: bool = False
     # updates on real clips before each student update, as section `regression` says
@@ -70,7 +73,8 @@ class MatchingStage(TrainingStage):
     The fake score learns by flow matching on the student's own samples, `fake_per_student` times
     for each student update. Where there is a `regression`, the student also learns by it, with an
     optimizer of its own. keeps_noise: see `denoise_chunk`. coin_shared_by: what shares one
-    data-forcing coin. negative: [L, D_text], the text of guidance's unconditional half; None is
+    data-forcing coin. real_input: the trained step starts from the noised real clip in all rows.
+    negative: [L, D_text], the text of guidance's unconditional half; None is
     zeros.
     """
 
@@ -95,6 +99,7 @@ class MatchingStage(TrainingStage):
     fake_guidance: float = 1.0
     fake_text_dropout: float = 0.0
     control_variate: bool = False
+    real_input: bool = False
     regression_per_student: int = 0
     regression: RegressionStage | None = None
     keeps_noise: bool = False
@@ -123,6 +128,7 @@ class MatchingStage(TrainingStage):
             fake_guidance=score.fake_guidance,
             fake_text_dropout=score.fake_text_dropout,
             control_variate=score.control_variate,
+            real_input=score.student_input == "noised_real",
             regression_per_student=score.regression_per_student,
             regression=regression,
             keeps_noise=keeps_noise(config),
@@ -147,6 +153,8 @@ class MatchingStage(TrainingStage):
         score = config.of(ScoreConfig)
         if score.regression_per_student:
             return f"score.regression_per_student is {score.regression_per_student}"
+        if score.student_input == "noised_real":
+            return "score.student_input is noised_real"
         return "score.control_variate is on" if score.control_variate else ""
 
     @classmethod
@@ -282,8 +290,13 @@ class MatchingStage(TrainingStage):
             self.chunks,
             exit_steps=(exit_step,) * len(self.chunks),
             real_past=forcing.real_past(pairing, batch.latents, tied),
-            real_input=forcing.real_input(pairing, batch.latents, tied),
+            real_input=self.rows_of_real_input(batch, tied),
         )
+
+    def rows_of_real_input(self, batch: Batch, tied: Tensor) -> RealRows | None:
+        if self.real_input:
+            return RealRows(batch.latents, torch.ones_like(tied))
+        return forcing.real_input(self.forcing.pairing, batch.latents, tied)
 
     def rollout_noise(self, batch: Batch, draw: Draw) -> Tensor:
         """[S, B, F, C, H, W]: what a clip starts from, and what is added after each step."""

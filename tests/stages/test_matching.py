@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import CHUNK, LADDER, DataForcing, latents, tiny_batch
+from tiny_models import CHUNK, FRAMES, LADDER, DataForcing, latents, tiny_batch
 from tiny_stages import CHUNKS, NO_ROW, draw, gradients, matching_stage, rows_of, touched
 from torch import Tensor
 
 from selfforcing_dfd.context import ChunkContext, Conditioning, KVCache
 from selfforcing_dfd.data.shards import Batch
+from selfforcing_dfd.flow import add_noise, x0_from_flow
 from selfforcing_dfd.objectives import flow_matching
-from selfforcing_dfd.rollout import commit_chunk
+from selfforcing_dfd.rollout import commit_chunk, plan_chunks
 
 
 @pytest.mark.parametrize("turn", ["student", "fake"])
@@ -279,3 +280,38 @@ def test_a_student_that_keeps_its_noise_is_trained_on_such_rollouts():
     first = CHUNKS[0].of(noise)
     flow = student(first, LADDER[0], text, ChunkContext()).flow
     torch.testing.assert_close(CHUNKS[0].of(record.x_exit), first + (LADDER[1] - LADDER[0]) * flow)
+
+
+def test_a_student_of_noised_clips_sees_them_in_every_row():
+    """Catches rows of DMD whose trained step starts from the student's own samples.
+
+    At the first step there is nothing but noise.
+    """
+    batch, no_row = tiny_batch(4), NO_ROW.repeat(2)
+    stage = matching_stage(real_input=True)
+    noise = stage.rollout_noise(batch, draw(4))
+    for step, sigma in enumerate(LADDER):
+        record = stage.roll_out(batch, draw(4), no_row, step)
+        level = torch.full((4,), sigma, dtype=torch.float64)
+        expected = add_noise(batch.latents, noise[step], level) if step else noise[0]
+        torch.testing.assert_close(record.x_exit, expected)
+    draws = (draw(4, seed=seed) for seed in range(9))
+    later = next(each for each in draws if each.choice("exit", len(LADDER)))
+    others = replace(batch, latents=latents("other clips", batch=4))
+    first, second = (stage.loss("fake", clips, later, 0).loss for clips in (batch, others))
+    assert first != second
+
+
+def test_a_student_of_whole_clips_is_one_chunk():
+    """Catches a bidirectional student that cannot be trained, or sees its clip in parts.
+
+    Its trained step is the network's answer for the whole clip, as a teacher gives it.
+    """
+    whole = matching_stage(chunks=plan_chunks(FRAMES, FRAMES))
+    batch, student = tiny_batch(), whole.trained["student"]
+    record = whole.roll_out(batch, draw(), NO_ROW, 0)
+    flow = student(record.x_exit, LADDER[0], Conditioning(batch.text)).flow
+    torch.testing.assert_close(record.x0, x0_from_flow(record.x_exit, flow, LADDER[0]))
+    part = whole.loss("student", batch, draw(), 0)
+    part.loss.backward()
+    assert gradients(student).abs().max() > 0
