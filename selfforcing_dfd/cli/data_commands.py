@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 CODEC_FILE = "codec.safetensors"
 NUM_PRINTED = 20
+VIDEO_FPS = 16  # of Wan and of the tiny world
 DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {"size": (64, 64), "frames": 33, "text": "tiny", "shard_size": 512},
     "wan": {"size": (480, 832), "frames": 81, "text": "umt5", "shard_size": 128},
@@ -104,6 +106,9 @@ def pack(parser: argparse.ArgumentParser) -> Run:
             if vars(args)[name] is None:
                 setattr(args, name, value)
         source = _file_source(args)
+        warning = source.other_rate(VIDEO_FPS)
+        if warning:
+            print(f"warning: {warning}", file=sys.stderr)
         out = _out_folder(args, source.path)
         options = replace(
             pack_options(args),

@@ -57,6 +57,10 @@ class NonFiniteSampleError(ShardError):
         super().__init__(message)
         self.key = key
 
+    def __reduce__(self) -> tuple[type[NonFiniteSampleError], tuple[str, str]]:
+        """Processes tell each other of it."""
+        return type(self), (str(self), self.key)
+
 
 @dataclass(frozen=True, slots=True)
 class Sample:

@@ -167,8 +167,8 @@ def _named(error: Exception, companions: Companions) -> BaseException:
     """The error with our rank in it; for all processes but the first that fails a silent end."""
     # torchrun stops the others when one has died; we stay to say who it was
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    lost = isinstance(error, RuntimeError) and any(word in str(error).lower() for word in LOST)
-    fault = companions.whose_fault() if lost and not companions.failed_elsewhere else ""
+    lost = is_lost(error) and not companions.failed_elsewhere
+    fault = companions.whose_fault() if lost else ""
     if not companions.is_first_to_fail():
         return SystemExit(EXIT_FAILED_ELSEWHERE)
     time.sleep(GRACE_S)
@@ -176,6 +176,16 @@ def _named(error: Exception, companions: Companions) -> BaseException:
         return UserError(f"{fault} (seen by rank {companions.rank} of {companions.size})")
     error.add_note(f"rank {companions.rank} of {companions.size}")
     return error
+
+
+def is_lost(error: BaseException | None) -> bool:
+    """Whether communication failed, which may be behind another error: a checkpoint's, say."""
+    while error is not None:
+        text = str(error).lower()
+        if isinstance(error, RuntimeError) and any(word in text for word in LOST):
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def place_of(thread: int) -> str:

@@ -59,6 +59,24 @@ def on_first_rank(action: Callable[[], T]) -> T:
     return result
 
 
+def raise_together(action: Callable[[], T], kind: type[Exception]) -> T:
+    """Do something on every rank; where one of them meets an error of this kind, all raise it.
+
+    The error of the lowest rank counts. Other errors are left to `failure.ending_together`.
+    """
+    if not are_many():
+        return action()
+    met: Exception | None = None
+    try:
+        result = action()
+    except kind as error:
+        met = error
+    (number,) = add_up([met is not None])
+    if number:
+        raise next(error for error in gather_objects(met) if error is not None)
+    return result
+
+
 def gather_entries(own: dict[str, Any]) -> dict[str, Any]:
     """The entries of all ranks.
 

@@ -289,7 +289,7 @@ def _cleaned_up(partial: Path) -> Iterator[None]:
             cause = next(iter(error.failures.values()))[0]
         if not isinstance(cause, Exception) or isinstance(cause, CheckpointError):
             raise cause from None
-        raise CheckpointError(_explain(cause, partial.parent)) from error
+        raise CheckpointError(_explain(cause, partial.parent)) from cause
 
 
 def _explain(cause: BaseException, folder: Path) -> str:

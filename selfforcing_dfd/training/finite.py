@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from selfforcing_dfd.common import UserError
+from selfforcing_dfd.processes.ranks import add_up
 
 
 class NonFiniteError(UserError):
@@ -86,9 +87,16 @@ def check_stored(named: Iterable[tuple[str, Tensor]], where: str) -> None:
 
 
 def first_not_finite(named: Iterable[tuple[str, Tensor]]) -> str:
-    """The first tensor that is not finite, and in how many values; empty if all are."""
-    for name, tensor in named:
-        bad = _count_bad(tensor) if tensor.is_floating_point() else 0
+    """The first tensor that is not finite, and in how many values; empty if all are.
+
+    With a process group all ranks call together.
+    """
+    floats = [(name, tensor.detach()) for name, tensor in named if tensor.is_floating_point()]
+    is_bad = any(not bool(_own_part(tensor).isfinite().all()) for _, tensor in floats)
+    if not any(add_up([is_bad])):  # one message for all tensors
+        return ""
+    for name, tensor in floats:
+        bad = _count_bad(tensor)
         if bad:
             return f"{name} is not finite in {bad} of {tensor.numel()} values"
     return ""
@@ -113,6 +121,11 @@ def _raise_for_gradient(grads: list[tuple[str, Tensor]], where: str) -> None:
             what = f"gradient of {name} is not finite in {bad} of {grad.numel()} values"
             raise NonFiniteError(_advice(what, where))
     raise NonFiniteError(_advice(f"the norm over {len(grads)} gradients overflows", where))
+
+
+def _own_part(tensor: Tensor) -> Tensor:
+    """What this process holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _count_bad(tensor: Tensor) -> int:

@@ -15,6 +15,7 @@ import torch
 
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.data.shards import NonFiniteSampleError, load_batch
+from selfforcing_dfd.processes.ranks import gather_objects
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.training.compare import listed
 from selfforcing_dfd.training.finite import NonFiniteError, NonFiniteStateError, first_not_finite
@@ -59,11 +60,20 @@ def failure_of(trainer: Trainer, error: NonFiniteError | NonFiniteSampleError) -
     if isinstance(error, NonFiniteSampleError):
         return Failure(str(error), (error.key,), since)
     positions = range(since, since + trainer.batch_size)
-    blamed = []
-    if trainer.world.size == 1 and not isinstance(error, NonFiniteStateError):
-        blamed = [position for position in positions if not is_finite_alone(trainer, position)]
+    blamed = [] if isinstance(error, NonFiniteStateError) else blamed_alone(trainer)
     keys = keys_at(trainer, blamed or positions)
     return Failure(str(error), tuple(dict.fromkeys(keys)), since)
+
+
+def blamed_alone(trainer: Trainer) -> list[int]:
+    """Positions of the coming turn whose samples by themselves have a loss that is not finite.
+
+    Each process looks at its own samples, and all learn of all. They call their networks together,
+    as in training.
+    """
+    own = [position for draw in trainer.draws() for position in draw.positions]
+    bad = [position for position in own if not is_finite_alone(trainer, position)]
+    return sorted(position for rank in gather_objects(bad) for position in rank)
 
 
 def is_finite_alone(trainer: Trainer, position: int) -> bool:

@@ -6,7 +6,7 @@ import itertools
 import math
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from types import FrameType
@@ -18,9 +18,15 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from selfforcing_dfd.common import Interrupted
-from selfforcing_dfd.data.shards import Batch, SampleOrder, ShardReader, batches
+from selfforcing_dfd.data.shards import (
+    Batch,
+    NonFiniteSampleError,
+    SampleOrder,
+    ShardReader,
+    batches,
+)
 from selfforcing_dfd.processes.failure import another_failed
-from selfforcing_dfd.processes.ranks import add_up, gather
+from selfforcing_dfd.processes.ranks import add_up, gather, raise_together
 from selfforcing_dfd.processes.world import World
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages.base import StageLoss, TrainingStage
@@ -145,9 +151,9 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         draws = list(self.draws())
         parts = []
-        for draw in draws:
+        for draw, batch in zip(draws, self.coming(stream, len(draws)), strict=True):
             expect_backward(learner.network, is_last=draw is draws[-1])
-            parts.append(self.backward(turn, next(stream), draw))
+            parts.append(self.backward(turn, batch, draw))
         for each in self.learners.values():
             release(each.network)
         losses = gather(torch.stack([part.loss.detach() for part in parts]))
@@ -184,6 +190,18 @@ class Trainer:
         return batches(
             self.reader, self.order, itertools.count(first, stride), self.micro, self.num_workers
         )
+
+    def coming(self, stream: Iterator[Batch], number: int) -> Iterable[Batch]:
+        """This process's next micro-batches.
+
+        NonFiniteSampleError for a sample that is not finite. Several processes read all of a turn
+        before it begins and raise the error together. Amid the turn only one would, and the others
+        would wait for it.
+        """
+        micros = itertools.islice(stream, number)
+        if self.world.size == 1:
+            return micros
+        return raise_together(lambda: list(micros), NonFiniteSampleError)
 
     def draws(self) -> Iterator[Draw]:
         """The randomness of this process's micro-batches of the coming update."""

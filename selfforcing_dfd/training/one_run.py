@@ -16,7 +16,7 @@ from selfforcing_dfd.config import Config, to_yaml
 from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.shards import NonFiniteSampleError, ShardReader
 from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards
-from selfforcing_dfd.processes.ranks import on_first_rank
+from selfforcing_dfd.processes.ranks import add_up, on_first_rank
 from selfforcing_dfd.processes.world import find_world
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -122,10 +122,9 @@ def run_to_end(trainer: Trainer, config: Config) -> Failure | None:
         done = trainer.clock.student_updates
         on_first_rank(lambda: note(run_folder(config), "stopped", student_update=done))
         raise
-    except (NonFiniteError, NonFiniteSampleError) as error:
-        # of several processes only one has met the sample, and the others wait elsewhere
-        met_alone = trainer.world.size > 1 and isinstance(error, NonFiniteSampleError)
-        if trainer.stop_requested or met_alone:
+    except (NonFiniteError, NonFiniteSampleError) as error:  # all processes are here
+        (num_asked_to_stop,) = add_up([trainer.stop_requested])
+        if num_asked_to_stop:
             raise
         return failure_of(trainer, error)
     finally:

@@ -2,80 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
-import multiprocessing
 import os
 import signal
-import socket
-import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from launcher import LIMIT_S, launch, said
 
-from selfforcing_dfd.cli.errors import guarded
 from selfforcing_dfd.common import Interrupted, UserError
 from selfforcing_dfd.processes.failure import ending_together
 from selfforcing_dfd.processes.ranks import add_up, on_first_rank
 from selfforcing_dfd.processes.world import World, joined
-
-LIMIT_S = 120
-
-
-def launch(
-    size: int, folder: Path, work: Callable[[World], None], timeout_s: float = 60
-) -> list[tuple[int, str]]:
-    """(exit code, errors) of each of `size` processes, which a launcher would start like this."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    fork = multiprocessing.get_context("fork")
-    processes = [
-        fork.Process(target=_child, args=(rank, size, port, folder, work, timeout_s))
-        for rank in range(size)
-    ]
-    for process in processes:
-        process.start()
-    deadline = time.monotonic() + LIMIT_S
-    for process in processes:
-        process.join(max(deadline - time.monotonic(), 0))
-    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
-    for rank in hanging:
-        processes[rank].kill()
-    assert not hanging, f"ranks {hanging} hang"
-    return [
-        (process.exitcode or 0, (folder / f"errors{rank}").read_text().strip())
-        for rank, process in enumerate(processes)
-    ]
-
-
-def _child(
-    rank: int, size: int, port: int, folder: Path, work: Callable[[World], None], timeout_s: float
-) -> None:
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), **meeting}
-    sys.stderr = (folder / f"errors{rank}").open("w", buffering=1)
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-    def run(options: argparse.Namespace) -> None:
-        with ending_together(), joined("cpu", timeout_s) as world:
-            work(world)
-
-    try:
-        code = guarded(argparse.Namespace(command=run, traceback=False))
-    except SystemExit as end:
-        code = int(end.code or 0)
-    os._exit(code)
-
-
-def said(ends: list[tuple[int, str]]) -> list[str]:
-    """The lines of all ranks that are ours; gloo and torch write some, too."""
-    lines = [line for _, errors in ends for line in errors.splitlines()]
-    return [line for line in lines if line.startswith("error") or "stopped" in line]
 
 
 def test_an_error_on_one_rank_ends_all_with_one_message(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from selfforcing_dfd.data.format import PackError
 from selfforcing_dfd.data.source import ClipError, Item, Source, Video, keys_of, one_line
-from selfforcing_dfd.data.sources.video import Resize, read_video
+from selfforcing_dfd.data.sources.video import Resize, rate_of, read_video
 
 CLIP = ".mp4"
 TABLES = (".csv", ".jsonl")
@@ -103,6 +103,17 @@ class FileSource(Source):
             path.relative_to(self.path).as_posix()
             for path in _files_in(self.path, self.recursive)
             if path.suffix.lower() not in (CLIP, *TEXTS)
+        )
+
+    def other_rate(self, fps: int) -> str:
+        """A warning if frames are taken as they come, and the first clip's rate is not `fps`."""
+        rate = None if self.fps is not None else rate_of(self.clips[0].path)
+        if rate is None or abs(rate - fps) < 1:
+            return ""
+        return (
+            f"{self.clips[0].name} has {float(rate):g} frames a second, and models {fps}: motion "
+            f"would be {float(rate / fps):.2g} times as fast. --fps {fps} takes frames by their "
+            "time stamps"
         )
 
     def read(self, number: int) -> Item:

@@ -18,6 +18,8 @@ from torch import Tensor
 from selfforcing_dfd.data.source import ClipError
 
 Resize = Literal["none", "cover", "stretch"]
+STRICT = {"err_detect": "explode"}
+"""FFmpeg's decoders stop at an error. By default they make up pictures in place of damaged ones."""
 
 
 def read_video(
@@ -34,8 +36,9 @@ def read_video(
     take frames at this rate by their time stamps (see `at_rate`); without it, frames are taken as
     they come, whatever their rate.
 
-    Raises ClipError if the file cannot be decoded, is too short, has another size, changes it on
-    the way, or is turned by its metadata; with fps, if its own rate is lower or unknown.
+    Raises ClipError if the file cannot be decoded without an error, is too short, has another
+    size, changes it on the way, or is turned by its metadata; with fps, if its own rate is lower or
+    unknown.
     """
     path = Path(path)
     name = path.name
@@ -67,7 +70,7 @@ def _frames(container: Any, fps: Fraction | None, name: str) -> Iterator[av.Vide
     """The frames of the first video stream, at a rate if there is one."""
     if not container.streams.video:
         raise ClipError(name, "no video stream; want a file with pictures in it")
-    decoded = container.decode(video=0)
+    decoded = decoded_strictly(container, name)
     for frame in decoded if fps is None else at_rate(decoded, fps, name):
         if frame.rotation:
             raise ClipError(
@@ -76,6 +79,32 @@ def _frames(container: Any, fps: Fraction | None, name: str) -> Iterator[av.Vide
                 f"here; ffmpeg -i {name} NEW.mp4 turns the pictures",
             )
         yield frame
+
+
+def decoded_strictly(container: Any, name: str) -> Iterator[av.VideoFrame]:
+    """The frames of the first video stream.
+
+    ClipError for a frame that the decoder had to make up, and for a coding that FFmpeg has no
+    decoder for, as damaged names of codings are.
+    """
+    decoder = container.streams.video[0].codec_context
+    if decoder is None:
+        raise ClipError(name, "its video has an unknown coding; encode it again or leave it out")
+    decoder.options = STRICT
+    for frame in container.decode(video=0):
+        if frame.is_corrupt:
+            raise ClipError(name, "is damaged; encode it again or leave it out")
+        yield frame
+
+
+def rate_of(path: Path | str) -> Fraction | None:
+    """Frames a second that a file states for its video; None for a file that states none."""
+    try:
+        with av.open(str(path)) as container:
+            found = container.streams.video[:1]
+            return found[0].average_rate if found else None
+    except (av.error.FFmpegError, OSError):
+        return None
 
 
 def _check_size(name: str, got: tuple[int, int], wanted: tuple[int, int]) -> None:
@@ -153,7 +182,7 @@ def read_last_frames(path: Path | str, max_frames: int, size: tuple[int, int]) -
     to_rgb = VideoReformatter()
     try:
         with av.open(str(path)) as container:
-            for frame in container.decode(video=0):
+            for frame in decoded_strictly(container, path.name):
                 frames.append(picture(frame, to_rgb, size, "cover"))
     except (av.error.FFmpegError, IndexError, FileNotFoundError) as error:
         problem = f"cannot be read as picture or video ({error}); convert it to png or mp4"

@@ -1,0 +1,72 @@
+"""Processes of one run, started and watched as a launcher does it, some of which may fail."""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch.distributed as dist
+
+from selfforcing_dfd.cli.errors import guarded
+from selfforcing_dfd.processes.failure import ending_together
+from selfforcing_dfd.processes.world import World, joined
+
+LIMIT_S = 120
+
+
+def launch(
+    size: int, folder: Path, work: Callable[[World], None], timeout_s: float = 60
+) -> list[tuple[int, str]]:
+    """(exit code, errors) of each of `size` processes, which a launcher would start like this."""
+    # as torchrun does, so that the store lives on when the first rank dies
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    fork = multiprocessing.get_context("fork")
+    processes = [
+        fork.Process(target=_child, args=(rank, size, store.port, folder, work, timeout_s))
+        for rank in range(size)
+    ]
+    for process in processes:
+        process.start()
+    deadline = time.monotonic() + LIMIT_S
+    for process in processes:
+        process.join(max(deadline - time.monotonic(), 0))
+    hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
+    for rank in hanging:
+        processes[rank].kill()
+    assert not hanging, f"ranks {hanging} hang"
+    return [
+        (process.exitcode or 0, (folder / f"errors{rank}").read_text().strip())
+        for rank, process in enumerate(processes)
+    ]
+
+
+def _child(
+    rank: int, size: int, port: int, folder: Path, work: Callable[[World], None], timeout_s: float
+) -> None:
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    meeting["TORCHELASTIC_USE_AGENT_STORE"] = "True"
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), **meeting}
+    sys.stderr = (folder / f"errors{rank}").open("w", buffering=1)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+    def run(options: argparse.Namespace) -> None:
+        with ending_together(), joined("cpu", timeout_s) as world:
+            work(world)
+
+    try:
+        code = guarded(argparse.Namespace(command=run, traceback=False))
+    except SystemExit as end:
+        code = int(end.code or 0)
+    os._exit(code)
+
+
+def said(ends: list[tuple[int, str]]) -> list[str]:
+    """The lines of all ranks that are ours; gloo and torch write some, too."""
+    lines = [line for _, errors in ends for line in errors.splitlines()]
+    return [line for line in lines if line.startswith("error") or "stopped" in line]
