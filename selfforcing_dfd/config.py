@@ -84,6 +84,7 @@ class ModelConfig:
     attention: Literal["auto", "sdpa", "fa2", "fa3", "fa4"] = "auto"  # kernel in bfloat16
     compile: bool = False  # the blocks, attention excepted; the first updates take longer
     shard_ranks: int = ranged(0, 0, 4096)  # processes that hold a copy of the weights; 0: all
+    sequence_ranks: int = ranged(1, 1, 1024)  # processes that share each sequence, by heads
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,9 +37,18 @@ def patient_group() -> dist.ProcessGroup | None:
     return dist.new_group(backend="gloo", timeout=VERY_LONG)
 
 
-def forget_patience() -> None:
-    """Forget the group of processes that are leaving each other."""
+@cache
+def group_of_neighbours(size: int, timeout_s: float) -> dist.ProcessGroup:
+    """The group of this process among groups of `size` neighbours; all processes call together."""
+    own, _ = dist.new_subgroups(size, timeout=timedelta(seconds=timeout_s))
+    assert own is not None, "the world was divided into groups of another size"
+    return own
+
+
+def forget_groups() -> None:
+    """Forget the groups of processes that are leaving each other."""
     patient_group.cache_clear()
+    group_of_neighbours.cache_clear()
 
 
 def on_first_rank(action: Callable[[], T]) -> T:

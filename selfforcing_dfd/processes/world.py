@@ -14,16 +14,31 @@ from accelerate import PartialState
 
 from selfforcing_dfd.common import UserError, find_device
 from selfforcing_dfd.processes.failure import launched, meeting_point
-from selfforcing_dfd.processes.ranks import forget_patience
+from selfforcing_dfd.processes.ranks import forget_groups
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """This process among all that train together."""
+    """This process among all that train together.
+
+    sequence_ranks: neighbours that share each sequence. They read the same samples, draw the same
+    noise, and compute different tokens.
+    """
 
     rank: int = 0
     size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    sequence_ranks: int = 1
+
+    @property
+    def data_size(self) -> int:
+        """Into how many parts the samples of an update are divided."""
+        return self.size // self.sequence_ranks
+
+    @property
+    def data_rank(self) -> int:
+        """Which of these parts this process computes."""
+        return self.rank // self.sequence_ranks
 
     @property
     def is_first(self) -> bool:
@@ -79,7 +94,7 @@ def joined(device: str, timeout_s: float) -> Iterator[World]:
 def leave() -> None:
     """End the process group when all have come here, and what was built on it."""
     dist.barrier()  # nobody leaves while another still writes
-    forget_patience()
+    forget_groups()
     PartialState._reset_state()
     dist.destroy_process_group()
 

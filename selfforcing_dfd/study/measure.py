@@ -60,6 +60,7 @@ MAY_DIFFER = (
     "run.retries",
     "run.timeout_s",
     "model.shard_ranks",
+    "model.sequence_ranks",
     "model.activation_checkpointing",
     "model.gradient_checkpointing",  # what it was called before
     "data.workers",

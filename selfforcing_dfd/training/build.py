@@ -26,6 +26,7 @@ from selfforcing_dfd.training.metrics import Watch
 from selfforcing_dfd.training.optimizers import build_learner
 from selfforcing_dfd.training.recompute import recompute
 from selfforcing_dfd.training.same_run import MAY_CHANGE, check_config, config_fingerprint
+from selfforcing_dfd.training.sequences import in_groups, share_sequences
 from selfforcing_dfd.training.sharding import Sharding
 from selfforcing_dfd.training.tracking import Tracker, check_trackers
 from selfforcing_dfd.weights.read import load_network
@@ -171,7 +172,7 @@ def build_trainer(
 
     aside: samples to leave out, by key, with the position in the data from which on.
     """
-    world = find_world(config.run.device)
+    world = in_groups(find_world(config.run.device), config.model.sequence_ranks)
     check_batch(config, world)
     reader = build_reader(config)
     networks = build_networks(config, world.device)
@@ -182,6 +183,8 @@ def build_trainer(
     }
     settings = as_dict(config) | {"networks": describe_networks(config, reader, networks)}
     models = fixed | {"data": reader.index_hash}
+    _, _, rows, columns = reader.index.latent_shape
+    share_sequences(world, networks, (rows, columns), config.run.timeout_s)
     spread(config, world, networks, {**models, "settings": config_fingerprint(settings)})
     stage = training_stage_of(config).build(config, networks, reader.negative)
     checkpoints = CheckpointManager(
@@ -239,10 +242,13 @@ def spread(
 def check_batch(config: Config, world: World) -> None:
     """ConfigError unless every process gets as many whole micro-batches of an update."""
     size = config.batch.size
-    at_once = config.batch.micro * world.size
+    at_once = config.batch.micro * world.data_size
+    takers = f"{world.size} processes"
+    if world.sequence_ranks > 1:
+        takers = f"{world.data_size} groups of {world.sequence_ranks} processes"
     require(
         size % at_once == 0,
-        f"batch.size is {size}, but {world.size} processes with {config.batch.micro} samples each "
+        f"batch.size is {size}, but {takers} with {config.batch.micro} samples each "
         f"take {at_once} at a time; use batch.size={size + -size % at_once}, or a batch.micro or "
         "a number of processes that divides it",
     )

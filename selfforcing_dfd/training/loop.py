@@ -168,7 +168,7 @@ class Trainer:
         self.clock.advance(turn, self.batch_size)
         if turn == "student":
             self.ema.update(learner.network, self.clock.student_updates)
-        values = summarise(values_of_all(parts))
+        values = summarise(values_of_all(parts, self.world))
         return (
             {"loss": float(mean_loss), "grad_norm": float(grad_norm)} | values | self.look_at(parts)
         )
@@ -176,7 +176,9 @@ class Trainer:
     def backward(self, turn: str, batch: Batch, draw: Draw) -> StageLoss:
         """Loss and gradient of one micro-batch; all samples of an update weigh the same.
 
-        Sharded gradients are means over processes, so each process counts for `world.size`.
+        Sharded gradients are means over processes, so each process counts for `world.size`. Of a
+        sequence on several processes, each has the gradient of its own tokens: their sum counts
+        the loss once.
         """
         batch = to_device(batch, self.world.device)
         part = self.stage.loss(turn, batch, draw, self.clock.student_updates)
@@ -185,8 +187,8 @@ class Trainer:
 
     def stream(self) -> Iterator[Batch]:
         """This process's micro-batches from where the clock stands, without end."""
-        stride = self.micro * self.world.size
-        first = self.clock.samples + self.world.rank * self.micro
+        stride = self.micro * self.world.data_size
+        first = self.clock.samples + self.world.data_rank * self.micro
         return batches(
             self.reader, self.order, itertools.count(first, stride), self.micro, self.num_workers
         )
@@ -206,9 +208,9 @@ class Trainer:
     def draws(self) -> Iterator[Draw]:
         """The randomness of this process's micro-batches of the coming update."""
         start = self.clock.samples
-        stride = self.micro * self.world.size
+        stride = self.micro * self.world.data_size
         for micro in range(start, start + self.batch_size, stride):
-            first = micro + self.world.rank * self.micro
+            first = micro + self.world.data_rank * self.micro
             positions = tuple(range(first, first + self.micro))
             yield Draw(self.seed, start, self.batch_size, first, positions)
 

@@ -31,14 +31,14 @@ class Watch(Protocol):
         ...
 
 
-def values_of_all(parts: Sequence[StageLoss]) -> dict[str, Tensor]:
+def values_of_all(parts: Sequence[StageLoss], world: World) -> dict[str, Tensor]:
     """Per-sample numbers of an update by name, in the order of positions; on all ranks.
 
-    parts: of this process's micro-batches.
+    parts: of this process's micro-batches. Processes that share a sequence have the same ones.
     """
     names = list(parts[0].values)
     own = [torch.stack([part.values[name].float().cpu() for name in names]) for part in parts]
-    rows = gather(torch.stack(own))  # [R, micro-batches, names, B]
+    rows = gather(torch.stack(own))[:: world.sequence_ranks]  # [R, micro-batches, names, B]
     return dict(zip(names, rows.permute(2, 1, 0, 3).flatten(1), strict=True))
 
 
@@ -78,9 +78,9 @@ def watched_clips(parts: Sequence[StageLoss], world: World) -> tuple[Tensor, Ten
     micro = pairs[0].shape[1]
     first: list[Tensor] = []
     for n, own in enumerate(pairs):
-        for rank in range(world.size):
-            if (n * world.size + rank) * micro < NUM_WATCHED:
-                first += bring(own, rank, world)
+        for data_rank in range(world.data_size):
+            if (n * world.data_size + data_rank) * micro < NUM_WATCHED:
+                first += bring(own, data_rank * world.sequence_ranks, world)
     if not world.is_first:
         return None
     clips = torch.cat(first, dim=1)[:, :NUM_WATCHED]

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from selfforcing_dfd.common import find_device
 from selfforcing_dfd.config import Config, NetworkConfig, as_dict
+from selfforcing_dfd.processes.world import World
 from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.base import chunks_of
 from selfforcing_dfd.tiny.text import TinyText
@@ -26,6 +27,7 @@ from selfforcing_dfd.training.estimate import (
 )
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.needs import chain_of, describe_needs, has_shards, reader_of
+from selfforcing_dfd.training.sequences import describe_grid, in_groups
 from selfforcing_dfd.training.sizes import known_sizes
 
 VAE_STRIDE = 8  # video pixels for each latent one, both codecs
@@ -89,6 +91,7 @@ def plan_run(config: Config, prompts_do: bool = False) -> list[str]:
         f"{run_folder(config)}: stage {config.run.stage} on {device}, seed {config.run.seed}",
         f"  parameters  {describe_parameters(config)}",
         f"  compute     {config.model.compute}, activation checkpointing {checkpointing}",
+        *describe_processes(config),
         *describe_shapes(config, sizes),
         f"  no caption  {describe_negative(config)}",
     ]
@@ -97,6 +100,15 @@ def plan_run(config: Config, prompts_do: bool = False) -> list[str]:
     is_wan = any(size.text_dim == UMT5_WIDTH for size in sizes.values())
     lines += describe_needs(config, prompts_do, is_wan)
     return lines
+
+
+def describe_processes(config: Config) -> Iterator[str]:
+    """What the processes that `run.gpus` plans for share; nothing for one."""
+    gpus = config.run.gpus
+    model = config.model
+    if gpus > 1 or model.sequence_ranks > 1:
+        in_groups(World(size=gpus), model.sequence_ranks)  # raises unless they divide
+        yield f"  processes   {describe_grid(gpus, model.sequence_ranks, model.shard_ranks)}"
 
 
 def describe_parameters(config: Config) -> str:

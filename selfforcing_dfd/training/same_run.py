@@ -30,6 +30,7 @@ MAY_CHANGE = INPUTS | {
     "run.retries",
     "run.timeout_s",
     "model.shard_ranks",
+    "model.sequence_ranks",
     "data.workers",
     "data.video_size",
     "checkpoint",

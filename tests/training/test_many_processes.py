@@ -1,23 +1,28 @@
-"""Two and four processes train as one does on the same samples: data, draws, losses, weights.
-
-Networks have float64 weights here. What is summed over samples (gradients, metrics) is summed in
-another order by another number of processes, which changes the last of 16 digits. AdamW divides by
-the gradient's own size and passes that on, and so do five updates of a chain of a few hundred
-products. TOLERANCE allows for a loss of five digits. A wrong gradient differs in the first ones.
-"""
+"""Two and four processes train as one does on the same samples: data, draws, losses, weights."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from gloo import in_processes
-from processes import Trained, in_turn, train_in_float64
+from processes import (
+    FLOAT32,
+    STAGES,
+    TOLERANCE,
+    Trained,
+    assert_equal,
+    assert_same_metrics,
+    config_of,
+    error,
+    in_turn,
+    train_in_float64,
+)
 from safetensors.torch import load_file
 from tiny_models import tiny_network
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -33,47 +38,14 @@ from selfforcing_dfd.training.clock import Clock
 from selfforcing_dfd.training.muon import Muon
 from selfforcing_dfd.training.sharding import Sharding
 from selfforcing_dfd.weights.tensors import whole
-from tests.training.conftest import config_in
 
-TOLERANCE = 1e-11
-FLOAT32 = 2e-6  # of what is float32 everywhere: the average of the student, and logged numbers
-STAGES = {
-    "teacher": ["run.stage=teacher", "teacher.first_chunk=0.5"],
-    "causal": ["run.stage=causal"],
-    "init": ["run.stage=init"],
-    "regression": ["run.stage=regression", "regression.target=trajectory", "regression.steps=2"],
-    "next_step": ["run.stage=regression", "regression.target=next_step", "rollout.noise=kept"],
-    "clip": ["run.stage=regression", "regression.target=clip"],
-    "dmd": ["run.stage=dmd"],
-    "caption": ["dfd.pairing=caption", "dfd.granularity=micro"],
-    "noised_real": ["dfd.pairing=noised_real", "score.regression_per_student=1"],
-    "inversion": ["dfd.pairing=inversion", "dfd.granularity=update"],
-    "noised_prefix": ["dfd.pairing=noised_prefix", "score.control_variate=true"],
-}
 BY_FOUR = {"caption": ["model.shard_ranks=2"], "causal": ["model.shard_ranks=1"]}
 
 
 @pytest.fixture(scope="module")
 def make(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
     """A config by the name of a stage, in a run folder of its own."""
-    folder = tmp_path_factory.mktemp("configs")
-
-    def config(stage: str, run: str, *overrides: str) -> Config:
-        causal = f"weights.causal={world / 'teacher.safetensors'}"  # any network will do
-        settings = [
-            causal,
-            *STAGES[stage],
-            f"run.name={run}/{stage}",
-            "run.student_updates=5",
-            "batch.micro=1",
-            "score.fake_per_student=1",
-            "score.guidance=2",
-            "checkpoint.every=100",
-            *overrides,
-        ]
-        return config_in(folder, world, *settings)
-
-    return config
+    return partial(config_of, tmp_path_factory.mktemp("configs"), world)
 
 
 @pytest.fixture(scope="module")
@@ -87,33 +59,6 @@ def alone(make: Callable[..., Config]) -> Callable[[str], Trained]:
         return made[stage]
 
     return train
-
-
-def assert_equal(ranks: list[Trained], one: Trained) -> None:
-    assert in_turn([each.seen for each in ranks]) == one.seen
-    for rank, each in enumerate(ranks):
-        assert each.values == one.values, f"rank {rank}"
-        assert each.tensors.keys() == one.tensors.keys()
-        for name, wanted in one.tensors.items():
-            tolerance = FLOAT32 if name.startswith("ema") else TOLERANCE
-            assert error(each.tensors[name], wanted) < tolerance, f"{name} on rank {rank}"
-    assert_same_metrics(ranks[0].metrics, one.metrics)
-
-
-def error(got: torch.Tensor, wanted: torch.Tensor) -> float:
-    """The largest difference, in units of the tensor's largest value."""
-    scale = float(wanted.abs().max())
-    return float((got - wanted).abs().max()) / (scale or 1.0)
-
-
-def assert_same_metrics(got: list[dict[str, Any]], wanted: list[dict[str, Any]]) -> None:
-    assert len(got) == len(wanted)
-    for line, other in zip(got, wanted, strict=True):
-        assert line.keys() == other.keys()
-        for name in line.keys() - {"seconds", "core_seconds", "kind"}:
-            exact = name in ("loss", "grad_norm")
-            tolerance = TOLERANCE if exact else FLOAT32
-            assert line[name] == pytest.approx(other[name], rel=tolerance, abs=1e-9), name
 
 
 @pytest.mark.parametrize("stage", STAGES)
