@@ -153,6 +153,20 @@ class TrainingStage(Stage, ABC):
     ) -> Self:
         """networks: by role. negative: [L, D_text], the text of no caption; None is zeros."""
 
+    @classmethod
+    def further_networks(
+        cls, config: Config, networks: Mapping[str, Any], generator: torch.Generator
+    ) -> dict[str, nn.Module]:
+        """What the stage trains beside its transformers, by role, with weights from the generator.
+
+        networks: the transformers, by role.
+        """
+        return {}
+
+    def learners_of(self, turn: str) -> tuple[str, ...]:
+        """Which of `trained` learn in a turn: the turn's own first."""
+        return (turn,)
+
     @abstractmethod
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         """The loss of one micro-batch for the network of this turn."""

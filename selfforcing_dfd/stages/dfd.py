@@ -11,6 +11,7 @@ from torch import nn
 from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.forcing import PAIRINGS, Forcing
 from selfforcing_dfd.stages.base import FlowConfig, register
+from selfforcing_dfd.stages.gan import GanConfig
 from selfforcing_dfd.stages.matching import MatchingStage, ScoreConfig
 from selfforcing_dfd.stages.regression import RegressionConfig
 
@@ -54,6 +55,7 @@ class DFDStage(MatchingStage):
     sections = {
         "score": ScoreConfig,
         "dfd": DFDConfig,
+        "gan": GanConfig,
         "regression": RegressionConfig,
         "flow": FlowConfig,
     }

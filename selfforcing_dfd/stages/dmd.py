@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.stages.base import FlowConfig, register
+from selfforcing_dfd.stages.gan import GanConfig
 from selfforcing_dfd.stages.matching import MatchingStage, ScoreConfig
 from selfforcing_dfd.stages.regression import RegressionConfig
 
@@ -16,7 +17,12 @@ class DMDStage(MatchingStage):
     """Distribution matching on the student's own samples. Captions without clips will do."""
 
     name = "dmd"
-    sections = {"score": ScoreConfig, "regression": RegressionConfig, "flow": FlowConfig}
+    sections = {
+        "score": ScoreConfig,
+        "gan": GanConfig,
+        "regression": RegressionConfig,
+        "flow": FlowConfig,
+    }
     needs_clips = False
 
     @classmethod

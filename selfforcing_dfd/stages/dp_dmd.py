@@ -28,6 +28,7 @@ from selfforcing_dfd.ode import sampling_ladder, teacher_forced_contexts
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import Rollout, replay
 from selfforcing_dfd.stages.base import FlowConfig, Pass, Start, causal_start, no_text, register
+from selfforcing_dfd.stages.gan import GanConfig
 from selfforcing_dfd.stages.matching import MatchingStage, ScoreConfig
 from selfforcing_dfd.stages.regression import RegressionConfig
 
@@ -61,6 +62,7 @@ class DPDMDStage(MatchingStage):
     sections = {
         "score": ScoreConfig,
         "anchor": AnchorConfig,
+        "gan": GanConfig,
         "regression": RegressionConfig,
         "flow": FlowConfig,
     }

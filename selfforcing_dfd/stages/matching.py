@@ -33,6 +33,7 @@ from selfforcing_dfd.stages.base import (
     student_start,
     teacher_start,
 )
+from selfforcing_dfd.stages.gan import DISCRIMINATOR, Gan, GanConfig, build_discriminator, check_gan
 from selfforcing_dfd.stages.regression import RegressionStage
 
 
@@ -102,6 +103,7 @@ class MatchingStage(TrainingStage):
     real_input: bool = False
     regression_per_student: int = 0
     regression: RegressionStage | None = None
+    gan: Gan | None = None
     keeps_noise: bool = False
 
     @classmethod
@@ -114,6 +116,10 @@ class MatchingStage(TrainingStage):
         if score.regression_per_student:
             regression = RegressionStage.build(config, networks, negative)
             trained["regression"] = networks["student"]
+        gan = None
+        if config.of(GanConfig).weight:
+            trained[DISCRIMINATOR] = networks[DISCRIMINATOR]
+            gan = Gan.build(config, networks["teacher"], networks[DISCRIMINATOR])
         return cls(
             trained=trained,
             teacher=networks["teacher"],
@@ -131,6 +137,7 @@ class MatchingStage(TrainingStage):
             real_input=score.student_input == "noised_real",
             regression_per_student=score.regression_per_student,
             regression=regression,
+            gan=gan,
             keeps_noise=keeps_noise(config),
             negative=negative,
             **cls.own_settings(config, networks),
@@ -147,6 +154,7 @@ class MatchingStage(TrainingStage):
         require_teacher(config)
         if config.of(ScoreConfig).regression_per_student:
             RegressionStage.check(config)
+        check_gan(config)
 
     @classmethod
     def uses_clips(cls, config: Config) -> str:
@@ -155,6 +163,8 @@ class MatchingStage(TrainingStage):
             return f"score.regression_per_student is {score.regression_per_student}"
         if score.student_input == "noised_real":
             return "score.student_input is noised_real"
+        if config.of(GanConfig).weight:
+            return f"gan.weight is {config.of(GanConfig).weight:g}"
         return "score.control_variate is on" if score.control_variate else ""
 
     @classmethod
@@ -168,6 +178,17 @@ class MatchingStage(TrainingStage):
         if config.of(ScoreConfig).regression_per_student:
             starts |= RegressionStage.starts(config)
         return starts
+
+    @classmethod
+    def further_networks(
+        cls, config: Config, networks: Mapping[str, Any], generator: torch.Generator
+    ) -> dict[str, nn.Module]:
+        if not config.of(GanConfig).weight:
+            return {}
+        teacher = networks["teacher"]
+        width = teacher.config["num_attention_heads"] * teacher.config["attention_head_dim"]
+        layers = teacher.config["num_layers"]
+        return {DISCRIMINATOR: build_discriminator(config, width, layers, generator)}
 
     @classmethod
     def passes(cls, config: Config) -> dict[str, list[Pass]]:
@@ -190,6 +211,11 @@ class MatchingStage(TrainingStage):
             ],
             "fake": [*roll_out, Pass("with gradient", "fake", "clip", gradient=True)],
         }
+        if config.of(GanConfig).weight:
+            # the gradient goes through the teacher, not to its weights
+            passes["student"].append(Pass("GAN", "teacher", "clip", gradient=True))
+            shown = 3 if config.of(GanConfig).r1_weight else 2
+            passes["fake"].append(Pass("GAN", "teacher", "clip", shown, rows=shown))
         if score.regression_per_student:
             passes["regression"] = RegressionStage.passes(config)["student"]
         return passes
@@ -217,6 +243,9 @@ class MatchingStage(TrainingStage):
         """What `describe` adds about data forcing; nothing for DMD."""
         return iter(())
 
+    def learners_of(self, turn: str) -> tuple[str, ...]:
+        return ("fake", DISCRIMINATOR) if self.gan and turn == "fake" else (turn,)
+
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         if turn == "fake":
             return self.fake_loss(batch, draw)
@@ -232,7 +261,13 @@ class MatchingStage(TrainingStage):
         noise, sigma = self.draw_score(draw, x0)
         conditioning = drop_text(batch, draw, self.fake_text_dropout, self.negative)
         loss = flow_matching(self.trained["fake"], x0, noise, sigma, conditioning)
-        return StageLoss(loss.mean(), {"flow_loss": loss.detach(), "sigma": sigma})
+        values = {"flow_loss": loss.detach(), "sigma": sigma}
+        if self.gan:
+            asked = Conditioning(batch.text)
+            other = self.gan.discriminator_loss(x0, batch.latents, noise, sigma, asked, draw)
+            values["gan"] = other.detach()
+            loss = loss + other  # of other parameters
+        return StageLoss(loss.mean(), values)
 
     def student_loss(self, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         conditioning = Conditioning(batch.text)
@@ -265,9 +300,12 @@ class MatchingStage(TrainingStage):
         if real is not None:
             values["gap"] = forcing.gap(generated, real)
         loss = matching.loss * with_loss
-        for name, (weight, further) in self.further_losses(batch, draw, record).items():
-            values[name] = further.detach()
-            loss = loss + weight * further
+        further = self.further_losses(batch, draw, record)
+        if self.gan:
+            further["gan"] = self.gan.weight, self.gan.student_loss(x0, noise, sigma, conditioning)
+        for name, (weight, other) in further.items():
+            values[name] = other.detach()
+            loss = loss + weight * other
         return StageLoss(loss.mean(), values, generated, real)
 
     def further_losses(

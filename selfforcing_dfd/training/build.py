@@ -181,12 +181,17 @@ def build_trainer(
     fixed = {
         role: model_fingerprint(network) for role, network in networks.items() if role in FROZEN
     }
+    generator = rng.generator(config.run.seed, "further weights")
+    further = training_stage_of(config).further_networks(config, networks, generator)
+    for module in further.values():
+        module.to(world.device, DTYPES["float32"])
+    modules = networks | further
     settings = as_dict(config) | {"networks": describe_networks(config, reader, networks)}
     models = fixed | {"data": reader.index_hash}
     _, _, rows, columns = reader.index.latent_shape
     share_sequences(world, networks, (rows, columns), config.run.timeout_s)
-    spread(config, world, networks, {**models, "settings": config_fingerprint(settings)})
-    stage = training_stage_of(config).build(config, networks, reader.negative)
+    spread(config, world, modules, {**models, "settings": config_fingerprint(settings)})
+    stage = training_stage_of(config).build(config, modules, reader.negative)
     checkpoints = CheckpointManager(
         folder / CHECKPOINTS, config.checkpoint.keep, config=settings, models=models
     )
@@ -197,6 +202,7 @@ def build_trainer(
         "student": config.optim.student,
         "fake": config.optim.fake,
         "regression": config.optim.regression,
+        "discriminator": config.optim.fake,
     }
     trainer = Trainer(
         stage=stage,
@@ -225,7 +231,7 @@ def build_trainer(
 
 
 def spread(
-    config: Config, world: World, networks: Mapping[str, WanTransformer], facts: Mapping[str, str]
+    config: Config, world: World, networks: Mapping[str, nn.Module], facts: Mapping[str, str]
 ) -> None:
     """Shard the networks over all processes.
 

@@ -145,33 +145,45 @@ class Trainer:
             self.tracker.log(turn, update, values, self.clock.count(turn))
 
     def take_turn(self, turn: Turn, stream: Iterator[Batch]) -> dict[str, float]:
-        """One update of one network: all micro-batches, then the optimizer step, then the clock."""
-        learner = self.learners[turn]
-        for optimizer in learner.optimizers:
-            optimizer.zero_grad(set_to_none=True)
+        """One update: all micro-batches, then the optimizers' steps, then the clock."""
+        learners = [self.learners[name] for name in self.stage.learners_of(turn)]
+        for learner in learners:
+            for optimizer in learner.optimizers:
+                optimizer.zero_grad(set_to_none=True)
         draws = list(self.draws())
         parts = []
         for draw, batch in zip(draws, self.coming(stream, len(draws)), strict=True):
-            expect_backward(learner.network, is_last=draw is draws[-1])
+            for learner in learners:
+                expect_backward(learner.network, is_last=draw is draws[-1])
             parts.append(self.backward(turn, batch, draw))
         for each in self.learners.values():
             release(each.network)
         losses = gather(torch.stack([part.loss.detach() for part in parts]))
         mean_loss = check_losses(losses, self.where(turn))
-        grad_norm = check_finite(mean_loss, gradients(learner.network), self.where(turn))
+        grad_norms = [
+            check_finite(mean_loss, gradients(learner.network), self.where(turn))
+            for learner in learners
+        ]
+        for learner in learners:
+            self.step(learner, turn)
+        self.clock.advance(turn, self.batch_size)
+        if turn == "student":
+            self.ema.update(learners[0].network, self.clock.student_updates)
+        values = summarise(values_of_all(parts, self.world))
+        return (
+            {"loss": float(mean_loss), "grad_norm": float(grad_norms[0])}
+            | values
+            | self.look_at(parts)
+        )
+
+    def step(self, learner: Learner, turn: Turn) -> None:
+        """Clip the gradients, take the optimizers' steps and look at the weights."""
         nn.utils.clip_grad_norm_(learner.network.parameters(), learner.clip)
         for optimizer in learner.optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = learner.lr(self.clock.student_updates)
             optimizer.step()
         check_weights(learner.network.named_parameters(), self.where(turn))
-        self.clock.advance(turn, self.batch_size)
-        if turn == "student":
-            self.ema.update(learner.network, self.clock.student_updates)
-        values = summarise(values_of_all(parts, self.world))
-        return (
-            {"loss": float(mean_loss), "grad_norm": float(grad_norm)} | values | self.look_at(parts)
-        )
 
     def backward(self, turn: str, batch: Batch, draw: Draw) -> StageLoss:
         """Loss and gradient of one micro-batch; all samples of an update weigh the same.

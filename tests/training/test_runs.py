@@ -46,6 +46,7 @@ STAGES = {
     "regression": ["run.stage=regression", "regression.target=clip"],
     "inversion": ["dfd.pairing=inversion", "dfd.p=1"],
     "bfloat16": ["model.compute=bfloat16", "model.activation_checkpointing=full", "run.stage=dmd"],
+    "gan": ["run.stage=dmd", "gan.weight=0.3", "gan.inner=8", "gan.depths=[1.0]"],
 }
 
 

@@ -1,0 +1,125 @@
+"""A GAN beside distribution matching, as in DMD2 (arXiv 2405.14867, 4.4). A switch: `gan.weight`.
+
+The discriminator sees clips as the score networks do, noised, through blocks of the frozen teacher.
+It learns in the turns of the fake score. Losses are softplus, not saturating.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from selfforcing_dfd.config import Config, ranged, require
+from selfforcing_dfd.context import Conditioning
+from selfforcing_dfd.flow import add_noise
+from selfforcing_dfd.models.discriminator import Discriminator, block_outputs
+from selfforcing_dfd.rng import Draw
+
+DISCRIMINATOR = "discriminator"
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GanConfig:
+    """weight 0: no GAN. Its learning rate is the fake score's."""
+
+    weight: float = ranged(0.0, 0, 1000)  # of the student's loss; FastGen has .03 for DMD2 on Wan
+    depths: tuple[float, ...] = ranged((0.5, 0.75, 1.0), 0, 1)  # of the teacher's blocks it reads
+    inner: int = ranged(384, 1, 100_000)  # width of its hidden layers
+    # of R1 as FastGen approximates it: scores of a real clip should not change with a little noise
+    r1_weight: float = ranged(0.0, 0, 1_000_000)
+    r1_noise: float = ranged(0.1, 0, 10, above=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Gan:
+    """teacher: frozen, asked about whole noised clips. discriminator: reads its blocks."""
+
+    teacher: Any
+    discriminator: Discriminator
+    weight: float
+    r1_weight: float = 0.0
+    r1_noise: float = 0.1
+
+    @classmethod
+    def build(cls, config: Config, teacher: Any, discriminator: Any) -> Gan:
+        gan = config.of(GanConfig)
+        return cls(teacher, discriminator, gan.weight, gan.r1_weight, gan.r1_noise)
+
+    def scores(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
+        """[B, n]: high for what looks real."""
+        layers = self.discriminator.layers
+        features = block_outputs(self.teacher, layers, x_t, sigma, conditioning)
+        return self.discriminator(features)
+
+    def student_loss(
+        self, x0: Tensor, noise: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> Tensor:
+        """[B]: softplus(-score) of the student's clips x0, with gradient to x0 alone.
+
+        The gradient is taken here: else the discriminator's parameters would get one as well.
+        """
+        x_t = add_noise(x0.detach(), noise, sigma).requires_grad_()
+        loss = softplus(-self.scores(x_t, sigma, conditioning)).mean(1)
+        (gradient,) = torch.autograd.grad(loss.sum(), x_t)
+        of_x0 = gradient * (1 - sigma)[:, None, None, None, None]
+        moved = (of_x0 * (x0 - x0.detach())).flatten(1).sum(1)  # zero, with that gradient
+        return loss.detach() + moved
+
+    def discriminator_loss(
+        self,
+        x0: Tensor,
+        real: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        draw: Draw,
+    ) -> Tensor:
+        """[B]: softplus(score) of made clips and softplus(-score) of real ones, noised alike."""
+        real_t = add_noise(real, noise, sigma)
+        clips = [add_noise(x0.detach(), noise, sigma), real_t]
+        if self.r1_weight:
+            small = draw.normal("r1", real.shape[1:], real)
+            clips.append(real_t + self.r1_noise * small)
+        with torch.no_grad():
+            features = block_outputs(
+                self.teacher,
+                self.discriminator.layers,
+                torch.cat(clips),
+                sigma.repeat(len(clips)),
+                Conditioning(conditioning.text.repeat(len(clips), 1, 1)),
+            )
+        made, of_real, *moved = self.discriminator(features).chunk(len(clips))
+        loss = softplus(made).mean(1) + softplus(-of_real).mean(1)
+        for scores in moved:
+            loss = loss + self.r1_weight * (scores - of_real).square().mean(1)
+        return loss
+
+
+def build_discriminator(
+    config: Config, width: int, num_layers: int, generator: torch.Generator
+) -> Discriminator:
+    """A discriminator for a teacher of this size, with weights from the generator."""
+    gan = config.of(GanConfig)
+    made = Discriminator(width, num_layers, gan.depths, gan.inner)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            scale = parameter.shape[-1] ** -0.5 if parameter.ndim > 1 else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+    return made
+
+
+def check_gan(config: Config) -> None:
+    """ConfigError for settings under which there can be no GAN."""
+    gan = config.of(GanConfig)
+    if not gan.weight:
+        return
+    require(bool(gan.depths), "gan.depths is empty; name at least one depth, such as [0.5, 1.0]")
+    require(
+        config.model.sequence_ranks == 1,
+        f"gan.weight is {gan.weight} and model.sequence_ranks {config.model.sequence_ranks}; the "
+        "discriminator reads whole clips: use model.sequence_ranks=1",
+    )
