@@ -287,9 +287,8 @@ def load(
     """
     with explained(name):
         schema = {key: kind() for key, kind in stage_sections.items()}
-        return _config(
-            OmegaConf.merge(_open(Config(stage=schema)), _layers(name)), overrides, schema
-        )
+        tree = OmegaConf.merge(_open(Config(stage=schema)), _layers(name))
+        return _config(tree, overrides, schema)
 
 
 def change(config: Config, overrides: list[str]) -> Config:
