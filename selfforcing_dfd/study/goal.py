@@ -41,10 +41,17 @@ GOAL = (
 
 @dataclass(frozen=True)
 class Criterion:
-    """One part of the goal. text: what was wanted and what was got."""
+    """One part of the goal. text: what was wanted and what was got.
+
+    control, key: what is compared, where it is a comparison. sign: 1 for a certain gain, -1 for a
+    certain loss.
+    """
 
     met: bool
     text: str
+    control: str = ""
+    key: str = ""
+    sign: int = 0
 
 
 def criteria(study: Study, arm: str) -> list[Criterion]:
@@ -66,9 +73,10 @@ def beats(arm: str, control: str, key: str, runs: Sequence[Run]) -> Criterion:
     gain = next(gain for gain in GAINS if gain.key == key)
     difference = compare(arm, control, key, both) if both else None
     if difference is None:
-        return Criterion(False, f"{gain.title} against {control}: not run")
-    met = gain.better * certain_sign(arm, control, key, both) > 0
-    return Criterion(met, f"{gain.title} {signed(difference)} against {control}")
+        return Criterion(False, f"{gain.title} against {control}: not run", control, key)
+    sign = gain.better * certain_sign(arm, control, key, both)
+    text = f"{gain.title} {signed(difference)} against {control}"
+    return Criterion(sign > 0, text, control, key, sign)
 
 
 def held(arm: str, runs: Sequence[Run], when: str) -> list[Criterion]:

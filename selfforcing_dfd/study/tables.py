@@ -161,14 +161,32 @@ def verdict_on_goal(study: Study) -> Iterator[str]:
             f"**No arm reaches the goal. {nearest} comes nearest: it meets {met} of its "
             f"{len(judged[nearest])} parts.**"
         )
-    table = [["arm", "parts met", "parts missed"]]
+    table = [["arm", "parts met", "bounds missed"]]
     for arm, parts in sorted(judged.items(), key=lambda item: -share_met(item[1])):
-        missed = "; ".join(part.text for part in parts if not part.met)
+        missed = "; ".join(part.text for part in parts if not part.met and not part.control)
         table.append([arm, f"{sum(part.met for part in parts)} of {len(parts)}", missed or "none"])
     yield markdown(table)
+    yield (
+        "Coverage and follow test against each control: + is a certain gain, - a certain loss, "
+        "~ neither. The numbers stand below, in the differences in pairs of runs."
+    )
+    yield markdown(gains_table(study, judged))
     waiting = [f"`{arm}`" for arm in candidates if arm not in judged]
     if waiting:
         yield f"Not run yet: {', '.join(waiting)}."
+
+
+def gains_table(study: Study, judged: Mapping[str, Sequence[Criterion]]) -> Table:
+    """For each arm and control, whether coverage and the follow test differ for certain."""
+    marks = {1: "+", 0: "~", -1: "-"}
+    table = [["arm", *study.controls]]
+    for arm, parts in judged.items():
+        row = [arm]
+        for control in study.controls:
+            signs = [marks[part.sign] for part in parts if part.control == control]
+            row.append(" ".join(signs))
+        table.append(row)
+    return table
 
 
 def share_met(parts: Sequence[Criterion]) -> float:

@@ -312,6 +312,8 @@ def test_the_page_says_the_rule_first_and_the_file_holds_it_all(tmp_path: Path):
     assert "**good reaches the goal.**" in page
     assert "| rival | 24 | 0.50 | 0.90 |" in page  # a dose in units of the DMD run before
     assert "| good | 7 |" in page
+    assert "| good | + + |" in page  # certain in coverage and in the follow test
+    assert "| rival | ~ ~ |" in page
     assert "27 runs" not in page
     assert "30 runs: 3 starts x 3 draws of 4 arms, 256 clips a point" in flat
     assert [line for line in page.splitlines() if len(line) > 100 and line[0] != "|"] == []
