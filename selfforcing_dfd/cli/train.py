@@ -5,18 +5,19 @@ from __future__ import annotations
 import logging
 from contextlib import ExitStack
 
-from selfforcing_dfd.common import find_device
-from selfforcing_dfd.config import Config, require
+from selfforcing_dfd.config import Config, as_dict, require
 from selfforcing_dfd.processes.ranks import on_first_rank
-from selfforcing_dfd.processes.world import World, joined
+from selfforcing_dfd.processes.world import World, find_world, joined
 from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.base import ShardStage
+from selfforcing_dfd.training.agreement import require_agreement
 from selfforcing_dfd.training.build import build_networks, check_start
 from selfforcing_dfd.training.build_data import build_reader
 from selfforcing_dfd.training.exclusive import lock_folders
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.needs import has_shards
 from selfforcing_dfd.training.one_run import prepare_data, train
+from selfforcing_dfd.training.same_run import config_fingerprint
 from selfforcing_dfd.weights.tensors import model_fingerprint
 
 
@@ -70,13 +71,19 @@ def train_or_make(config: Config, resume: bool) -> None:
     """One run: of a stage that trains, or of one that writes shards."""
     stage = stage_of(config)
     if issubclass(stage, ShardStage):
-        on_first_rank(lambda: make_shards(config, stage, resume))
+        make_shards(config, stage, resume)
     else:
         train(config, resume)
 
 
 def make_shards(config: Config, stage: type[ShardStage], resume: bool) -> None:
     """Run a stage that writes shards. PackError if they exist or another config began them."""
-    networks = build_networks(config, find_device(config.run.device, "run.device"))
+    world = find_world(config.run.device)
+    networks = build_networks(config, world.device)
     fingerprints = {role: model_fingerprint(network) for role, network in networks.items()}
-    print(stage.make_shards(config, networks, fingerprints, build_reader(config), resume))
+    reader = build_reader(config)
+    settings = config_fingerprint(as_dict(config))
+    require_agreement({**fingerprints, "data": reader.index_hash, "settings": settings})
+    text = stage.make_shards(config, networks, fingerprints, reader, resume)
+    if world.is_first:
+        print(text)

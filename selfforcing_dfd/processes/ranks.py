@@ -111,6 +111,18 @@ def gather_objects(own: T) -> list[T]:
     return ranks
 
 
+def gather_to_first(own: list[T]) -> list[T]:
+    """The lists of all ranks as one, on the first rank; empty on others.
+
+    Waits as long as it takes.
+    """
+    if not are_many():
+        return own
+    ranks: list[Any] | None = [None] * dist.get_world_size() if is_first() else None
+    dist.gather_object(own, ranks, group=patient_group())
+    return [each for of_rank in ranks or [] for each in of_rank]
+
+
 def gather(own: Tensor) -> Tensor:
     """[R, ...] on the CPU: a tensor of the same shape from each rank; on all ranks."""
     own = own.detach().cpu().contiguous()

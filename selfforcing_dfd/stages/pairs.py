@@ -1,10 +1,15 @@
-"""Stage `pairs`: noise, and the clip that the teacher's ODE makes of it, for each caption."""
+"""Stage `pairs`: noise, and the clip that the teacher's ODE makes of it, for each caption.
+
+Each process makes batches of its own, and the first one writes them in order. So the files are the
+same for any number of processes.
+"""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -16,8 +21,9 @@ from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, NOISE, TEXT, npy
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.write import Job, Record, Refuse, Unfinished, write_folder
+from selfforcing_dfd.data.write import Job, PackSummary, Record, Refuse, Unfinished, write_folder
 from selfforcing_dfd.ode import sample
+from selfforcing_dfd.processes.shared_work import Share, work_together
 from selfforcing_dfd.stages.base import (
     FlowConfig,
     Pass,
@@ -111,15 +117,27 @@ class PairsStage(ShardStage):
             files={NEGATIVE_NAME: (reader.folder / NEGATIVE_NAME).read_bytes()} if negative else {},
         )
 
-        def records(first: int, refuse: Refuse) -> Iterator[Record]:
-            starts = range(first, job.num_items, config.batch.micro)
-            for start in tqdm(starts, desc="pairs", unit="batch", disable=None):
-                numbers = range(start, min(start + config.batch.micro, job.num_items))
-                yield from make_pairs(config, networks["teacher"], reader, numbers)
-
         unfinished: Unfinished = "resume" if resume else "keep"
-        summary = write_folder(pairs.out, job, records, unfinished=unfinished)
+
+        def make(numbers: range) -> list[Record]:
+            return list(make_pairs(config, networks["teacher"], reader, numbers))
+
+        def write(share: Share[range, list[Record]]) -> PackSummary:
+            records = partial(in_batches, share, job.num_items, config.batch.micro)
+            return write_folder(pairs.out, job, records, unfinished=unfinished)
+
+        summary = work_together(make, write)
         return f"{summary.folder}: {summary.num_samples} pairs in {summary.num_shards} shards"
+
+
+def in_batches(
+    share: Share[range, list[Record]], num_items: int, size: int, first: int, refuse: Refuse
+) -> Iterator[Record]:
+    """All pairs from `first` on, `size` at a time: a batch is made by one process."""
+    starts = range(first, num_items, size)
+    batches = [range(start, min(start + size, num_items)) for start in starts]
+    for batch in tqdm(share(batches), "pairs", len(batches), unit="batch", disable=None):
+        yield from batch
 
 
 def make_pairs(

@@ -39,6 +39,7 @@ from selfforcing_dfd.training.metrics import Watch, summarise, values_of_all, wa
 from selfforcing_dfd.training.optimizer_state import optimizer_state
 from selfforcing_dfd.training.sharding import expect_backward, keep_gathered, release
 from selfforcing_dfd.training.tracking import Tracker
+from selfforcing_dfd.training.utilisation import Utilisation
 
 SAME_SIGNAL_S = 1.0
 """torchrun passes on a Ctrl-C that its processes also got themselves."""
@@ -76,6 +77,7 @@ class Trainer:
     tracker: Tracker
     num_workers: int = 0
     watch: Watch | None = None
+    utilisation: Utilisation | None = None
     world: World = field(default_factory=World)
     clock: Clock = field(default_factory=Clock)
     stop_requested: bool = False
@@ -108,6 +110,7 @@ class Trainer:
                 values = self.take_turn(turn, stream)
                 values["seconds"] = time.perf_counter() - started
                 (values["core_seconds"],) = add_up([time.process_time() - cores_started])
+                values |= self.utilised(turn, values["seconds"])
                 self.log(turn, values)
                 if turn == "student":
                     bar.set_postfix(loss=f"{values['loss']:.3g}", refresh=False)
@@ -122,6 +125,12 @@ class Trainer:
                         f"stopped and saved at student update {self.clock.student_updates} "
                         f"of {self.student_updates}; go on with the same command and --resume"
                     )
+
+    def utilised(self, turn: Turn, seconds: float) -> dict[str, float]:
+        """MFU of a turn, where the GPU's peak is known."""
+        if self.utilisation is None:
+            return {}
+        return {"mfu": self.utilisation.mfu(turn, self.batch_size / self.world.size, seconds)}
 
     def check_agreement(self) -> None:
         """DisagreementError where a rank is elsewhere in the run, or has other draws or weights."""

@@ -32,6 +32,7 @@ from selfforcing_dfd.training.identity import find_record, running_code, too_few
 from selfforcing_dfd.training.inversion import build_inversion
 from selfforcing_dfd.training.journal import note
 from selfforcing_dfd.training.loop import Trainer
+from selfforcing_dfd.training.plan import utilisation_of
 from selfforcing_dfd.weights.run_record import (
     RunRecord,
     changed_result,
@@ -79,6 +80,7 @@ def train(config: Config, resume: bool) -> None:
         on_first_rank(partial(create, folder, record))
     while True:
         trainer = build_trainer(config, build_guards(config), resume, record.aside)
+        trainer.utilisation = utilisation_of(config, trainer.world.device)
         check_start(trainer)
         record = on_first_rank(partial(begin, config, record, trainer.clock))
         failure = run_to_end(trainer, config)

@@ -11,24 +11,26 @@ from omegaconf import OmegaConf
 
 from selfforcing_dfd.common import find_device
 from selfforcing_dfd.config import Config, NetworkConfig, as_dict
+from selfforcing_dfd.cost import peak_tflops
 from selfforcing_dfd.processes.world import World
 from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.base import chunks_of
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.training.estimate import (
     GPUS,
-    MFU,
+    UTILISATION,
     Estimate,
     Gpu,
     clip_of,
-    fewest_gpus,
     gpu_hours,
     num_parameters,
 )
 from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.training.memory import fewest_gpus, memory_of
 from selfforcing_dfd.training.needs import chain_of, describe_needs, has_shards, reader_of
 from selfforcing_dfd.training.sequences import describe_grid, in_groups
 from selfforcing_dfd.training.sizes import known_sizes
+from selfforcing_dfd.training.utilisation import Utilisation
 
 VAE_STRIDE = 8  # video pixels for each latent one, both codecs
 UMT5_TOKENS = 512  # its padded length, while there are no shards to ask
@@ -140,8 +142,10 @@ def describe_updates(config: Config) -> Iterator[str]:
     if not updates:
         return
     counts = ", ".join(f"{count} of the {turn}" for turn, count in updates.items())
-    passes = batch.size // batch.micro
-    yield f"  updates     {counts}, {batch.size} samples each in {passes} passes"
+    gpus = config.run.gpus
+    passes = batch.size // (batch.micro * gpus)
+    each = f" of each of {gpus} GPUs" if gpus > 1 else ""
+    yield f"  updates     {counts}, {batch.size} samples each in {passes} passes{each}"
     saved = config.checkpoint
     yield f"  checkpoints every {saved.every} student updates, the newest {saved.keep} kept"
 
@@ -169,7 +173,7 @@ def plan_cost(config: Config) -> list[str]:
     gpus = config.run.gpus
     if estimate is None:
         return ["  cost        unknown until the weights are there: they tell the networks' sizes"]
-    memory = estimate.memory(gpus)
+    memory = memory_of(estimate, gpus)
     rows = [*memory.lasting.items(), *memory.phases[memory.peak_phase].items()]
     peak = f"at its peak ({memory.peak_phase}), estimated"
     lines = [f"  memory      of each of {gpus} GPU{'s' * (gpus > 1)}, {peak}"]
@@ -198,13 +202,16 @@ def table_of_flops(title: str, parts: dict[str, int]) -> Iterator[str]:
     yield f"{total / scale:>14,.1f} {unit}  in all"
 
 
-def run_flops(config: Config) -> int:
-    """Of the whole run; 0 where a size or the number of samples is not known yet."""
+def run_flops(config: Config, again: bool = True) -> int:
+    """Of the whole run; 0 where a size or the number of samples is not known yet.
+
+    again: with what activation checkpointing makes again.
+    """
     estimate = estimate_of(config)
     num_items = len(reader_of(config)) if has_shards(config) else 0
     if estimate is None:
         return 0
-    return estimate.run_flops(stage_of(config).num_items(config, num_items))
+    return estimate.run_flops(stage_of(config).num_items(config, num_items), again)
 
 
 def describe_hours(estimate: Estimate) -> Iterator[str]:
@@ -214,11 +221,33 @@ def describe_hours(estimate: Estimate) -> Iterator[str]:
         return
     table = {gpu.name: gpu_hours(flops, gpu) for gpu in GPUS}
     if max(table.values()) >= LEAST_HOURS:
-        yield f"  GPU-hours   of the whole run at {MFU:.0%} of the bf16 peak, as in Self-Forcing"
-        yield from (f"{hours(amount):>14} h  {name}" for name, amount in table.items())
+        once = UTILISATION * run_flops(estimate.config, again=False) / flops
+        used = f"{UTILISATION:.0%} of the bf16 peak"
+        yield f"  GPU-hours   of the whole run at {used}, as in Self-Forcing"
+        yield f"{'':14}(what is computed again included; without it, MFU is {once:.0%})"
+        gpus = estimate.config.run.gpus
+        for name, amount in table.items():
+            wall = f", {hours(amount / gpus)} h on {gpus} of them" if gpus > 1 else ""
+            yield f"{hours(amount):>14} h  {name}{wall}"
     here = flops / measured_flops_per_second(estimate) / 3600
     if here < LONG_RUN_HOURS:
         yield f"  time here   {describe_time(here)}, from a short timing of matrix products"
+
+
+def utilisation_of(config: Config, device: torch.device) -> Utilisation | None:
+    """For a run on this device. None where no peak is known: on a CPU, and in float32."""
+    if device.type != "cuda" or config.model.compute != "bfloat16":
+        return None
+    return utilisation_at(config, peak_tflops(torch.cuda.get_device_name(device)))
+
+
+def utilisation_at(config: Config, peak: float | None) -> Utilisation | None:
+    """peak: in TFLOP/s; None for a GPU that `cost` does not know."""
+    estimate = estimate_of(config)
+    if estimate is None or peak is None:
+        return None
+    flops = {turn: sum(estimate.turn_flops(turn, again=False).values()) for turn in estimate.passes}
+    return Utilisation(flops, peak * TERA)
 
 
 def describe_time(hours_here: float) -> str:

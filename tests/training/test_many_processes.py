@@ -31,7 +31,10 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import Interrupted
 from selfforcing_dfd.config import Config, ConfigError
+from selfforcing_dfd.data.format import PackError
 from selfforcing_dfd.processes.world import World, find_world
+from selfforcing_dfd.stages import pairs
+from selfforcing_dfd.stages.pairs import PairsStage
 from selfforcing_dfd.training.agreement import DisagreementError
 from selfforcing_dfd.training.build import build_trainer, check_batch
 from selfforcing_dfd.training.clock import Clock
@@ -187,6 +190,61 @@ def test_a_whole_run_writes_what_one_process_writes(
         wanted, got = (load_file(file) for file in files)
         for tensor in wanted:  # float32 gradients and float16 exports
             torch.testing.assert_close(got[tensor], wanted[tensor], rtol=2e-3, atol=1e-4)
+
+
+def test_all_processes_make_pairs_and_go_on_after_a_failure(
+    make: Callable[..., Config], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Catches pairs that one process makes alone, makes twice, or writes in another order.
+
+    Of 24 pairs in 6 batches and 3 shards, the second process fails at its second batch. What the
+    first one wrote until then stays. The files are those of one process.
+    """
+    monkeypatch.setattr(PairsStage, "pairs_per_shard", 8)
+    original, made = pairs.make_pairs, []
+
+    def watched(config: Config, teacher: Any, reader: Any, numbers: range) -> Any:
+        if fails and numbers.start == 12:
+            raise RuntimeError("out of memory")
+        made.append(numbers.start)
+        return original(config, teacher, reader, numbers)
+
+    monkeypatch.setattr(pairs, "make_pairs", watched)
+
+    def go(config: Config, resume: bool = False) -> list[int]:
+        run(config, resume)
+        return made
+
+    settings = ["run.stage=pairs", "pairs.steps=2", "batch.micro=4"]
+    one = make("clip", "one", *settings, f"pairs.out={tmp_path / 'one'}")
+    two = make("clip", "two", *settings, f"pairs.out={tmp_path / 'two'}")
+    fails = False
+    assert go(one) == [0, 4, 8, 12, 16, 20]
+    made.clear()
+    fails = True
+    with pytest.raises(AssertionError, match=r"(?s)out of memory\nmade on rank 1"):
+        in_processes(2, tmp_path / "broken", lambda: go(two))
+    fails = False
+    assert in_processes(2, tmp_path / "again", lambda: go(two, resume=True)) == [[8, 16], [12, 20]]
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
+
+
+def test_what_pairs_are_refused_for_is_said_by_all_processes(
+    make: Callable[..., Config], tmp_path: Path
+) -> None:
+    """Catches helpers that wait for ever, since the first process alone looks at the folder."""
+    folder = tmp_path / "taken"
+    (folder / "mine").mkdir(parents=True)
+    config = make("clip", "taken", "run.stage=pairs", "pairs.steps=2", f"pairs.out={folder}")
+
+    def refused() -> str:
+        with pytest.raises(PackError) as error:
+            run(config)
+        return str(error.value)
+
+    for message in in_processes(2, tmp_path / "two", refused):
+        assert f"{folder} exists" in message
 
 
 def test_a_batch_that_does_not_divide_is_refused(make: Callable[..., Config]) -> None:

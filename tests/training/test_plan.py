@@ -122,8 +122,18 @@ def test_gpus_share_the_memory() -> None:
     one, eight = (
         memory_in_all(table(load_config("wan1.3b/dfd_ar.yaml", [f"run.gpus={n}"]))) for n in (1, 8)
     )
-    assert one == pytest.approx(62, abs=1)
+    assert one == pytest.approx(65, abs=1)
     assert eight < one / 2
+
+
+def test_gpus_share_the_hours() -> None:
+    """Catches hours of one GPU that are told for several, and an MFU that counts work twice."""
+    text = table(load_config("wan1.3b/dfd_ar.yaml", ["run.gpus=8"]))
+    found = re.search(r"([\d.]+) h  H100, ([\d.]+) h on 8 of them", text)
+    assert found is not None
+    assert float(found[2]) == pytest.approx(float(found[1]) / 8, abs=0.1)
+    assert "64 samples each in 8 passes of each of 8 GPUs" in text
+    assert "24% of the bf16 peak" in text and "MFU is 21%" in text
 
 
 def test_shards_that_are_there_are_measured_not_assumed(nowhere: Path) -> None:
