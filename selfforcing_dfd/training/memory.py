@@ -73,10 +73,15 @@ class Spread:
         return self.estimate.width
 
     @property
+    def sequence_ranks(self) -> int:
+        """GPUs that share the tokens of each sequence."""
+        return min(self.config.model.sequence_ranks, self.gpus)
+
+    @property
     def passes_of_update(self) -> int:
         """Micro-batches whose gradients each GPU adds up before they are reduced."""
         batch = self.config.batch
-        return max(batch.size // (batch.micro * self.gpus), 1)
+        return max(batch.size * self.sequence_ranks // (batch.micro * self.gpus), 1)
 
     @property
     def foreach(self) -> bool:
@@ -136,20 +141,19 @@ class Spread:
 
     def turn(self, turn: str, passes: list[Pass]) -> dict[str, Parts]:
         """What is alive besides, in each phase of a turn."""
-        trained = [one for one in passes if one.gradient]
         gathered = self.student_gathered(passes)
-        if not trained:
+        own = next((one for one in reversed(passes) if one.gradient), None)
+        if own is None:
             return {one.name: gathered | self.passing(one) for one in passes}
-        (own,) = trained
         sums = self.summed_bytes(own.role)
-        kept = self.kept(own)
+        kept: Parts = {}
         phases: dict[str, Parts] = {}
-        before = passes[: passes.index(own)]
         for one in passes:
-            if one is own:
-                continue
-            alive = self.history(one) if one in before else kept
-            phases[f"{one.name}, {turn} update"] = gathered | sums | alive | self.passing(one)
+            if one.gradient:
+                kept = added(kept, self.kept(one))
+            else:
+                alive = kept or self.history(one)
+                phases[f"{one.name}, {turn} update"] = gathered | sums | alive | self.passing(one)
         again = self.again(own) | self.visiting(own.role) | self.reducing(own.role)
         gradients = {"gradients of one network": self.master_bytes(own.role)}
         phases[f"backward pass begins, {turn} update"] = gathered | sums | kept | again
@@ -159,7 +163,7 @@ class Spread:
         if sums:
             whole = {f"{own.role} gathered": self.gathered_bytes(own.role)}
             phases[f"between backward passes, {turn} update"] = gathered | sums | whole | again
-        phases[f"optimizer step, {turn} update"] = gradients | self.stepping(turn, own.role)
+        phases[f"optimizer step, {turn} update"] = gradients | self.stepping(own.role)
         return phases
 
     def is_sharded(self, role: str) -> bool:
@@ -215,13 +219,10 @@ class Spread:
         """Bytes that a pass keeps for its backward pass, with the K/V that it attends to."""
         size = self.estimate.sizes[one.role]
         over = self.estimate.clip.over(one.over)
-        rows = self.config.batch.micro
         kept = self.history(one)
         what = self.config.model.activation_checkpointing
         if what == "none":
-            kept["activations of all blocks"] = (
-                size.num_layers * saved_bytes(size, over, self.width) * rows
-            )
+            kept["activations of all blocks"] = size.num_layers * self.saved_bytes(size, over)
             return kept
         inputs = size.num_layers * self.block_bytes(one.role, over)
         kept["inputs of checkpointed blocks"] = inputs
@@ -229,16 +230,21 @@ class Spread:
             kept["what attention gives, of all blocks"] = 2 * inputs  # to itself, to the text
         return kept
 
+    def saved_bytes(self, size: NetworkConfig, clip: Clip) -> int:
+        """What one block keeps of a micro-batch."""
+        rows = self.config.batch.micro
+        return rows * saved_bytes(size, clip, self.width) // self.sequence_ranks
+
     def again(self, one: Pass) -> Parts:
         """The activations of one block that is run again, or their gradients."""
         size = self.estimate.sizes[one.role]
         over = self.estimate.clip.over(one.over)
-        rows = self.config.batch.micro
         if self.config.model.activation_checkpointing == "none":
-            return {"gradients inside one block": self.token_bytes(size) * over.tokens * rows}
-        return {"one block run again": saved_bytes(size, over, self.width) * rows}
+            tokens = over.tokens * self.config.batch.micro // self.sequence_ranks
+            return {"gradients inside one block": self.token_bytes(size) * tokens}
+        return {"one block run again": self.saved_bytes(size, over)}
 
-    def stepping(self, turn: str, role: str) -> Parts:
+    def stepping(self, role: str) -> Parts:
         """Intermediate results of AdamW: a root of the second moment."""
         values = num_parameters(self.estimate.sizes[role]) // self.ranks if self.foreach else 0
         return {"the step's intermediate results": values * MASTER_BYTES}
@@ -246,7 +252,8 @@ class Spread:
     def block_bytes(self, role: str, clip: Clip) -> int:
         """What goes from one block to the next: D values a token of each row."""
         size = self.estimate.sizes[role]
-        return clip.tokens * size.num_heads * size.head_dim * self.width * self.config.batch.micro
+        tokens = clip.tokens * self.config.batch.micro // self.sequence_ranks
+        return tokens * size.num_heads * size.head_dim * self.width
 
     def kv_bytes(self, role: str, clip: Clip) -> int:
         """K/V of all layers: 2 D values a token."""
@@ -256,7 +263,7 @@ class Spread:
         """Bytes of a pass without gradient where it needs most, with the blocks it gathers."""
         size = self.estimate.sizes[one.role]
         rows = self.config.batch.micro * one.rows
-        tokens = self.estimate.clip.over(one.over).tokens
+        tokens = self.estimate.clip.over(one.over).tokens // self.sequence_ranks
         name = f"a pass of {rows} row{'s' * (rows > 1)}"
         return {name: rows * tokens * self.token_bytes(size), **self.visiting(one.role)}
 
@@ -269,6 +276,11 @@ class Spread:
         if self.width == MASTER_BYTES:
             return self.width * max(14 * dim, 2 * size.ffn_dim + 9 * dim)
         return self.width * max(18 * dim, 2 * size.ffn_dim + 10 * dim)
+
+
+def added(one: Parts, other: Parts) -> Parts:
+    """What both hold, by what it is for."""
+    return {name: one.get(name, 0) + other.get(name, 0) for name in {**one, **other}}
 
 
 def saved_bytes(size: NetworkConfig, clip: Clip, width: int) -> int:

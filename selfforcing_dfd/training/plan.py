@@ -143,7 +143,7 @@ def describe_updates(config: Config) -> Iterator[str]:
         return
     counts = ", ".join(f"{count} of the {turn}" for turn, count in updates.items())
     gpus = config.run.gpus
-    passes = batch.size // (batch.micro * gpus)
+    passes = batch.size * config.model.sequence_ranks // (batch.micro * gpus)
     each = f" of each of {gpus} GPUs" if gpus > 1 else ""
     yield f"  updates     {counts}, {batch.size} samples each in {passes} passes{each}"
     saved = config.checkpoint

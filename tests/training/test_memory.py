@@ -30,7 +30,8 @@ from selfforcing_dfd.training.sharding import Sharding
 # Wan2.1, arXiv 2503.20314, table 2
 WAN = NetworkConfig(num_heads=12, head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096)
 WAN_14B = NetworkConfig(num_heads=40, head_dim=128, num_layers=40, ffn_dim=13824, text_dim=4096)
-LATENT_SIZE, TEXT_TOKENS = (60, 104), 512
+LATENT_SIZE = (60, 104)
+TEXT_TOKENS = 512
 SMALL = NetworkConfig(
     num_heads=4, head_dim=32, num_layers=1, ffn_dim=512, channels=4, text_dim=12, freq_dim=32
 )
@@ -61,7 +62,11 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Config]:
         "rollout.ladder=[1000.0]",
         "score.guidance=2",
     ]
-    return lambda *overrides: load_config(str(recipe), [*settings, *overrides])
+
+    def config(*overrides: str) -> Config:
+        return load_config(str(recipe), [*settings, *overrides])
+
+    return config
 
 
 def measured_and_estimated(config: Config, size: int, folder: Path) -> dict[str, list[float]]:
@@ -245,7 +250,8 @@ def test_options_share_memory_out():
     """Catches an option that the dry run takes and does not count.
 
     On 16 GPUs: in rows of 8, what lasts is an eighth and not a sixteenth; Muon has one moment of a
-    block's matrices; several passes add up whole gradients, 4 bytes a parameter.
+    block's matrices; several passes add up whole gradients, 4 bytes a parameter; four GPUs share a
+    sequence's K/V.
     """
     config = one_pass(16)
     spread = memory_of(estimate(config), 16).lasting
@@ -258,4 +264,8 @@ def test_options_share_memory_out():
     assert 0.5 < moments / spread["optimizers' moments"] < 0.55
     two = replace(config, batch=BatchConfig(size=32, micro=1))
     phase = memory_of(estimate(two), 16).phases["teacher, student update"]
+    shared = replace(config, model=replace(config.model, sequence_ranks=4))
+    quarter = memory_of(estimate(shared), 16).phases["teacher, student update"]
+    past = "keys and values of the past"
+    assert 4 * quarter[past] == phase[past]
     assert phase["gradients of several passes, whole"] == 4 * num_parameters(WAN)
