@@ -93,7 +93,7 @@ def test_two_processes_have_the_memory_that_is_estimated(
     Takes longer than 10 s on a busy machine: smaller networks would drown in what else a process
     has.
     """
-    config = make("batch.size=8", "batch.micro=2", FULL)
+    config = make("batch.size=4", "batch.micro=1", FULL)
     for turn, ratios in measured_and_estimated(config, 2, tmp_path).items():
         assert ratios == pytest.approx([1, 1], abs=CLOSE), turn
 
