@@ -14,7 +14,7 @@ from selfforcing_dfd.config import Config, NetworkConfig
 from selfforcing_dfd.cost import network_flops, peak_tflops
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.base import Pass, chunks_of
-from selfforcing_dfd.training.build import shape_of
+from selfforcing_dfd.training.build import FROZEN, shape_of
 
 PATCH = (2, 2)  # of Wan's transformer, height and width
 UTILISATION = 0.24
@@ -122,9 +122,10 @@ class Estimate:
 
     @property
     def trained(self) -> list[str]:
-        """The roles that get gradient."""
+        """The roles whose weights are trained; a gradient may also pass through a frozen network."""
         passes = [each for of_turn in self.passes.values() for each in of_turn]
-        return sorted({each.role for each in passes if each.gradient}, reverse=True)
+        roles = {each.role for each in passes if each.gradient} - set(FROZEN)
+        return sorted(roles, reverse=True)
 
     def flops(self, one: Pass, again: bool = True) -> int:
         """Of one kind of pass for one sample, its backward pass included.

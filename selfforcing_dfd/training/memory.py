@@ -134,17 +134,18 @@ class Spread:
         }
         values = 0
         for turn, passes in self.estimate.passes.items():
-            for one in passes:
-                if one.gradient:
-                    values += num_moments(self.estimate.sizes[one.role], optim[turn])
+            roles = {one.role for one in passes if one.gradient} & set(self.estimate.trained)
+            for role in roles:
+                values += num_moments(self.estimate.sizes[role], optim[turn])
         return values * MASTER_BYTES // self.ranks
 
     def turn(self, turn: str, passes: list[Pass]) -> dict[str, Parts]:
         """What is alive besides, in each phase of a turn."""
         gathered = self.student_gathered(passes)
-        own = next((one for one in reversed(passes) if one.gradient), None)
-        if own is None:
+        trained = [one for one in passes if one.gradient and one.role in self.estimate.trained]
+        if not trained:
             return {one.name: gathered | self.passing(one) for one in passes}
+        own = trained[-1]
         sums = self.summed_bytes(own.role)
         kept: Parts = {}
         phases: dict[str, Parts] = {}
