@@ -46,6 +46,7 @@ from selfforcing_dfd.tiny.metrics import summarise
 from selfforcing_dfd.tiny.readout import read
 from selfforcing_dfd.training.compare import differences
 from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.training.same_run import default_settings
 from selfforcing_dfd.training.state import leaves
 from selfforcing_dfd.training.tracking import METRICS_FILE, read_metrics
 from selfforcing_dfd.weights.runs import STUDENT_FILE
@@ -243,12 +244,15 @@ def stale(
 ) -> str:
     """The first difference between what made a result and what would make it now; empty if none.
 
-    roles: see `provenance`. ignored: how settings begin that do not matter.
+    roles: see `provenance`. ignored: how settings begin that do not matter. A setting that came
+    with a later version had its default before.
     """
     now = provenance(config, roles)
+    later = default_settings().keys() & now["settings"].keys() - result["settings"].keys()
+    before = {key: default_settings()[key] for key in later} | dict(result["settings"])
     ignored += (*WEIGHT_FILES, *MAY_DIFFER)
-    for part in ("settings", "weights"):
-        lines = differences(result[part], now[part], "there")
+    for was, part in ((before, "settings"), (result["weights"], "weights")):
+        lines = differences(was, now[part], "there")
         found = [line for line in lines if not line.startswith(ignored)]
         if found:
             return found[0]

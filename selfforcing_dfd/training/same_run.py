@@ -70,13 +70,13 @@ def changes(
     """
     was = _fixed(before, allowed)
     wanted = _fixed(now, allowed)
-    for key in (wanted.keys() - was.keys()) & _defaults().keys():
-        was[key] = _defaults()[key]
+    for key in (wanted.keys() - was.keys()) & default_settings().keys():
+        was[key] = default_settings()[key]
     return differences(was, wanted, source)
 
 
 @cache
-def _defaults() -> dict[str, Any]:
+def default_settings() -> dict[str, Any]:
     """Every setting's default by dotted key."""
     sections = {key: kind() for stage in STAGES.values() for key, kind in stage.sections.items()}
     return leaves(_as_yaml(as_dict(Config(stage=sections))))

@@ -159,6 +159,24 @@ def test_a_result_of_other_settings_or_weights_is_refused(
     assert main([*command[:-1], "prefix"]) == 0  # references belong to no arm
 
 
+def test_a_setting_that_came_later_had_its_default(
+    done: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Catches hours of runs that a new setting makes worthless, and one that was not as now."""
+    result = done / "runs/results/one/0/control.json"
+    before = result.read_text()
+    older = json.loads(before)
+    del older["settings"]["gan.weight"]
+    result.write_text(json.dumps(older))
+    command = ["study", "--plan", str(done / "plan.yaml"), "--only", "control"]
+    assert main(command) == 0
+    older["settings"]["gan.weight"] = 0.5
+    result.write_text(json.dumps(older))
+    assert main(command) == EXIT_USER_ERROR
+    assert "gan.weight: there 0.5, now 0.0" in capsys.readouterr().err
+    result.write_text(before)
+
+
 def test_a_run_that_another_process_does_is_left_to_it(
     plan: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
