@@ -13,13 +13,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tiny_models import ExactGaussian
 from torch import Tensor
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.common import shipped
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.flow import add_noise
-from selfforcing_dfd.objectives import guided_x0
+from selfforcing_dfd.objectives import distribution_matching, guided_x0
 from selfforcing_dfd.stages.base import Start
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
@@ -116,3 +117,39 @@ def test_the_discrepancy_grows_with_the_gap_and_stays_below_the_lipschitz_bound(
     assert sizes == sorted(sizes)
     known, new = torch.stack(ratios).chunk(2, dim=1)
     assert float(new.square().mean().sqrt()) < float(known.max())
+
+
+def test_a_loose_pairing_shrinks_even_a_student_that_is_the_data():
+    """Catches a mean Delta of 0 that is taken for a student at rest.
+
+    Samples s z and data are standard normal, with exact scores. At s = 1 there is nothing to learn.
+    With data that share nothing with z, descent still shrinks s; the tighter the tie, the less; a
+    sample that is its own clip rests. DMD rests too.
+    """
+    exact = ExactGaussian(0.0, 1.0)
+    shape = (512, 1, 1, 2, 2)
+    z, other, noise = (rng.normal(shape, 0, name).double() for name in ("z", "x", "noise"))
+    sigma = torch.linspace(0.1, 0.95, len(z), dtype=torch.float64)
+    text = Conditioning(torch.zeros(len(z), 1, 1, dtype=torch.float64))
+
+    def pull(anchor: Tensor) -> float:
+        s = torch.ones((), dtype=torch.float64, requires_grad=True)
+        matching = distribution_matching(
+            s * z,
+            anchor,
+            noise,
+            sigma,
+            teacher=exact,
+            fake=exact,
+            conditioning=text,
+            negative=text,
+            guidance=1.0,
+        )
+        (gradient,) = torch.autograd.grad(matching.loss.mean(), s)
+        return float(gradient)
+
+    assert pull(z) == 0  # the sample itself: DMD, or its own clip
+    pulls = [pull(share * z + (1 - share**2) ** 0.5 * other) for share in (0.0, 0.5, 0.9)]
+    assert pulls == sorted(pulls, reverse=True)
+    assert pulls[0] > 0.1
+    assert pulls[-1] > 0

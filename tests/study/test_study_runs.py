@@ -159,9 +159,7 @@ def test_a_result_of_other_settings_or_weights_is_refused(
     assert main([*command[:-1], "prefix"]) == 0  # references belong to no arm
 
 
-def test_a_setting_that_came_later_had_its_default(
-    done: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_a_setting_that_came_later_had_its_default(done: Path, capsys: pytest.CaptureFixture[str]):
     """Catches hours of runs that a new setting makes worthless, and one that was not as now."""
     result = done / "runs/results/one/0/control.json"
     before = result.read_text()
