@@ -122,7 +122,7 @@ class Estimate:
 
     @property
     def trained(self) -> list[str]:
-        """The roles whose weights are trained; a gradient may also pass through a frozen network."""
+        """Roles whose weights are trained; a gradient may also pass through a frozen network."""
         passes = [each for of_turn in self.passes.values() for each in of_turn]
         roles = {each.role for each in passes if each.gradient} - set(FROZEN)
         return sorted(roles, reverse=True)
