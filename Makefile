@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: help demo study study-quick test wheel-test lint soak rebuild clean
+.PHONY: help demo study study-quick test wheel-test lint attack soak rebuild clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test            install, run the tests"
 	@echo "make wheel-test      build the wheel, install it elsewhere, train and stream with it"
 	@echo "make lint            ruff and the type checker"
+	@echo "make attack          harm everything that is read, at random, for ten minutes"
 	@echo "make soak            the long tests"
 	@echo "make rebuild         train assets/tiny again from nothing (hours)"
 
@@ -41,6 +42,9 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+attack: $(VENV)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.attack --jobs $(JOBS)
 
 soak: $(VENV)/.installed
 	$(BIN)/python -m pytest -m soak

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import io
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,8 @@ KEYS = {
     *("about", SEAL),
 }
 """Entries of the index."""
+NO_INDEX = (ValueError, KeyError, TypeError, AttributeError, RecursionError)
+"""What `Index.from_json` raises for text that is no index of this version."""
 
 
 class PackError(UserError):
@@ -76,8 +79,11 @@ class Entry:
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Entry:
-        members = {name: Member(*numbers) for name, numbers in fields["members"].items()}
-        return cls(fields["key"], fields["shard"], fields["caption"], members)
+        members = {
+            name: Member(*whole_numbers(numbers, name, 3))
+            for name, numbers in fields["members"].items()
+        }
+        return cls(*(text_in(fields, name) for name in ("key", "shard", "caption")), members)
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +119,7 @@ class Index:
 
     @classmethod
     def from_json(cls, text: str) -> Index:
-        """Raises ValueError, KeyError, TypeError or AttributeError for anything else."""
+        """Raises one of `NO_INDEX` for anything else."""
         fields = json.loads(text)
         version = fields["version"]
         if version != FORMAT_VERSION:
@@ -127,15 +133,46 @@ class Index:
         if SEAL in fields and not is_as_sealed(fields):
             raise ValueError("its content is not what was written (SHA-256 differs)")
         samples = tuple(Entry.from_fields(sample) for sample in fields["samples"])
+        about = fields.get("about", {})
+        negative = about.get("negative")
+        if negative:
+            text_in(negative, "sha256")
+        fingerprints = fields["fingerprints"]
         return cls(
-            shards=tuple(Shard(**shard) for shard in fields["shards"]),
+            shards=tuple(shard_of(shard) for shard in fields["shards"]),
             samples=samples,
-            latent_shape=tuple(fields["latent_shape"]),
-            text_shape=tuple(fields["text_shape"]),
-            fingerprints=fields["fingerprints"],
-            refused=tuple(fields["refused"]),
-            about=fields.get("about", {}),
+            latent_shape=tuple(whole_numbers(fields["latent_shape"], "latent_shape", 4)),
+            text_shape=tuple(whole_numbers(fields["text_shape"], "text_shape", 2)),
+            fingerprints={name: text_in(fingerprints, name) for name in fingerprints},
+            refused=tuple(dict(refusal) for refusal in fields["refused"]),
+            about=about,
         )
+
+
+def shard_of(fields: Mapping[str, Any]) -> Shard:
+    shard = Shard(**fields)
+    whole_numbers([shard.bytes], "bytes", 1)
+    for name in ("name", "sha256"):
+        text_in(fields, name)
+    if Path(shard.name).name != shard.name:
+        raise ValueError(f"shard {shard.name} does not lie in its folder")
+    return shard
+
+
+def whole_numbers(found: Any, name: str, number: int) -> list[int]:
+    """A list of that many sizes or places. Raises TypeError for anything else."""
+    is_list = isinstance(found, list) and len(found) == number
+    if not is_list or not all(type(each) is int and 0 <= each < 2**63 for each in found):
+        raise TypeError(f"{name} is {found!r:.60}, want {number} whole numbers")
+    return list(found)
+
+
+def text_in(fields: Mapping[str, Any], name: str) -> str:
+    """An entry that is text. Raises TypeError for anything else."""
+    found = fields[name]
+    if not isinstance(found, str):
+        raise TypeError(f"{name} is {found!r:.60}, want text")
+    return found
 
 
 def write_index(folder: Path, index: Index) -> None:

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from selfforcing_dfd.common import sha256_of
-from selfforcing_dfd.data.format import INDEX_NAME, Entry, Index, PackError, Shard, write_index
+from selfforcing_dfd.data.format import (
+    INDEX_NAME,
+    NO_INDEX,
+    Entry,
+    Index,
+    PackError,
+    Shard,
+    write_index,
+)
 from selfforcing_dfd.data.journal import NUM_NAMED, differences
 from selfforcing_dfd.data.shards import ShardError
 from selfforcing_dfd.data.write import PackSummary, shard_folder, summary_of
@@ -62,7 +70,10 @@ def _read_index(folder: Path) -> Index:
         raise PackError(
             f"{folder}: no {INDEX_NAME}, so this part is not finished; go on with it with --resume"
         )
-    return Index.from_json(path.read_text(encoding="utf-8"))
+    try:
+        return Index.from_json(path.read_text(encoding="utf-8"))
+    except NO_INDEX as error:
+        raise PackError(f"{path}: damaged ({error}); copy or pack this part again") from error
 
 
 def _in_order(found: list[tuple[Path, Index]]) -> list[tuple[Path, Index]]:

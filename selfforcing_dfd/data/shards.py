@@ -31,6 +31,7 @@ from selfforcing_dfd.data.format import (
     INDEX_NAME,
     LATENT,
     NEGATIVE_NAME,
+    NO_INDEX,
     NOISE,
     TEXT,
     Entry,
@@ -244,7 +245,7 @@ class ShardReader:
         data = path.read_bytes()
         try:
             return Index.from_json(data.decode()), hashlib.sha256(data).hexdigest()
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except NO_INDEX as error:
             problem = f"{type(error).__name__}: {error}"
             raise ShardError(
                 f"{path}: not an index this program can read ({problem}). {self._remedy}"

@@ -22,6 +22,7 @@ from webdataset import TarWriter
 from selfforcing_dfd.common import replace_folder, sha256_of, sync
 from selfforcing_dfd.data.format import (
     INDEX_NAME,
+    NO_INDEX,
     Entry,
     Index,
     Member,
@@ -199,11 +200,14 @@ def check_is_ours(folder: Path) -> None:
 
 
 def finished_folder(out: Path, job: Job) -> PackSummary | None:
-    """The summary of `out` if it is the finished result of this very job."""
+    """The summary of `out` if it is the finished result of this very job, and whole."""
     path = out / INDEX_NAME
     if not path.is_file():
         return None
-    index = Index.from_json(path.read_text(encoding="utf-8"))
+    try:
+        index = Index.from_json(path.read_text(encoding="utf-8"))
+    except NO_INDEX:
+        return None
     found = {
         "latent_shape": list(index.latent_shape),
         "text_shape": list(index.text_shape),

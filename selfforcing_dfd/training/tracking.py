@@ -63,8 +63,9 @@ class Tracker:
         """
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / METRICS_FILE
+        kept: list[dict[str, Any]] = []
         if resume_at is not None:
-            _drop_later_lines(path, resume_at)
+            kept = _drop_later_lines(path, resume_at)
         elif path.exists() and path.stat().st_size:
             raise TrackingError(
                 f"{path} already holds a run's metrics; "
@@ -73,6 +74,8 @@ class Tracker:
         self._lines = path.open("a", encoding="utf-8")
         if self._names:
             self._trackers = _start(self._names, self._folder, self._project, resume_at)
+        done = 0 if resume_at is None else resume_at.student_updates
+        self._log_again([line for line in kept if line["student_update"] > done])
 
     def log(self, kind: str, student_update: int, values: Mapping[str, float], count: int) -> None:
         """Write one line now. `kind`: whose turn it was; count: of such turns, with this one.
@@ -92,9 +95,20 @@ class Tracker:
             line[name] = float(value) if math.isfinite(value) else None
         self._lines.write(json.dumps(line, allow_nan=False) + "\n")
         self._lines.flush()
-        curves = {f"{kind}/{_plain(name)}": float(value) for name, value in values.items()}
         for tracker in self._trackers:
-            _log(tracker, curves, student_update)
+            _log(tracker, _curves(kind, values), student_update)
+
+    def _log_again(self, lines: Sequence[Mapping[str, Any]]) -> None:
+        """Turns of a cycle that was begun: TensorBoard forgets them, as it counts cycles alone."""
+        for line in lines:
+            numbers = {
+                name: value
+                for name, value in line.items()
+                if name not in RESERVED and value is not None
+            }
+            for tracker in self._trackers:
+                if tracker.name == "tensorboard":
+                    _log(tracker, _curves(line["kind"], numbers), line["student_update"])
 
     @property
     def takes_pictures(self) -> bool:
@@ -177,15 +191,19 @@ def read_line(text: str) -> dict[str, Any]:
     return line
 
 
-def _drop_later_lines(path: Path, done: Clock) -> None:
-    """Rewrite the file without turns that come again; a kill leaves the old file or the new."""
+def _drop_later_lines(path: Path, done: Clock) -> list[dict[str, Any]]:
+    """Rewrite the file without turns that come again, and return the other lines.
+
+    A kill leaves the old file or the new.
+    """
     if not path.exists():
-        return
+        return []
     lines = read_metrics(path)
     counted = zip(lines, counts_of(lines), strict=True)
     kept = [line for line, count in counted if count <= done.count(line["kind"])]
     with atomic_file(path) as partial:
         partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+    return kept
 
 
 def counts_of(lines: Sequence[Mapping[str, Any]]) -> Iterator[int]:
@@ -238,6 +256,11 @@ def _wandb_id(folder: Path) -> str:
         with atomic_file(path) as partial:
             partial.write_text(uuid.uuid4().hex, encoding="utf-8")
     return path.read_text(encoding="utf-8")
+
+
+def _curves(kind: str, values: Mapping[str, float]) -> dict[str, float]:
+    """Numbers of one turn by the names that trackers show."""
+    return {f"{kind}/{_plain(name)}": float(value) for name, value in values.items()}
 
 
 def _log(tracker: GeneralTracker, curves: Mapping[str, float], student_update: int) -> None:

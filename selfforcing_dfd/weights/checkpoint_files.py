@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -170,6 +171,9 @@ def damage(folder: Path) -> str | None:
     for name, kind in FIELDS.items():
         if type(meta.get(name)) is not kind:
             return f"{META_FILE} has no {name}"
+    named = re.fullmatch(r"student_update=(\d+)", folder.name)
+    if named and int(named[1]) != meta["student_update"]:
+        return f"it is the checkpoint of student update {meta['student_update']}, by another name"
     files: dict[str, Any] = meta["files"]
     unknown = {path.name for path in folder.iterdir()} - {META_FILE, *files}
     if unknown:

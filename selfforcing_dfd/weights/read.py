@@ -107,10 +107,22 @@ def load_network(
     if not isinstance(weights, StoredWeights):
         weights = read_weights(weights, entry, drop_gan_heads)
     network = meta_network(weights, head_dim)
-    tensors = {name: tensor.read().to(device, dtype) for name, tensor in weights.tensors.items()}
+    tensors = {name: _finite(weights, name).to(device, dtype) for name in weights.tensors}
     network.load_state_dict(tensors, strict=True, assign=True)
     network.register_to_config(**weights.identity.notes())
     return network
+
+
+def _finite(weights: StoredWeights, name: str) -> torch.Tensor:
+    """One tensor on the CPU. Raises WeightsError for values that are not finite."""
+    tensor = weights.tensors[name].read()
+    can_tell = tensor.is_floating_point() and tensor.itemsize > 1  # not so for 8-bit numbers
+    if can_tell and not bool(tensor.isfinite().all()):
+        raise WeightsError(
+            f"{weights.source}: {_shown(weights, name)} holds values that are not finite; fetch or "
+            "export it again"
+        )
+    return tensor
 
 
 def meta_network(weights: StoredWeights, head_dim: int = 0) -> WanTransformer:

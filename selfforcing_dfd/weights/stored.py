@@ -177,6 +177,11 @@ def read_torch_file(path: Path) -> Any:
     content other than tensors and plain values, because unpickling could run it.
     """
     is_zip = _beginning(path).startswith(ZIP)
+    if path.suffix == ".safetensors":  # torch.load goes by the name
+        raise WeightsError(
+            f"{path} is no safetensors file, but one of torch.save; rename it to "
+            f"{path.with_suffix('.pt').name}"
+        )
     try:
         if is_zip and not is_zipfile(path):
             raise EOFError

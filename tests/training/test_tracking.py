@@ -162,6 +162,22 @@ def test_tensorboard_shows_each_update_once_after_a_resume(tmp_path: Path) -> No
     assert [point.value for point in points] == [torch.tensor(u / 3).item() for u in range(1, 7)]
 
 
+def test_tensorboard_keeps_turns_of_a_cycle_that_a_stop_broke_off(tmp_path: Path) -> None:
+    """Catches curves that lose the fake-score turns before a stop, which are never run again."""
+    tracker = Tracker(tmp_path, trackers=["tensorboard"])
+    log_updates(tracker, range(1, 3))
+    tracker.log("fake", 3, {"loss": 3.25}, 3)
+    tracker.close()
+    tracker.open(Clock(student_updates=2, fake_updates=3))
+    tracker.log("student", 3, {"loss": 1.0}, 3)
+    log_updates(tracker, range(4, 5))
+    tracker.close()
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    points = events.Scalars("fake/loss")
+    assert [(point.step, point.value) for point in points] == [(u, u + 0.25) for u in range(1, 5)]
+
+
 def test_tensorboard_shows_pictures(tmp_path: Path) -> None:
     """Catches images with their axes in another order than TensorBoard is told."""
     tracker = Tracker(tmp_path, trackers=["tensorboard"])

@@ -21,12 +21,14 @@ from io import BytesIO
 from itertools import product
 from pathlib import Path
 from typing import Any, Literal
+from zipfile import ZipFile, is_zipfile
 
 import torch
 from torch import Tensor
 
 from selfforcing_dfd.data.format import PackError, from_npy
 from selfforcing_dfd.data.source import IMPORTED_CODEC, ClipError, Item, Latents, Source, one_line
+from selfforcing_dfd.weights.stored import UNREADABLE
 
 Layout = Literal["cfhw", "fchw"]
 Place = tuple[int, int]
@@ -217,6 +219,8 @@ def _load(name: str, data: bytes) -> Tensor:
     try:
         if data.startswith(b"\x93NUMPY"):
             return from_npy(data)
+        if is_zipfile(BytesIO(data)):
+            _check_zip(name, data)
         loaded = torch.load(BytesIO(data), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         reason = one_line(str(error).split("\n")[0])[:120]
@@ -225,12 +229,20 @@ def _load(name: str, data: bytes) -> Tensor:
             "never loaded"
         )
         raise ClipError(name, f"{unsafe} ({reason})") from error
-    except (ValueError, EOFError, RuntimeError, TypeError) as error:
+    except UNREADABLE as error:
         reason = f"{type(error).__name__}: {error}"
         raise ClipError(name, f"cannot be read as .pth or .npy ({reason})") from error
     if not isinstance(loaded, Tensor):
         raise ClipError(name, f"holds {type(loaded).__name__}, want one tensor")
     return loaded.float()
+
+
+def _check_zip(name: str, data: bytes) -> None:
+    """ClipError for a .pth file whose content is not as written, which torch does not look at."""
+    with ZipFile(BytesIO(data)) as file:
+        bad = file.testzip()
+    if bad is not None:
+        raise ClipError(name, f"is damaged: the checksum of {bad} in it differs; copy it again")
 
 
 def _matrix(text: Tensor, name: str) -> Tensor:

@@ -156,7 +156,7 @@ def _open(path: Path) -> Any:
             "reading LMDB data sets needs the package lmdb: pip install lmdb"
         ) from error
     try:
-        return lmdb.open(
+        environment = lmdb.open(
             str(path),
             readonly=True,
             lock=False,
@@ -166,6 +166,12 @@ def _open(path: Path) -> Any:
         )
     except lmdb.Error as error:
         raise PackError(f"{path}: cannot be opened as LMDB ({error}); copy it again") from error
+    file = path / DATA_FILE if path.is_dir() else path
+    wanted = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
+    got = file.stat().st_size
+    if got < wanted:  # reading a mapped file beyond its end would kill this process
+        raise PackError(f"{file}: has {got:,} bytes, want at least {wanted:,}; copy it again")
+    return environment
 
 
 def _shape(path: Path, environment: Any) -> tuple[int, ...]:
