@@ -83,7 +83,8 @@ class Entry:
             name: Member(*whole_numbers(numbers, name, 3))
             for name, numbers in fields["members"].items()
         }
-        return cls(*(text_in(fields, name) for name in ("key", "shard", "caption")), members)
+        key, shard, caption = (text_in(fields, name) for name in ("key", "shard", "caption"))
+        return cls(key, shard, caption, members)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ from selfforcing_dfd.data.shards import NonFiniteSampleError, load_batch
 from selfforcing_dfd.processes.ranks import gather_objects
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.training.compare import listed
-from selfforcing_dfd.training.finite import NonFiniteError, NonFiniteStateError, first_not_finite
+from selfforcing_dfd.training.finite import NonFiniteError, NonFiniteStateError
 from selfforcing_dfd.training.loop import Trainer, to_device
 from selfforcing_dfd.weights.run_record import RunRecord
 
@@ -39,17 +39,6 @@ class Failure:
     message: str
     keys: tuple[str, ...]
     since: int
-
-
-def check_start(trainer: Trainer) -> None:
-    """UserError for networks that begin with values that are not finite: no sample is to blame."""
-    for turn, learner in trainer.learners.items():
-        bad = first_not_finite(learner.network.named_parameters())
-        if bad:
-            raise UserError(
-                f"the network of {turn} turns begins with weights that are not finite: {bad}. "
-                f"Name others with weights.{'fake' if turn == 'fake' else 'student'}"
-            )
 
 
 def failure_of(trainer: Trainer, error: NonFiniteError | NonFiniteSampleError) -> Failure:

@@ -27,7 +27,7 @@ from selfforcing_dfd.training.exports import CODEC_FILE, export
 from selfforcing_dfd.training.finite import NonFiniteError
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.guards import Guards, latent_statistics
-from selfforcing_dfd.training.healing import Failure, check_start, failure_of, without_samples
+from selfforcing_dfd.training.healing import Failure, failure_of, without_samples
 from selfforcing_dfd.training.identity import find_record, running_code, too_few
 from selfforcing_dfd.training.inversion import build_inversion
 from selfforcing_dfd.training.journal import note
@@ -81,7 +81,6 @@ def train(config: Config, resume: bool) -> None:
     while True:
         trainer = build_trainer(config, build_guards(config), resume, record.aside)
         trainer.utilisation = utilisation_of(config, trainer.world.device)
-        check_start(trainer)
         record = on_first_rank(partial(begin, config, record, trainer.clock))
         failure = run_to_end(trainer, config)
         if failure is None:

@@ -117,7 +117,8 @@ def _finite(weights: StoredWeights, name: str) -> torch.Tensor:
     """One tensor on the CPU. Raises WeightsError for values that are not finite."""
     tensor = weights.tensors[name].read()
     can_tell = tensor.is_floating_point() and tensor.itemsize > 1  # not so for 8-bit numbers
-    if can_tell and not bool(tensor.isfinite().all()):
+    # both ends are NaN where one value is; `isfinite` would hold a second copy
+    if can_tell and tensor.numel() and not all(end.isfinite() for end in tensor.aminmax()):
         raise WeightsError(
             f"{weights.source}: {_shown(weights, name)} holds values that are not finite; fetch or "
             "export it again"

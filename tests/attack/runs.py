@@ -30,15 +30,8 @@ TRIED = (
     *("optim.student", "optim.fake", "optim.regression", "ema", "checkpoint", "score", "dfd"),
     *("regression", "guards", "data", "batch", "rollout", "model", "log", "run", "teacher"),
 )
-LONG = (
-    "compile",
-    "steps",
-    "clips",
-    "updates",
-    "workers",
-    "regression_per_student",
-    "fake_per_student",
-)
+LONG = ("compile", "steps", "clips", "updates", "workers", "per_student")
+"""Endings of settings with which one update may take long, and rightly so."""
 
 
 def make_world(folder: Path) -> None:

@@ -5,6 +5,7 @@ KILLS=10 in the environment makes ten of the two hundred kills, KILL_SEED=3 othe
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -100,8 +101,10 @@ def test_random_kill_points(world: Path, tmp_path: Path) -> None:
     chance = random.Random(SEED)
     num_kills = 0
     num_in_writes = 0
-    while num_kills < NUM_KILLS:
-        config = config_below(tmp_path / f"killed{num_kills}", world)
+    for run_number in itertools.count():
+        if num_kills >= NUM_KILLS:
+            break
+        config = config_below(tmp_path / f"killed{run_number}", world)
         folder = run_folder(config)
         for number in range(KILLS_A_RUN + 1):
             before = leftovers(folder)
