@@ -138,14 +138,16 @@ class Index:
         negative = about.get("negative")
         if negative:
             text_in(negative, "sha256")
-        fingerprints = fields["fingerprints"]
+        shards = tuple(shard_of(shard) for shard in fields["shards"])
+        stated = fields["fingerprints"]
+        fingerprints = {name: text_in(stated, name) for name in stated}
         return cls(
-            shards=tuple(shard_of(shard) for shard in fields["shards"]),
+            shards=shards,
             samples=samples,
             latent_shape=tuple(whole_numbers(fields["latent_shape"], "latent_shape", 4)),
             text_shape=tuple(whole_numbers(fields["text_shape"], "text_shape", 2)),
-            fingerprints={name: text_in(fingerprints, name) for name in fingerprints},
-            refused=tuple(dict(refusal) for refusal in fields["refused"]),
+            fingerprints=fingerprints,
+            refused=tuple(map(dict, fields["refused"])),
             about=about,
         )
 
@@ -163,9 +165,14 @@ def shard_of(fields: Mapping[str, Any]) -> Shard:
 def whole_numbers(found: Any, name: str, number: int) -> list[int]:
     """A list of that many sizes or places. Raises TypeError for anything else."""
     is_list = isinstance(found, list) and len(found) == number
-    if not is_list or not all(type(each) is int and 0 <= each < 2**63 for each in found):
+    if not is_list or not all(map(is_size, found)):
         raise TypeError(f"{name} is {found!r:.60}, want {number} whole numbers")
     return list(found)
+
+
+def is_size(found: Any) -> bool:
+    """Whether something is a number of bytes, rows or values, and no truth value."""
+    return type(found) is int and 0 <= found < 2**63
 
 
 def text_in(fields: Mapping[str, Any], name: str) -> str:

@@ -94,10 +94,8 @@ class Trainings(Kind):
         ]
 
     def attack(self, chance: random.Random, place: Path, tell: Tell) -> None:
-        chosen = [
-            f"{chance.choice(self.settings)}={chance.choice((*NUMBERS, *WORDS))}"
-            for _ in range(chance.randint(1, 2))
-        ]
+        names = chance.sample(self.settings, chance.randint(1, 2))
+        chosen = [f"{name}={chance.choice((*NUMBERS, *WORDS))}" for name in names]
         tell(" ".join(chosen))
         train(self.world, place, "run.student_updates=1", *chosen)
         (student,) = place.rglob("student.safetensors")
