@@ -30,7 +30,7 @@ LEVELS = (
     {"models", "codecs"},
     {"weights", "config", "tiny"},
     {"data"},
-    {"stages", "streaming"},
+    {"stages", "streaming", "metrics"},
     {"training", "benchmark", "live"},
     {"evaluation"},
     {"study"},

@@ -26,12 +26,16 @@ PROGRAMS = {
     ("python", "train.py"): ["train"],
     ("python", "inference/stream.py"): ["stream"],
     ("python", "inference/benchmark.py"): ["benchmark"],
+    ("python", "inference/evaluate.py"): ["evaluate"],
 }
 """How a command line may begin, and the words of ours that stand for it."""
 
 OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 FILE_WORD = re.compile(r"`((?:[\w.]+/)*[\w.]+\.(?:py|yaml|md|json))`")
-MADE_BY_RUNS = {"config.json", "config.yaml", "metrics.jsonl", "run.json", "tokenizer.json"}
+MADE_BY_RUNS = {
+    *("config.json", "config.yaml", "evaluation.json", "metrics.jsonl"),
+    *("run.json", "tokenizer.json"),
+}
 OF_OTHERS = {"self_forcing_dmd.yaml", "self_forcing_dfd.yaml", "wan_causal_ode.yaml"}
 FOLDERS = (ROOT, ROOT / "configs", PACKAGE, ROOT / "tests")
 

@@ -17,6 +17,7 @@ import selfforcing_dfd
 from selfforcing_dfd.cli import (
     data_commands,
     doctor_command,
+    evaluate_command,
     run_commands,
     stream_commands,
     study_command,
@@ -38,7 +39,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         study_command.study,
         run_commands.rebuild,
     ),
-    "stream": (stream_commands.stream, stream_commands.benchmark),
+    "stream": (stream_commands.stream, stream_commands.benchmark, evaluate_command.evaluate),
     "data": (
         data_commands.clips,
         data_commands.pack,

@@ -22,7 +22,17 @@ HEAVY = ("torch", "numpy", "diffusers", "transformers", "omegaconf", "av", "webd
 SAME_MEANING = {
     "--checkpoint": set(),
     "--height": set(),
-    "--out": {"stream", "benchmark", "pack", "prompts", "import", "merge", "sample", "report"}
+    "--out": {
+        "evaluate",
+        "stream",
+        "benchmark",
+        "pack",
+        "prompts",
+        "import",
+        "merge",
+        "sample",
+        "report",
+    }
     | {"picture", "rebuild"},
     "--settings": {"stream", "benchmark"},
     "--size": {"stream", "benchmark", "pack", "prompts"},
@@ -156,7 +166,10 @@ def test_the_scripts_are_the_commands(capsys):
         (["stream", "--port", "80"], "add --serve, or drop it"),
         (["benchmark", "--window", "0"], "--window is 0"),
         (["report", "runs/a", "--out", "b"], "runs/a is one"),
-        (["study", "--plan", "x"], "there is no plan x; use one of main, quick, screening, or a"),
+        (
+            ["study", "--plan", "x"],
+            "there is no plan x; use one of ablations, main, quick, screening, or a",
+        ),
         (["study", "--plan", "main", "--only", "x"], "no arm x; the arms are control"),
         (["study", "--plan", "main", "--tables-only", "--measure-only"], "measures nothing"),
         (["study", "--plan", "main", "--tables-only"], "neither results in runs/study/main nor"),

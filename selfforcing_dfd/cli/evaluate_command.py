@@ -1,0 +1,130 @@
+"""The command `evaluate`."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfforcing_dfd.cli.options import Run, positive, rate
+from selfforcing_dfd.common import UserError
+
+if TYPE_CHECKING:
+    from selfforcing_dfd.metrics.files import Measured
+
+SHOWN = (
+    "saturation",
+    "contrast",
+    "colorful",
+    "laplacian",
+    "difference_by_contrast",
+    "residual_share",
+    "flow_top",
+    "seam_excess",
+    "frozen",
+    "drift_saturation",
+    "drift_contrast",
+)
+"""Of all metrics those that the terminal shows."""
+
+
+def evaluate(parser: argparse.ArgumentParser) -> Run:
+    """Measure videos: colour, sharpness, flicker, motion, camera, drift. No weights are needed.
+
+    Every number goes to a JSON file with what it needs to be repeated. A damaged video ends the
+    command unless --keep-going. Definitions: docs/evaluation.md.
+    """
+    parser.add_argument("videos", nargs="+", type=Path, metavar="PATH", help="videos, or folders")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path("evaluation.json"),
+        metavar="FILE",
+        help="where the numbers go (default: %(default)s)",
+    )
+    parser.add_argument("--fps", type=rate, help="frames a second, in place of what the files say")
+    parser.add_argument(
+        "--chunk",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="video frames generated together, for seams: 12 for chunks of 3 latent frames",
+    )
+    parser.add_argument(
+        "--first-chunk",
+        type=positive,
+        default=0,
+        metavar="N",
+        help="video frames of the first chunk: 9 for 3 latent frames (default: as --chunk)",
+    )
+    parser.add_argument(
+        "--keep-going", action="store_true", help="leave damaged videos out and name them"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.metrics.files import evaluation, find_videos, write_evaluation
+
+        measured, refused = measure_all(args, find_videos(args.videos))
+        if not measured:
+            raise UserError("no video could be measured")
+        settings = {
+            "fps": str(args.fps) if args.fps else None,
+            "chunk": args.chunk,
+            "first_chunk": args.first_chunk,
+            "refused": refused,
+        }
+        content = evaluation(measured, settings)
+        write_evaluation(args.out, content)
+        print(table(measured, content["means"]))
+        for line in refused:
+            print(f"left out: {line}", file=sys.stderr)
+        print(args.out)
+
+    return run
+
+
+def measure_all(args: argparse.Namespace, files: list[Path]) -> tuple[list[Measured], list[str]]:
+    """(the videos that were measured, why others were left out)."""
+    from tqdm import tqdm
+
+    from selfforcing_dfd.data.source import ClipError
+    from selfforcing_dfd.metrics.files import measure_file
+
+    measured = []
+    refused = []
+    fps = float(args.fps) if args.fps else None
+    with tqdm(unit="frame", dynamic_ncols=True) as bar:
+        for path in files:
+            bar.set_description(path.name, refresh=False)
+            try:
+                measured.append(measure_file(path, fps, args.chunk, args.first_chunk, bar.update))
+            except ClipError as error:
+                if not args.keep_going:
+                    raise
+                refused.append(str(error))
+    return measured, refused
+
+
+def table(measured: list[Measured], means: dict[str, float | None]) -> str:
+    """A line for each of a few metrics, a column for each of up to four videos, and the mean."""
+    columns = measured[:4]
+    names = [video.file.name[:14] for video in columns]
+    lines = [line_of("", [*names, f"mean of {len(measured)}"])]
+    for name in SHOWN:
+        mean = means[name]
+        values = [video.numbers[name] for video in columns]
+        values.append(math.nan if mean is None else mean)
+        lines.append(line_of(name, [shown(value) for value in values]))
+    speed = sum(video.speed for video in measured) / len(measured)
+    lines.append(f"measured at {speed:.1f} times the speed of playing")
+    return "\n".join(lines)
+
+
+def line_of(name: str, cells: list[str]) -> str:
+    return f"{name:24}" + "".join(f"{cell:>16}" for cell in cells)
+
+
+def shown(value: float) -> str:
+    return "-" if math.isnan(value) else f"{value:.3f}"

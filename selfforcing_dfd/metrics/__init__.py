@@ -1,0 +1,1 @@
+"""Numbers of any video that need no learned weights, frame by frame, in constant memory."""
