@@ -79,12 +79,12 @@ class ModelConfig:
 
     # what the backward pass computes again; selective: all but attention
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    # bfloat16: trained weights stay float32, training/sharding.py
-    compute: Literal["float32", "bfloat16"] = "float32"
+    compute: Literal["float32", "bfloat16"] = "float32"  # trained weights stay float32
     attention: Literal["auto", "sdpa", "fa2", "fa3", "fa4"] = "auto"  # kernel in bfloat16
     compile: bool = False  # the blocks, attention excepted; the first updates take longer
     shard_ranks: int = ranged(0, 0, 4096)  # processes that hold a copy of the weights; 0: all
     sequence_ranks: int = ranged(1, 1, 1024)  # processes that share each sequence, by heads
+    lora_rank: int = ranged(0, 0, 65_536)  # of adapters, trained in place of the weights; 0: none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,8 +122,9 @@ class WeightsConfig:
     teacher_entry: str = ""
     fake_entry: str = ""
     causal_entry: str = ""
-    # values of a head, for files that do not state it and are of no published size; 0: not needed
-    head_dim: int = ranged(0, 0, 1024)
+    student_adapter: str = ""  # to begin with, over the teacher's weights; for model.lora_rank
+    fake_adapter: str = ""
+    head_dim: int = ranged(0, 0, 1024)  # for files of no published size that do not state it
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -134,8 +135,7 @@ class RolloutConfig:
     ladder: tuple[float, ...] = ranged((1000.0, 750.0, 500.0, 250.0), 0, 1000, above=True)
     shift: float = ranged(5.0, 0, 1000, above=True)
     noise: Literal["fresh", "kept"] = "fresh"  # between steps
-    # latent frames at the video's start that every chunk sees
-    sink: int = ranged(0, 0, MOST_FRAMES)
+    sink: int = ranged(0, 0, MOST_FRAMES)  # latent frames at the start that every chunk sees
     # latent frames of history and the chunk itself, the sink not counted; 0 is all of them
     window: int = ranged(0, 0, MOST_FRAMES)
 
@@ -174,8 +174,7 @@ class EMAConfig:
 @dataclass(frozen=True, kw_only=True, slots=True)
 class BatchConfig:
     size: int = ranged(16, 1, MILLION)  # samples an update, over all processes
-    # samples a forward pass; the gradient is accumulated over size / micro passes
-    micro: int = ranged(16, 1, MILLION)
+    micro: int = ranged(16, 1, MILLION)  # samples a pass; size / micro gradients are added up
 
     def __post_init__(self) -> None:
         lower = max(self.size - self.size % self.micro, self.micro)

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.nn.functional import layer_norm, silu
 
 from selfforcing_dfd.context import Conditioning
+from selfforcing_dfd.models.adapted import StageNetwork, base_of
 from selfforcing_dfd.models.layers import full_precision
-from selfforcing_dfd.models.wan import WanTransformer
 
 
 class Head(nn.Module):
@@ -46,7 +46,7 @@ class Discriminator(nn.Module):
 
 
 def block_outputs(
-    network: WanTransformer,
+    network: StageNetwork,
     layers: Sequence[int],
     x_t: Tensor,
     sigma: Tensor,
@@ -61,7 +61,8 @@ def block_outputs(
 
         return hook
 
-    hooks = [network.blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
+    blocks = base_of(network).blocks
+    hooks = [blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
     try:
         network(x_t, sigma, conditioning)
     finally:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -27,6 +28,7 @@ from selfforcing_dfd.context import (
     Context,
     NetworkOutput,
 )
+from selfforcing_dfd.models.adapters import run_adapted
 from selfforcing_dfd.models.attention import attend, choose_attention
 from selfforcing_dfd.models.hub import HubMixin
 from selfforcing_dfd.models.layers import (
@@ -191,6 +193,7 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         self.gradient_checkpointing = False
         self.attention_backend = "sdpa"
         self.sequence_parallel: SequenceParallel | None = None
+        self.adapter = ""  # which adapters work in the present call, see models/adapted.py
 
     def set_attention(self, name: str = "auto", compute: torch.dtype | None = None) -> str:
         """Choose the attention kernel for the weights' present device and return its name.
@@ -312,10 +315,14 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         return PreparedConditioning(conditioning.text, text_kv, noise_levels)
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """One block; with gradient checkpointing it runs again in the backward pass."""
+        """One block; with gradient checkpointing it runs again in the backward pass.
+
+        Then it does so with the adapters that work now.
+        """
+        run = partial(run_adapted, self.adapter, block) if self.adapter else block
         if self.gradient_checkpointing and torch.is_grad_enabled():
-            return self._gradient_checkpointing_func(block, *inputs)  # type: ignore[misc]
-        return block(*inputs)
+            return self._gradient_checkpointing_func(run, *inputs)  # type: ignore[misc]
+        return run(*inputs)
 
     def patchify(self, x_t: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
         """[B, F, C, H, W] -> tokens [B, F * rows * columns, D] and the grid (F, rows, columns)."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -49,12 +49,14 @@ class StageLoss:
 class Start:
     """The weights that a network starts from: a file or folder; empty for a network from nothing.
 
-    entry: which network of a file that holds several. head_dim: see `WeightsConfig`.
+    entry: which network of a file that holds several. head_dim: see `WeightsConfig`. adapter: a
+    file of what is added to these weights; empty for nothing.
     """
 
     path: str
     entry: str = ""
     head_dim: int = 0
+    adapter: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +216,7 @@ def student_start(config: Config) -> Start:
     weights = config.weights
     if weights.student:
         return Start(weights.student, weights.student_entry, weights.head_dim)
-    return teacher_start(config)
+    return replace(teacher_start(config), adapter=weights.student_adapter)
 
 
 def teacher_start(config: Config) -> Start:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -171,7 +171,7 @@ class MatchingStage(TrainingStage):
     def starts(cls, config: Config) -> dict[str, Start]:
         weights = config.weights
         teacher = teacher_start(config)
-        fake = teacher
+        fake = replace(teacher, adapter=weights.fake_adapter)
         if weights.fake:
             fake = Start(weights.fake, weights.fake_entry, weights.head_dim)
         starts = {"student": student_start(config), "fake": fake, "teacher": teacher}

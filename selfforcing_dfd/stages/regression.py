@@ -15,7 +15,7 @@ it is what entered a step of the student's own rollout, after its own past. The 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Literal, Self
 
@@ -132,7 +132,9 @@ class RegressionStage(TrainingStage):
         if config.of(RegressionConfig).target == "clip":
             return {"student": student_start(config)}
         causal = causal_start(config)
-        student = student_start(config) if config.weights.student else causal
+        student = replace(causal, adapter=config.weights.student_adapter)
+        if config.weights.student:
+            student = student_start(config)
         return {"student": student, "causal": causal}
 
     @classmethod

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
+from functools import cache
 
 import torch
 from torch import nn
@@ -10,6 +12,7 @@ from torch import nn
 from selfforcing_dfd import rng
 from selfforcing_dfd.common import DTYPES, find_device, find_file
 from selfforcing_dfd.config import Config, ConfigError, ModelConfig, NetworkConfig, as_dict, require
+from selfforcing_dfd.models.adapted import AdaptedNetwork, StageNetwork, adapt, base_of
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.processes.ranks import on_first_rank
 from selfforcing_dfd.processes.world import World, find_world
@@ -29,6 +32,7 @@ from selfforcing_dfd.training.same_run import MAY_CHANGE, check_config, config_f
 from selfforcing_dfd.training.sequences import in_groups, share_sequences
 from selfforcing_dfd.training.sharding import Sharding
 from selfforcing_dfd.training.tracking import Tracker, check_trackers
+from selfforcing_dfd.weights.adapters import read_adapter
 from selfforcing_dfd.weights.read import load_network
 from selfforcing_dfd.weights.tensors import model_fingerprint
 
@@ -100,13 +104,49 @@ FROZEN = ("teacher", "causal")
 """Roles that are asked and never trained."""
 
 
-def build_networks(config: Config, device: torch.device) -> dict[str, WanTransformer]:
+def build_networks(config: Config, device: torch.device) -> dict[str, StageNetwork]:
     """Each network of the stage with its starting weights; the teacher is frozen.
 
     Raises WeightsError for weights that cannot be read, ConfigError for networks that do not fit
     each other.
     """
-    networks: dict[str, WanTransformer] = {}
+    build = build_adapted if config.model.lora_rank else build_whole
+    networks = build(config, device)
+    for network in networks.values():
+        network.requires_grad_(False)
+    check_networks(networks)
+    return networks
+
+
+def build_adapted(config: Config, device: torch.device) -> dict[str, StageNetwork]:
+    """Each network of the stage as an adapter over frozen weights; the teacher has none.
+
+    Roles that start from the same weights share them: one copy serves all.
+    """
+    rank = config.model.lora_rank
+    bases: dict[Start, WanTransformer] = {}
+    networks: dict[str, StageNetwork] = {}
+    for role, start in stage_of(config).starts(config).items():
+        require(
+            bool(start.path),
+            f"model.lora_rank is {rank}, but the {role} starts from nothing, and an adapter needs "
+            f"weights below it: name weights.{role}, or train all weights with model.lora_rank=0",
+        )
+        weights = replace(start, adapter="")
+        if weights not in bases:
+            bases[weights] = load_frozen(config, weights, device)
+            recompute(bases[weights], config.model.activation_checkpointing)
+        base = bases[weights]
+        networks[role] = AdaptedNetwork(base)
+        if role not in FROZEN:
+            tensors = read_adapter(find_file(start.adapter)) if start.adapter else None
+            networks[role] = adapt(base, role, rank, config.run.seed, tensors)
+    return networks
+
+
+def build_whole(config: Config, device: torch.device) -> dict[str, StageNetwork]:
+    """Each network of the stage with weights of its own."""
+    networks: dict[str, StageNetwork] = {}
     for role, start in stage_of(config).starts(config).items():
         if role in FROZEN:
             networks[role] = load_frozen(config, start, device)
@@ -116,13 +156,10 @@ def build_networks(config: Config, device: torch.device) -> dict[str, WanTransfo
             network = build_network(config.network)
             network.init_weights(rng.generator(config.run.seed, "weights"))
             networks[role] = train_in(config.model, place(network, device))
-    for network in networks.values():
-        network.requires_grad_(False)
-    check_networks(networks)
     return networks
 
 
-def check_networks(networks: Mapping[str, WanTransformer]) -> None:
+def check_networks(networks: Mapping[str, StageNetwork]) -> None:
     """ConfigError unless all networks of a stage see the same latents and text."""
     shapes = {
         role: (network.config["in_channels"], network.config["text_dim"])
@@ -140,18 +177,41 @@ def check_start(config: Config) -> None:
     """UserError for a device, trackers or weights that are not there, before anything is made."""
     check_trackers(config.log.trackers)
     find_device(config.run.device, "run.device")
-    used = {start.path for start in stage_of(config).starts(config).values()}
+    check_adapters(config)
+    starts = stage_of(config).starts(config).values()
+    used = {start.path for start in starts} | {start.adapter for start in starts}
     for role, name in (
         ("student", config.weights.student),
         ("teacher", config.weights.teacher),
         ("fake", config.weights.fake),
         ("causal", config.weights.causal),
+        ("student_adapter", config.weights.student_adapter),
+        ("fake_adapter", config.weights.fake_adapter),
     ):
         if name in used and name and not find_file(name).exists():
             raise ConfigError(
                 f"weights.{role} is {name}, which does not exist; "
                 "train it first, or correct the path"
             )
+
+
+def check_adapters(config: Config) -> None:
+    """ConfigError for adapters that would not be used, or not over the weights they belong to."""
+    weights = config.weights
+    for role, adapter, own in (
+        ("student", weights.student_adapter, weights.student),
+        ("fake", weights.fake_adapter, weights.fake),
+    ):
+        require(
+            not adapter or config.model.lora_rank > 0,
+            f"weights.{role}_adapter is {adapter}, but model.lora_rank is 0, so no adapter is "
+            "trained; set model.lora_rank to the rank of that one",
+        )
+        require(
+            not (adapter and own),
+            f"weights.{role}_adapter and weights.{role} are both set; the adapter is over the "
+            f"teacher's weights: use weights.{role}=",
+        )
 
 
 def training_stage_of(config: Config) -> type[TrainingStage]:
@@ -178,18 +238,22 @@ def build_trainer(
     networks = build_networks(config, world.device)
     check_shapes(config, reader, networks["student"].config)
     folder = run_folder(config)
-    fixed = {
-        role: model_fingerprint(network) for role, network in networks.items() if role in FROZEN
-    }
+    fixed = fixed_fingerprints(networks)
     generator = rng.generator(config.run.seed, "further weights")
     further = training_stage_of(config).further_networks(config, networks, generator)
     for module in further.values():
         module.to(world.device, DTYPES["float32"])
-    modules = networks | further
+    require(
+        not further or world.sequence_ranks == 1,
+        f"model.sequence_ranks is {world.sequence_ranks}, but the {next(iter(further), '')} sees "
+        "whole sequences; use model.sequence_ranks=1",
+    )
+    modules = {**networks, **further}
     settings = as_dict(config) | {"networks": describe_networks(config, reader, networks)}
     models = fixed | {"data": reader.index_hash}
     _, _, rows, columns = reader.index.latent_shape
-    share_sequences(world, networks, (rows, columns), config.run.timeout_s)
+    bases = {role: base_of(network) for role, network in networks.items()}
+    share_sequences(world, bases, (rows, columns), config.run.timeout_s)
     spread(config, world, modules, {**models, "settings": config_fingerprint(settings)})
     stage = training_stage_of(config).build(config, modules, reader.negative)
     checkpoints = CheckpointManager(
@@ -230,6 +294,20 @@ def build_trainer(
     return trainer
 
 
+def fixed_fingerprints(networks: Mapping[str, StageNetwork]) -> dict[str, str]:
+    """Of weights that are not trained, by whose they are; below an adapter they are named so."""
+    fingerprint = cache(model_fingerprint)
+    without = cache(AdaptedNetwork)  # one for each set of weights
+    marks = {}
+    for role, network in networks.items():
+        if isinstance(network, AdaptedNetwork):
+            name = role if role in FROZEN else f"weights below the {role}"
+            marks[name] = fingerprint(without(network.base))
+        elif role in FROZEN:
+            marks[role] = fingerprint(network)
+    return marks
+
+
 def spread(
     config: Config, world: World, networks: Mapping[str, nn.Module], facts: Mapping[str, str]
 ) -> None:
@@ -241,8 +319,9 @@ def spread(
     if world.size > 1:
         require_agreement({**facts, **norms_of(networks)})
     sharding = Sharding(world, config.model.shard_ranks, DTYPES[config.model.compute])
-    for role, network in networks.items():
-        sharding.apply(network, is_trained=role not in FROZEN)
+    trained = {base_of(network) for role, network in networks.items() if role not in FROZEN}
+    for network in dict.fromkeys(map(base_of, networks.values())):
+        sharding.apply(network, is_trained=network in trained)
 
 
 def check_batch(config: Config, world: World) -> None:

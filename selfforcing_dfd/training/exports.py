@@ -13,10 +13,17 @@ import torch
 from selfforcing_dfd.common import DTYPES
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.models.adapted import AdaptedNetwork
 from selfforcing_dfd.models.identity import Identity, Role, TrainingData, recipe_of_rollout
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.training.loop import Trainer
-from selfforcing_dfd.weights.runs import FAKE_FILE, STUDENT_FILE
+from selfforcing_dfd.weights.adapters import merged, save_adapter
+from selfforcing_dfd.weights.runs import (
+    FAKE_ADAPTER_FILE,
+    FAKE_FILE,
+    STUDENT_ADAPTER_FILE,
+    STUDENT_FILE,
+)
 from selfforcing_dfd.weights.tensors import save_weights
 from selfforcing_dfd.weights.write import file_metadata, network_config
 
@@ -49,7 +56,8 @@ def describe_networks(
 def export(trainer: Trainer, folder: Path, config: Config) -> None:
     """The averaged student, and the fake score where there is one, as single safetensors files.
 
-    A codec that lies beside the shards is copied: the run can be streamed without its data.
+    Of networks with adapters, the adapter, and of the student the whole as well. A codec that lies
+    beside the shards is copied: the run can be streamed without its data.
     """
     about = {
         "run": config.run.name,
@@ -64,8 +72,15 @@ def export(trainer: Trainer, folder: Path, config: Config) -> None:
     if "fake" in trainer.learners:
         fake: Any = trainer.learners["fake"].network
         own = file_metadata(fake.config, stated["fake"])
-        save_weights(folder / FAKE_FILE, fake, about | own, dtype)
+        if isinstance(fake, AdaptedNetwork):
+            save_adapter(folder / FAKE_ADAPTER_FILE, fake, about, dtype)
+        else:
+            save_weights(folder / FAKE_FILE, fake, about | own, dtype)
     student: Any = trainer.learners["student"].network
     with trainer.ema.swap(student):
         own = file_metadata(student.config, stated["student"])
-        save_weights(folder / STUDENT_FILE, student, about | own, dtype)
+        whole_student = student
+        if isinstance(student, AdaptedNetwork):
+            save_adapter(folder / STUDENT_ADAPTER_FILE, student, about, dtype)
+            whole_student = merged(student)
+        save_weights(folder / STUDENT_FILE, whole_student, about | own, dtype)

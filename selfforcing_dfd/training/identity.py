@@ -72,12 +72,12 @@ def find_record(config: Config, resume: bool) -> RunRecord:
 
 def new_record(config: Config) -> RunRecord:
     """What a run of these settings would be, here and now."""
-    hashes: dict[str, str] = {}
+    hash_once = cache(hash_of_weights)
     weights = {}
     for role, start in stage_of(config).starts(config).items():
-        if start.path not in hashes:
-            hashes[start.path] = hash_of_weights(start.path)
-        weights[role] = hashes[start.path]
+        weights[role] = hash_once(start.path)
+        if start.adapter:
+            weights[f"{role}_adapter"] = hash_once(start.adapter)
     with_noise = bool(stage_of(config).needs_noise(config))
     data = data_fingerprint(build_reader(config), with_noise)
     return RunRecord(state="created", config=to_yaml(config), weights=weights, data=data)

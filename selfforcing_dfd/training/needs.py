@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 
@@ -67,7 +68,9 @@ def describe_starts(config: Config) -> Iterator[str]:
     roles_of: dict[Start, list[str]] = {}
     for role, start in stage_of(config).starts(config).items():
         if start.path:
-            roles_of.setdefault(start, []).append(role)
+            roles_of.setdefault(replace(start, adapter=""), []).append(role)
+        if start.adapter:
+            roles_of[Start(start.adapter)] = [f"adapter of the {role}"]
     for start, roles in roles_of.items():
         entry = f" [{start.entry}]" if start.entry else ""
         text = f"  {'start':<12}{' and '.join(roles)}: {start.path}{entry}"
@@ -165,9 +168,9 @@ def chain_of(config: Config) -> dict[str, Config]:
     chain: dict[str, Config] = {}
     names = [maker_of_shards(config.data.shards)] if not has_shards(config) else []
     starts = [start for run in arms_of(config) for start in stage_of(run).starts(run).values()]
-    for start in starts:
-        if start.path and not find_file(start.path).exists():
-            names.append(maker_of_run(str(Path(start.path).parent)))
+    for path in (path for start in starts for path in (start.path, start.adapter)):
+        if path and not find_file(path).exists():
+            names.append(maker_of_run(str(Path(path).parent)))
     for name in filter(None, names):
         maker = shipped_config(name)
         if maker.run.name != config.run.name:

@@ -39,11 +39,17 @@ from selfforcing_dfd.weights.run_record import (
     describe_result,
     write_record,
 )
-from selfforcing_dfd.weights.runs import CONFIG_FILE, FAKE_FILE, STUDENT_FILE
+from selfforcing_dfd.weights.runs import (
+    CONFIG_FILE,
+    FAKE_ADAPTER_FILE,
+    FAKE_FILE,
+    STUDENT_ADAPTER_FILE,
+    STUDENT_FILE,
+)
 
 logger = logging.getLogger(__name__)
 
-RESULTS = (STUDENT_FILE, FAKE_FILE, CODEC_FILE)
+RESULTS = (STUDENT_FILE, FAKE_FILE, STUDENT_ADAPTER_FILE, FAKE_ADAPTER_FILE, CODEC_FILE)
 """What a run exports."""
 
 

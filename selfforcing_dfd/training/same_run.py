@@ -18,7 +18,15 @@ from selfforcing_dfd.training.state import leaves
 from selfforcing_dfd.weights.checkpoint_files import CheckpointError, read_meta, settings_of
 
 INPUTS = frozenset(
-    {"weights.student", "weights.teacher", "weights.fake", "weights.causal", "data.shards"}
+    {
+        "weights.student",
+        "weights.teacher",
+        "weights.fake",
+        "weights.causal",
+        "weights.student_adapter",
+        "weights.fake_adapter",
+        "data.shards",
+    }
 )
 """Settings that name files, which are compared by their content."""
 

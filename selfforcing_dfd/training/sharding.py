@@ -22,6 +22,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from selfforcing_dfd.config import require
+from selfforcing_dfd.models.adapted import base_of
+from selfforcing_dfd.models.adapters import owner_of
 from selfforcing_dfd.processes.world import World, join_alone
 
 VIEWS = "FSDP2-wrapped module .* returned a view tensor"
@@ -53,9 +55,13 @@ class Sharding:
 
         Trained networks require gradient from now on, in the turns of others too: FSDP reads their
         dtypes at the first call, from parameters that require it. Stages ask them without gradient.
+        Of a network with adapters, these alone are trained.
         """
-        network.requires_grad_(is_trained)
-        has_dtype = next(network.parameters()).dtype == self.compute
+        has_adapters = any(owner_of(name) for name, _ in network.named_parameters())
+        for name, parameter in network.named_parameters():
+            is_own = bool(owner_of(name)) == has_adapters
+            parameter.requires_grad_(is_trained and is_own)
+        has_dtype = {parameter.dtype for parameter in network.parameters()} == {self.compute}
         if self.world.size == 1 and (has_dtype or not is_trained):
             return
         mesh = self.mesh()
@@ -86,8 +92,9 @@ def keep_gathered(network: nn.Module) -> None:
 
     For the student: a rollout calls it many times in a turn.
     """
-    if isinstance(network, FSDPModule):
-        network.set_reshard_after_forward(False)
+    root = base_of(network)
+    if isinstance(root, FSDPModule):
+        root.set_reshard_after_forward(False)
 
 
 def release(network: nn.Module) -> None:
@@ -102,6 +109,7 @@ def expect_backward(network: nn.Module, is_last: bool) -> None:
 
     Until then each process adds up whole gradients in float32.
     """
-    if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(is_last)
-        network.set_reshard_after_backward(is_last)
+    root = base_of(network)
+    if isinstance(root, FSDPModule):
+        root.set_requires_gradient_sync(is_last)
+        root.set_reshard_after_backward(is_last)

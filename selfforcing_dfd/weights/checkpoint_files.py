@@ -252,9 +252,15 @@ def read_training_checkpoint(
 ) -> tuple[dict[str, dict[str, StoredTensor]], dict[str, Any]]:
     """(models by entry, the run's resolved config); no tensor is read yet. Raises CheckpointError.
 
-    An entry's tensors have their names in the network.
+    An entry's tensors have their names in the network. Of a run that trained adapters there are no
+    models in a checkpoint, and the error says so.
     """
     settings = settings_of(read_meta(folder))
+    if settings.get("model", {}).get("lora_rank"):
+        raise CheckpointError(
+            f"{folder} holds adapters alone, without the weights below them; use the student that "
+            "the finished run exported"
+        )
     files = TensorFiles(folder)
     models: dict[str, dict[str, StoredTensor]] = {}
     for key, (shape, dtype) in files.shapes().items():

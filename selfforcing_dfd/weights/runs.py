@@ -16,6 +16,8 @@ logger = logging.getLogger(__name__)
 
 STUDENT_FILE = "student.safetensors"
 FAKE_FILE = "fake.safetensors"
+STUDENT_ADAPTER_FILE = "student_adapter.safetensors"
+FAKE_ADAPTER_FILE = "fake_adapter.safetensors"
 CONFIG_FILE = "config.yaml"
 
 
