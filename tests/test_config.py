@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+from omegaconf import OmegaConf
 
 from selfforcing_dfd.common import find_file, shipped
 from selfforcing_dfd.config import (
@@ -19,7 +20,7 @@ from selfforcing_dfd.config import (
     to_yaml,
     training_configs,
 )
-from selfforcing_dfd.stages import STAGES, load_config
+from selfforcing_dfd.stages import STAGES, arms_of, load_config, stage_of
 from selfforcing_dfd.stages.dfd import DFDConfig
 from selfforcing_dfd.stages.matching import ScoreConfig
 from selfforcing_dfd.streaming.load import load_settings
@@ -231,3 +232,17 @@ def test_saved_settings_need_no_base(tmp_path):
     config = load_config("wan1.3b/dfd_ar.yaml", ["run.seed=5"])
     (tmp_path / "config.yaml").write_text(to_yaml(config))
     assert as_dict(load_config(str(tmp_path / "config.yaml"))) == as_dict(config) | {"base": ""}
+
+
+@pytest.mark.parametrize("name", training_configs())
+def test_a_recipe_sets_nothing_that_its_stage_does_not_read(name: str) -> None:
+    """Catches a recipe of an ODE init that trains by teacher forcing, since its stage is another's.
+
+    What a recipe says itself must reach the stage of one of its runs.
+    """
+    own = OmegaConf.to_container(OmegaConf.load(training_configs()[name]))
+    assert isinstance(own, dict)
+    config = load_config(name)
+    read = {section for run in arms_of(config) for section in stage_of(run).sections}
+    of_stages = {section for stage in STAGES.values() for section in stage.sections}
+    assert (own.keys() & of_stages) - read == set()

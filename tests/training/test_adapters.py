@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,10 +36,10 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def lora(settings: Callable[..., Config]) -> Callable[..., Config]:
     """A DMD run of adapters, two samples an update."""
-    short = ["run.stage=dmd", "batch.size=2", "batch.micro=1", "score.fake_per_student=1"]
-    start = ["run.student_updates=2", f"model.lora_rank={RANK}"]
-    fast = ["optim.student.lr=1e-2", "optim.fake.lr=1e-2"]
-    return lambda *overrides: settings(*short, *start, *fast, *overrides)
+    given = ["run.stage=dmd", "batch.size=2", "batch.micro=1", "score.fake_per_student=1"]
+    given += ["run.student_updates=2", f"model.lora_rank={RANK}"]
+    given += ["optim.student.lr=1e-2", "optim.fake.lr=1e-2"]
+    return partial(settings, *given)
 
 
 def answers(networks: dict[str, Any]) -> dict[str, Tensor]:
@@ -191,12 +192,12 @@ def test_processes_that_share_weights_and_sequences_train_as_one(
 
     And exports of one process's part, or of another precision: the same in bfloat16.
     """
-    stage = ["run.stage=dmd", "batch.size=2", "batch.micro=1", "score.fake_per_student=1"]
-    short = ["run.student_updates=2", "model.lora_rank=2", "model.activation_checkpointing=full"]
-    fast = ["optim.student.lr=1e-2", "optim.fake.lr=1e-2"]
+    given = ["run.stage=dmd", "batch.size=2", "batch.micro=1", "score.fake_per_student=1"]
+    given += ["run.student_updates=2", "model.lora_rank=2", "model.activation_checkpointing=full"]
+    given += ["optim.student.lr=1e-2", "optim.fake.lr=1e-2"]
 
     def config(name: str, *more: str) -> Config:
-        return config_in(tmp_path, world, *stage, *short, *fast, f"run.name={name}", *more)
+        return config_in(tmp_path, world, *given, f"run.name={name}", *more)
 
     def work() -> tuple[Trained, None]:
         trained = train_in_float64(config("two", "model.sequence_ranks=2"))
