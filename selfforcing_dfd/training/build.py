@@ -239,15 +239,7 @@ def build_trainer(
     check_shapes(config, reader, networks["student"].config)
     folder = run_folder(config)
     fixed = fixed_fingerprints(networks)
-    generator = rng.generator(config.run.seed, "further weights")
-    further = training_stage_of(config).further_networks(config, networks, generator)
-    for module in further.values():
-        module.to(world.device, DTYPES["float32"])
-    require(
-        not further or world.sequence_ranks == 1,
-        f"model.sequence_ranks is {world.sequence_ranks}, but the {next(iter(further), '')} sees "
-        "whole sequences; use model.sequence_ranks=1",
-    )
+    further = build_further(config, world, networks)
     modules = {**networks, **further}
     settings = as_dict(config) | {"networks": describe_networks(config, reader, networks)}
     models = fixed | {"data": reader.index_hash}
@@ -292,6 +284,22 @@ def build_trainer(
         checkpoints.load(newest, trainer.state())
     on_first_rank(lambda: trainer.tracker.open(trainer.clock if resume else None))
     return trainer
+
+
+def build_further(
+    config: Config, world: World, networks: Mapping[str, StageNetwork]
+) -> dict[str, nn.Module]:
+    """Networks that the stage makes itself. ConfigError where they cannot share sequences."""
+    generator = rng.generator(config.run.seed, "further weights")
+    further = training_stage_of(config).further_networks(config, networks, generator)
+    for name, module in further.items():
+        module.to(world.device, DTYPES["float32"])
+        require(
+            world.sequence_ranks == 1,
+            f"model.sequence_ranks is {world.sequence_ranks}, but the {name} sees whole sequences; "
+            "use model.sequence_ranks=1",
+        )
+    return further
 
 
 def fixed_fingerprints(networks: Mapping[str, StageNetwork]) -> dict[str, str]:

@@ -23,7 +23,7 @@ from tiny_models import fill_weights, save_network
 
 from selfforcing_dfd.config import Config, ConfigError, NetworkConfig
 from selfforcing_dfd.processes.world import World
-from selfforcing_dfd.training.build import build_network, build_trainer, check_batch
+from selfforcing_dfd.training.build import build_further, build_network, build_trainer, check_batch
 from selfforcing_dfd.training.sequences import describe_grid, in_groups, share_sequences
 from tests.training.conftest import MODEL as SMALL
 
@@ -120,6 +120,8 @@ def test_what_cannot_be_shared_is_refused(make: Callable[..., Config]) -> None:
         share_sequences(four, networks, (8, 8), 60)
     with pytest.raises(ConfigError, match="10 x 14 has 35 tokens in the student"):
         share_sequences(in_groups(World(0, 2), 2), networks, (10, 14), 60)
+    with pytest.raises(ConfigError, match="the discriminator sees whole sequences"):
+        build_further(make("dmd", "refused", "gan.weight=1"), four, networks)
     three_a_time = make("dmd", "refused", "batch.size=3")
     with pytest.raises(ConfigError, match=r"2 groups of 4 processes .* use batch\.size=4"):
         check_batch(three_a_time, four)
