@@ -6,6 +6,7 @@ import logging
 from contextlib import ExitStack
 
 from selfforcing_dfd.config import Config, as_dict, require
+from selfforcing_dfd.models.adapted import base_of
 from selfforcing_dfd.processes.ranks import on_first_rank
 from selfforcing_dfd.processes.world import World, find_world, joined
 from selfforcing_dfd.stages import arms_of, stage_of
@@ -18,6 +19,7 @@ from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.needs import has_shards
 from selfforcing_dfd.training.one_run import prepare_data, train
 from selfforcing_dfd.training.same_run import config_fingerprint
+from selfforcing_dfd.training.sequences import in_groups, share_sequences
 from selfforcing_dfd.weights.tensors import model_fingerprint
 
 
@@ -78,10 +80,13 @@ def train_or_make(config: Config, resume: bool) -> None:
 
 def make_shards(config: Config, stage: type[ShardStage], resume: bool) -> None:
     """Run a stage that writes shards. PackError if they exist or another config began them."""
-    world = find_world(config.run.device)
+    world = in_groups(find_world(config.run.device), config.model.sequence_ranks)
     networks = build_networks(config, world.device)
     fingerprints = {role: model_fingerprint(network) for role, network in networks.items()}
     reader = build_reader(config)
+    _, _, rows, columns = reader.index.latent_shape
+    bases = {role: base_of(network) for role, network in networks.items()}
+    share_sequences(world, bases, (rows, columns), config.run.timeout_s)
     settings = config_fingerprint(as_dict(config))
     require_agreement({**fingerprints, "data": reader.index_hash, "settings": settings})
     text = stage.make_shards(config, networks, fingerprints, reader, resume)

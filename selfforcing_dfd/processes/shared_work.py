@@ -20,21 +20,24 @@ Share = Callable[[Sequence[Piece]], Iterator[Result]]
 """Pieces -> their results in the same order, each made by one of the processes."""
 
 
-def work_together(make: Callable[[Piece], Result], lead: Callable[[Share[Piece, Result]], T]) -> T:
+def work_together(
+    make: Callable[[Piece], Result], lead: Callable[[Share[Piece, Result]], T], neighbours: int = 1
+) -> T:
     """What `lead` returns on the first rank; all ranks get it, or raise its error.
 
     make: a piece's result, on any rank. lead: runs on the first rank alone and may pass pieces to
-    the function that it is given, as often as it likes.
+    the function that it is given, as often as it likes. neighbours: so many ranks make each piece
+    together; all call `make` for it, and the first one's result counts.
     """
     outcome: list[Any] = [None, None]
     if is_first():
         try:
-            outcome[0] = lead(lambda pieces: share_out(pieces, make))
+            outcome[0] = lead(lambda pieces: share_out(pieces, make, neighbours))
         except Exception as error:
             outcome[1] = error
         tell(None)
     else:
-        help_first(make)
+        help_first(make, neighbours)
     if are_many():
         dist.broadcast_object_list(outcome, group=patient_group())
     if outcome[1] is not None:
@@ -43,12 +46,14 @@ def work_together(make: Callable[[Piece], Result], lead: Callable[[Share[Piece, 
     return result
 
 
-def share_out(pieces: Sequence[Piece], make: Callable[[Piece], Result]) -> Iterator[Result]:
-    """On the first rank: results of all pieces in order; one round gives each rank one piece.
+def share_out(
+    pieces: Sequence[Piece], make: Callable[[Piece], Result], neighbours: int
+) -> Iterator[Result]:
+    """On the first rank: results of all pieces in order; one round gives each group one piece.
 
     Raises the error of the first piece that cannot be made.
     """
-    size = dist.get_world_size() if are_many() else 1
+    size = dist.get_world_size() // neighbours if are_many() else 1
     for start in range(0, len(pieces), size):
         at_once = tell(list(pieces[start : start + size]))
         for result, error in gather_to_first([attempt(make, at_once[0])]):
@@ -57,11 +62,12 @@ def share_out(pieces: Sequence[Piece], make: Callable[[Piece], Result]) -> Itera
             yield result
 
 
-def help_first(make: Callable[[Any], Any]) -> None:
+def help_first(make: Callable[[Any], Any], neighbours: int) -> None:
     """On other ranks: make what the first one hands out, until it has no more."""
-    rank = dist.get_rank()
+    group, place = divmod(dist.get_rank(), neighbours)
     while (pieces := tell(None)) is not None:
-        gather_to_first([attempt(make, piece) for piece in pieces[rank : rank + 1]])
+        made = [attempt(make, piece) for piece in pieces[group : group + 1]]
+        gather_to_first([each for each in made if place == 0 or each[1] is not None])
 
 
 def attempt(make: Callable[[Any], Any], piece: Any) -> tuple[Any, Exception | None]:

@@ -126,7 +126,7 @@ class PairsStage(ShardStage):
             records = partial(in_batches, share, job.num_items, config.batch.micro)
             return write_folder(pairs.out, job, records, unfinished=unfinished)
 
-        summary = work_together(make, write)
+        summary = work_together(make, write, config.model.sequence_ranks)
         return f"{summary.folder}: {summary.num_samples} pairs in {summary.num_shards} shards"
 
 

@@ -14,6 +14,7 @@ from selfforcing_dfd.config import Config, NetworkConfig
 from selfforcing_dfd.cost import network_flops, peak_tflops
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.base import Pass, chunks_of
+from selfforcing_dfd.training.adapter_costs import adapter_flops
 from selfforcing_dfd.training.build import FROZEN, shape_of
 
 PATCH = (2, 2)  # of Wan's transformer, height and width
@@ -142,7 +143,21 @@ class Estimate:
             flops -= clip_flops(size, over, False, False)
         elif one.gradient and what == "selective":
             flops -= attention_flops(size, over)  # is not made again
+        if self.config.model.lora_rank:
+            flops += self.adapter_flops(one, again and what != "none")
         return int(one.times * flops)
+
+    def adapter_flops(self, one: Pass, again: bool) -> int:
+        """What adapters add to a pass: their own products, less the gradients of the weights."""
+        if one.role in FROZEN:
+            return 0
+        over = self.clip.over(one.over)
+        size = self.sizes[one.role]
+        own = adapter_flops(size, self.config.model.lora_rank, over.tokens, over.text_tokens)
+        if not one.gradient:
+            return own
+        of_weights = clip_flops(size, over, False, False) - attention_flops(size, over)
+        return own * (4 if again else 3) - of_weights
 
     def turn_flops(self, turn: str, again: bool = True) -> dict[str, int]:
         """Of one update for one sample, by what they are for."""

@@ -14,6 +14,7 @@ from functools import cache
 
 from selfforcing_dfd.config import Config, NetworkConfig, OptimizerConfig
 from selfforcing_dfd.stages.base import Pass
+from selfforcing_dfd.training.adapter_costs import adapter_values, roles_by_weights
 from selfforcing_dfd.training.build import shape_of
 from selfforcing_dfd.training.estimate import Clip, Estimate, Gpu, num_parameters
 from selfforcing_dfd.training.optimizers import split_parameters
@@ -101,29 +102,46 @@ class Spread:
         if trained:
             networks = f"{len(trained)} trained network{'s' * (len(trained) > 1)}"
             masters = sum(self.master_bytes(role) for role in trained)
-            lasting[f"weights of {networks}, float32"] = masters
+            what = "adapters" if self.config.model.lora_rank else "weights"
+            lasting[f"{what} of {networks}, float32"] = masters
             lasting["optimizers' moments"] = self.moment_bytes()
             lasting["average of the student (EMA)"] = self.master_bytes("student")
-        for role in self.estimate.sizes:
-            if role not in trained:
-                lasting[role] = num_parameters(self.estimate.sizes[role]) * self.width // self.ranks
-        outer = sum(self.outer_bytes(role) for role in self.estimate.sizes)
+        for roles in self.frozen:
+            values = num_parameters(self.estimate.sizes[roles[0]])
+            lasting[", ".join(roles)] = values * self.width // self.ranks
+        outer = sum(self.outer_bytes(roles[0]) for roles in roles_by_weights(self.config))
         if outer:
             lasting["outer layers that stay gathered"] = outer
         return lasting
+
+    @property
+    def frozen(self) -> list[list[str]]:
+        """The roles of each copy of weights that are not trained; below adapters, all are such."""
+        trained = () if self.config.model.lora_rank else self.estimate.trained
+        return [roles for roles in roles_by_weights(self.config) if roles[0] not in trained]
+
+    def is_students(self, role: str) -> bool:
+        """Whether a role has the student's weights, which stay gathered during a turn."""
+        return any({role, "student"} <= set(roles) for roles in roles_by_weights(self.config))
+
+    def trained_values(self, role: str) -> int:
+        """Of a network or of its adapter."""
+        size = self.estimate.sizes[role]
+        rank = self.config.model.lora_rank
+        return adapter_values(size, rank) if rank else num_parameters(size)
 
     def outer_bytes(self, role: str) -> int:
         """Embeddings and head of a sharded network, which no block gives back.
 
         Of the student everything is gathered and counted elsewhere.
         """
-        if role == "student" or not self.is_sharded(role):
+        if self.is_students(role) or not self.is_sharded(role):
             return 0
         return outer_parameters(self.estimate.sizes[role]) * self.width
 
     def master_bytes(self, role: str) -> int:
-        """A float32 value for each parameter that this GPU holds."""
-        return num_parameters(self.estimate.sizes[role]) * MASTER_BYTES // self.ranks
+        """A float32 value for each trained parameter that this GPU holds."""
+        return self.trained_values(role) * MASTER_BYTES // self.ranks
 
     def moment_bytes(self) -> int:
         """Two moments a parameter with AdamW, one with Muon; every turn has optimizers."""
@@ -136,7 +154,10 @@ class Spread:
         for turn, passes in self.estimate.passes.items():
             roles = {one.role for one in passes if one.gradient} & set(self.estimate.trained)
             for role in roles:
-                values += num_moments(self.estimate.sizes[role], optim[turn])
+                if self.config.model.lora_rank:  # all are matrices
+                    values += self.trained_values(role) * (1 if optim[turn].kind == "muon" else 2)
+                else:
+                    values += num_moments(self.estimate.sizes[role], optim[turn])
         return values * MASTER_BYTES // self.ranks
 
     def turn(self, turn: str, passes: list[Pass]) -> dict[str, Parts]:
@@ -158,11 +179,12 @@ class Spread:
         again = self.again(own) | self.visiting(own.role) | self.reducing(own.role)
         gradients = {"gradients of one network": self.master_bytes(own.role)}
         phases[f"backward pass begins, {turn} update"] = gathered | sums | kept | again
-        if own.role == "student":
+        if self.is_students(own.role):
             gathered = {}  # is given back block by block
         phases[f"backward pass ends, {turn} update"] = gathered | gradients | again
         if sums:
-            whole = {f"{own.role} gathered": self.gathered_bytes(own.role)}
+            name = "student" if self.is_students(own.role) else own.role
+            whole = {f"{name} gathered": self.gathered_bytes(own.role)}
             phases[f"between backward passes, {turn} update"] = gathered | sums | whole | again
         phases[f"optimizer step, {turn} update"] = gradients | self.stepping(own.role)
         return phases
@@ -174,7 +196,12 @@ class Spread:
 
     def gathered_bytes(self, role: str) -> int:
         """A whole network as it computes, beside what this GPU holds of it."""
-        return num_parameters(self.estimate.sizes[role]) * self.width * self.is_sharded(role)
+        values = num_parameters(self.estimate.sizes[role])
+        if self.config.model.lora_rank:
+            sharing = next(roles for roles in roles_by_weights(self.config) if role in roles)
+            adapted = set(sharing) & set(self.estimate.trained)
+            values += len(adapted) * self.trained_values(role)
+        return values * self.width * self.is_sharded(role)
 
     def student_gathered(self, passes: list[Pass]) -> Parts:
         if not self.is_sharded("student") or all(one.role != "student" for one in passes):
@@ -188,7 +215,7 @@ class Spread:
         """
         if not self.is_sharded(role):
             return {}
-        blocks = int(role != "student") + int(self.ranks > 1)
+        blocks = int(not self.is_students(role)) + int(self.ranks > 1)
         values = blocks * block_parameters(self.estimate.sizes[role])
         return {f"blocks of {role}, gathered": values * self.width} if values else {}
 
@@ -196,14 +223,15 @@ class Spread:
         """Whole float32 gradients: several micro-batches are added up before they are reduced."""
         if self.passes_of_update == 1:
             return {}
-        whole = num_parameters(self.estimate.sizes[role]) * MASTER_BYTES
-        return {"gradients of several passes, whole": whole}
+        return {"gradients of several passes, whole": self.trained_values(role) * MASTER_BYTES}
 
     def reducing(self, role: str) -> Parts:
         """A block's whole gradient, as computed and in float32 on its way to the others."""
         if not self.is_sharded(role):
             return {}
         values = block_parameters(self.estimate.sizes[role])
+        if self.config.model.lora_rank:
+            values = self.trained_values(role) // self.estimate.sizes[role].num_layers
         return {"a block's gradient on its way": values * (self.width + MASTER_BYTES)}
 
     def history(self, one: Pass) -> Parts:
@@ -247,7 +275,7 @@ class Spread:
 
     def stepping(self, role: str) -> Parts:
         """Intermediate results of AdamW: a root of the second moment."""
-        values = num_parameters(self.estimate.sizes[role]) // self.ranks if self.foreach else 0
+        values = self.trained_values(role) // self.ranks if self.foreach else 0
         return {"the step's intermediate results": values * MASTER_BYTES}
 
     def block_bytes(self, role: str, clip: Clip) -> int:

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 from gloo import in_processes
 from processes import (
     FLOAT32,
@@ -21,7 +22,9 @@ from processes import (
 )
 from tiny_models import fill_weights, save_network
 
+from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.config import Config, ConfigError, NetworkConfig
+from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.processes.world import World
 from selfforcing_dfd.training.build import build_further, build_network, build_trainer, check_batch
 from selfforcing_dfd.training.sequences import describe_grid, in_groups, share_sequences
@@ -106,6 +109,23 @@ def test_groups_of_processes_go_on_with_a_run(make: Callable[..., Config], tmp_p
         tolerance = FLOAT32 if name.startswith("ema") else TOLERANCE
         assert all(error(each.tensors[name], tensor) < tolerance for each in four), name
     assert_same_metrics(four[0].metrics, wanted.metrics)
+
+
+def test_pairs_are_those_of_one_process(make: Callable[..., Config], tmp_path: Path) -> None:
+    """Catches a teacher that waits for tokens of processes that make other pairs."""
+
+    def write(name: str, *more: str) -> Path:
+        out = tmp_path / name
+        pairs = ["run.stage=pairs", "pairs.steps=2", "pairs.num=3", f"pairs.out={out}", *more]
+        run(make("dmd", name, *pairs))
+        return out
+
+    wanted = ShardReader(write("one"))
+    in_processes(4, tmp_path / "ranks", lambda: write("four", "model.sequence_ranks=2"))
+    got = ShardReader(tmp_path / "four")
+    for number in range(3):
+        made = got[number].latents
+        torch.testing.assert_close(made, wanted[number].latents, rtol=2e-3, atol=1e-4)  # float16
 
 
 def test_what_cannot_be_shared_is_refused(make: Callable[..., Config]) -> None:
