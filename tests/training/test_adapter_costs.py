@@ -30,8 +30,8 @@ SMALL = NetworkConfig(
 def test_operations_are_those_that_run(turn: str) -> None:
     """Catches gradients of frozen weights that are counted, and adapters that are not.
 
-    A ladder of one step, so that the drawn exit is its mean. Within 3 %: before the first adapter
-    no gradient is taken, which the estimate counts; the network has two blocks.
+    A ladder of one step, so that the drawn exit is its mean. Within 5 %: no gradient is taken with
+    respect to the text, or to what enters the first of the two blocks, and the estimate counts it.
     """
     lora = [f"model.lora_rank={RANK}", "weights.student=", "weights.fake="]
     config = load_config("dfd_ar.yaml", ["run.stage=dmd", *lora])
@@ -54,7 +54,7 @@ def test_operations_are_those_that_run(turn: str) -> None:
     sizes = dict.fromkeys(("student", "fake", "teacher"), SMALL)
     clip = clip_of(config, (batch.latents.shape[3], batch.latents.shape[4]), TEXT_LENGTH)
     parts = Estimate(config, clip, sizes).turn_flops(turn)
-    assert counter.get_total_flops() // 2 == pytest.approx(sum(parts.values()), rel=0.03)
+    assert counter.get_total_flops() // 2 == pytest.approx(sum(parts.values()), rel=0.05)
 
 
 @pytest.mark.parametrize(
