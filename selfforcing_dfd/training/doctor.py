@@ -71,6 +71,7 @@ def examine(run: Path, is_held: bool = False) -> list[Finding]:
     found += _look_at_checkpoints(run, record)
     found += _look_at_metrics(run)
     if record is not None:
+        found += _look_for_checkpoints(run, record)
         found += _look_at_config(run, record)
         found += _look_at_results(run, record)
     return found
@@ -134,6 +135,21 @@ def _look_at_checkpoints(run: Path, record: RunRecord | None) -> Iterator[Findin
             )
         else:
             yield from _look_at_settings(path, record)
+
+
+def _look_for_checkpoints(run: Path, record: RunRecord) -> Iterator[Finding]:
+    """Whether a run that was not finished has what it would go on from."""
+    path = run / METRICS_FILE
+    if record.state != "training" or has_checkpoints(run) or not path.exists():
+        return
+    made = sum(kind == "student" for kind, _ in read_all_metrics(path).lines)
+    every = settings_of(record)["checkpoint"]["every"]
+    if made > every:
+        yield Finding(
+            f"{run} has made {made} student updates and saved every {every}, but its checkpoints "
+            "are gone",
+            "bring them back, or train it again in another folder",
+        )
 
 
 def _look_at_settings(checkpoint: Path, record: RunRecord | None) -> Iterator[Finding]:

@@ -20,6 +20,10 @@ class NonFiniteError(UserError):
     """
 
 
+class NonFiniteWeightsError(NonFiniteError):
+    """Weights after the step of a turn; their network can tell nothing about samples any more."""
+
+
 class NonFiniteStateError(NonFiniteError):
     """Values of a finished turn, found when they were to be stored."""
 
@@ -66,7 +70,7 @@ def check_finite(
 
 
 def check_weights(named: Iterable[tuple[str, Tensor]], where: str) -> None:
-    """NonFiniteError, naming the first, unless all weights are finite; call after the step."""
+    """NonFiniteWeightsError, naming the first, unless all are finite; call after the step."""
     weights = [(name, weight.detach()) for name, weight in named]
     norms = [
         torch.linalg.vector_norm(weight, dtype=_at_least_float32(weight)) for _, weight in weights
@@ -76,7 +80,7 @@ def check_weights(named: Iterable[tuple[str, Tensor]], where: str) -> None:
     if not math.isfinite(total.item()):
         bad = first_not_finite(weights)
         if bad:
-            raise NonFiniteError(_too_late(bad, where))
+            raise NonFiniteWeightsError(_too_late(bad, where))
 
 
 def check_stored(named: Iterable[tuple[str, Tensor]], where: str) -> None:

@@ -18,7 +18,11 @@ from selfforcing_dfd.data.shards import NonFiniteSampleError, load_batch
 from selfforcing_dfd.processes.ranks import gather_objects
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.training.compare import listed
-from selfforcing_dfd.training.finite import NonFiniteError, NonFiniteStateError
+from selfforcing_dfd.training.finite import (
+    NonFiniteError,
+    NonFiniteStateError,
+    NonFiniteWeightsError,
+)
 from selfforcing_dfd.training.loop import Trainer, to_device
 from selfforcing_dfd.weights.run_record import RunRecord
 
@@ -49,7 +53,8 @@ def failure_of(trainer: Trainer, error: NonFiniteError | NonFiniteSampleError) -
     if isinstance(error, NonFiniteSampleError):
         return Failure(str(error), (error.key,), since)
     positions = range(since, since + trainer.batch_size)
-    blamed = [] if isinstance(error, NonFiniteStateError) else blamed_alone(trainer)
+    can_tell = not isinstance(error, NonFiniteStateError | NonFiniteWeightsError)
+    blamed = blamed_alone(trainer) if can_tell else []
     keys = keys_at(trainer, blamed or positions)
     return Failure(str(error), tuple(dict.fromkeys(keys)), since)
 

@@ -17,6 +17,8 @@ from selfforcing_dfd.data.merge import merge
 from selfforcing_dfd.data.shards import ShardError, ShardReader
 from selfforcing_dfd.data.sources.lmdb import LmdbSource
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
+from selfforcing_dfd.data.sources.video import read_video
+from selfforcing_dfd.tiny.world import write_clips
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.weights.checkpoint_files import deep_damage
 from selfforcing_dfd.weights.read import load_network
@@ -123,3 +125,15 @@ def test_a_checkpoint_under_another_number_is_damaged(tmp_path: Path) -> None:
     found = deep_damage(tmp_path / "student_update=000002")
     assert found == "it is the checkpoint of student update 1, by another name"
     assert manager.latest() == older
+
+
+def test_a_clip_with_odd_letters_in_its_metadata_is_read(tmp_path: Path) -> None:
+    """Catches a UnicodeDecodeError of PyAV that ends the packing of all other clips."""
+    write_clips(tmp_path, 1, seed=0, level="short", num_frames=9)
+    (path,) = tmp_path.glob("*.mp4")
+    wanted = read_video(path, 9)
+    harmed = bytearray(path.read_bytes())
+    brand = harmed.index(b"iso2")  # the kinds of file that it says it is
+    harmed[brand : brand + 4] = b"\x95\xff\x95\xff"
+    path.write_bytes(harmed)
+    assert torch.equal(read_video(path, 9), wanted)

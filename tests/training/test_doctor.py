@@ -226,3 +226,16 @@ def test_checkpoints_are_verified_and_inspected(
     assert "selfforcing-dfd doctor" in capsys.readouterr().err
     assert main(["doctor", str(tmp_path / "nowhere")]) == EXIT_USER_ERROR
     assert "is no run's folder" in capsys.readouterr().err
+
+
+def test_checkpoints_that_are_gone_are_missed(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a run that verify calls whole and that cannot go on. A finished one needs none."""
+    shutil.rmtree(folder / "checkpoints")
+    assert main(["verify", str(folder)]) == 0
+    record = read_record(folder)
+    assert record is not None
+    write_record(folder, replace(record, state="training"))
+    assert main(["verify", str(folder)]) == EXIT_USER_ERROR
+    assert "but its checkpoints are gone" in capsys.readouterr().err

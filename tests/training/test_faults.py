@@ -48,8 +48,8 @@ def flip(path: Path, place: int) -> None:
 
 
 def flip_newest(folder: Path) -> None:
-    (shard,) = (folder / "checkpoints" / "student_update=000002").glob("*.safetensors")
-    flip(shard, -5)
+    newest = folder / "checkpoints" / "student_update=000002"
+    flip(min(newest.glob("*.safetensors")), -5)
 
 
 def change_clock(folder: Path) -> None:

@@ -111,6 +111,11 @@ def test_a_run_that_left_samples_out_goes_on_exactly(
     assert record_of(parts).aside == record_of(whole).aside
 
 
+def largest(learner: loop.Learner) -> torch.nn.Parameter:
+    """A weight of which every process holds a part."""
+    return max(learner.network.parameters(), key=lambda weight: weight.numel())
+
+
 class Spoiler:
     """Makes the loss, or a weight after the step, not finite in some turns of a run."""
 
@@ -130,15 +135,16 @@ class Spoiler:
         return backward
 
     def spoil(self, part: Any, learner: loop.Learner) -> None:
-        weight = next(learner.network.parameters())
+        weight = largest(learner)
         if self.what == "loss":
             part.loss.data.fill_(float("nan"))
         elif self.what == "gradient":
             assert weight.grad is not None
             weight.grad.fill_(float("inf"))
         else:
+            # found anew: with several processes it is another tensor amid a turn
             learner.optimizers[0].register_step_post_hook(
-                lambda *_: weight.data.fill_(float("nan"))
+                lambda *_: largest(learner).data.fill_(float("nan"))
             )
 
 

@@ -84,12 +84,15 @@ class Harm:
         self.rank = rank
         self.harm = harm
         self.when = when
+        self.is_done = False
 
     def before(self, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str) -> None:
         original = getattr(owner, name)
 
         def harmed(*arguments: Any, **named: Any) -> Any:
-            if find_world("cpu").rank == self.rank and self.when(*arguments):
+            is_here = find_world("cpu").rank == self.rank and self.when(*arguments)
+            if is_here and not self.is_done:
+                self.is_done = True
                 self.harm()
             return original(*arguments, **named)
 

@@ -47,7 +47,7 @@ def read_video(
     # one for all frames: `frame.to_ndarray` makes one for each, 5 times slower
     to_rgb = VideoReformatter()
     try:
-        with av.open(str(path)) as container:
+        with opened(path) as container:
             for frame in islice(_frames(container, fps, name), num_frames):
                 sizes.add((frame.height, frame.width))
                 pictures.append(picture(frame, to_rgb, size, resize))
@@ -81,6 +81,11 @@ def _frames(container: Any, fps: Fraction | None, name: str) -> Iterator[av.Vide
         yield frame
 
 
+def opened(path: Path | str) -> Any:
+    """A file of video. Titles and the like, which nobody reads here, may be in any letters."""
+    return av.open(str(path), metadata_errors="replace")
+
+
 def decoded_strictly(container: Any, name: str) -> Iterator[av.VideoFrame]:
     """The frames of the first video stream.
 
@@ -100,7 +105,7 @@ def decoded_strictly(container: Any, name: str) -> Iterator[av.VideoFrame]:
 def rate_of(path: Path | str) -> Fraction | None:
     """Frames a second that a file states for its video; None for a file that states none."""
     try:
-        with av.open(str(path)) as container:
+        with opened(path) as container:
             found = container.streams.video[:1]
             return found[0].average_rate if found else None
     except (av.error.FFmpegError, OSError):
@@ -181,7 +186,7 @@ def read_last_frames(path: Path | str, max_frames: int, size: tuple[int, int]) -
     frames: deque[np.ndarray] = deque(maxlen=max_frames)
     to_rgb = VideoReformatter()
     try:
-        with av.open(str(path)) as container:
+        with opened(path) as container:
             for frame in decoded_strictly(container, path.name):
                 frames.append(picture(frame, to_rgb, size, "cover"))
     except (av.error.FFmpegError, IndexError, FileNotFoundError) as error:
