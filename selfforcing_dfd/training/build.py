@@ -24,6 +24,7 @@ from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.ema import EMA
 from selfforcing_dfd.training.exports import describe_networks
 from selfforcing_dfd.training.folders import CHECKPOINTS, run_folder
+from selfforcing_dfd.training.late_weights import fill, is_without_memory, without_memory
 from selfforcing_dfd.training.loop import Trainer
 from selfforcing_dfd.training.metrics import Watch
 from selfforcing_dfd.training.optimizers import build_learner
@@ -67,13 +68,17 @@ def load_start(
 
 def load_frozen(config: Config, start: Start, device: torch.device | str = "cpu") -> WanTransformer:
     """A network that is only asked: its weights are in the dtype that it computes in."""
-    compute = config.model.compute
-    network = load_start(start, device, DTYPES[compute])
-    if compute != "float32":
-        network.set_attention(config.model.attention)
-    if config.model.compile:
+    network = load_start(start, device, DTYPES[config.model.compute])
+    return ask_in(config.model, network).requires_grad_(False)
+
+
+def ask_in(config: ModelConfig, network: WanTransformer) -> WanTransformer:
+    """The network, whose weights are in the configured dtype, ready to compute."""
+    if config.compute != "float32":
+        network.set_attention(config.attention)
+    if config.compile:
         network.compile_blocks()
-    return network.requires_grad_(False)
+    return network
 
 
 def train_in(config: ModelConfig, network: WanTransformer) -> WanTransformer:
@@ -104,14 +109,19 @@ FROZEN = ("teacher", "causal")
 """Roles that are asked and never trained."""
 
 
-def build_networks(config: Config, device: torch.device) -> dict[str, StageNetwork]:
+def build_networks(
+    config: Config, device: torch.device, late: bool = False
+) -> dict[str, StageNetwork]:
     """Each network of the stage with its starting weights; the teacher is frozen.
 
+    late: weights are read when the networks are sharded, see `late_weights`; not below adapters.
     Raises WeightsError for weights that cannot be read, ConfigError for networks that do not fit
     each other.
     """
-    build = build_adapted if config.model.lora_rank else build_whole
-    networks = build(config, device)
+    if config.model.lora_rank:
+        networks = build_adapted(config, device)
+    else:
+        networks = build_whole(config, device, late)
     for network in networks.values():
         network.requires_grad_(False)
     check_networks(networks)
@@ -144,11 +154,14 @@ def build_adapted(config: Config, device: torch.device) -> dict[str, StageNetwor
     return networks
 
 
-def build_whole(config: Config, device: torch.device) -> dict[str, StageNetwork]:
-    """Each network of the stage with weights of its own."""
+def build_whole(config: Config, device: torch.device, late: bool) -> dict[str, StageNetwork]:
+    """Each network of the stage with weights of its own. late: see `build_networks`."""
     networks: dict[str, StageNetwork] = {}
     for role, start in stage_of(config).starts(config).items():
-        if role in FROZEN:
+        if late and start.path:
+            dtype = config.model.compute if role in FROZEN else "float32"
+            networks[role] = without_memory(start, DTYPES[dtype])
+        elif role in FROZEN:
             networks[role] = load_frozen(config, start, device)
         elif start.path:
             networks[role] = train_in(config.model, load_start(start, device))
@@ -235,7 +248,7 @@ def build_trainer(
     world = in_groups(find_world(config.run.device), config.model.sequence_ranks)
     check_batch(config, world)
     reader = build_reader(config)
-    networks = build_networks(config, world.device)
+    networks = build_networks(config, world.device, late=world.size > 1)
     check_shapes(config, reader, networks["student"].config)
     folder = run_folder(config)
     fixed = fixed_fingerprints(networks)
@@ -246,7 +259,8 @@ def build_trainer(
     _, _, rows, columns = reader.index.latent_shape
     bases = {role: base_of(network) for role, network in networks.items()}
     share_sequences(world, bases, (rows, columns), config.run.timeout_s)
-    spread(config, world, modules, {**models, "settings": config_fingerprint(settings)})
+    facts = {**models, "settings": config_fingerprint(settings)}
+    models |= spread(config, world, modules, facts)
     stage = training_stage_of(config).build(config, modules, reader.negative)
     checkpoints = CheckpointManager(
         folder / CHECKPOINTS, config.checkpoint.keep, config=settings, models=models
@@ -303,11 +317,16 @@ def build_further(
 
 
 def fixed_fingerprints(networks: Mapping[str, StageNetwork]) -> dict[str, str]:
-    """Of weights that are not trained, by whose they are; below an adapter they are named so."""
+    """Of weights that are not trained, by whose they are; below an adapter they are named so.
+
+    Those that are read later are left to `spread`.
+    """
     fingerprint = cache(model_fingerprint)
     without = cache(AdaptedNetwork)  # one for each set of weights
     marks = {}
     for role, network in networks.items():
+        if is_without_memory(network):
+            continue
         if isinstance(network, AdaptedNetwork):
             name = role if role in FROZEN else f"weights below the {role}"
             marks[name] = fingerprint(without(network.base))
@@ -318,18 +337,35 @@ def fixed_fingerprints(networks: Mapping[str, StageNetwork]) -> dict[str, str]:
 
 def spread(
     config: Config, world: World, networks: Mapping[str, nn.Module], facts: Mapping[str, str]
-) -> None:
-    """Shard the networks over all processes.
+) -> dict[str, str]:
+    """Shard the networks over all processes, and read the weights that are not there yet.
 
-    facts: what the run is of, by name. Raises DisagreementError for processes with other facts or
-    weights, before their parts are mixed.
+    facts: what the run is of, by name. Returns the fingerprints of frozen weights that it read.
+    Raises DisagreementError for processes with other facts or weights, before parts are mixed.
     """
+    late = [role for role, network in networks.items() if is_without_memory(network)]
     if world.size > 1:
-        require_agreement({**facts, **norms_of(networks)})
+        there = {role: network for role, network in networks.items() if role not in late}
+        require_agreement({**facts, **norms_of(there)})
     sharding = Sharding(world, config.model.shard_ranks, DTYPES[config.model.compute])
     trained = {base_of(network) for role, network in networks.items() if role not in FROZEN}
     for network in dict.fromkeys(map(base_of, networks.values())):
         sharding.apply(network, is_trained=network in trained)
+    starts = stage_of(config).starts(config)
+    seen = {role: fill(networks[role], starts[role], world.device) for role in late}
+    require_agreement({f"norm of the {role}'s weights": each.norm for role, each in seen.items()})
+    for role in late:
+        ready(config.model, networks[role], role)
+    return {role: each.fingerprint for role, each in seen.items() if role in FROZEN}
+
+
+def ready(config: ModelConfig, network: nn.Module, role: str) -> None:
+    """A sharded network with its weights, ready to compute."""
+    assert isinstance(network, WanTransformer)
+    if role in FROZEN:
+        ask_in(config, network)
+    else:
+        train_in(config, network)
 
 
 def check_batch(config: Config, world: World) -> None:

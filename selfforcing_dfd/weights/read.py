@@ -107,13 +107,13 @@ def load_network(
     if not isinstance(weights, StoredWeights):
         weights = read_weights(weights, entry, drop_gan_heads)
     network = meta_network(weights, head_dim)
-    tensors = {name: _finite(weights, name).to(device, dtype) for name in weights.tensors}
+    tensors = {name: read_finite(weights, name).to(device, dtype) for name in weights.tensors}
     network.load_state_dict(tensors, strict=True, assign=True)
     network.register_to_config(**weights.identity.notes())
     return network
 
 
-def _finite(weights: StoredWeights, name: str) -> torch.Tensor:
+def read_finite(weights: StoredWeights, name: str) -> torch.Tensor:
     """One tensor on the CPU. Raises WeightsError for values that are not finite."""
     tensor = weights.tensors[name].read()
     can_tell = tensor.is_floating_point() and tensor.itemsize > 1  # not so for 8-bit numbers

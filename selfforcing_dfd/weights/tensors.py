@@ -53,10 +53,15 @@ def model_fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes, dtypes and bits: which model it was, without storing it."""
     digest = hashlib.sha256()
     for name, tensor in _named(weights).items():
-        dtype = str(tensor.dtype).removeprefix("torch.")
-        digest.update(f"{name} {list(tensor.shape)} {dtype}".encode())
-        digest.update(whole(tensor).reshape(-1).view(torch.uint8).numpy())
+        add_to_fingerprint(digest, name, whole(tensor))
     return digest.hexdigest()
+
+
+def add_to_fingerprint(digest: hashlib._Hash, name: str, tensor: Tensor) -> None:
+    """One contiguous tensor on the CPU; see `model_fingerprint`."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
+    digest.update(f"{name} {list(tensor.shape)} {dtype}".encode())
+    digest.update(tensor.reshape(-1).view(torch.uint8).numpy())
 
 
 def whole(tensor: Tensor) -> Tensor:

@@ -78,8 +78,10 @@ def train_in_float64(config: Config, resume: bool = False) -> Trained:
     """One run whose networks have float64 weights, so that sums in another order hardly differ."""
     plain = build.build_networks
 
-    def in_float64(config: Config, device: torch.device) -> Mapping[str, nn.Module]:
-        networks = plain(config, device)
+    def in_float64(
+        config: Config, device: torch.device, late: bool = False
+    ) -> Mapping[str, nn.Module]:
+        networks = plain(config, device, late)
         return {role: nn.Module.to(each, torch.float64) for role, each in networks.items()}
 
     found = Trained()
