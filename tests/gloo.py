@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import time
@@ -45,6 +46,7 @@ def in_processes(size: int, folder: Path, work: Callable[[], Any]) -> list[Any]:
 
 
 def _child(rank: int, size: int, folder: Path, work: Callable[[], Any]) -> None:
+    gc.disable()  # what the parent left behind is not to be collected in a fork: it crashed
     warnings.simplefilter("ignore")
     try:
         if dist.is_initialized():

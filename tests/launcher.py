@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import multiprocessing
 import os
 import sys
@@ -48,6 +49,7 @@ def launch(
 def _child(
     rank: int, size: int, port: int, folder: Path, work: Callable[[World], None], timeout_s: float
 ) -> None:
+    gc.disable()  # what the parent left behind is not to be collected in a fork: it crashed
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     meeting["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), **meeting}

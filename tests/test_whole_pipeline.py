@@ -302,7 +302,7 @@ def test_what_needs_clips_refuses_prompts(place, wan, prompts):
     teacher = wan / "transformer"
     weights = [f"weights.{role}={teacher}" for role in ("student", "teacher", "fake")]
     with pytest.raises(
-        ConfigError, match="holds prompts without clips, which do for dmd and pairs"
+        ConfigError, match="holds prompts without clips, which do for dmd and dp_dmd and pairs"
     ):
         train("dfd_ar", place, prompts, *weights, "run.name=refused")
     clip = ["run.name=refused", "regression.target=clip"]

@@ -83,8 +83,12 @@ def stored(key: str, tensor: Tensor) -> StoredTensor:
 
 
 def is_torch_file(path: Path) -> bool:
-    """Whether a file begins as those of torch.save do, the older kind included."""
-    return _beginning(path).startswith((ZIP, PICKLE))
+    """Whether a file begins as those of torch.save do, the older kind included.
+
+    A safetensors file may begin with the same byte: of its header's length. Its header follows.
+    """
+    beginning = _beginning(path)
+    return beginning.startswith((ZIP, PICKLE)) and beginning[8:9] != b"{"
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:

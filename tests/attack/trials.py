@@ -7,6 +7,7 @@ All that is random follows from a seed, the kind of thing and the number of the 
 from __future__ import annotations
 
 import contextlib
+import gc
 import io
 import json
 import os
@@ -143,6 +144,7 @@ def _start(kind: Kind, number: int, place: Path, seed: int) -> _Running:
 
 def _child(kind: Kind, chance: random.Random, place: Path) -> None:
     """One trial, whose report lies beside its place; never returns."""
+    gc.disable()  # what the parent left behind is not to be collected in a fork: it crashed
     report: dict[str, Any] = {"harm": "", "outcome": "FAILED", "said": "ended too early"}
     report_file = place.with_suffix(".json")
 

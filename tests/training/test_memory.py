@@ -84,6 +84,7 @@ def measured_and_estimated(config: Config, size: int, folder: Path) -> dict[str,
     return ratios
 
 
+@pytest.mark.soak  # beside other tests in one process, their memory counts too
 def test_two_processes_have_the_memory_that_is_estimated(
     make: Callable[..., Config], tmp_path: Path
 ):

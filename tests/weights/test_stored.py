@@ -21,7 +21,7 @@ from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.ema import EMA
 from selfforcing_dfd.weights.read import StoredWeights, WeightsError, load_network, read_weights
-from selfforcing_dfd.weights.stored import StoredTensor, stored
+from selfforcing_dfd.weights.stored import StoredTensor, is_torch_file, read_safetensors, stored
 from selfforcing_dfd.weights.write import convert, network_config
 
 
@@ -239,3 +239,13 @@ def test_loading_holds_one_copy(tmp_path):
     peak, value = map(float, ran.stdout.split())
     assert value == 1
     assert peak < 1.3 * done.num_bytes, f"peak of {peak / done.num_bytes:.2f} copies"
+
+
+@pytest.mark.parametrize("padding", range(0, 256, 8))
+def test_a_header_of_any_length_is_that_of_safetensors(padding: int, tmp_path: Path):
+    """Catches a file whose header is 128 bytes long, say, taken for one of torch.save."""
+    path = tmp_path / "w.safetensors"
+    save_file({"w": torch.zeros(1)}, path, metadata={"about": "x" * padding})
+    assert not is_torch_file(path)
+    tensors, _ = read_safetensors(path)
+    assert list(tensors) == ["w"]
