@@ -18,9 +18,11 @@ from selfforcing_dfd.study.compare import (
     Alignment,
     aligned,
     arms_in,
+    budget_of,
     index_at,
     mean_of,
     null_check,
+    spent,
     teacher_value,
     verdicts,
     with_rows,
@@ -212,10 +214,27 @@ def about_alignment(study: Study, alignment: Alignment) -> str:
         return (
             f"Each arm's newest point that took at most {SLACK:g} times the core seconds of "
             f"{study.budget}'s {study.updates} student updates, by means over runs. {spread}"
+            f"{beyond_the_budget(study)}"
         )
     if alignment == "updates":
         return f"Each arm's newest point within {study.updates} student updates. {spread}"
     return spread
+
+
+def beyond_the_budget(study: Study) -> str:
+    """Which arms have no row at equal compute, and what their first point took."""
+    budget = budget_of(study)
+    told = ""
+    for arm in study.arms:
+        seconds = {update: each for update, each in spent(study, arm).items() if update}
+        if seconds and budget and min(seconds.values()) > SLACK * budget:
+            update = min(seconds)
+            more = 100 * (seconds[update] / budget - 1)
+            told += (
+                f" {arm} has no such point: its first, after {update} updates, took "
+                f"{more:.0f} % more than the budget."
+            )
+    return told
 
 
 def score_table(study: Study, alignment: Alignment) -> Table:

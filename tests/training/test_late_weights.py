@@ -58,6 +58,7 @@ def test_weights_are_those_of_a_whole_network(
         assert seen.norm == pytest.approx(norm, rel=1e-12)  # summed in another order
 
 
+@pytest.mark.soak  # beside other tests in one process, their memory counts too
 def test_no_process_holds_a_whole_network(world: Path, tmp_path: Path) -> None:
     """Catches weights that are read whole before they are shared.
 
