@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,7 @@ def test_no_process_holds_a_whole_network(world: Path, tmp_path: Path) -> None:
     save_network(path, network)
     size = sum(parameter.nbytes for parameter in network.parameters())
     del network
+    gc.collect()  # else processes would reuse its memory
 
     def read() -> int:
         count_exactly()
