@@ -106,9 +106,7 @@ def pack(parser: argparse.ArgumentParser) -> Run:
             if vars(args)[name] is None:
                 setattr(args, name, value)
         source = _file_source(args)
-        warning = source.other_rate(VIDEO_FPS)
-        if warning:
-            print(f"warning: {warning}", file=sys.stderr)
+        _warn_of_rate(source)
         out = _out_folder(args, source.path)
         options = replace(
             pack_options(args),
@@ -122,6 +120,12 @@ def pack(parser: argparse.ArgumentParser) -> Run:
         _print_summary(summary, f", {CODEC_FILE}" if args.codec == "tiny" else "")
 
     return run
+
+
+def _warn_of_rate(source: FileSource) -> None:
+    warning = source.other_rate(VIDEO_FPS)
+    if warning:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 def prompts(parser: argparse.ArgumentParser) -> Run:

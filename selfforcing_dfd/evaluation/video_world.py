@@ -26,10 +26,10 @@ from selfforcing_dfd.evaluation.tables import (
     stated,
 )
 from selfforcing_dfd.evaluation.world import Chart, Layout, Measured
+from selfforcing_dfd.metrics.appearance import luma
 from selfforcing_dfd.tiny.bootstrap import Resamples, Score, spread
 
 FPS = 16  # of Wan2.1
-LUMA = (0.299, 0.587, 0.114)
 
 METRICS = (
     Metric("saturation", "saturation", 3, 0.15, "max - min over colours, mean over pixels"),
@@ -163,13 +163,13 @@ def chosen(reader: ShardReader, num_clips: int, seed: int) -> list[int]:
 def clip_statistics(videos: Tensor) -> dict[str, Tensor]:
     """Each clip's numbers [B] by metric, of videos [B, T, H, W, 3] in [0, 1]; see METRICS."""
     frames = videos[:, ::4].float()  # one video frame of each latent frame
-    luma = frames @ torch.tensor(LUMA)
+    grey = luma(frames)
     # squares, because blur does not change the sum of absolute differences across an edge
-    across = luma.diff(dim=3).square().mean(dim=(1, 2, 3))
-    down = luma.diff(dim=2).square().mean(dim=(1, 2, 3))
+    across = grey.diff(dim=3).square().mean(dim=(1, 2, 3))
+    down = grey.diff(dim=2).square().mean(dim=(1, 2, 3))
     return {
         "saturation": (frames.amax(-1) - frames.amin(-1)).mean(dim=(1, 2, 3)),
-        "contrast": luma.flatten(2).std(dim=2).mean(dim=1),
+        "contrast": grey.flatten(2).std(dim=2).mean(dim=1),
         "sharpness": ((across + down) / 2).sqrt(),
         "motion": frames.diff(dim=1).abs().mean(dim=(1, 2, 3, 4)),
     }

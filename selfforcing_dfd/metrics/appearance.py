@@ -10,9 +10,9 @@ BRIGHT = 250.0
 DARK = 5.0
 
 
-def luma(frame: Tensor) -> Tensor:
-    """[H, W] in 0 to 255."""
-    return frame @ torch.tensor(LUMA, dtype=frame.dtype, device=frame.device)
+def luma(pictures: Tensor) -> Tensor:
+    """[..., 3] -> [...], in the same range."""
+    return pictures @ torch.tensor(LUMA, dtype=pictures.dtype, device=pictures.device)
 
 
 def appearance(frame: Tensor) -> dict[str, float]:

@@ -79,11 +79,11 @@ def measure_file(
     fps: to take in place of the file's. chunk, first_chunk: see `VideoMeter`. seen: called after
     every frame.
     """
-    stated = fps or rate_of(path)
-    if not stated:
+    rate = fps or rate_of(path)
+    if not rate:
         list(frames_of(path))  # a damaged file says so itself
         raise ClipError(path.name, "states no frames a second; give --fps")
-    meter = VideoMeter(float(stated), chunk, first_chunk)
+    meter = VideoMeter(float(rate), chunk, first_chunk)
     started = time.perf_counter()
     try:
         for frame in frames_of(path):

@@ -105,8 +105,8 @@ class VideoMeter:
         if self.recent and frame.shape != self.recent[-1].shape:
             raise ValueError(f"a frame is {tuple(frame.shape)}, those before {self.size}")
         frame = frame.float()
-        self._look(frame)
-        self._compare(frame)
+        brightness = self._look(frame)
+        self._compare(frame, brightness)
         if self.frames % self.stride == 0:
             self._move(luma(frame))
         self.recent = [*self.recent[-1:], frame]
@@ -121,8 +121,8 @@ class VideoMeter:
         """Frames between two of a flow."""
         return max(round(self.fps / FLOW_RATE), 1)
 
-    def _look(self, frame: Tensor) -> None:
-        """Appearance: means, first and last second, slopes."""
+    def _look(self, frame: Tensor) -> float:
+        """Appearance: means, first and last second, slopes. Returns the mean luma."""
         values = appearance(frame)
         second = max(round(self.fps), 1)
         for name, value in values.items():
@@ -132,10 +132,11 @@ class VideoMeter:
                 self.first_second.setdefault(name, Mean()).add(value)
         self.last_second = [*self.last_second[-(second - 1) :], values][-second:]
         self.thumbnails.add(thumbnail(frame).flatten())
+        return 255 * values["luma"]
 
-    def _compare(self, frame: Tensor) -> None:
+    def _compare(self, frame: Tensor, brightness: float) -> None:
         """Differences of neighbouring frames, and of three in a row."""
-        self.brightness = [*self.brightness[-2:], float(luma(frame).mean())]
+        self.brightness = [*self.brightness[-2:], brightness]
         if not self.recent:
             return
         difference = float((frame - self.recent[-1]).abs().mean())
@@ -170,7 +171,7 @@ class VideoMeter:
         self.camera.add(fit_camera(flow))
 
     def numbers(self) -> dict[str, float]:
-        """All metrics by name; see `DEFINITIONS`. NaN for what so few frames do not determine."""
+        """All metrics by name, see docs/evaluation.md. NaN for what so few frames leave open."""
         numbers = {name: mean.value for name, mean in self.means.items()}
         numbers |= self._changes()
         numbers |= self._motion()

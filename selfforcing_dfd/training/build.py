@@ -25,7 +25,7 @@ from selfforcing_dfd.training.ema import EMA
 from selfforcing_dfd.training.exports import describe_networks
 from selfforcing_dfd.training.folders import CHECKPOINTS, run_folder
 from selfforcing_dfd.training.late_weights import fill, is_without_memory, without_memory
-from selfforcing_dfd.training.loop import Trainer
+from selfforcing_dfd.training.loop import Learner, Trainer
 from selfforcing_dfd.training.metrics import Watch
 from selfforcing_dfd.training.optimizers import build_learner
 from selfforcing_dfd.training.recompute import recompute
@@ -268,18 +268,9 @@ def build_trainer(
     newest = on_first_rank(checkpoints.latest) if resume else None
     if newest is not None:
         check_config(newest, settings, MAY_CHANGE)
-    optim = {
-        "student": config.optim.student,
-        "fake": config.optim.fake,
-        "regression": config.optim.regression,
-        "discriminator": config.optim.fake,
-    }
     trainer = Trainer(
         stage=stage,
-        learners={
-            turn: build_learner(network, optim[turn], config.run.student_updates)
-            for turn, network in stage.trained.items()
-        },
+        learners=build_learners(config, stage),
         ema=EMA(networks["student"], config.ema.decay, config.ema.start),
         reader=reader,
         order=build_order(config, reader, aside or {}),
@@ -298,6 +289,20 @@ def build_trainer(
         checkpoints.load(newest, trainer.state())
     on_first_rank(lambda: trainer.tracker.open(trainer.clock if resume else None))
     return trainer
+
+
+def build_learners(config: Config, stage: TrainingStage) -> dict[str, Learner]:
+    """What the stage trains, with optimizers; the discriminator learns as the fake score does."""
+    optim = {
+        "student": config.optim.student,
+        "fake": config.optim.fake,
+        "regression": config.optim.regression,
+        "discriminator": config.optim.fake,
+    }
+    return {
+        turn: build_learner(network, optim[turn], config.run.student_updates)
+        for turn, network in stage.trained.items()
+    }
 
 
 def build_further(

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
 from selfforcing_dfd.common import UserError
+from selfforcing_dfd.metrics.appearance import luma
 
 logger = logging.getLogger(__name__)
 
@@ -35,11 +36,11 @@ def pixel_statistics(videos: Tensor) -> dict[str, float]:
     apart; spread: standard deviation over clips.
     """
     videos = videos[:, ::4].clamp(0, 1)  # one video frame of each latent frame
-    luma = videos @ torch.tensor([0.299, 0.587, 0.114]).to(videos)
+    grey = luma(videos)
     return {
         "saturation": float((videos.amax(-1) - videos.amin(-1)).mean()),
-        "contrast": float(luma.flatten(2).std(dim=2).mean()),
-        "sharpness": fine_share(luma.flatten(0, 1)),
+        "contrast": float(grey.flatten(2).std(dim=2).mean()),
+        "sharpness": fine_share(grey.flatten(0, 1)),
         "motion": float(videos.diff(dim=1).abs().mean()),
         "spread": float(videos.std(dim=0, correction=0).mean()),
     }

@@ -18,6 +18,7 @@ import signal
 import sys
 import time
 import traceback
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,23 +42,23 @@ class Wrong(Exception):
     """Something went wrong without a word, or with a traceback."""
 
 
-class Kind:
+class Kind(ABC):
     """Things of one kind that are attacked."""
 
     name = ""
 
-    def prepare(self, folder: Path) -> None:
+    def prepare(self, folder: Path) -> None:  # noqa: B027 - a kind may need nothing
         """Make what is harmed later, once, in a folder of this kind; trials work on copies."""
 
+    @abstractmethod
     def attack(self, chance: random.Random, place: Path, tell: Tell) -> None:
         """Harm something in `place`, an empty folder, and use it.
 
         A return says that the result is equal to the unharmed one. An error that commands explain
         to the user is a refusal. `Wrong`, and every other error, is a fault.
         """
-        raise NotImplementedError
 
-    def close(self) -> None:
+    def close(self) -> None:  # noqa: B027 - likewise
         """End what `prepare` has started."""
 
 

@@ -8,8 +8,9 @@ products. TOLERANCE allows for a loss of five digits. A wrong gradient differs i
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,11 @@ def config_of(folder: Path, world: Path, stage: str, run: str, *overrides: str) 
         *overrides,
     ]
     return config_in(folder, world, *settings)
+
+
+def trained_once(make: Callable[..., Config]) -> Callable[[str], Trained]:
+    """The run of one process, made once for each stage. make: see `config_of`."""
+    return cache(lambda stage: train_in_float64(make(stage, "alone")))
 
 
 def train_in_float64(config: Config, resume: bool = False) -> Trained:

@@ -23,6 +23,7 @@ from processes import (
     error,
     in_turn,
     train_in_float64,
+    trained_once,
 )
 from safetensors.torch import load_file
 from tiny_models import tiny_network
@@ -55,14 +56,7 @@ def make(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[...,
 @pytest.fixture(scope="module")
 def alone(make: Callable[..., Config]) -> Callable[[str], Trained]:
     """The run of one process, made once for each stage."""
-    made: dict[str, Trained] = {}
-
-    def train(stage: str) -> Trained:
-        if stage not in made:
-            made[stage] = train_in_float64(make(stage, "alone"))
-        return made[stage]
-
-    return train
+    return trained_once(make)
 
 
 @pytest.mark.parametrize("stage", STAGES)

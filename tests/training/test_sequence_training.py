@@ -19,6 +19,7 @@ from processes import (
     error,
     in_turn,
     train_in_float64,
+    trained_once,
 )
 from tiny_models import fill_weights, save_network
 
@@ -61,14 +62,7 @@ def with_teacher(
 
 @pytest.fixture(scope="module")
 def alone(make: Callable[..., Config]) -> Callable[[str], Trained]:
-    made: dict[str, Trained] = {}
-
-    def train(stage: str) -> Trained:
-        if stage not in made:
-            made[stage] = train_in_float64(make(stage, "alone"))
-        return made[stage]
-
-    return train
+    return trained_once(make)
 
 
 def test_two_processes_share_every_sequence(
