@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from selfforcing_dfd.evaluation.tiny_verdict import LEAST_VALIDITY
-from selfforcing_dfd.study.compare import SLACK, along, budget_of, spent, teacher_value
+from selfforcing_dfd.study.compare import ROUNDING, along, budget_of, spent, teacher_value
 from selfforcing_dfd.study.results import Study
 from selfforcing_dfd.study.way_tables import COLUMNS, Table, markdown
 
@@ -15,8 +15,7 @@ SHOWN = ("coverage", "follow", "valid", *NEAR)
 
 RULE_OF_CHOICE = (
     "The rule, written before the runs. Of each family the setting and the point with the highest "
-    f"mark is chosen, among points that took at most {SLACK:g} times the budget. A mark is "
-    "coverage (1 at most) plus the share of chunks that go on, minus by how much validity lies "
+    "mark is chosen, among points that cost at most the budget's operations. A mark is coverage (1 at most) plus the share of chunks that go on, minus by how much validity lies "
     f"below {LEAST_VALIDITY}, and minus the distances of saturation, contrast and speed to the "
     "teacher's, each as a share of the teacher's."
 )
@@ -29,7 +28,7 @@ class Candidate:
     family: str
     arm: str
     update: int
-    core_seconds: float
+    gflop: float
     scores: dict[str, float]
     mark: float
 
@@ -48,7 +47,7 @@ def candidates(study: Study) -> list[Candidate]:
         costs = spent(study, arm)
         scores = {key: dict(along(study, arm, key)) for key in SHOWN}
         for update in sorted(set.intersection(*(set(own) for own in scores.values()))):
-            if costs[update] <= SLACK * budget_of(study):
+            if costs[update] <= ROUNDING * budget_of(study):
                 at = {key: own[update].value for key, own in scores.items()}
                 marked = mark(study, at)
                 found.append(Candidate(facts.family, arm, update, costs[update], at, marked))
@@ -82,11 +81,11 @@ def choices(study: Study) -> Iterator[str]:
     yield "## What was chosen"
     yield f"**{chosen_in_words(study)}**"
     best = list(chosen(study).values())
-    head = ["family", "setting", "updates", "core s", *(COLUMNS[key][0] for key in SHOWN), "mark"]
+    head = ["family", "setting", "updates", "GFLOP", *(COLUMNS[key][0] for key in SHOWN), "mark"]
     table: Table = [head]
     for each in candidates(study):
         cells = [f"{each.scores[key]:.2f}" for key in SHOWN]
         arm = f"**{each.arm}**" if each in best else each.arm
-        place = [each.family, arm, str(each.update), f"{each.core_seconds:.0f}"]
+        place = [each.family, arm, str(each.update), f"{each.gflop:.0f}"]
         table.append([*place, *cells, f"{each.mark:.2f}"])
     yield markdown(table)

@@ -16,9 +16,7 @@ from selfforcing_dfd.study.plan import LONG
 from selfforcing_dfd.study.results import Study, Trajectory
 
 Alignment = Literal["updates", "compute", "end"]
-# Of the budget: an arm may take so much of it. Runs of one arm, which all do the same work, took
-# 120 to 137 core seconds, and arms whose updates cost the same differ by 5 % in their means.
-SLACK = 1.1
+ROUNDING = 1 + 1e-6  # of means of equal numbers
 
 
 @dataclass(frozen=True)
@@ -50,18 +48,12 @@ class FrontPoint:
 
 
 def index_at(study: Study, run: Trajectory, alignment: Alignment) -> int | None:
-    """The newest point that the alignment allows; None where it allows none.
-
-    What points cost is a mean over the arm's runs, so that all of them stand at one update.
-    """
+    """The newest point that the alignment allows; None where it allows none."""
     if alignment == "end":
         return len(run.updates) - 1
     if alignment == "updates":
         return newest(run.updates, study.updates)
-    budget = budget_of(study)
-    costs = spent(study, run.arm)
-    allowed = [update for update in run.updates if costs[update] <= SLACK * budget]
-    return run.updates.index(allowed[-1]) if allowed else None
+    return newest(run.gflop, ROUNDING * budget_of(study))
 
 
 def newest(values: Sequence[float], limit: float) -> int | None:
@@ -71,10 +63,10 @@ def newest(values: Sequence[float], limit: float) -> int | None:
 
 
 def budget_of(study: Study) -> float:
-    """Mean core seconds of the budget arm's runs up to the study's updates; 0 without a run."""
+    """Operations of the budget arm up to the study's updates, in 10^9; 0 without a run."""
     indices = [(run, newest(run.updates, study.updates)) for run in study.runs_of(study.budget)]
-    seconds = [run.core_seconds[index] for run, index in indices if index is not None]
-    return mean(seconds) if seconds else 0.0
+    counted = [run.gflop[index] for run, index in indices if index is not None]
+    return mean(counted) if counted else 0.0
 
 
 def aligned(study: Study, alignment: Alignment) -> list[Run]:
@@ -182,12 +174,11 @@ def along(study: Study, arm: str, key: str) -> list[tuple[int, Mean]]:
 
 
 def spent(study: Study, arm: str) -> dict[int, float]:
-    """Mean core seconds of an arm's runs up to each of its points, by student update."""
-    seconds: dict[int, list[float]] = {0: [0.0]}
+    """Operations of an arm up to each of its points, in 10^9, by student update."""
+    counted = {0: 0.0}
     for run in study.runs_of(arm):
-        for update, each in zip(run.updates, run.core_seconds, strict=True):
-            seconds.setdefault(update, []).append(each)
-    return {update: mean(several) for update, several in seconds.items()}
+        counted |= dict(zip(run.updates, run.gflop, strict=True))
+    return counted
 
 
 def points(study: Study) -> list[FrontPoint]:

@@ -82,7 +82,7 @@ class Plan:
     clips: int
     follow_clips: int = 96
     evaluation_seed: int  # from 2000 on for reporting alone
-    budget: str  # the arm whose core seconds are the budget of equal compute
+    budget: str  # the arm whose operations are the budget of equal compute
     controls: list[str]  # what every other arm is compared with
     arms: dict[str, ArmPlan]
     fixed: dict[str, FixedPoint] = field(default_factory=dict)

@@ -73,7 +73,7 @@ def shown(study: Study) -> list[str]:
 
 def trajectories(study: Study, by_compute: bool = False) -> str:
     """One panel a score: means over runs with their ranges, the start at 0, teacher and data."""
-    unit = "core seconds" if by_compute else "student updates"
+    unit = "GFLOP" if by_compute else "student updates"
     rows = math.ceil(len(PANELS) / COLUMNS)
     style = looks(shown(study))
     with drawing(9.6, 2.4 * rows + 0.8) as figure:
@@ -106,8 +106,8 @@ def draw_arm(
     known = [each for each in own if each is not None]
     if known:
         found.insert(0, (0, Mean(sum(known) / len(known), min(known), max(known), len(known))))
-    seconds = spent(study, arm)
-    xs = [seconds[update] if by_compute else update for update, _ in found]
+    costs = spent(study, arm)
+    xs = [costs[update] if by_compute else update for update, _ in found]
     values = [point.value for _, point in found]
     lows = [point.low for _, point in found]
     highs = [point.high for _, point in found]

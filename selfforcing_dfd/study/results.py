@@ -15,6 +15,7 @@ from selfforcing_dfd.evaluation.tables import DATA, START, TEACHER, Row
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.dfd import DFDStage
 from selfforcing_dfd.study.measure import GUARDS, about_run
+from selfforcing_dfd.study.operations import noise_gflop, training_gflop
 from selfforcing_dfd.study.plan import (
     CAUSAL_ROWS,
     LONG,
@@ -62,7 +63,8 @@ Scores = dict[str, float | None]
 class Trajectory:
     """One run along its way; all lists are over its measured points.
 
-    core_seconds: of training, up to the point, with what was spent before on the run's own needs.
+    core_seconds, gflop: time and counted operations of training up to the point, with what was
+    spent before on noise for the run.
     logged: means of the gap and of the guards' ratios since the point before.
     stream: scores of free streams, one training length after the other.
     """
@@ -72,6 +74,7 @@ class Trajectory:
     arm: str
     updates: list[int]
     core_seconds: list[float]
+    gflop: list[float]
     scores: dict[str, list[float | None]]
     logged: dict[str, list[float | None]] = field(default_factory=dict)
     stream: list[Scores] = field(default_factory=list)
@@ -158,7 +161,7 @@ def collect(name: str, plan: Plan) -> Study:
     }
     arms = {arm: facts_of(plan, arm, runs) for arm in dict.fromkeys(run.arm for run in runs)}
     commits = {result["commit"] for result in found.values()}
-    trained = [trajectory(result, noise or 0.0) for result in found.values()]
+    trained = [trajectory(run, found[run.name], noise or 0.0) for run in runs if run.name in found]
     of_starts = {
         start: {START: _scores(result["row"])} | causal_rows(folder / start)
         for start, result in starts.items()
@@ -213,9 +216,11 @@ def facts_of(plan: Plan, arm: str, runs: Sequence[StudyRun]) -> ArmFacts:
     )
 
 
-def trajectory(result: Mapping[str, Any], noise_core_seconds: float) -> Trajectory:
+def trajectory(run: StudyRun, result: Mapping[str, Any], noise_core_seconds: float) -> Trajectory:
     """A run's result in short."""
-    before = noise_core_seconds if result["needs_noise"] else 0.0
+    needs_noise = result["needs_noise"]
+    before = noise_core_seconds if needs_noise else 0.0
+    gflop_before = noise_gflop(run.config) if needs_noise else 0.0
     points = result["points"]
     updates = [point["student_update"] for point in points]
     scores = [_scores(point["row"]) for point in points]
@@ -228,6 +233,7 @@ def trajectory(result: Mapping[str, Any], noise_core_seconds: float) -> Trajecto
         arm=result["arm"],
         updates=updates,
         core_seconds=core_seconds,
+        gflop=[gflop_before + each for each in training_gflop(run.config, updates)],
         scores={key: [each[key] for each in scores] for key in scores[0]},
         logged=logged,
         stream=result.get("stream", []),

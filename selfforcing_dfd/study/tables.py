@@ -14,7 +14,7 @@ from selfforcing_dfd.evaluation.tables import START, TERMINAL, Run, number
 from selfforcing_dfd.evaluation.tiny_verdict import RULE, differences, mean
 from selfforcing_dfd.study.choice import choices, chosen_in_words, has_families
 from selfforcing_dfd.study.compare import (
-    SLACK,
+    ROUNDING,
     Alignment,
     aligned,
     arms_in,
@@ -136,7 +136,8 @@ def facts(study: Study) -> Iterator[str]:
     elif study.noise_core_seconds:
         yield (
             f"Finding the noise stored with the clips took {study.noise_core_seconds:.0f} core "
-            "seconds; arms that start from it are charged with them."
+            "seconds; arms that start from it are charged with them, and with the operations of the "
+            "chunks that they use."
         )
     if study.commits:
         yield f"Code: {', '.join(study.commits)}."
@@ -212,8 +213,9 @@ def about_alignment(study: Study, alignment: Alignment) -> str:
     spread = f"Means over runs, with the smallest and the largest run's value.{fixed}"
     if alignment == "compute":
         return (
-            f"Each arm's newest point that took at most {SLACK:g} times the core seconds of "
-            f"{study.budget}'s {study.updates} student updates, by means over runs. {spread}"
+            f"Each arm's newest point that cost at most the operations of {study.budget}'s "
+            f"{study.updates} student updates: matrix products and attention of the networks, "
+            f"counted, two for a multiply-add, the optimizer's left out. {spread}"
             f"{beyond_the_budget(study)}"
         )
     if alignment == "updates":
@@ -226,12 +228,12 @@ def beyond_the_budget(study: Study) -> str:
     budget = budget_of(study)
     told = ""
     for arm in study.arms:
-        seconds = {update: each for update, each in spent(study, arm).items() if update}
-        if seconds and budget and min(seconds.values()) > SLACK * budget:
-            update = min(seconds)
-            more = 100 * (seconds[update] / budget - 1)
+        costs = {update: each for update, each in spent(study, arm).items() if update}
+        if costs and budget and min(costs.values()) > ROUNDING * budget:
+            update = min(costs)
+            more = 100 * (costs[update] / budget - 1)
             told += (
-                f" {arm} has no such point: its first, after {update} updates, took "
+                f" {arm} has no such point: its first, after {update} updates, cost "
                 f"{more:.0f} % more than the budget."
             )
     return told
@@ -241,7 +243,7 @@ def score_table(study: Study, alignment: Alignment) -> Table:
     """References, then arms: means with ranges."""
     runs = aligned(study, alignment)
     spent = spent_by(study, alignment)
-    head = ["", "runs", "updates", "core s", *(title for title, _ in COLUMNS.values())]
+    head = ["", "runs", "updates", "GFLOP", "core s", *(title for title, _ in COLUMNS.values())]
     table = [head]
     names = [*study.references, START]
     names += [*CAUSAL_ROWS, *arms_in(study)]
@@ -253,12 +255,12 @@ def score_table(study: Study, alignment: Alignment) -> Table:
             ]
             is_arm = name in study.arms or name in study.fixed
             num_runs = str(len(own)) if is_arm else ""
-            table.append([name, num_runs, *spent.get(name, ("", "")), *cells])
+            table.append([name, num_runs, *spent.get(name, ("", "", "")), *cells])
     return table
 
 
-def spent_by(study: Study, alignment: Alignment) -> dict[str, tuple[str, str]]:
-    """(student updates, core seconds) of each arm, means over its runs."""
+def spent_by(study: Study, alignment: Alignment) -> dict[str, tuple[str, ...]]:
+    """(student updates, operations in 10^9, core seconds) of each arm, means over its runs."""
     found = {}
     for name in arms_in(study):
         point = study.fixed.get(name)
@@ -268,10 +270,10 @@ def spent_by(study: Study, alignment: Alignment) -> dict[str, tuple[str, str]]:
             if point is not None:
                 index = run.updates.index(point.update) if point.update in run.updates else None
             if index is not None:
-                at.append((run.updates[index], run.core_seconds[index]))
+                at.append((run.updates[index], run.gflop[index], run.core_seconds[index]))
         if at:
-            updates, seconds = zip(*at, strict=True)
-            found[name] = (number(mean(updates), 0), number(round(mean(seconds)), 0))
+            means = [mean(column) for column in zip(*at, strict=True)]
+            found[name] = tuple(number(round(each), 0) for each in means)
     return found
 
 

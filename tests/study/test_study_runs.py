@@ -119,6 +119,7 @@ def test_the_page_shows_the_numbers_in_the_repository(done: Path):
         before = noise if run.arm == "prefix" else 0
         spent = [point["core_seconds"] + before for point in points]
         assert run.core_seconds == pytest.approx(spent, abs=1e-4)
+        assert run.gflop == sorted(run.gflop)
         scores = [point["row"]["scores"]["coverage"]["value"] for point in points]
         assert run.scores["coverage"] == pytest.approx(scores, abs=1e-4)
     page = (done / "docs" / "study.md").read_text()

@@ -56,16 +56,17 @@ CHANCE = (0.02, -0.03, 0.01, 0.0, 0.03, -0.01, -0.02, 0.01, -0.01)
 
 
 def run(
-    start: str, draw: int, arm: str, seconds: Sequence[float], points: Sequence[dict[str, float]]
+    start: str, draw: int, arm: str, gflop: Sequence[float], points: Sequence[dict[str, float]]
 ) -> Trajectory:
-    """A run measured every 12 updates."""
+    """A run measured every 12 updates, on a machine that gets slower with every draw."""
     scores = {key: [round(point[key], 4) for point in points] for key in TEACHER}
     return Trajectory(
         start=start,
         draw=draw,
         arm=arm,
         updates=list(range(12, 12 * len(points) + 1, 12)),
-        core_seconds=list(seconds),
+        core_seconds=[(1 + draw) * each for each in gflop],
+        gflop=list(gflop),
         scores=scores,
         logged={"gap": [1.0 for _ in points]},
     )
@@ -80,7 +81,7 @@ def made_up() -> Study:
         good = {**TEACHER, "coverage": 0.9 + 2 * chance, "follow": 0.9 + chance}
         first = {**good, "coverage": 0.5 + chance}
         runs.append(run(start, draw, "control", (60, 120), (COLLAPSED, control)))
-        runs.append(run(start, draw, "good", (31, 61, 91, 121, 151), (first, *[good] * 4)))
+        runs.append(run(start, draw, "good", (30, 60, 90, 120, 150), (first, *[good] * 4)))
         runs.append(run(start, draw, "rival", (110, 220), (COLLAPSED, good)))
         if draw == 0:
             runs.append(run(start, draw, "good_long", (300, 600), (first, good)))
@@ -141,9 +142,9 @@ def cells(table: list[list[str]], name: str) -> dict[str, str]:
 def test_equal_compute_takes_the_newest_point_within_the_budget():
     """Catches a point beyond the budget, the first point, and runs of an arm at several updates.
 
-    The control took 120 s: the good arm's newest point is that of 121 s, as 151 s are more than
-    10 % above it, the rival's its first one. At equal updates both stand at 24, at the end at
-    their last. One slow run raises the mean for all runs alike.
+    The control's 24 updates are 120 GFLOP: the good arm's newest point is that of 120, the rival's
+    its first one. At equal updates both stand at 24, at the end at their last. Clocks decide
+    nothing: they ran slower in some draws.
     """
     by_name = {found.arm: found for found in STUDY.runs if (found.start, found.draw) == ("a", 0)}
     at = {
@@ -151,33 +152,25 @@ def test_equal_compute_takes_the_newest_point_within_the_budget():
         for alignment in ("compute", "updates", "end")
     }
     assert at == {"compute": [3, 0], "updates": [1, 1], "end": [4, 1]}
+    dearer = dataclasses.replace(by_name["good"], gflop=[120.1, 140, 150, 160, 170])
     others = [each for each in STUDY.runs if each.arm != "good"]
-    seconds = [133, 140, 150, 160, 170]
-    dearer = dataclasses.replace(by_name["good"], core_seconds=seconds)
     study = dataclasses.replace(STUDY, runs=[*others, dearer])
     assert index_at(study, dearer, "compute") is None
-    runs = []
-    for each in STUDY.runs:
-        slow = each.arm == "good" and (each.start, each.draw) == ("a", 1)
-        spent = [10 * second for second in each.core_seconds] if slow else each.core_seconds
-        runs.append(dataclasses.replace(each, core_seconds=spent))
-    uneven = dataclasses.replace(STUDY, runs=runs)
-    good = [each for each in runs if each.arm == "good"]
-    assert [index_at(uneven, each, "compute") for each in good] == [1] * 9
+    good = [each for each in STUDY.runs if each.arm == "good"]
+    assert [index_at(STUDY, each, "compute") for each in good] == [3] * 9
     alone = dataclasses.replace(STUDY, runs=[by_name["good"]])
     assert index_at(alone, by_name["good"], "compute") is None
-    table = score_table(STUDY, "compute")
-    assert (cells(table, "good")["updates"], cells(table, "good")["core s"]) == ("48", "121")
-    assert cells(table, "rival")["updates"] == "12"
-    assert cells(table, "good")["runs"] == "9"
+    row = cells(score_table(STUDY, "compute"), "good")
+    assert [row[key] for key in ("updates", "GFLOP", "core s", "runs")] == ["48", "120", "240", "9"]
+    assert cells(score_table(STUDY, "compute"), "rival")["updates"] == "12"
 
 
 def test_an_arm_without_a_point_within_the_budget_is_in_no_row():
     """Catches an arm that is compared at a point that the others could not afford."""
     runs = []
     for each in STUDY.runs:
-        late = [seconds + 500 for seconds in each.core_seconds]
-        runs.append(dataclasses.replace(each, core_seconds=late) if each.arm == "rival" else each)
+        late = [gflop + 500 for gflop in each.gflop]
+        runs.append(dataclasses.replace(each, gflop=late) if each.arm == "rival" else each)
     study = dataclasses.replace(STUDY, runs=runs)
     assert not with_rows(aligned(study, "compute"), "rival")
     assert "rival" not in {row[0] for row in score_table(study, "compute")}
