@@ -15,9 +15,10 @@ SHOWN = ("coverage", "follow", "valid", *NEAR)
 
 RULE_OF_CHOICE = (
     "The rule, written before the runs. Of each family the setting and the point with the highest "
-    "mark is chosen, among points that cost at most the budget's operations. A mark is coverage (1 at most) plus the share of chunks that go on, minus by how much validity lies "
-    f"below {LEAST_VALIDITY}, and minus the distances of saturation, contrast and speed to the "
-    "teacher's, each as a share of the teacher's."
+    "mark is chosen, among points that cost at most the budget's operations. A mark is coverage (1 "
+    "at most) plus the share of chunks that go on, minus by how much validity lies below "
+    f"{LEAST_VALIDITY}, and minus the distances of saturation, contrast and speed to the teacher's, "
+    "each as a share of the teacher's."
 )
 
 

@@ -136,8 +136,8 @@ def facts(study: Study) -> Iterator[str]:
     elif study.noise_core_seconds:
         yield (
             f"Finding the noise stored with the clips took {study.noise_core_seconds:.0f} core "
-            "seconds; arms that start from it are charged with them, and with the operations of the "
-            "chunks that they use."
+            "seconds; arms that start from it are charged with them, and with the operations of "
+            "the chunks that they use."
         )
     if study.commits:
         yield f"Code: {', '.join(study.commits)}."

@@ -48,5 +48,5 @@ def test_training_costs_by_its_updates(plan: Path):
     one, two, five = training_gflop(config, [1, 2, 5])
     assert (two, five) == (pytest.approx(2 * one), pytest.approx(5 * one))
     missing = change(config, [f"weights.teacher={plan.parent}/none.safetensors"])
-    with pytest.raises(UserError, match="none.safetensors"):
+    with pytest.raises(UserError, match=r"none\.safetensors"):
         training_gflop(missing, [1])
