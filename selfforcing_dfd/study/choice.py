@@ -17,8 +17,8 @@ RULE_OF_CHOICE = (
     "The rule, written before the runs. Of each family the setting and the point with the highest "
     "mark is chosen, among points that cost at most the budget's operations. A mark is coverage (1 "
     "at most) plus the share of chunks that go on, minus by how much validity lies below "
-    f"{LEAST_VALIDITY}, and minus the distances of saturation, contrast and speed to the teacher's, "
-    "each as a share of the teacher's."
+    f"{LEAST_VALIDITY}, and minus the distances of saturation, contrast and speed to the "
+    "teacher's, each as a share of the teacher's."
 )
 
 
