@@ -10,17 +10,9 @@ import pytest
 from omegaconf import OmegaConf
 
 from selfforcing_dfd.common import find_file, shipped
-from selfforcing_dfd.config import (
-    OWN_SECTIONS,
-    ConfigError,
-    OptimizerConfig,
-    TinyDataConfig,
-    as_dict,
-    change,
-    to_yaml,
-    training_configs,
-)
+from selfforcing_dfd.config import ConfigError, OptimizerConfig, TinyDataConfig, as_dict
 from selfforcing_dfd.stages import STAGES, arms_of, load_config, stage_of
+from selfforcing_dfd.stages.config_files import OWN_SECTIONS, change, to_yaml, training_configs
 from selfforcing_dfd.stages.dfd import DFDConfig
 from selfforcing_dfd.stages.matching import ScoreConfig
 from selfforcing_dfd.streaming.load import load_settings

@@ -16,6 +16,7 @@ from selfforcing_dfd.training.build import build_networks, check_start
 from selfforcing_dfd.training.build_data import build_reader
 from selfforcing_dfd.training.exclusive import lock_folders
 from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.training.loop import Look
 from selfforcing_dfd.training.needs import has_shards
 from selfforcing_dfd.training.one_run import prepare_data, train
 from selfforcing_dfd.training.same_run import config_fingerprint
@@ -45,8 +46,9 @@ def run(config: Config, resume: bool = False) -> None:
         on_first_rank(lambda: prepare_data(config))
         for arm in runs:
             build_reader(arm)
-        for arm in runs:
-            train_or_make(arm, resume)
+        looks = [look_of(arm) for arm in runs]
+        for arm, look in zip(runs, looks, strict=True):
+            train_or_make(arm, resume, look)
         if config.report.clips:
             on_first_rank(lambda: report(config))
 
@@ -61,6 +63,15 @@ def check_processes(config: Config, world: World) -> None:
     )
 
 
+def look_of(config: Config) -> Look | None:
+    """What samples from a run while it trains, where the config asks for it."""
+    if not config.report.every or issubclass(stage_of(config), ShardStage):
+        return None
+    from selfforcing_dfd.evaluation.watch import watch
+
+    return watch(config)
+
+
 def report(config: Config) -> None:
     from selfforcing_dfd.evaluation.gate import check_gate
     from selfforcing_dfd.evaluation.report import write_report
@@ -69,13 +80,13 @@ def report(config: Config) -> None:
     check_gate(config)
 
 
-def train_or_make(config: Config, resume: bool) -> None:
+def train_or_make(config: Config, resume: bool, look: Look | None) -> None:
     """One run: of a stage that trains, or of one that writes shards."""
     stage = stage_of(config)
     if issubclass(stage, ShardStage):
         make_shards(config, stage, resume)
     else:
-        train(config, resume)
+        train(config, resume, look)
 
 
 def make_shards(config: Config, stage: type[ShardStage], resume: bool) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from selfforcing_dfd.common import find_device
-from selfforcing_dfd.config import Config, as_dict, to_yaml
+from selfforcing_dfd.config import Config, as_dict
 from selfforcing_dfd.evaluation import curves
 from selfforcing_dfd.evaluation.combine import combine
 from selfforcing_dfd.evaluation.document import environment, notes_on, printed, save
@@ -26,11 +26,13 @@ from selfforcing_dfd.evaluation.pictures import (
     to_uint8,
     write_mp4,
 )
+from selfforcing_dfd.evaluation.scores import SCORES, read_scores, score_panels
 from selfforcing_dfd.evaluation.sources import Source, run_source, runs_of, sources
 from selfforcing_dfd.evaluation.tables import Row
 from selfforcing_dfd.evaluation.world import World
 from selfforcing_dfd.evaluation.worlds import world_of
 from selfforcing_dfd.stages import arms_of, load_config
+from selfforcing_dfd.stages.config_files import to_yaml
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.identity import proof_of
 from selfforcing_dfd.training.tracking import METRICS_FILE, read_metrics
@@ -88,7 +90,7 @@ def write_report(config: Config) -> str:
         sheets=sheets,
         strip=STRIP,
         captions=evaluation.captions[: layout.compared_clips],
-        panels=curves.panels(run_metrics(config), colours(rows)),
+        panels=all_panels(config, world, rows),
         commands=_commands(folder, config.run.name),
         environment=environment(device, time.perf_counter() - started),
         settings=to_yaml(config),
@@ -152,6 +154,15 @@ def measure(
     seconds = time.perf_counter() - started
     row = Row(source.name, source.about, scores, measured.modes, seconds)
     return row, torch.cat(first)
+
+
+def all_panels(config: Config, world: World, rows: Sequence[Row]) -> list[curves.Panel]:
+    """What was logged and, where samples were made while training, their scores."""
+    shown = colours(rows)
+    files = {name: run_folder(run) / SCORES for name, run in runs_of(config).items()}
+    scores = {name: read_scores(path) for name, path in files.items()}
+    sampled = score_panels(scores, world.metrics, shown)
+    return [*curves.panels(run_metrics(config), shown), *sampled]
 
 
 def run_metrics(config: Config) -> dict[str, list[dict[str, Any]]]:

@@ -104,9 +104,12 @@ def data_source(config: Config, world: World) -> Source:
     return Source(DATA, "real clips, once through the codec", clips, go_on)
 
 
-def run_source(name: str, config: Config, weights: Path) -> Source:
-    """Clips of the network that a run trained: a teacher, a causal teacher or a student."""
-    start = Start(str(weights))
+def run_source(name: str, config: Config, weights: Path, entry: str = "") -> Source:
+    """Clips of the network that a run trained: a teacher, a causal teacher or a student.
+
+    entry: which network of a checkpoint.
+    """
+    start = Start(str(weights), entry)
     stage = stage_of(config)
     if stage.makes == "teacher":
         return teacher_source(name, config, start)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 
-from selfforcing_dfd import config as settings
-from selfforcing_dfd.config import Config
+from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.stages import causal, dfd, dmd, dp_dmd, init, pairs, regression, teacher
+from selfforcing_dfd.stages import config_files as settings
 from selfforcing_dfd.stages.base import STAGES, stage_of
 from selfforcing_dfd.stages.presets import SETTING, expanded, settings_of
 
@@ -59,7 +59,7 @@ def arms_of(config: Config) -> Iterator[Config]:
 def checked(config: Config, name: str) -> Config:
     """The config, if its stage takes it. Raises ConfigError."""
     with settings.explained(name):
-        settings.require(
+        require(
             bool(config.data.shards),
             "data.shards is empty: name a folder written by `selfforcing-dfd pack`",
         )

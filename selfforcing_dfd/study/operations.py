@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.config import Config, change
+from selfforcing_dfd.config import Config
+from selfforcing_dfd.stages.config_files import change
 from selfforcing_dfd.training.build import build_reader
 from selfforcing_dfd.training.estimate import Clip, Estimate, clip_flops
 from selfforcing_dfd.training.inversion import kind_of_noise

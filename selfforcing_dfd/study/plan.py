@@ -10,11 +10,11 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from selfforcing_dfd import config as settings
 from selfforcing_dfd.common import shipped
 from selfforcing_dfd.config import Config, ConfigError, require
 from selfforcing_dfd.evaluation.tables import REFERENCES
 from selfforcing_dfd.stages import change, checked, load_config
+from selfforcing_dfd.stages import config_files as settings
 from selfforcing_dfd.weights.runs import FAKE_FILE, STUDENT_FILE
 
 STUDY_CONFIGS = "configs/study"

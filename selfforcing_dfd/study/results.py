@@ -218,13 +218,16 @@ def facts_of(plan: Plan, arm: str, runs: Sequence[StudyRun]) -> ArmFacts:
 
 def trajectory(run: StudyRun, result: Mapping[str, Any], noise_core_seconds: float) -> Trajectory:
     """A run's result in short."""
-    needs_noise = result["needs_noise"]
-    before = noise_core_seconds if needs_noise else 0.0
-    gflop_before = noise_gflop(run.config) if needs_noise else 0.0
+    seconds = 0.0  # before training
+    gflop = 0.0
+    if result["needs_noise"]:
+        seconds = noise_core_seconds
+        gflop = noise_gflop(run.config)
     points = result["points"]
     updates = [point["student_update"] for point in points]
     scores = [_scores(point["row"]) for point in points]
-    core_seconds = [point["core_seconds"] + before for point in points]
+    core_seconds = [seconds + point["core_seconds"] for point in points]
+    counted = [gflop + each for each in training_gflop(run.config, updates)]
     log = result["log"]
     logged = {key: between(log[key], updates) for key in ("gap", *GUARDS) if key in log}
     return Trajectory(
@@ -233,7 +236,7 @@ def trajectory(run: StudyRun, result: Mapping[str, Any], noise_core_seconds: flo
         arm=result["arm"],
         updates=updates,
         core_seconds=core_seconds,
-        gflop=[gflop_before + each for each in training_gflop(run.config, updates)],
+        gflop=counted,
         scores={key: [each[key] for each in scores] for key in scores[0]},
         logged=logged,
         stream=result.get("stream", []),

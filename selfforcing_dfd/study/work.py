@@ -21,10 +21,11 @@ import torch
 from tqdm import tqdm
 
 from selfforcing_dfd.common import EXIT_INTERRUPTED, Interrupted, UserError
-from selfforcing_dfd.config import Config, change
+from selfforcing_dfd.config import Config
 from selfforcing_dfd.evaluation.tables import DATA
 from selfforcing_dfd.models.identity import Identity
 from selfforcing_dfd.stages import stage_of
+from selfforcing_dfd.stages.config_files import change
 from selfforcing_dfd.study.measure import (
     START_ROLES,
     causal_references,

@@ -20,9 +20,10 @@ from omegaconf import OmegaConf
 
 from selfforcing_dfd import __version__
 from selfforcing_dfd.common import PACKAGE, find_file, sha256_of
-from selfforcing_dfd.config import Config, to_yaml
+from selfforcing_dfd.config import Config
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.stages import stage_of
+from selfforcing_dfd.stages.config_files import to_yaml
 from selfforcing_dfd.training.build_data import build_reader
 from selfforcing_dfd.training.compare import listed
 from selfforcing_dfd.training.folders import CHECKPOINTS, run_folder

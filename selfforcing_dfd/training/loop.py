@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -26,7 +27,7 @@ from selfforcing_dfd.data.shards import (
     batches,
 )
 from selfforcing_dfd.processes.failure import another_failed
-from selfforcing_dfd.processes.ranks import add_up, gather, raise_together
+from selfforcing_dfd.processes.ranks import add_up, gather, on_first_rank, raise_together
 from selfforcing_dfd.processes.world import World
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages.base import StageLoss, TrainingStage
@@ -45,6 +46,10 @@ SAME_SIGNAL_S = 1.0
 """torchrun passes on a Ctrl-C that its processes also got themselves."""
 
 
+Look = Callable[[int, Path, Tracker], None]
+"""Looks at a checkpoint that was written: its student update, its folder, the run's tracker."""
+
+
 @dataclass(frozen=True, slots=True)
 class Learner:
     """One trained network with its optimizers."""
@@ -60,7 +65,7 @@ class Trainer:
     """Runs a stage from where its clock stands to `student_updates`.
 
     batch_size: samples of one update over all processes; micro: samples of one forward pass of one
-    process.
+    process. look: called by the first process after a checkpoint that was due.
     """
 
     stage: TrainingStage
@@ -78,6 +83,7 @@ class Trainer:
     num_workers: int = 0
     watch: Watch | None = None
     utilisation: Utilisation | None = None
+    look: Look | None = None
     world: World = field(default_factory=World)
     clock: Clock = field(default_factory=Clock)
     stop_requested: bool = False
@@ -264,11 +270,14 @@ class Trainer:
 
     def save_when_due(self) -> None:
         if self.is_due():
-            self.save()
+            path = self.save()
+            look = self.look
+            if look is not None:
+                on_first_rank(lambda: look(self.clock.student_updates, path, self.tracker))
 
-    def save(self) -> None:
+    def save(self) -> Path:
         """Write a checkpoint now. NonFiniteError, with nothing written, for values not finite."""
-        self.checkpoints.save(self.clock.student_updates, self.state())
+        return self.checkpoints.save(self.clock.student_updates, self.state())
 
     def state(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs, as live objects.

@@ -11,10 +11,11 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from selfforcing_dfd.common import find_file
-from selfforcing_dfd.config import Config, training_configs
+from selfforcing_dfd.config import Config
 from selfforcing_dfd.data.shards import INDEX_NAME, ShardReader
 from selfforcing_dfd.stages import arms_of, load_config, stage_of
 from selfforcing_dfd.stages.base import Start
+from selfforcing_dfd.stages.config_files import training_configs
 
 ENCODERS = "weights/Wan2.1-T2V-1.3B-Diffusers"  # VAE and text encoder; those of 14B are the same
 DFD_DATA = "csusupergear/vipe_long_lmdb"

@@ -12,13 +12,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from selfforcing_dfd.common import Interrupted, atomic_file, find_file, move_aside
-from selfforcing_dfd.config import Config, to_yaml
+from selfforcing_dfd.config import Config
 from selfforcing_dfd.data.noise import store_noise
 from selfforcing_dfd.data.shards import NonFiniteSampleError, ShardReader
 from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards
 from selfforcing_dfd.processes.ranks import add_up, on_first_rank
 from selfforcing_dfd.processes.world import find_world
 from selfforcing_dfd.stages import stage_of
+from selfforcing_dfd.stages.config_files import to_yaml
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.training.build import build_trainer
 from selfforcing_dfd.training.build_data import BASIS, codec_file
@@ -31,7 +32,7 @@ from selfforcing_dfd.training.healing import Failure, failure_of, without_sample
 from selfforcing_dfd.training.identity import find_record, running_code, too_few
 from selfforcing_dfd.training.inversion import build_inversion
 from selfforcing_dfd.training.journal import note
-from selfforcing_dfd.training.loop import Trainer
+from selfforcing_dfd.training.loop import Look, Trainer
 from selfforcing_dfd.training.plan import utilisation_of
 from selfforcing_dfd.weights.run_record import (
     RunRecord,
@@ -70,11 +71,12 @@ def prepare_data(config: Config) -> None:
         store_noise(folder, inversion.invert, noise_fingerprint=inversion.fingerprint)
 
 
-def train(config: Config, resume: bool) -> None:
+def train(config: Config, resume: bool, look: Look | None = None) -> None:
     """One run from its weights, or from its newest checkpoint, to its exported weights.
 
-    Raises RunError for a folder of another run, and RetriesError for a run that meets values which
-    are not finite too often.
+    look: is called by the first process after every checkpoint that was due. Raises RunError for a
+    folder of another run, and RetriesError for a run that meets values which are not finite too
+    often.
     """
     folder = run_folder(config)
     record = on_first_rank(lambda: find_record(config, resume))
@@ -87,6 +89,7 @@ def train(config: Config, resume: bool) -> None:
     while True:
         trainer = build_trainer(config, build_guards(config), resume, record.aside)
         trainer.utilisation = utilisation_of(config, trainer.world.device)
+        trainer.look = look
         record = on_first_rank(partial(begin, config, record, trainer.clock))
         failure = run_to_end(trainer, config)
         if failure is None:

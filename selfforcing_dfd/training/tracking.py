@@ -29,6 +29,7 @@ logger = logging.getLogger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
 WANDB_ID_FILE = "wandb_id.txt"
+SAMPLES = "fixed_samples"  # always the same clips: what trackers call their scores and pictures
 RESERVED = ("kind", "count", "student_update")
 
 
@@ -123,6 +124,17 @@ class Tracker:
                 order = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                 arrays = {name: images.cpu().numpy() for name, images in pictures.items()}
                 tracker.log_images(arrays, step=_step(tracker, student_update), **order)
+
+    def log_samples(self, student_update: int, scores: Mapping[str, float], video: Tensor) -> None:
+        """Scores of samples, and the middle frame of their video [T, H, W, 3] uint8, to trackers.
+
+        Scores that are not finite are left out.
+        """
+        known = {key: value for key, value in scores.items() if math.isfinite(value)}
+        for tracker in self._trackers:
+            _log(tracker, _curves(SAMPLES, known), student_update)
+        middle = len(video) // 2
+        self.log_pictures(student_update, {SAMPLES: video[middle : middle + 1]})
 
     def close(self) -> None:
         """Finish all trackers. Logging again needs `open(resume_at)`."""

@@ -10,8 +10,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from selfforcing_dfd.common import shipped
-from selfforcing_dfd.config import to_yaml
 from selfforcing_dfd.stages import load_config
+from selfforcing_dfd.stages.config_files import to_yaml
 from tests.attack.harms import ABSURD, harm_content
 from tests.attack.trials import Kind, Tell, Wrong, command
 

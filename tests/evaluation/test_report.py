@@ -15,7 +15,7 @@ from tiny_models import fill_weights, save_network
 from torch import Tensor
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.config import Config, ConfigError, NetworkConfig, change, to_yaml
+from selfforcing_dfd.config import Config, ConfigError, NetworkConfig
 from selfforcing_dfd.evaluation.gate import GateError, check_gate
 from selfforcing_dfd.evaluation.pictures import GAP, ROW_GAP
 from selfforcing_dfd.evaluation.report import sample_videos, write_report
@@ -23,6 +23,7 @@ from selfforcing_dfd.evaluation.showcase import write_showcase
 from selfforcing_dfd.evaluation.sources import sources
 from selfforcing_dfd.evaluation.worlds import TINY
 from selfforcing_dfd.stages import arms_of, load_config
+from selfforcing_dfd.stages.config_files import change, to_yaml
 from selfforcing_dfd.training.build import build_network
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.weights.run_record import RunError

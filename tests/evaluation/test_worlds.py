@@ -14,7 +14,7 @@ from tiny_models import fill_weights, save_network
 
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.config import Config, ConfigError, NetworkConfig, to_yaml
+from selfforcing_dfd.config import Config, ConfigError, NetworkConfig
 from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.files import FileSource
@@ -24,6 +24,7 @@ from selfforcing_dfd.evaluation.video_world import clip_statistics
 from selfforcing_dfd.evaluation.worlds import TINY, VIDEO, world_of
 from selfforcing_dfd.rng import generator
 from selfforcing_dfd.stages import load_config
+from selfforcing_dfd.stages.config_files import to_yaml
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, draw_factors, render, write_clips
 from selfforcing_dfd.training.build import build_network

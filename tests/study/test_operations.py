@@ -10,8 +10,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.config import change
 from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.stages.config_files import change
 from selfforcing_dfd.study.operations import noise_gflop, training_gflop
 from selfforcing_dfd.study.plan import load_plan, runs_of
 from selfforcing_dfd.study.work import prepare

@@ -10,9 +10,10 @@ import pytest
 from tiny_models import save_network
 
 from selfforcing_dfd.common import shipped
-from selfforcing_dfd.config import Config, NetworkConfig, training_configs
+from selfforcing_dfd.config import Config, NetworkConfig
 from selfforcing_dfd.data.sources.tiny import make_tiny_shards
 from selfforcing_dfd.stages import load_config
+from selfforcing_dfd.stages.config_files import training_configs
 from selfforcing_dfd.training.build import build_network
 from selfforcing_dfd.training.plan import plan
 

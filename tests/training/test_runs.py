@@ -21,6 +21,7 @@ from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import UserError, shipped
 from selfforcing_dfd.config import Config, ConfigError
 from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.evaluation.scores import SCORES, note_scores, read_scores
 from selfforcing_dfd.training.build import build_network, build_trainer
 from selfforcing_dfd.training.finite import NonFiniteError
 from selfforcing_dfd.training.folders import run_folder
@@ -308,13 +309,32 @@ def test_guards_see_all_micro_batches(settings: Settings) -> None:
 
 
 def test_pictures_come_with_checkpoints(settings: Settings) -> None:
-    """Catches a tracker without pictures, pictures at every update, and one that moves numbers."""
-    config = settings("log.trackers=[tensorboard]", "run.name=seen", "run.student_updates=3")
+    """Catches a tracker without pictures, pictures at every update, and one that moves numbers.
+
+    Samples of fixed clips come from the same checkpoints and move no number either.
+    """
+    config = settings(
+        "log.trackers=[tensorboard]",
+        "run.name=seen",
+        "run.student_updates=3",
+        "report.every=2",
+        "report.every_clips=2",
+        "rollout.ladder=[1000]",
+    )
     run(config)
     events = EventAccumulator(str(run_folder(config) / "tensorboard"))
     events.Reload()
     assert [picture.step for picture in events.Images("samples")] == [2, 3]
-    plain = settings("run.name=plain", "run.student_updates=3")
+    assert [picture.step for picture in events.Images("fixed_samples")] == [2]
+    (line,) = read_scores(run_folder(config) / SCORES)
+    assert line["student_update"] == 2
+    (curve,) = events.Scalars("fixed_samples/contrast")
+    assert curve.value == pytest.approx(line["scores"]["contrast"])
+    assert (run_folder(config) / "samples/000002.mp4").stat().st_size
+    note_scores(run_folder(config) / SCORES, 1, {"contrast": float("nan")})
+    (line,) = read_scores(run_folder(config) / SCORES)
+    assert line == {"student_update": 1, "scores": {"contrast": None}}
+    plain = settings("run.name=plain", "run.student_updates=3", "rollout.ladder=[1000]")
     run(plain)
     lines = [
         [
@@ -324,6 +344,8 @@ def test_pictures_come_with_checkpoints(settings: Settings) -> None:
         for each in (config, plain)
     ]
     assert lines[0] == lines[1]
+    with pytest.raises(ConfigError, match=r"report.every is 3 and checkpoint.every 2"):
+        run(settings("run.name=odd", "report.every=3"))
 
 
 def test_cli_says_what_is_wrong(tmp_path: Path) -> None:
