@@ -8,6 +8,15 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from selfforcing_dfd.cli.evaluate_features import (
+    add_cameras,
+    add_feature_options,
+    add_features,
+    camera_table,
+    check_feature_options,
+    encoders_of,
+    feature_table,
+)
 from selfforcing_dfd.cli.options import Run, positive, rate
 from selfforcing_dfd.common import UserError
 
@@ -33,16 +42,14 @@ SHOWN = (
 def evaluate(parser: argparse.ArgumentParser) -> Run:
     """Measure videos: colour, sharpness, flicker, motion, camera, drift. No weights are needed.
 
+    With --features also diversity over the seeds of a prompt, and sets of clips against each other.
+    Videos of one prompt have the same text in NAME.txt beside NAME.mp4, or lie in one folder.
     Every number goes to a JSON file with what it needs to be repeated. A damaged video ends the
     command unless --keep-going. Definitions: docs/evaluation.md.
     """
     parser.add_argument("videos", nargs="+", type=Path, metavar="PATH", help="videos, or folders")
     parser.add_argument(
-        "--out",
-        type=Path,
-        default=Path("evaluation.json"),
-        metavar="FILE",
-        help="where the numbers go (default: %(default)s)",
+        "--out", type=Path, metavar="FILE", help="where the numbers go (default: evaluation.json)"
     )
     parser.add_argument("--fps", type=rate, help="frames a second, in place of what the files say")
     parser.add_argument(
@@ -62,10 +69,14 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--keep-going", action="store_true", help="leave damaged videos out and name them"
     )
+    add_feature_options(parser)
 
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.metrics.files import evaluation, find_videos, write_evaluation
 
+        out = args.out or Path("evaluation.json")
+        check_feature_options(args)
+        encoders = encoders_of(args)
         measured, refused = measure_all(args, find_videos(args.videos))
         if not measured:
             raise UserError("no video could be measured")
@@ -76,11 +87,19 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
             "refused": refused,
         }
         content = evaluation(measured, settings)
-        write_evaluation(args.out, content)
+        if encoders:
+            add_features(content, args, [video.file for video in measured], encoders)
+        if encoders or args.poses:
+            add_cameras(content, args.poses, measured)
+        write_evaluation(out, content)
         print(table(measured, content["means"]))
+        if encoders:
+            print(feature_table(content["features"]))
+        if "camera" in content:
+            print(camera_table(content["camera"]))
         for line in refused:
             print(f"left out: {line}", file=sys.stderr)
-        print(args.out)
+        print(out)
 
     return run
 

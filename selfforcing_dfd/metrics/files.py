@@ -26,7 +26,11 @@ VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One video. seconds: that measuring took. numbers: by metric; NaN where there is none."""
+    """One video.
+
+    seconds: that measuring took. numbers: by metric; NaN where there is none. track: of the
+    picture, see `VideoMeter.track`.
+    """
 
     file: Path
     frames: int
@@ -34,6 +38,7 @@ class Measured:
     size: tuple[int, ...]
     seconds: float
     numbers: Mapping[str, float]
+    track: Tensor
 
     @property
     def speed(self) -> float:
@@ -94,7 +99,15 @@ def measure_file(
     if not meter.frames:
         raise ClipError(path.name, "has no frame; leave it out")
     seconds = time.perf_counter() - started
-    return Measured(path, meter.frames, meter.fps, meter.size[:2], seconds, meter.numbers())
+    return Measured(
+        path,
+        meter.frames,
+        meter.fps,
+        meter.size[:2],
+        seconds,
+        numbers=meter.numbers(),
+        track=meter.track(),
+    )
 
 
 def evaluation(measured: Sequence[Measured], settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ REACH = 6  # cells in each direction
 WIDE = 1000  # pixels; wider frames have larger cells
 FEWEST = 48  # cells on the shorter side, where the frame has as many pixels
 PRIOR = 1e-3  # of a block's cost for each cell of displacement: a flat block stays where it is
+EXACT = 1e-3  # of the costs around it: a shift that costs less is not refined
 CAMERA_FITS = 4  # reweighted least squares
 SMALL = 1e-6
 
@@ -102,7 +103,8 @@ def refined(costs: Tensor) -> tuple[Tensor, Tensor]:
 
     A paraboloid goes through it and its eight neighbours. Two parabolas would not do: along an edge
     of the picture, an error in one direction moves the other. At the rim of the reach nothing is
-    refined.
+    refined, and neither is a shift that fits exactly: round a corner costs rise more on one side,
+    so that a paraboloid would move a picture that stands still.
     """
     side = costs.shape[-1]
     best = costs.flatten(2).argmin(-1)
@@ -121,6 +123,8 @@ def refined(costs: Tensor) -> tuple[Tensor, Tensor]:
     bend_y = at(1, 0) - 2 * middle + at(-1, 0)
     twist = (at(1, 1) - at(1, -1) - at(-1, 1) + at(-1, -1)) / 4
     determinant = bend_x * bend_y - twist.square()
+    around = (at(0, 1) + at(0, -1) + at(1, 0) + at(-1, 0)) / 4
+    inside &= middle > EXACT * around
     fits = inside & determinant.isfinite() & (determinant > SMALL) & (bend_x > 0)
     determinant = torch.where(fits, determinant, 1)
     x = torch.where(fits, (twist * slope_y - bend_y * slope_x) / determinant, 0)

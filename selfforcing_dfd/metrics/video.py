@@ -31,7 +31,7 @@ FROZEN = 0.002  # mean difference of two frames, as a share of 255 times the con
 APART_S = 2.0  # frames that far apart may repeat each other
 MOST_THUMBNAILS = 256
 MOST_DIFFERENCES = 65_536  # kept for the median; then every second one
-METRICS_VERSION = 1
+METRICS_VERSION = 2
 """Changes where a definition does, so that numbers of two versions are not put in one table."""
 
 
@@ -94,6 +94,7 @@ class VideoMeter:
     quickest: Mean = field(default_factory=Mean)
     pairs_that_move: int = 0
     camera: CameraPath | None = None
+    camera_track: Thinned = field(default_factory=lambda: Thinned(MOST_THUMBNAILS))
     thumbnails: Thinned = field(default_factory=lambda: Thinned(MOST_THUMBNAILS))
     recent: list[Tensor] = field(default_factory=list)  # the last two frames, float32
     flow_frame: Tensor | None = None
@@ -169,6 +170,8 @@ class VideoMeter:
         self.pairs_that_move += bool(top > DYNAMIC_PX * min(grey.shape))
         self.camera = self.camera or CameraPath(grey.shape[1])
         self.camera.add(fit_camera(flow))
+        place = (self.camera.x, self.camera.y, self.camera.log_zoom)
+        self.camera_track.add(torch.tensor(place, dtype=torch.float64))
 
     def numbers(self) -> dict[str, float]:
         """All metrics by name, see docs/evaluation.md. NaN for what so few frames leave open."""
@@ -180,6 +183,14 @@ class VideoMeter:
             numbers[f"drift_{name}"] = sum(last) / len(last) - first.value
             numbers[f"slope_{name}"] = 60 * self.slopes[name].value
         return numbers
+
+    def track(self) -> Tensor:
+        """Where the picture has moved to, [N, 3]: x and y in widths and the log of the zoom.
+
+        From the origin on, at even distances in time.
+        """
+        places = [place for _, place in self.camera_track.kept]
+        return torch.stack([torch.zeros(3, dtype=torch.float64), *places])
 
     def _changes(self) -> dict[str, float]:
         difference = self.difference.value

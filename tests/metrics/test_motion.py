@@ -91,6 +91,13 @@ def test_a_flat_picture_stands_still():
     assert float(block_flow(flat, flat).length.max()) == 0
 
 
+def test_a_picture_that_stands_still_has_no_flow():
+    """Catches a refinement that moves what is unevenly shaded: frozen videos had a flow."""
+    picture = texture(size=(64, 64))
+    picture[20:50, 10:40] += 80
+    assert float(block_flow(picture, picture).length.max()) == 0
+
+
 def test_a_path_is_added_up_in_widths():
     """Catches pixels where widths are meant, and a way back that shortens the path."""
     path = CameraPath(200)
