@@ -11,6 +11,8 @@ import pytest
 import torch
 from gloo import in_processes
 from measured import count_exactly, forget_peak, status
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tiny_models import save_network
 
 from selfforcing_dfd.config import NetworkConfig
@@ -20,6 +22,7 @@ from selfforcing_dfd.training.agreement import DisagreementError, norms_of
 from selfforcing_dfd.training.build import build_network, build_trainer, load_start
 from selfforcing_dfd.training.late_weights import WholeWeights, fill, without_memory
 from selfforcing_dfd.training.sharding import Sharding
+from selfforcing_dfd.weights.stored import WeightsError
 from selfforcing_dfd.weights.tensors import model_fingerprint, whole
 from tests.training.conftest import config_in
 
@@ -57,6 +60,19 @@ def test_weights_are_those_of_a_whole_network(
         assert seen.fingerprint == model_fingerprint(wanted)
         (norm,) = norms_of({"teacher": wanted}).values()
         assert seen.norm == pytest.approx(norm, rel=1e-12)  # summed in another order
+
+
+def test_weights_that_are_not_finite_are_refused(world: Path, tmp_path: Path) -> None:
+    """Catches a NaN that a whole read would have refused."""
+    with safe_open(world / "teacher.safetensors", "pt") as file:
+        notes = file.metadata()
+    tensors = load_file(world / "teacher.safetensors")
+    tensors["proj_out.weight"][0, 0] = torch.nan
+    path = tmp_path / "teacher.safetensors"
+    save_file(tensors, path, notes)
+    late = without_memory(Start(str(path)), torch.float32)
+    with pytest.raises(WeightsError, match=r"proj_out\.weight"):
+        fill(late, Start(str(path)), torch.device("cpu"))
 
 
 @pytest.mark.soak  # beside other tests in one process, their memory counts too
