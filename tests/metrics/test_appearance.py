@@ -32,6 +32,7 @@ def checkerboard(side: int = 24) -> Tensor:
         (torch.full((24, 24, 3), 128.0), {"luma": 0.50196, "clipped": 0, "contrast": 0}),
         (checkerboard(), {"contrast": 0.5, "gradient": 255, "laplacian": 1020.0**2}),
         (checkerboard(), {"saturation": 0, "clipped": 1, "luma": 0.5}),
+        (plain(0.4 * RED), {"saturation": 1, "chroma": 0.4}),
         (plain(RED, BLUE), {"colorful": 272.6187}),
         (plain(RED, GREEN, BLUE), {"colorful": 275.4315}),
         (torch.zeros(24, 24, 3), {"saturation": 0, "clipped": 1, "luma": 0}),
