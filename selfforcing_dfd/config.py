@@ -186,13 +186,16 @@ class TinyDataConfig:
 
     clips: int = ranged(0, 0, 10 * MILLION)
     seed: int = ranged(0, 0, 2**63 - 1)
-    level: Literal["short", "medium", "long", "mixed"] = "short"
+    # how much captions say; mixed: one of the three for each clip; all: all three for each clip
+    level: Literal["short", "medium", "long", "mixed", "all"] = "short"
     noise_steps: int = ranged(0, 0, 10_000)  # of the ODE that finds clips' noise; 0 finds none
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class DataConfig:
     shards: str = ""  # folder with index.json and tar shards
+    # which caption is read where clips have several; mixed: drawn for each sample
+    captions: Literal["", "short", "medium", "long", "mixed"] = ""
     # height and width of its clips, for --dry-run while there are no shards
     video_size: tuple[int, int] = ranged((64, 64), 8, 16_384)
     workers: int = ranged(0, 0, 256)

@@ -42,16 +42,17 @@ def clips(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--seed", type=int, default=0, help="which clips (default: %(default)s)")
     parser.add_argument(
         "--level",
-        choices=("short", "medium", "long"),
+        choices=("short", "medium", "long", "mixed", "all"),
         default="short",
-        help="how much a caption says (default: %(default)s)",
+        help="how much a caption says; all: three captions for each clip (default: %(default)s)",
     )
 
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.tiny import world
 
         world.write_clips(args.folder, args.num, args.seed, args.level)
-        following = f"selfforcing-dfd pack {args.folder} --codec tiny"
+        levels = " --levels short,medium,long" if args.level == "all" else ""
+        following = f"selfforcing-dfd pack {args.folder} --codec tiny{levels}"
         print(f"{args.folder}: {args.num} clips. Next: {following}")
 
     return run
@@ -273,9 +274,13 @@ def invert(parser: argparse.ArgumentParser) -> Run:
         from selfforcing_dfd.stages import load_config
         from selfforcing_dfd.training.inversion import build_inversion
 
-        inversion = build_inversion(load_config(args.config), args.steps)
+        config = load_config(args.config)
+        inversion = build_inversion(config, args.steps)
         summary = store_noise(
-            args.folder, inversion.invert, noise_fingerprint=inversion.fingerprint
+            args.folder,
+            inversion.invert,
+            noise_fingerprint=inversion.fingerprint,
+            captions=config.data.captions,
         )
         print(f"{summary.folder}: {summary.num_samples} samples now have their noise")
 
@@ -297,6 +302,7 @@ def _file_source(args: argparse.Namespace) -> FileSource:
         caption_suffix=suffix or ".txt",
         captions=None if suffix else captions,
         recursive=args.recursive,
+        levels=args.levels,
     )
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfforcing_dfd.cli.options import positive, rate, size
+from selfforcing_dfd.cli.options import levels, positive, rate, size
 
 if TYPE_CHECKING:
     from selfforcing_dfd.data.pack import PackOptions
@@ -23,6 +23,14 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
         metavar="FILE|ENDING",
         help="a .csv or .jsonl with `video` and `caption`, a .txt with a line per clip, or the "
         "ending of the files beside the clips (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--levels",
+        type=levels,
+        default=(),
+        metavar="LEVELS",
+        help="several captions for each clip: short,medium,long or two of them, as columns of a "
+        "list or in NAME.short.txt and so on; training chooses with data.captions",
     )
     parser.add_argument(
         "--frames",

@@ -106,7 +106,9 @@ def verified_shards(folder: Path) -> str:
 
     reader = ShardReader(folder)
     reader.verify()
-    return f"{folder}: {len(reader)} samples in {len(reader.index.shards)} shards, as packed"
+    levels = f" with {', '.join(reader.levels)} captions" if reader.levels else ""
+    counts = f"{len(reader)} samples{levels} in {len(reader.index.shards)} shards"
+    return f"{folder}: {counts}, as packed"
 
 
 def verified_checkpoint(folder: Path) -> str:

@@ -12,6 +12,7 @@ Run = Callable[[argparse.Namespace], None]
 Command = Callable[[argparse.ArgumentParser], Run]
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+LEVEL_NAMES = ("short", "medium", "long")
 ATTENTION_NAMES = ("auto", "sdpa", "fa2", "fa3", "fa4")
 DEVICE_HELP = "auto, cpu, cuda or cuda:N (default: %(default)s)"
 
@@ -50,6 +51,14 @@ def rate(text: str) -> Fraction:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"{text!r}, want more than 0 frames a second")
     return value
+
+
+def levels(text: str) -> tuple[str, ...]:
+    """Levels of captions, of `short,medium,long`, in that order."""
+    named = [name.strip() for name in text.split(",")]
+    if not named or set(named) - set(LEVEL_NAMES):
+        raise argparse.ArgumentTypeError(f"{text!r}, want some of {','.join(LEVEL_NAMES)}")
+    return tuple(name for name in LEVEL_NAMES if name in named)
 
 
 def named_file(text: str) -> tuple[str, str]:

@@ -1,9 +1,11 @@
 """What a shard folder consists of: file names, the index, and arrays as bytes.
 
     <key>.latent.npy   float16 or float32 [F, C, H, W]; none in a folder of prompts without clips
-    <key>.text.npy     float16 or float32 [n, D], without the zeros past the caption's end
+    <key>.text.npy     float16 or float32 [n, D], without the zeros past the caption's end; where
+                       captions have levels, one for each: text.short.npy, text.medium.npy, ...
     <key>.noise.npy    optional: the noise that the teacher's ODE maps to this sample
-    <key>.json         caption, source, and for clips num_video_frames and the fingerprints
+    <key>.json         caption, source, where captions have levels all of them as `captions`, and
+                       for clips num_video_frames and the fingerprints
 
 All of these are members of `shard-%06d.tar`. Beside the shards lie `index.json` and, where a
 negative prompt was encoded, `negative.safetensors`: key `text`, [n, D].
@@ -23,6 +25,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.common import SEAL, UserError, is_as_sealed, sealed
+from selfforcing_dfd.data.levels import LEVELS
 
 FORMAT_VERSION = 1
 INDEX_NAME = "index.json"
@@ -63,19 +66,25 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """One sample of the index. members: by name without the key, for example `latent.npy`."""
+    """One sample of the index.
+
+    members: by name without the key, for example `latent.npy`. captions: by level, see `levels`;
+    none where there is one caption for each clip. Else `caption` is the longest of them.
+    """
 
     key: str
     shard: str
     caption: str
     members: dict[str, Member]
+    captions: dict[str, str] = field(default_factory=dict)
 
     def to_fields(self) -> dict[str, Any]:
         members = {
             name: [member.offset, member.size, member.crc32]
             for name, member in self.members.items()
         }
-        return {"key": self.key, "shard": self.shard, "caption": self.caption, "members": members}
+        fields = {"key": self.key, "shard": self.shard, "caption": self.caption, "members": members}
+        return {**fields, "captions": self.captions} if self.captions else fields
 
     @classmethod
     def from_fields(cls, fields: dict[str, Any]) -> Entry:
@@ -84,7 +93,11 @@ class Entry:
             for name, numbers in fields["members"].items()
         }
         key, shard, caption = (text_in(fields, name) for name in ("key", "shard", "caption"))
-        return cls(key, shard, caption, members)
+        stated = dict(fields.get("captions", {}))
+        captions = {level: text_in(stated, level) for level in stated}
+        if not set(captions) <= set(LEVELS):
+            raise ValueError(f"captions of {key} are {sorted(captions)}, want some of {LEVELS}")
+        return cls(key, shard, caption, members, captions)
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,6 @@ from selfforcing_dfd.data.format import (
     INDEX_NAME,
     LATENT,
     NOISE,
-    TEXT,
     PackError,
     from_npy,
     load_npy,
@@ -26,6 +25,7 @@ from selfforcing_dfd.data.format import (
     write_index,
 )
 from selfforcing_dfd.data.journal import Job, Journal
+from selfforcing_dfd.data.levels import Choice
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.write import PackSummary, Record, shard_folder, summary_of, write_shards
 
@@ -42,15 +42,24 @@ def store_noise(
     batch_size: int = 16,
     out: Path | str | None = None,
     noise_fingerprint: str = "",
+    captions: Choice = "",
 ) -> PackSummary:
     """Give every sample of a shard folder its noise member, `batch_size` samples at a time.
 
     Samples, their order and all other bytes stay as they are. noise_fingerprint: names the teacher
     and solver, for the index. The folder is replaced as a whole at the end; or left alone if `out`
-    names another, which must not exist. Raises PackError for noise of another shape or not finite.
+    names another, which must not exist. captions: the level under which noise is found, which the
+    index states as `about.noise_captions`. Raises PackError for noise of another shape or not
+    finite, and for mixed levels: noise belongs to one caption.
     """
-    reader = ShardReader(folder)
-    index = reader.index
+    reader = ShardReader(folder, captions)
+    if captions == "mixed":
+        raise PackError(
+            f"{folder}: noise belongs to one caption of a clip, and data.captions is mixed; find "
+            f"it for one level, such as data.captions={reader.levels[-1]}"
+        )
+    level = {"noise_captions": reader.level_of(0)} if reader.levels else {}
+    index = replace(reader.index, about=reader.index.about | level)
     fingerprints = index.fingerprints | {"noise": noise_fingerprint}
     job = Job(
         name=str(folder),
@@ -61,7 +70,7 @@ def store_noise(
         about=index.about,
         shard_size=sum(entry.shard == index.samples[0].shard for entry in index.samples),
     )
-    records = _with_noise(_stored_records(reader), invert, batch_size, index.text_shape[0])
+    records = _with_noise(_stored_records(reader), invert, batch_size, reader)
     with shard_folder(Path(out or folder), overwrite=out is None) as partial:
         journal = Journal(partial, job)
         for path in Path(folder).iterdir():
@@ -81,18 +90,19 @@ def store_noise(
 def _stored_records(reader: ShardReader) -> Iterator[Record]:
     for number in tqdm(range(len(reader)), desc="finding noise", unit="clip", disable=None):
         entry = reader.index.samples[number]
-        yield Record(number, entry.key, entry.caption, reader.members(number))
+        members = reader.members(number)
+        yield Record(number, entry.key, entry.caption, members, entry.captions)
 
 
 def _with_noise(
-    records: Iterable[Record], invert: Invert, batch_size: int, text_length: int
+    records: Iterable[Record], invert: Invert, batch_size: int, reader: ShardReader
 ) -> Iterator[Record]:
     """Each record with the noise of its *stored* latents, which are what training reads."""
     records = iter(records)
     while group := list(islice(records, batch_size)):
         latents = torch.stack([from_npy(record.members[LATENT]) for record in group])
-        tokens = [from_npy(record.members[TEXT]) for record in group]
-        text = torch.stack([pad_text(one, text_length) for one in tokens])
+        tokens = [from_npy(reader.text_bytes(record.number)) for record in group]
+        text = torch.stack([pad_text(one, reader.index.text_shape[0]) for one in tokens])
         shape = tuple(latents.shape[1:])
         fresh = [rng.normal(shape, 0, "inversion", record.number) for record in group]
         noise = invert(latents, text, torch.stack(fresh))

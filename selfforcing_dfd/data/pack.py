@@ -21,7 +21,8 @@ from tqdm import tqdm
 
 from selfforcing_dfd.codecs.protocol import TextEncoder, VideoCodec
 from selfforcing_dfd.data.ahead import in_order
-from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, TEXT, PackError, load_npy, npy, trim
+from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, PackError, load_npy, npy, trim
+from selfforcing_dfd.data.levels import text_member
 from selfforcing_dfd.data.source import ClipError, Item, Latents, Source
 from selfforcing_dfd.data.write import (
     Job,
@@ -157,6 +158,8 @@ class _Packer:
             **options.settings,
             "shard_size": options.shard_size,
         }
+        if self.source.levels:
+            settings["captions"] = list(self.source.levels)
         files, about_negative = self._negative()
         about = {"source": self.source.about, "settings": settings, **about_negative}
         is_part = options.part != (1, 1)
@@ -210,6 +213,9 @@ class _Packer:
             return error
         if self.text and not item.caption:
             return ClipError(self.names[position], "no caption")
+        missing = [level for level in self.source.levels if not item.captions.get(level)]
+        if missing:
+            return ClipError(self.names[position], f"no {' and no '.join(missing)} caption")
         return item
 
     def _encode(
@@ -217,29 +223,30 @@ class _Packer:
     ) -> Iterator[tuple[int, Record | ClipError]]:
         """The record of each item of a group, or why there is none."""
         usable = [(position, item) for position, item in group if isinstance(item, Item)]
-        embeddings = iter(self._embeddings(usable))
+        levels: tuple[str, ...] = self.source.levels or ("",)
+        by_level = {level: iter(self._embeddings(usable, level)) for level in levels}
         for position, item in group:
             if isinstance(item, ClipError):
                 yield position, item
                 continue
-            tokens = next(embeddings)
-            if isinstance(tokens, ClipError):
-                yield position, tokens
-            else:
-                yield position, self._record(position, item, tokens)
+            found = [(level, next(embeddings)) for level, embeddings in by_level.items()]
+            texts = {level: text for level, text in found if isinstance(text, Tensor)}
+            problems = [text for _, text in found if isinstance(text, ClipError)]
+            yield position, problems[0] if problems else self._record(position, item, texts)
 
-    def _embeddings(self, items: list[tuple[int, Item]]) -> list[Tensor | ClipError]:
+    def _embeddings(self, items: list[tuple[int, Item]], level: str) -> list[Tensor | ClipError]:
         """[L, D] for each item; a caption that the encoder refuses takes no other with it."""
         if self.text is None:
             return [self._stored_embedding(position, item) for position, item in items]
         if not items:
             return []
+        captions = [item.captions[level] if level else item.caption for _, item in items]
         try:
-            return list(self.text.encode([item.caption for _, item in items]))
+            return list(self.text.encode(captions))
         except ValueError as error:
             if len(items) == 1:
                 return [ClipError(self.names[items[0][0]], str(error))]
-        return [embedding for one in items for embedding in self._embeddings([one])]
+        return [embedding for one in items for embedding in self._embeddings([one], level)]
 
     def _stored_embedding(self, position: int, item: Item) -> Tensor | ClipError:
         name = self.names[position]
@@ -254,19 +261,24 @@ class _Packer:
             return ClipError(name, problem)
         return item.text
 
-    def _record(self, position: int, item: Item, tokens: Tensor) -> Record:
+    def _record(self, position: int, item: Item, texts: Mapping[str, Tensor]) -> Record:
+        """texts: embeddings by level; of an only caption under an empty name."""
         name = self.names[position]
         dtype = self.options.dtype
-        caption = item.caption or _made_up_caption(npy(tokens, dtype, name))
+        tokens = {level: npy(trim(text), dtype, name) for level, text in texts.items()}
+        caption = item.caption or _made_up_caption(npy(texts[""], dtype, name))
         about: dict[str, Any] = {"caption": caption, "source": name}
+        captions: dict[str, str] = {level: item.captions[level] for level in self.source.levels}
+        if captions:
+            about["captions"] = captions
         members: dict[str, bytes] = {}
         latents = self._latents(item)
         if latents is not None:
             members[LATENT] = npy(latents, dtype, name)
             about |= {"num_video_frames": _num_video_frames(item), **self.fingerprints}
-        members[TEXT] = npy(trim(tokens), dtype, name)
+        members |= {text_member(level): content for level, content in tokens.items()}
         members["json"] = json.dumps(about, ensure_ascii=False, sort_keys=True).encode()
-        return Record(position, self.keys[position], caption, members)
+        return Record(position, self.keys[position], caption, members, captions)
 
     def _latents(self, item: Item) -> Tensor | None:
         if item.video is None:
@@ -332,7 +344,15 @@ def _text_shape(source: Source, text: TextEncoder | None) -> tuple[int, ...]:
 def _fingerprints(
     source: Source, codec: VideoCodec | None, text: TextEncoder | None
 ) -> dict[str, str]:
-    """A codec may take a second to work out its own, so this is done once."""
+    """A codec may take a second to work out its own, so this is done once.
+
+    PackError for captions of several levels without an encoder.
+    """
+    if source.levels and text is None:
+        raise PackError(
+            f"{source.title} has captions of level {' and '.join(source.levels)} and at most one "
+            "embedding for each clip; name a text encoder with --text"
+        )
     holds = source.holds
     of_latents = holds.codec if isinstance(holds, Latents) else _needed(codec).fingerprint
     of_text = text.fingerprint if text else f"{source.title}-stored"

@@ -1,21 +1,17 @@
 """Latents and text embeddings in webdataset tar shards, read through an index.
 
 Tars are the storage: any webdataset tool reads them. The index is the data set: it knows where
-each member lies, so samples are read in any order without parsing a tar. The state of a data
-stream is one integer, the position in an endless order that is a function of (seed, epoch).
-Workers and ranks only decide who reads a position. See `format` for the files.
+each member lies, so samples are read in any order without parsing a tar. See `format` for the
+files and `order` for the order in which training reads samples.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from threading import Lock
 
@@ -24,21 +20,19 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from selfforcing_dfd import rng
 from selfforcing_dfd.common import UserError, sha256_of
-from selfforcing_dfd.data.ahead import in_order
 from selfforcing_dfd.data.format import (
     INDEX_NAME,
     LATENT,
     NEGATIVE_NAME,
     NO_INDEX,
     NOISE,
-    TEXT,
     Entry,
     Index,
     load_npy,
     pad_text,
 )
+from selfforcing_dfd.data.levels import Choice, draw_level, levels_of, text_member, unknown_level
 
 
 class ShardError(UserError):
@@ -101,23 +95,56 @@ class ShardReader:
     read checks checksum, dtype, shape and that values are finite; `verify` reads everything. All
     raise ShardError, and NonFiniteSampleError for values that are not finite.
     index_hash: SHA-256 of the index, which holds those of the shards.
+    levels: of the captions; none where each sample has one caption.
     """
 
-    def __init__(self, folder: Path | str):
+    def __init__(self, folder: Path | str, captions: Choice = ""):
+        """captions: which level is read. ShardError for one that the folder lacks."""
         self._files: dict[str, int] = {}
         self._opening = Lock()
         self.folder = Path(folder)
         self.index, self.index_hash = self._open_index()
         self._check_shards()
         self._check_samples()
-        self._read_sample(0)
+        self.levels = levels_of(self.index.samples[0].captions)
+        self.choice = captions
+        problem = unknown_level(captions, self.levels)
+        if problem:
+            raise ShardError(f"{self.folder} {problem}")
+        self._read_sample(0, self.level_of(0))
 
     def __len__(self) -> int:
         return len(self.index.samples)
 
     def __getitem__(self, number: int) -> Sample:
-        sample = self._read_sample(number)
-        for name, array in ((LATENT, sample.latents), (TEXT, sample.text), (NOISE, sample.noise)):
+        """A sample with the caption that `level_of` names."""
+        return self.read(number, self.level_of(number))
+
+    def level_of(self, number: int) -> str:
+        """The level of a sample's caption outside of training; empty where there are no levels.
+
+        Where levels are mixed, it is drawn from the number alone.
+        """
+        if not self.levels:
+            return ""
+        if self.choice == "mixed":
+            return draw_level(self.levels, 0, "caption of a sample", number)
+        return self.choice or self.levels[-1]
+
+    def level_at(self, number: int, seed: int, position: int) -> str:
+        """As `level_of`, for a position of the stream that training reads.
+
+        Where levels are mixed, it is drawn anew at each position.
+        """
+        if self.choice == "mixed":
+            return draw_level(self.levels, seed, "caption level", position)
+        return self.level_of(number)
+
+    def read(self, number: int, level: str) -> Sample:
+        """A sample with its caption of a level; the level is empty where there are none."""
+        sample = self._read_sample(number, level)
+        text = text_member(level)
+        for name, array in ((LATENT, sample.latents), (text, sample.text), (NOISE, sample.noise)):
             if array is not None and not bool(array.isfinite().all()):
                 entry = self.index.samples[number]
                 raise NonFiniteSampleError(
@@ -128,13 +155,14 @@ class ShardReader:
                 )
         return sample
 
-    def _read_sample(self, number: int) -> Sample:
+    def _read_sample(self, number: int, level: str) -> Sample:
         """A sample whose values may be anything."""
         entry = self.index.samples[number]
-        tokens = self._array(entry, TEXT)
+        name = text_member(level)
+        tokens = self._array(entry, name)
         problem = self._text_problem(tokens)
         if problem:
-            raise self._error(entry, TEXT, problem)
+            raise self._error(entry, name, problem)
         if self.has_clips:
             latents = self._clip_array(entry, LATENT)
         else:
@@ -142,7 +170,7 @@ class ShardReader:
         return Sample(
             latents=latents,
             text=pad_text(tokens, self.index.text_shape[0]),
-            caption=entry.caption,
+            caption=entry.captions[level] if level else entry.caption,
             key=entry.key,
             noise=self._clip_array(entry, NOISE) if self.has_noise else None,
         )
@@ -185,7 +213,15 @@ class ShardReader:
 
     @property
     def captions(self) -> list[str]:
-        return [entry.caption for entry in self.index.samples]
+        """Of all samples, as `reader[number].caption`."""
+        if not self.levels:
+            return [entry.caption for entry in self.index.samples]
+        samples = enumerate(self.index.samples)
+        return [entry.captions[self.level_of(number)] for number, entry in samples]
+
+    def text_bytes(self, number: int) -> bytes:
+        """The stored embedding of a sample's caption, as `reader[number].text`."""
+        return self._read(self.index.samples[number], text_member(self.level_of(number)))
 
     def members(self, number: int) -> dict[str, bytes]:
         """The stored bytes of a sample's members, checksums verified."""
@@ -216,14 +252,18 @@ class ShardReader:
         """What is wrong with a sample; empty if nothing is."""
         entry = self.index.samples[number]
         try:
-            self[number]
+            for named in self.levels or ("",):
+                self.read(number, named)
         except NonFiniteSampleError as error:
             return str(error)
         about = json.loads(self._read(entry, "json")) if "json" in entry.members else {}
-        packed = about.get("caption", entry.caption)
-        if packed == entry.caption:
-            return ""
-        return f"{entry.key} was packed as {packed!r}, but {INDEX_NAME} says {entry.caption!r}"
+        packed = {"": about.get("caption", entry.caption), **about.get("captions", {})}
+        stated = {"": entry.caption, **entry.captions}
+        for level, caption in stated.items():
+            found = packed.get(level)
+            if found != caption:
+                return f"{entry.key} was packed as {found!r}, but {INDEX_NAME} says {caption!r}"
+        return ""
 
     @property
     def _remedy(self) -> str:
@@ -269,11 +309,19 @@ class ShardReader:
         sizes = {shard.name: shard.bytes for shard in self.index.shards}
         if not self.index.samples:
             raise ShardError(f"{self.folder}: the index lists no samples. {self._remedy}")
-        wanted = {TEXT} | (_arrays_of(self.index.samples[0]) & {LATENT, NOISE})
+        first = self.index.samples[0]
+        levels = set(first.captions)
+        texts = {text_member(level) for level in levels or {""}}
+        wanted = texts | (_arrays_of(first) & {LATENT, NOISE})
         for entry in self.index.samples:
             arrays = _arrays_of(entry)
             if arrays != wanted:
                 problem = f"has members {sorted(arrays)}, the first sample has {sorted(wanted)}"
+                raise self._error(entry, "*", problem)
+            if set(entry.captions) != levels:
+                problem = (
+                    f"has captions {sorted(entry.captions)}, the first sample {sorted(levels)}"
+                )
                 raise self._error(entry, "*", problem)
             for name, member in entry.members.items():
                 end = member.offset + member.size
@@ -318,61 +366,3 @@ class ShardReader:
 
 def _arrays_of(entry: Entry) -> set[str]:
     return {name for name in entry.members if name.endswith(".npy")}
-
-
-class SampleOrder:
-    """An endless order: position n of the stream is sample `arrangement(n // N)[n % N]`.
-
-    Every sample comes exactly once per epoch. aside: samples that are left out, with the position
-    from which on; another one, drawn for that position, comes in their place, so all others stay
-    where they are. ValueError if nothing is left.
-    """
-
-    def __init__(self, num_samples: int, seed: int, aside: Mapping[int, int] | None = None):
-        if num_samples < 1:
-            raise ValueError(f"num_samples is {num_samples}; want at least 1")
-        self.aside = dict(aside or {})
-        if len(self.aside) >= num_samples:
-            raise ValueError(f"all {num_samples} samples are set aside; none is left to train on")
-        self.num_samples = num_samples
-        self.seed = seed
-        # two, as a batch may straddle epochs
-        self._arrangement = lru_cache(maxsize=2)(self.arrangement)
-
-    def sample_at(self, position: int) -> int:
-        """The sample number at a position of the stream, 0 <= position without end."""
-        epoch, rest = divmod(position, self.num_samples)
-        number = self._arrangement(epoch)[rest]
-        attempt = 0
-        while position >= self.aside.get(number, math.inf):
-            drawn = rng.uniform((), self.seed, "instead", position, attempt)
-            number = int(drawn * self.num_samples)
-            attempt += 1
-        return number
-
-    def arrangement(self, epoch: int) -> list[int]:
-        """All sample numbers in the order of one epoch."""
-        generator = rng.generator(self.seed, "order", epoch)
-        return torch.randperm(self.num_samples, generator=generator).tolist()
-
-
-def load_batch(reader: ShardReader, order: SampleOrder, start: int, size: int) -> Batch:
-    """The samples at positions start, start + 1, ... start + size - 1."""
-    samples = [reader[order.sample_at(start + i)] for i in range(size)]
-    latents = torch.stack([sample.latents for sample in samples])
-    text = torch.stack([sample.text for sample in samples])
-    noise = [sample.noise for sample in samples if sample.noise is not None]
-    captions = tuple(sample.caption for sample in samples)
-    keys = tuple(sample.key for sample in samples)
-    stacked_noise = torch.stack(noise) if noise else None
-    return Batch(latents, text, captions, keys, stacked_noise, reader.has_clips)
-
-
-def batches(
-    reader: ShardReader, order: SampleOrder, starts: Iterable[int], size: int, num_workers: int = 0
-) -> Iterator[Batch]:
-    """`load_batch` for each of `starts`, in order; they may be endless.
-
-    Rank r of R with batches of B starts at r B, r B + R B, ... Workers only read ahead.
-    """
-    return in_order(lambda start: load_batch(reader, order, start, size), starts, num_workers)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from selfforcing_dfd.common import UserError
+from selfforcing_dfd.data.levels import Level
 
 MAX_KEY = 64
 IMPORTED_CODEC = "wan-vae, as imported"
@@ -31,13 +32,15 @@ class Item:
     """One item of a source. It holds video or latents, or a caption alone.
 
     caption: one line; empty if there is none. video: uint8 [T, H, W, 3]. latents: [F, C, H, W].
-    text: [L, D], the caption's embedding, where the source stores one.
+    text: [L, D], the caption's embedding, where the source stores one. captions: one for each of
+    the source's levels.
     """
 
     caption: str
     video: Tensor | None = None
     latents: Tensor | None = None
     text: Tensor | None = None
+    captions: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +95,11 @@ class Source(ABC):
     def keys(self) -> list[str]:
         """Keys of all items: unique, and fit for webdataset."""
         return keys_of(self.names)
+
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        """Of the captions that every item has; none where each has one caption."""
+        return ()
 
     @property
     def settings(self) -> dict[str, Any]:

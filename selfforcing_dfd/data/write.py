@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -78,12 +78,16 @@ class PackSummary:
 
 @dataclass(frozen=True, slots=True)
 class Record:
-    """One sample, its members as bytes. number: which item of the source it is."""
+    """One sample, its members as bytes.
+
+    number: which item of the source it is. captions: by level, see `Entry`.
+    """
 
     number: int
     key: str
     caption: str
     members: dict[str, bytes]
+    captions: dict[str, str] = field(default_factory=dict)
 
 
 Refuse = Callable[[int, Refusal], None]
@@ -243,17 +247,17 @@ def write_shards(
     records = iter(records)
     while (first := next(records, None)) is not None:
         path = folder / f"shard-{len(journal.shards):06d}.tar"
-        captions: dict[str, str] = {}
+        written: dict[str, Record] = {}
         next_item = first.number
         with path.open("wb") as file, TarWriter(file, mtime=0.0) as tar:
             for record in chain([first], islice(records, journal.shard_size - 1)):
                 tar.write({"__key__": record.key, **record.members})
-                captions[record.key] = record.caption
+                written[record.key] = replace(record, members={})
                 next_item = record.number + 1
         sync(path)
         numbers = sorted(number for number in refused if journal.next <= number < next_item)
         samples = [
-            Entry(key, path.name, captions[key], members)
+            Entry(key, path.name, written[key].caption, members, written[key].captions)
             for key, members in tar_members(path).items()
         ]
         shard = Shard(path.name, path.stat().st_size, sha256_of(path))

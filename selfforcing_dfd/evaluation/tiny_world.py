@@ -43,6 +43,7 @@ from selfforcing_dfd.tiny.world import (
     SIDE,
     SPEED_PRIOR,
     Factors,
+    Level,
     captions,
     draw_factors,
     parse_caption,
@@ -149,7 +150,7 @@ class TinyWorld:
 
     def draw(self, config: Config, num_clips: int) -> EvaluationSet:
         factors = evaluation_factors(num_clips, config.report.seed)
-        return self._asked(config, captions(factors, config.data.tiny.level))
+        return self._asked(config, captions(factors, caption_level(config)))
 
     def ask(self, config: Config, captions: Sequence[str]) -> EvaluationSet:
         for caption in captions:
@@ -197,7 +198,7 @@ class TinyWorld:
         return tiny_verdict.verdict(runs)
 
     def background(self, config: Config) -> str:
-        loose = config.data.tiny.level == "short"
+        loose = caption_level(config) == "short"
         tied_to_caption = any(ties_to_the_caption(arm) for arm in arms_of(config))
         return DOSE if loose and tied_to_caption else ""
 
@@ -240,6 +241,12 @@ def groups_of(row: Row) -> list[Group]:
         shares = [row.scores[f"share_{name}"].value for name in names]
         groups.append(Group(names, shares, laws[kind]))
     return groups
+
+
+def caption_level(config: Config) -> Level:
+    """How much the captions say that a run is trained with."""
+    packed = config.data.tiny.level
+    return config.data.captions or ("long" if packed == "all" else packed)
 
 
 def evaluation_factors(num_clips: int, seed: int) -> Factors:

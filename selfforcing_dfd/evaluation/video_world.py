@@ -13,7 +13,8 @@ from torch import Tensor
 
 from selfforcing_dfd.common import DTYPES, UserError, find_device, find_file
 from selfforcing_dfd.config import Config, require
-from selfforcing_dfd.data.shards import SampleOrder, ShardReader
+from selfforcing_dfd.data.order import SampleOrder
+from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.evaluation.generate import Decode, EvaluationSet, GoOn, Videos
 from selfforcing_dfd.evaluation.tables import (
     DATA,
@@ -28,6 +29,7 @@ from selfforcing_dfd.evaluation.tables import (
 from selfforcing_dfd.evaluation.world import Chart, Layout, Measured
 from selfforcing_dfd.metrics.appearance import luma
 from selfforcing_dfd.tiny.bootstrap import Resamples, Score, spread
+from selfforcing_dfd.training.build_data import open_shards
 
 FPS = 16  # of Wan2.1
 
@@ -79,14 +81,14 @@ class VideoWorld:
         return decode
 
     def draw(self, config: Config, num_clips: int) -> EvaluationSet:
-        reader = ShardReader(config.data.shards)
+        reader = open_shards(config)
         seed = config.report.seed
         samples = [reader[number] for number in chosen(reader, num_clips, seed)]
         text = torch.stack([sample.text for sample in samples])
         return self._asked(reader, [sample.caption for sample in samples], text, seed)
 
     def ask(self, config: Config, captions: Sequence[str]) -> EvaluationSet:
-        reader = ShardReader(config.data.shards)
+        reader = open_shards(config)
         number_of = {caption: number for number, caption in enumerate(reader.captions)}
         for caption in captions:
             if caption not in number_of:
@@ -104,10 +106,10 @@ class VideoWorld:
         return EvaluationSet(tuple(captions), text, shape, seed, reader.negative, batch=1)
 
     def has_real_clips(self, config: Config) -> bool:
-        return ShardReader(config.data.shards).has_clips
+        return open_shards(config).has_clips
 
     def real_clips(self, config: Config, evaluation: EvaluationSet, decode: Decode) -> Videos:
-        reader = ShardReader(config.data.shards)
+        reader = open_shards(config)
         numbers = chosen(reader, len(evaluation), evaluation.seed)
         for part in evaluation.batches(DATA):
             latents = [reader[number].latents for number in numbers[part.start : part.stop]]

@@ -164,7 +164,7 @@ def make_pairs(
         members = {
             LATENT: npy(latents, "float16", f"pair {number}"),
             NOISE: npy(start, "float16", f"pair {number}"),
-            TEXT: reader.members(number)[TEXT],
+            TEXT: reader.text_bytes(number),
             "json": json.dumps(about, ensure_ascii=False).encode(),
         }
         yield Record(number, of_caption.key, of_caption.caption, members)

@@ -24,6 +24,8 @@ Level = Literal["short", "medium", "long", "mixed"]
 """How much a caption says: the shape; also the hue; all but saturation and position; or each of
 these in turn, clip by clip.
 """
+Levels = Level | Literal["all"]
+"""What clips are written with; `all` is a short, a medium and a long caption for each."""
 
 SIDE = 64  # pixels; the torus is SIDE x SIDE
 FPS = 16
@@ -62,6 +64,7 @@ _TEMPLATES: dict[str, str] = {
 }
 # near-lossless; one thread and no macroblock tree, so that equal clips give equal files
 X264 = ("-crf", "6", "-preset", "veryfast", "-x264-params", "mbtree=0", "-threads", "1")
+IN_TURN: tuple[Level, ...] = ("short", "medium", "long")
 _RENDER_BATCH = 16  # clips drawn at once, so that the working set stays in cache
 
 
@@ -202,10 +205,14 @@ def captions(factors: Factors, level: Level) -> list[str]:
     return written
 
 
+def captions_by_level(factors: Factors) -> dict[str, str]:
+    """What one clip shows, in a short, a medium and a long caption."""
+    return {level: captions(factors, level)[0] for level in IN_TURN}
+
+
 def level_of(clip: int, level: Level) -> Level:
     """How much the caption of clip number `clip` says."""
-    in_turn: tuple[Level, ...] = ("short", "medium", "long")
-    return in_turn[clip % len(in_turn)] if level == "mixed" else level
+    return IN_TURN[clip % len(IN_TURN)] if level == "mixed" else level
 
 
 def parse_caption(text: str) -> dict[str, int]:
@@ -228,20 +235,23 @@ def clip_number(clip: int, seed: int, level: Level) -> tuple[Factors, str]:
 
 
 def write_clips(
-    folder: Path | str, num_clips: int, seed: int, level: Level = "short", num_frames: int = 33
+    folder: Path | str, num_clips: int, seed: int, level: Levels = "short", num_frames: int = 33
 ) -> list[Path]:
     """Write `000000.mp4` and `000000.txt` and so on; the paths of the videos.
 
-    Clip i is a function of (seed, i) alone, so a longer folder begins with the clips of a shorter
-    one.
+    Captions of all levels are `000000.short.txt`, `000000.medium.txt` and `000000.long.txt`. Clip i
+    is a function of (seed, i) alone, so a longer folder begins with the clips of a shorter one.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
     for clip in range(num_clips):
-        factors, caption = clip_number(clip, seed, level)
+        factors, caption = clip_number(clip, seed, "long" if level == "all" else level)
         path = folder / f"{clip:06d}.mp4"
-        path.with_suffix(".txt").write_text(caption + "\n", encoding="utf-8")
+        named = captions_by_level(factors) if level == "all" else {"": caption}
+        for name, text in named.items():
+            beside = path.with_suffix(f".{name}.txt" if name else ".txt")
+            beside.write_text(text + "\n", encoding="utf-8")
         _write_mp4(path, (render(factors, num_frames)[0] * 255).round().to(torch.uint8))
         paths.append(path)
     return paths

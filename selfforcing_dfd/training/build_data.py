@@ -8,7 +8,8 @@ from typing import Any
 
 from selfforcing_dfd.common import find_file
 from selfforcing_dfd.config import Config, require
-from selfforcing_dfd.data.shards import SampleOrder, ShardReader
+from selfforcing_dfd.data.order import SampleOrder
+from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.stages import STAGES, stage_of
 
 BASIS = "assets/tiny/codec.safetensors"
@@ -17,7 +18,8 @@ BASIS = "assets/tiny/codec.safetensors"
 def build_reader(config: Config) -> ShardReader:
     """The data set. Raises ConfigError for clips, text or noise that do not fit the settings."""
     shards = config.data.shards
-    reader = ShardReader(Path(shards))
+    reader = open_shards(config)
+    check_captions(config, reader)
     stage = stage_of(config)
     captions_do = [known.name for known in STAGES.values() if not known.needs_clips]
     require(
@@ -38,6 +40,31 @@ def build_reader(config: Config) -> ShardReader:
         f"`selfforcing-dfd invert {shards} --config CONFIG`, or change that setting",
     )
     return reader
+
+
+def open_shards(config: Config) -> ShardReader:
+    """The shards of the config, with the captions that it asks for."""
+    return ShardReader(config.data.shards, config.data.captions)
+
+
+def check_captions(config: Config, reader: ShardReader) -> None:
+    """ConfigError where it is open which captions are meant, or noise is of others."""
+    shards = config.data.shards
+    chosen = config.data.captions
+    levels = reader.levels
+    require(
+        bool(chosen) or len(levels) < 2,
+        f"{shards} holds captions of level {', '.join(levels)}; choose one with data.captions=LEVEL"
+        ", or data.captions=mixed: the less a caption says, the more clips data forcing ties to it",
+    )
+    found_for = reader.index.about.get("noise_captions", chosen)
+    setting = stage_of(config).needs_noise(config)
+    require(
+        not setting or found_for == chosen or not levels,
+        f"{setting}, but the noise in {shards} was found for {found_for} captions, and "
+        f"data.captions is {chosen or 'not set'}; use data.captions={found_for}, or find it again "
+        f"with `selfforcing-dfd invert {shards} --config CONFIG`",
+    )
 
 
 def check_shapes(config: Config, reader: ShardReader, network: Mapping[str, Any]) -> None:

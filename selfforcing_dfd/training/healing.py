@@ -14,7 +14,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.data.shards import NonFiniteSampleError, load_batch
+from selfforcing_dfd.data.order import load_batch
+from selfforcing_dfd.data.shards import NonFiniteSampleError
 from selfforcing_dfd.processes.ranks import gather_objects
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.training.compare import listed

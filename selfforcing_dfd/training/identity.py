@@ -275,6 +275,8 @@ def data_fingerprint(reader: ShardReader, with_noise: bool) -> str:
     digest.update(f"{tuple(index.latent_shape)} {tuple(index.text_shape)} {negative}\n".encode())
     for entry in index.samples:
         digest.update(f"{entry.key} {entry.caption}\n".encode())
+        for level, caption in sorted(entry.captions.items()):
+            digest.update(f"{level} {caption}\n".encode())
         for name, member in sorted(entry.members.items()):
             if with_noise or not name.startswith("noise"):
                 digest.update(f"{name} {member.size} {member.crc32}\n".encode())

@@ -19,13 +19,8 @@ from torch.optim import Optimizer
 from tqdm import tqdm
 
 from selfforcing_dfd.common import Interrupted
-from selfforcing_dfd.data.shards import (
-    Batch,
-    NonFiniteSampleError,
-    SampleOrder,
-    ShardReader,
-    batches,
-)
+from selfforcing_dfd.data.order import SampleOrder, batches
+from selfforcing_dfd.data.shards import Batch, NonFiniteSampleError, ShardReader
 from selfforcing_dfd.processes.failure import another_failed
 from selfforcing_dfd.processes.ranks import add_up, gather, on_first_rank, raise_together
 from selfforcing_dfd.processes.world import World

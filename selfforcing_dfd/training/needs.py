@@ -12,10 +12,11 @@ from omegaconf import OmegaConf
 
 from selfforcing_dfd.common import find_file
 from selfforcing_dfd.config import Config
-from selfforcing_dfd.data.shards import INDEX_NAME, ShardReader
+from selfforcing_dfd.data.shards import INDEX_NAME
 from selfforcing_dfd.stages import arms_of, load_config, stage_of
 from selfforcing_dfd.stages.base import Start
 from selfforcing_dfd.stages.config_files import training_configs
+from selfforcing_dfd.training.build_data import open_shards
 
 ENCODERS = "weights/Wan2.1-T2V-1.3B-Diffusers"  # VAE and text encoder; those of 14B are the same
 DFD_DATA = "csusupergear/vipe_long_lmdb"
@@ -50,7 +51,7 @@ def describe_needs(config: Config, prompts_do: bool, is_wan: bool) -> Iterator[s
     folder = config.data.shards
     tiny = config.data.tiny
     if has_shards(config):
-        yield f"  {'data':<12}{folder}, {len(reader_of(config))} samples"
+        yield f"  {'data':<12}{folder}, {len(open_shards(config))} samples"
     elif tiny.clips:
         made = f"{tiny.clips} tiny-world clips with {tiny.level} captions"
         yield f"  {'data':<12}{folder}, to be made from {made}"
@@ -59,7 +60,7 @@ def describe_needs(config: Config, prompts_do: bool, is_wan: bool) -> Iterator[s
         yield from (
             f"{'':14}{command}" for command in how_to_make_shards(config, prompts_do, is_wan)
         )
-    has_noise = has_shards(config) and reader_of(config).has_noise
+    has_noise = has_shards(config) and open_shards(config).has_noise
     if stage_of(config).needs_noise(config) and not tiny.noise_steps and not has_noise:
         yield f"  {'noise':<12}not in {folder} (MISSING)"
         yield f"{'':14}{COMMAND} invert {folder} --config CONFIG   # this one"
@@ -181,7 +182,3 @@ def chain_of(config: Config) -> dict[str, Config]:
 
 def has_shards(config: Config) -> bool:
     return (Path(config.data.shards) / INDEX_NAME).is_file()
-
-
-def reader_of(config: Config) -> ShardReader:
-    return ShardReader(config.data.shards)

@@ -68,7 +68,12 @@ def prepare_data(config: Config) -> None:
     if tiny.noise_steps and not ShardReader(folder).has_noise:
         tqdm.write(f"finding the noise of {tiny.clips} clips with the teacher's ODE")
         inversion = build_inversion(config, tiny.noise_steps)
-        store_noise(folder, inversion.invert, noise_fingerprint=inversion.fingerprint)
+        store_noise(
+            folder,
+            inversion.invert,
+            noise_fingerprint=inversion.fingerprint,
+            captions=config.data.captions,
+        )
 
 
 def train(config: Config, resume: bool, look: Look | None = None) -> None:

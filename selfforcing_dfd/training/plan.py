@@ -16,6 +16,7 @@ from selfforcing_dfd.processes.world import World
 from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.base import chunks_of
 from selfforcing_dfd.tiny.text import TinyText
+from selfforcing_dfd.training.build_data import open_shards
 from selfforcing_dfd.training.estimate import (
     GPUS,
     UTILISATION,
@@ -27,7 +28,7 @@ from selfforcing_dfd.training.estimate import (
 )
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.memory import fewest_gpus, memory_of
-from selfforcing_dfd.training.needs import chain_of, describe_needs, has_shards, reader_of
+from selfforcing_dfd.training.needs import chain_of, describe_needs, has_shards
 from selfforcing_dfd.training.sequences import describe_grid, in_groups
 from selfforcing_dfd.training.sizes import known_sizes
 from selfforcing_dfd.training.utilisation import Utilisation
@@ -154,7 +155,7 @@ def describe_negative(config: Config) -> str:
     """Which text stands for no caption."""
     if not has_shards(config):
         return "the shards' negative prompt if they hold one, else zeros"
-    if reader_of(config).negative is not None:
+    if open_shards(config).negative is not None:
         return "the negative prompt stored with the shards"
     return "zeros"
 
@@ -208,7 +209,7 @@ def run_flops(config: Config, again: bool = True) -> int:
     again: with what activation checkpointing makes again.
     """
     estimate = estimate_of(config)
-    num_items = len(reader_of(config)) if has_shards(config) else 0
+    num_items = len(open_shards(config)) if has_shards(config) else 0
     if estimate is None:
         return 0
     return estimate.run_flops(stage_of(config).num_items(config, num_items), again)
@@ -293,7 +294,7 @@ def describe_sum(config: Config, runs: list[Config]) -> Iterator[str]:
 def latent_size(config: Config) -> tuple[int, int]:
     """Height and width of the latents, of the shards where they are there."""
     if has_shards(config):
-        _, _, height, width = reader_of(config).index.latent_shape
+        _, _, height, width = open_shards(config).index.latent_shape
         return height, width
     height, width = config.data.video_size
     return height // VAE_STRIDE, width // VAE_STRIDE
@@ -302,5 +303,5 @@ def latent_size(config: Config) -> tuple[int, int]:
 def text_tokens(config: Config) -> int:
     """Tokens of a text."""
     if has_shards(config):
-        return reader_of(config).index.text_shape[0]
+        return open_shards(config).index.text_shape[0]
     return TinyText().length if config.data.tiny.clips else UMT5_TOKENS

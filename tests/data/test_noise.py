@@ -12,7 +12,8 @@ from torch import Tensor
 
 from selfforcing_dfd.data.format import PackError
 from selfforcing_dfd.data.noise import store_noise
-from selfforcing_dfd.data.shards import SampleOrder, ShardReader, load_batch
+from selfforcing_dfd.data.order import SampleOrder, load_batch
+from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.tiny.codec import TinyCodec
 
 

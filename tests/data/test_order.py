@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from selfforcing_dfd.data.shards import Batch, SampleOrder, ShardReader, batches, load_batch
+from selfforcing_dfd.data.order import SampleOrder, batches, load_batch
+from selfforcing_dfd.data.shards import Batch, ShardReader
 
 
 def stream(order: SampleOrder, start: int, stop: int) -> list[int]:

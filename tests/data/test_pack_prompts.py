@@ -9,8 +9,9 @@ import torch
 
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.data.format import PackError
+from selfforcing_dfd.data.order import SampleOrder, load_batch
 from selfforcing_dfd.data.pack import PackOptions, pack
-from selfforcing_dfd.data.shards import SampleOrder, ShardReader, load_batch
+from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.prompts import PromptSource
 from selfforcing_dfd.tiny.text import TinyText
 

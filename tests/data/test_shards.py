@@ -19,13 +19,8 @@ import webdataset
 from tiny_pack import pack_tiny
 
 from selfforcing_dfd.common import sealed
-from selfforcing_dfd.data.shards import (
-    NonFiniteSampleError,
-    SampleOrder,
-    ShardError,
-    ShardReader,
-    batches,
-)
+from selfforcing_dfd.data.order import SampleOrder, batches
+from selfforcing_dfd.data.shards import NonFiniteSampleError, ShardError, ShardReader
 from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.tiny import world
 from selfforcing_dfd.tiny.codec import TinyCodec

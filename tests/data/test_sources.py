@@ -22,7 +22,8 @@ from selfforcing_dfd.data.format import PackError
 from selfforcing_dfd.data.pack import share_of
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.source import ClipError, keys_of
-from selfforcing_dfd.data.sources.files import FileSource, list_clips, list_hash
+from selfforcing_dfd.data.sources.files import FileSource
+from selfforcing_dfd.data.sources.listing import list_clips, list_hash
 from selfforcing_dfd.data.sources.video import read_video
 from selfforcing_dfd.tiny.codec import TinyCodec
 

@@ -16,7 +16,7 @@ from selfforcing_dfd.data.write import PackSummary
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
-OF_SOURCE = {"resize", "fps", "caption_suffix", "captions", "recursive"}
+OF_SOURCE = {"resize", "fps", "caption_suffix", "captions", "recursive", "levels"}
 
 
 def pack_tiny(clips: Path, out: Path, codec: Any, **settings: Any) -> PackSummary:

@@ -8,21 +8,22 @@ from typing import Any
 
 import torch
 
+from selfforcing_dfd.data.levels import LEVELS, Level
 from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.source import Item, Source, Video
 from selfforcing_dfd.tiny.codec import FINGERPRINT, TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
-from selfforcing_dfd.tiny.world import SIDE, Level, clip_number, render
+from selfforcing_dfd.tiny.world import SIDE, Levels, captions_by_level, clip_number, render
 
 
 class TinySource(Source):
     """Fresh clips; clip i depends on the seed and i alone. level: how much captions say."""
 
-    def __init__(self, num_clips: int, seed: int, level: Level, num_video_frames: int) -> None:
+    def __init__(self, num_clips: int, seed: int, level: Levels, num_video_frames: int) -> None:
         self.num_clips = num_clips
         self.seed = seed
-        self.level = level
+        self.level: Levels = level
         self.num_video_frames = num_video_frames
 
     @property
@@ -41,14 +42,20 @@ class TinySource(Source):
     def holds(self) -> Video:
         return Video((self.num_video_frames, SIDE, SIDE))
 
+    @property
+    def levels(self) -> tuple[Level, ...]:
+        return LEVELS if self.level == "all" else ()
+
     def read(self, number: int) -> Item:
-        factors, caption = clip_number(number, self.seed, self.level)
-        video = render(factors, self.num_video_frames)[0]
-        return Item(caption, (video * 255).round().to(torch.uint8))
+        level = "long" if self.level == "all" else self.level
+        factors, caption = clip_number(number, self.seed, level)
+        video = (render(factors, self.num_video_frames)[0] * 255).round().to(torch.uint8)
+        captions = captions_by_level(factors) if self.levels else {}
+        return Item(caption, video, captions=captions)
 
 
 def make_tiny_shards(
-    folder: Path, num_clips: int, seed: int, level: Level, num_latent_frames: int, basis: Path
+    folder: Path, num_clips: int, seed: int, level: Levels, num_latent_frames: int, basis: Path
 ) -> None:
     """Write shards of fresh clips.
 
