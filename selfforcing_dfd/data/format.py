@@ -28,6 +28,7 @@ from selfforcing_dfd.common import SEAL, UserError, is_as_sealed, sealed
 from selfforcing_dfd.data.levels import LEVELS
 
 FORMAT_VERSION = 1
+MOST = 65_536  # of a shape: far more than clips and captions have
 INDEX_NAME = "index.json"
 NEGATIVE_NAME = "negative.safetensors"
 LATENT = "latent.npy"
@@ -157,8 +158,8 @@ class Index:
         return cls(
             shards=shards,
             samples=samples,
-            latent_shape=tuple(whole_numbers(fields["latent_shape"], "latent_shape", 4)),
-            text_shape=tuple(whole_numbers(fields["text_shape"], "text_shape", 2)),
+            latent_shape=shape_in(fields, "latent_shape", 4),
+            text_shape=shape_in(fields, "text_shape", 2),
             fingerprints=fingerprints,
             refused=tuple(map(dict, fields["refused"])),
             about=about,
@@ -181,6 +182,14 @@ def whole_numbers(found: Any, name: str, number: int) -> list[int]:
     if not is_list or not all(map(is_size, found)):
         raise TypeError(f"{name} is {found!r:.60}, want {number} whole numbers")
     return list(found)
+
+
+def shape_in(fields: Mapping[str, Any], name: str, number: int) -> tuple[int, ...]:
+    """A shape. Raises TypeError for anything else, ValueError for one that no clip can have."""
+    shape = whole_numbers(fields[name], name, number)
+    if max(shape) > MOST:
+        raise ValueError(f"{name} is {shape}, want sizes up to {MOST:,}")
+    return tuple(shape)
 
 
 def is_size(found: Any) -> bool:

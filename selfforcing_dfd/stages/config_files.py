@@ -29,7 +29,7 @@ def load(
     """
     with explained(name):
         schema = {key: kind() for key, kind in stage_sections.items()}
-        tree = OmegaConf.merge(_open(Config(stage=schema)), _layers(name))
+        tree = merged(_open(Config(stage=schema)), _layers(name))
         return _config(tree, overrides, schema)
 
 
@@ -60,14 +60,24 @@ def _config(
         require("=" in override, f"override {override!r} is not of the form section.setting=value")
     # an empty value is an empty text, not None
     dotlist = [f"{override}''" if override.endswith("=") else override for override in overrides]
-    tree = OmegaConf.merge(tree, OmegaConf.from_dotlist(dotlist))
+    tree = merged(tree, OmegaConf.from_dotlist(dotlist))
     for key in tree:
         kind = OmegaConf.get_type(tree, key)
         if kind is not None and dataclasses.is_dataclass(kind):
             check_ranges(kind, tree[key], str(key))
     values = {str(key): _plain(tree[key]) for key in tree}
+    arms = values["arms"]
+    require(isinstance(arms, dict), f"arms is {arms!r}; it must hold a list of settings by name")
     stage = {key: values.pop(key) for key in stage_sections}
     return Config(**values, stage=stage)
+
+
+def merged(settings: Any, others: Any) -> Any:
+    """The settings with others on top. Raises ValueError where a list should become a section."""
+    try:
+        return OmegaConf.merge(settings, others)
+    except TypeError as error:
+        raise ValueError(f"{error}: a list and a section cannot replace each other") from error
 
 
 def _plain(value: Any) -> Any:
@@ -92,7 +102,7 @@ def explained(name: str) -> Iterator[None]:
     """Turn errors of OmegaConf and of our checks into ConfigError with the file's name."""
     try:
         yield
-    except (OmegaConfBaseException, ValueError) as error:
+    except (OmegaConfBaseException, ValueError, OverflowError) as error:
         reason = str(error).split("\n    full_key")[0]
         reason = reason.replace("is not in struct", "is no section of a config")
         path = getattr(error, "full_key", None)
@@ -127,7 +137,7 @@ def _layers(name: str, seen: tuple[Path, ...] = ()) -> Any:
     own: Any = OmegaConf.load(path)
     require(OmegaConf.is_dict(own), f"{path.name} holds a list; write sections such as `run: ...`")
     base = own.get("base")
-    return OmegaConf.merge(_layers(str(base), (*seen, path)), own) if base else own
+    return merged(_layers(str(base), (*seen, path)), own) if base else own
 
 
 def to_yaml(config: Config) -> str:

@@ -16,7 +16,8 @@ from tests.attack.harms import ABSURD, harm_content
 from tests.attack.trials import Kind, Tell, Wrong, command
 
 RECIPES = ("tiny/init", "tiny/dmd", "tiny/stable", "tiny/teacher", "wan1.3b/dmd_ar")
-NO_NUMBER = re.compile(r"(?<![\w/])-?(nan|inf)(?![\w/])", re.IGNORECASE)
+# a text in quotes may say so
+NO_NUMBER = re.compile(r"(?<![\w/'])-?(nan|inf)(?![\w/'])", re.IGNORECASE)
 LINES = (
     "\t- x",
     "run: {name: a}\nrun: {name: b}",

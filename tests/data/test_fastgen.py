@@ -166,14 +166,20 @@ def flip(data: bytes, at: int) -> bytes:
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("damage", ["header", "cut"])
+@pytest.mark.parametrize("damage", ["header", "cut", "zeros"])
 def test_a_damaged_tar_is_refused(tmp_path: Path, damage: str) -> None:
     """Catches samples lost without a word: tarfile takes a damaged header for the archive's end."""
     tar = write_tars(tmp_path / "tars", [sample(number) for number in range(4)], 4) / "00000.tar"
     with tarfile.open(tar) as members:
         third = members.getmembers()[4].offset
     data = tar.read_bytes()
-    tar.write_bytes(flip(data, third) if damage == "header" else data[:third])
+    block = bytes(tarfile.BLOCKSIZE)
+    harmed = {
+        "header": flip(data, third),
+        "cut": data[:third],
+        "zeros": data[:third] + block + data[third + len(block) :],
+    }
+    tar.write_bytes(harmed[damage])
     with pytest.raises(
         PackError,
         match=rf"00000\.tar: damaged or cut off at byte {third} of \d+, after 2 samples; copy it",

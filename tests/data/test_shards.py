@@ -310,6 +310,13 @@ def test_more_tokens_than_the_padded_length_are_refused(own_shards: Path) -> Non
         ShardReader(own_shards)
 
 
+def test_a_shape_that_no_clip_can_have_is_refused(own_shards: Path) -> None:
+    """Catches memory for 2^62 tokens being asked of the system."""
+    edit_index(own_shards, lambda index: index.update(text_shape=[2**62, 32]))
+    with pytest.raises(ShardError, match=r"text_shape is .*, want sizes up to 65,536"):
+        ShardReader(own_shards)
+
+
 @pytest.mark.parametrize("size", [0, 40, 200])
 def test_a_member_that_is_no_array_is_named(own_shards: Path, size: int) -> None:
     """Catches numpy's own error, which does not name the sample.

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 from dataclasses import replace
 
 import pytest
 from tabs import SETTINGS, Tab, alone, get, make_model, num_sessions, serving
+from starlette.websockets import WebSocketDisconnect
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from selfforcing_dfd.live import server
 from selfforcing_dfd.live.web.messages import MAX_SEED
 from selfforcing_dfd.live.web.shared import Student
+from selfforcing_dfd.live.web.viewer import taken
 from selfforcing_dfd.streaming.session import StreamModel
 
 
@@ -135,3 +138,15 @@ def test_port_in_use_is_told(model):
         pytest.raises(OSError, match="choose another port"),
     ):
         server.serve(app, port=taken.getsockname()[1])
+
+
+def test_a_connection_that_the_server_closed_takes_nothing():
+    """Catches an ASGI server's RuntimeError in the log, and one of our own that is swallowed."""
+
+    async def refuse(message: str) -> None:
+        raise RuntimeError(message)
+
+    with pytest.raises(WebSocketDisconnect):
+        asyncio.run(taken(refuse("Unexpected 'websocket.send', after sending 'websocket.close'.")))
+    with pytest.raises(RuntimeError, match="of our own"):
+        asyncio.run(taken(refuse("of our own")))

@@ -41,6 +41,7 @@ NEGATIVES = ("neg_txt_emb", "neg_prompt_emb")
 WAN_CHANNELS = 16
 NUM_TRIED = 32  # samples looked at for one that tells the shapes
 NUM_NAMED = 5
+MEGABYTE = 2**20
 
 
 class FastGenSource(Source):
@@ -187,12 +188,25 @@ def _members(tar: Path) -> dict[str, dict[str, Place]]:
         raise PackError(
             f"{tar}: cannot be read as an uncompressed tar ({error}); copy it again"
         ) from error
-    if _read(tar, (end, tarfile.BLOCKSIZE)) != bytes(tarfile.BLOCKSIZE):
+    if not _ends_at(tar, end):
         raise PackError(
             f"{tar}: damaged or cut off at byte {end} of {tar.stat().st_size}, after "
             f"{len(found)} samples; copy it again"
         )
     return found
+
+
+def _ends_at(tar: Path, end: int) -> bool:
+    """Whether a block of zeros and nothing else but zeros follows.
+
+    A header that became zeros looks like the archive's end to `tarfile`.
+    """
+    with tar.open("rb") as file:
+        file.seek(end)
+        first = file.read(tarfile.BLOCKSIZE)
+        rest = iter(lambda: file.read(MEGABYTE), b"")
+        is_empty = not any(piece.strip(b"\0") for piece in (first, *rest))
+    return is_empty and len(first) == tarfile.BLOCKSIZE
 
 
 def _array(

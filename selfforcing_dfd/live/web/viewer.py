@@ -35,6 +35,7 @@ from selfforcing_dfd.streaming.session import StreamChunk, StreamSession
 MAX_BAD_MESSAGES = 20
 MAX_WAITING_MESSAGES = 64
 RECENT_CHUNKS = 20
+CLOSED_EARLY = 1006  # of RFC 6455: nobody said why
 CLOSE_S = 2.0
 MAX_REASON_BYTES = 120  # RFC 6455 has room for 123
 IDLE = 1001  # close codes of RFC 6455
@@ -281,7 +282,7 @@ class Viewer:
         """Wait until the connection has taken a message. Raises Ended if it takes nothing."""
         try:
             async with asyncio.timeout(self.shared.idle_s):
-                await sending
+                await taken(sending)
         except TimeoutError as error:
             raise Ended(
                 IDLE, f"nothing was received for {self.shared.idle_s:g} s and the stream has ended"
@@ -292,8 +293,18 @@ class Viewer:
         # a client that has gone or takes no data need not be told
         with suppress(WebSocketDisconnect, TimeoutError):
             async with asyncio.timeout(CLOSE_S):
-                await self.websocket.send_text(
-                    json.dumps({"type": "ended", "message": end.message})
-                )
+                told = json.dumps({"type": "ended", "message": end.message})
+                await taken(self.websocket.send_text(told))
                 reason = end.message.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
-                await self.websocket.close(end.code, reason)
+                await taken(self.websocket.close(end.code, reason))
+
+
+async def taken(sending: Awaitable[None]) -> None:
+    """Pass a message on. Raises WebSocketDisconnect where the connection is closed."""
+    try:
+        await sending
+    except RuntimeError as error:
+        # uvicorn's word for a connection that it closed itself, after a frame that is none
+        if "websocket.close" not in str(error):
+            raise
+        raise WebSocketDisconnect(CLOSED_EARLY) from error
