@@ -8,8 +8,8 @@ import socket
 from dataclasses import replace
 
 import pytest
-from tabs import SETTINGS, Tab, alone, get, make_model, num_sessions, serving
 from starlette.websockets import WebSocketDisconnect
+from tabs import SETTINGS, Tab, alone, get, make_model, num_sessions, serving
 from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
