@@ -130,6 +130,7 @@ class RolloutConfig:
     ladder: tuple[float, ...] = ranged((1000.0, 750.0, 500.0, 250.0), 0, 1000, above=True)
     shift: float = ranged(5.0, 0, 1000, above=True)
     noise: Literal["fresh", "kept"] = "fresh"  # between steps
+    given: int = ranged(0, 0, MOST_FRAMES)  # first latent frames that are not made; 1: of an image
     sink: int = ranged(0, 0, MOST_FRAMES)  # latent frames at the start that every chunk sees
     # latent frames of history and the chunk itself, the sink not counted; 0 is all of them
     window: int = ranged(0, 0, MOST_FRAMES)

@@ -24,6 +24,12 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor | float) -> Tensor:
     return (1 - sigma) * x0 + sigma * noise
 
 
+def sigma_by_frame(sigma: Tensor | float, like: Tensor, given: int = 0) -> Tensor:
+    """Sigma as [B, F] for latents `like`; 0 in their first `given` frames, which are clean."""
+    by_frame = expand_sigma(sigma, like)[..., 0, 0, 0].expand(like.shape[:2])
+    return by_frame * (torch.arange(like.shape[1], device=like.device) >= given)
+
+
 def x0_from_flow(x_t: Tensor, flow: Tensor, sigma: Tensor | float) -> Tensor:
     """The clean latents that a flow at x_t points back to."""
     return x_t - expand_sigma(sigma, x_t) * flow

@@ -4,8 +4,8 @@ arXiv 2606.18478, Eq. 8-10 and Algorithm 1. DMD asks the teacher about the stude
 asks it, in some rows of the batch, about a real clip. For one student update:
 
 1. `tied_rows`: a coin decides which rows are tied to a real clip.
-2. `start_noise`, `real_past`, `real_input`: how the sample of a tied row depends on its clip. With
-   the pairing `caption` it does not: only the caption ties the two together.
+2. `Pairing`, `start_noise`: how the sample of a tied row depends on its clip. With the pairing
+   `caption` it does not: only the caption, and frames that are given, tie the two together.
 3. `anchored_rows`, `anchor`: the teacher is asked about the real clip where the row is tied and its
    noise level lies in `sigma_range`, else about the student's own sample.
 4. `rows_with_loss`: with a real past, the chunks of a sample do not continue each other. The fake
@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.flow import PER_SAMPLE
-from selfforcing_dfd.rollout import Chunks, RealRows
+from selfforcing_dfd.rollout import Chunks
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,8 +29,7 @@ class Pairing:
     """How a sample is tied to a real clip.
 
     stored_noise: the chunks that start from the noise to which the teacher's ODE maps the clip.
-    real_past: every chunk sees the clip's chunks before it. real_input: what enters the exit step
-    is the real clip, noised to that step's sigma.
+    real_past: chunks see the clip's earlier ones. real_input: the noised clip enters the exit step.
     """
 
     stored_noise: Literal["none", "first", "all"] = "none"
@@ -81,16 +80,6 @@ def start_noise(
     until = last.start + last.frames
     rows = tied[:, None, None, None, None]
     return torch.cat([torch.where(rows, stored, noise)[:, :until], noise[:, until:]], dim=1)
-
-
-def real_past(pairing: Pairing, real: Tensor, tied: Tensor) -> RealRows | None:
-    """What tied rows see as their past in place of their own chunks; None: nothing."""
-    return RealRows(real, tied) if pairing.real_past else None
-
-
-def real_input(pairing: Pairing, real: Tensor, tied: Tensor) -> RealRows | None:
-    """What is noised and enters the exit step of tied rows; None: their own samples."""
-    return RealRows(real, tied) if pairing.real_input else None
 
 
 def gap(generated: Tensor, real: Tensor) -> Tensor:

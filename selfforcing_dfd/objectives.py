@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.context import Conditioning, Context, Network
-from selfforcing_dfd.flow import PER_SAMPLE, add_noise, x0_from_flow
+from selfforcing_dfd.flow import PER_SAMPLE, add_noise, sigma_by_frame, x0_from_flow
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,13 +59,16 @@ def distribution_matching(
     fake_guidance: float = 1.0,
     control: tuple[Tensor, Tensor] | None = None,
     min_normaliser: float = 1e-3,
+    given: int = 0,
 ) -> Matching:
     """Per-sample distribution-matching loss; anchor rows equal to x0 are DMD, real rows are DFD.
 
     x0 (with gradient), anchor, noise: [B, F, C, H, W]; sigma: [B]. fake_guidance: of the fake
     score; 1 is the papers' form. control: real clips like x0, and the rows [B] (bool) from which
     their difference is subtracted: guidance w moves even a student that is the data, by T_1 - T_w.
+    given: first frames, equal in x0 and anchor, that all networks see clean and no mean counts.
     """
+    sigma = sigma_by_frame(sigma, x0, given) if given else sigma
 
     def difference(fake_t: Tensor, teacher_t: Tensor) -> tuple[Tensor, Tensor]:
         """fake - teacher, and the teacher's clean prediction."""
@@ -81,10 +84,11 @@ def distribution_matching(
             control_t = add_noise(control[0], noise, sigma)
             of_control = difference(control_t, control_t)[0]
             d = d - control[1][:, None, None, None, None] * of_control
-        normaliser = (generated - teacher_x0).abs().mean(PER_SAMPLE).clamp_min(min_normaliser)
+        distance = (generated - teacher_x0)[:, given:].abs().mean(PER_SAMPLE)
+        normaliser = distance.clamp_min(min_normaliser)
         target = generated - d / normaliser[:, None, None, None, None]
-    loss = 0.5 * (x0 - target).square().mean(PER_SAMPLE)
-    return Matching(loss, d.abs().mean(PER_SAMPLE), normaliser)
+    loss = 0.5 * (x0 - target)[:, given:].square().mean(PER_SAMPLE)
+    return Matching(loss, d[:, given:].abs().mean(PER_SAMPLE), normaliser)
 
 
 def flow_matching(
@@ -94,11 +98,13 @@ def flow_matching(
     sigma: Tensor,
     conditioning: Conditioning,
     context: Context | None = None,
+    given: int = 0,
 ) -> Tensor:
     """Per-sample flow regression [B] on x0 [B, F, C, H, W] at sigma [B] or [B, F] (2210.02747).
 
     On the student's own samples it is the fake score's loss; on data it trains a teacher; with the
-    clean chunks before as context it is teacher forcing.
+    clean chunks before as context it is teacher forcing. given: first frames, clean, without loss.
     """
+    sigma = sigma_by_frame(sigma, x0, given) if given else sigma
     flow = network(add_noise(x0, noise, sigma), sigma, conditioning, context).flow
-    return (flow - (noise - x0)).square().mean(PER_SAMPLE)
+    return (flow - (noise - x0))[:, given:].square().mean(PER_SAMPLE)

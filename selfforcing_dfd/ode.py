@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.context import Cache, Conditioning, Context, Network, NetworkOutput
-from selfforcing_dfd.flow import add_noise, expand_sigma, shift_sigma, x0_from_flow
+from selfforcing_dfd.flow import add_noise, expand_sigma, shift_sigma, sigma_by_frame, x0_from_flow
 from selfforcing_dfd.objectives import guided_x0
 from selfforcing_dfd.rollout import Chunks, commit_chunk
 
@@ -47,18 +47,21 @@ def integrate(
     conditioning: Conditioning,
     guidance: float = 1.0,
     negative: Conditioning | None = None,
+    given: int = 0,
 ) -> Tensor:
     """Integrate latents [B, F, C, H, W] along dx / dsigma = flow(x, sigma) with Heun's method.
 
     sigmas: the levels to pass through, rising or falling. At sigma 0 the flow is taken slightly
     above 0, where the data define it. The last step down to 0 is an Euler step, which is exact for
-    a straight path. negative: guidance's unconditional text, zeros by default.
+    a straight path. negative: guidance's unconditional text, zeros by default. given: how many of
+    the first frames are clean; they stay as they are.
     """
     negative = negative or Conditioning(torch.zeros_like(conditioning.text))
 
     def flow(x: Tensor, sigma: float) -> Tensor:
         level = torch.full((x.shape[0],), max(sigma, 1e-3), dtype=x.dtype, device=x.device)
-        x0 = guided_x0(network, x, level, conditioning, negative, guidance)
+        seen = sigma_by_frame(level, x, given) if given else level
+        x0 = guided_x0(network, x, seen, conditioning, negative, guidance)
         return (x - x0) / level[:, None, None, None, None]
 
     for sigma, following in itertools.pairwise(sigmas):
@@ -79,13 +82,18 @@ def sample(
     shift: float,
     guidance: float = 1.0,
     negative: Conditioning | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Sample clean latents from noise [B, F, C, H, W]; 2 num_steps - 1 network calls.
 
-    network: bidirectional.
+    network: bidirectional. given: clean latents [B, g, C, H, W] that the clips begin with.
     """
     ladder = sampling_ladder(num_steps, shift)
-    return integrate(teacher, noise, ladder, conditioning, guidance, negative)
+    num_given = 0
+    if given is not None:
+        num_given = given.shape[1]
+        noise = torch.cat([given, noise[:, num_given:]], dim=1)
+    return integrate(teacher, noise, ladder, conditioning, guidance, negative, num_given)
 
 
 def invert(

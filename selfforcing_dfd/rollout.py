@@ -1,8 +1,7 @@
 """Self-Forcing rollout (arXiv 2506.08009, Algorithm 1): the student makes its own context.
 
-Training and streaming call the same `denoise_chunk` and `commit_chunk`. Only each chunk's exit step
-has gradient: `rollout` runs without gradient and records what entered that step, and `replay`
-repeats the exit steps of all chunks in one pass with gradient.
+Training and streaming share `denoise_chunk` and `commit_chunk`. Only exit steps have gradient:
+`rollout` records what entered them, and `replay` repeats those of all chunks in one pass.
 """
 
 from collections.abc import Callable
@@ -20,7 +19,7 @@ from selfforcing_dfd.context import (
     PackedContext,
     check_frames,
 )
-from selfforcing_dfd.flow import add_noise, x0_from_flow
+from selfforcing_dfd.flow import add_noise, sigma_by_frame, x0_from_flow
 
 Ladder = tuple[float, ...]  # decreasing sigmas of few-step sampling, from 1
 
@@ -42,11 +41,11 @@ Chunks = tuple[Chunk, ...]  # of one video, in order
 
 @dataclass(frozen=True, slots=True)
 class Rollout:
-    """What the student made, and what `replay` needs. No gradient. One sigma, context a chunk."""
+    """What the student made, and what `replay` needs. No gradient. A context for each chunk."""
 
     x0: Tensor  # [B, F, C, H, W]
     x_exit: Tensor  # [B, F, C, H, W], what entered each chunk's exit step
-    sigma_exit: tuple[float, ...]
+    sigma_exit: Tensor  # [B, F], at which each frame entered it; 0 where it was given
     chunks: Chunks
     contexts: tuple[Context, ...]
 
@@ -77,25 +76,31 @@ def denoise_chunk(
     ladder: Ladder,
     exit_step: int | None = None,
     real_input: Callable[[Tensor], Tensor] | None = None,
+    given: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Few-step generation of one chunk: (x0 after the exit step, what entered that step).
 
     noise: [S, B, f, C, H, W], a draw for each step of the ladder: the start, then what is added
     between steps. With one draw, x_t keeps it: Euler's steps along the flow (DDIM, arXiv
     2010.02502). exit_step: index into the ladder; None is its last step. real_input: puts real
-    latents into rows of what is noised for the exit step.
+    latents into rows of what is noised for the exit step. given: clean latents [B, g, C, H, W] that
+    the chunk begins with; at sigma 0 they stay as they are.
     """
     last_step = len(ladder) - 1 if exit_step is None else exit_step
+    sigmas: list[Tensor | float] = list(ladder)
     x_t = noise[0]
+    if given is not None:
+        x_t = torch.cat([given, x_t[:, given.shape[1] :]], dim=1)
+        sigmas = [sigma_by_frame(sigma, x_t, given.shape[1]) for sigma in ladder]
     for step in range(last_step):
-        flow = student(x_t, ladder[step], conditioning, context).flow
-        x0 = x0_from_flow(x_t, flow, ladder[step])
+        flow = student(x_t, sigmas[step], conditioning, context).flow
+        x0 = x0_from_flow(x_t, flow, sigmas[step])
         if real_input is not None and step == last_step - 1:
             x0 = real_input(x0)
         kept = x_t + (1 - ladder[step]) * flow
-        x_t = add_noise(x0, kept if len(noise) == 1 else noise[step + 1], ladder[step + 1])
-    flow = student(x_t, ladder[last_step], conditioning, context).flow
-    return x0_from_flow(x_t, flow, ladder[last_step]), x_t
+        x_t = add_noise(x0, kept if len(noise) == 1 else noise[step + 1], sigmas[step + 1])
+    flow = student(x_t, sigmas[last_step], conditioning, context).flow
+    return x0_from_flow(x_t, flow, sigmas[last_step]), x_t
 
 
 @torch.no_grad()
@@ -115,31 +120,30 @@ def rollout(
     exit_steps: tuple[int, ...] | None = None,
     real_past: RealRows | None = None,
     real_input: RealRows | None = None,
+    given: Tensor | None = None,
 ) -> Rollout:
     """Generate all chunks in order from noise [S, B, F, C, H, W].
 
     exit_steps: for each chunk an index into the ladder; None is its last step. real_past: is
     committed in place of the student's chunks. real_input: is noised for the exit step in place of
-    them. The last chunk is not committed, since no chunk comes after it.
+    them. given: of the first chunk, see `denoise_chunk`. The last chunk is never committed.
     """
     exit_steps = exit_steps or (len(ladder) - 1,) * len(chunks)
-    x0s = []
-    x_exits = []
-    contexts = []
+    made = []
     for chunk, step in zip(chunks, exit_steps, strict=True):
         context = cache.read(chunk.frames)
         real = None if real_input is None else partial(real_input.instead_of, chunk=chunk)
+        own = given if chunk is chunks[0] else None
         x0, x_exit = denoise_chunk(
-            student, chunk.of(noise, 2), conditioning, context, ladder, step, real
+            student, chunk.of(noise, 2), conditioning, context, ladder, step, real, own
         )
         if chunk is not chunks[-1]:
             past = x0 if real_past is None else real_past.instead_of(x0, chunk)
             commit_chunk(student, past, conditioning, cache)
-        x0s.append(x0)
-        x_exits.append(x_exit)
-        contexts.append(context)
-    sigma_exit = tuple(ladder[step] for step in exit_steps)
-    return Rollout(torch.cat(x0s, 1), torch.cat(x_exits, 1), sigma_exit, chunks, tuple(contexts))
+        sigma = sigma_by_frame(ladder[step], x_exit, 0 if own is None else own.shape[1])
+        made.append((x0, x_exit, sigma, context))
+    x0s, x_exits, sigmas, contexts = zip(*made, strict=True)
+    return Rollout(torch.cat(x0s, 1), torch.cat(x_exits, 1), torch.cat(sigmas, 1), chunks, contexts)
 
 
 def replay(student: Network, record: Rollout, conditioning: Conditioning) -> Tensor:
@@ -147,10 +151,6 @@ def replay(student: Network, record: Rollout, conditioning: Conditioning) -> Ten
 
     Equal to differentiating chunk by chunk, since context carries no gradient.
     """
-    frames = tuple(chunk.frames for chunk in record.chunks)
-    per_chunk = record.x_exit.new_tensor(record.sigma_exit)
-    per_frame = per_chunk.repeat_interleave(per_chunk.new_tensor(frames, dtype=torch.long))
-    sigma = per_frame.expand(record.x_exit.shape[:2])
-    context = PackedContext(record.contexts, frames)
-    flow = student(record.x_exit, sigma, conditioning, context).flow
-    return x0_from_flow(record.x_exit, flow, sigma)
+    context = PackedContext(record.contexts, tuple(chunk.frames for chunk in record.chunks))
+    flow = student(record.x_exit, record.sigma_exit, conditioning, context).flow
+    return x0_from_flow(record.x_exit, flow, record.sigma_exit)

@@ -10,14 +10,14 @@ from selfforcing_dfd import forcing
 from selfforcing_dfd.context import KVCache
 from selfforcing_dfd.flow import add_noise
 from selfforcing_dfd.forcing import PAIRINGS, Forcing
-from selfforcing_dfd.rollout import Rollout, plan_chunks, rollout
+from selfforcing_dfd.rollout import RealRows, Rollout, plan_chunks, rollout
 
 TIED = torch.tensor([True, False])
 
 
 def roll(exit_step: int, tied: torch.Tensor, pairing: str = "noised_real") -> Rollout:
     chunks = plan_chunks(FRAMES, CHUNK)
-    real = latents("real")
+    rows = RealRows(latents("real"), tied)
     return rollout(
         tiny_network(),
         ladder_noise(),
@@ -26,8 +26,8 @@ def roll(exit_step: int, tied: torch.Tensor, pairing: str = "noised_real") -> Ro
         LADDER,
         chunks,
         (exit_step,) * len(chunks),
-        real_past=forcing.real_past(PAIRINGS[pairing], real, tied),
-        real_input=forcing.real_input(PAIRINGS[pairing], real, tied),
+        real_past=rows if PAIRINGS[pairing].real_past else None,
+        real_input=rows if PAIRINGS[pairing].real_input else None,
     )
 
 
@@ -63,7 +63,7 @@ def test_at_sigma_1_the_real_clip_leaves_no_trace():
 @pytest.mark.parametrize("pairing", ["caption", "inversion", "prefix"])
 def test_other_pairings_have_no_real_input(pairing):
     """Catches the paper's pairing from pure noise turned into the one from noised clips."""
-    assert forcing.real_input(PAIRINGS[pairing], latents("real"), TIED) is None
+    assert not PAIRINGS[pairing].real_input
 
 
 def test_rows_with_a_real_past_are_trained_by_their_anchor_or_not_at_all():

@@ -117,7 +117,7 @@ def exit_passes(
     hooks = [block.register_forward_hook(keep) for block in student.wan_blocks()]
     made, context = [], ChunkContext()
     for chunk in record.chunks:
-        x_t, sigma = chunk.of(record.x_exit), record.sigma_exit[0]
+        x_t, sigma = chunk.of(record.x_exit), float(record.sigma_exit[0, 0])
         out = student(x_t, torch.full((2,), sigma), text, context)
         made.append(x0_from_flow(x_t, out.flow, sigma))
         context = second_context(record, out.kv, tuple(kept[: len(student.blocks)]), leaky)

@@ -197,7 +197,7 @@ class Bench:
         """A session and its first chunk, timed from the call that makes it."""
         started = time.perf_counter()
         model = replace(self.model, codec=TimedCodec(self.model.codec, self.clocks[1]))
-        session = StreamSession(model, self.prompts[0], self.settings)
+        session = StreamSession(model, self.prompts[0], self.settings, model.grey())
         return session, self._first_frame(session, started)
 
     def restart(self, session: StreamSession, prompt: str) -> dict[str, Any]:

@@ -27,7 +27,7 @@ from selfforcing_dfd.context import (
 )
 from selfforcing_dfd.flow import expand_sigma
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.ode import descend, integrate, sample, sampling_ladder, with_context
+from selfforcing_dfd.ode import descend, sample, with_context
 from selfforcing_dfd.rollout import Chunks, Ladder, commit_chunk, denoise_chunk
 
 Videos = Iterator[Tensor]
@@ -48,7 +48,8 @@ class EvaluationSet:
     Clip i is a function of the seed and i alone, so a larger set begins with the clips of a smaller
     one. latent_shape: [F, C, H, W] of one clip. seed: of noise, and of the captions where they are
     drawn. negative: [L, D_text], the text of no caption; zeros where it is None. batch: clips that
-    are generated at once.
+    are generated at once. given: clean latents [N, g, C, H, W] that the clips begin with; None for
+    networks that make all frames.
     """
 
     captions: tuple[str, ...]
@@ -57,14 +58,19 @@ class EvaluationSet:
     seed: int
     negative: Tensor | None = None
     batch: int = 32
+    given: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
 
     def first(self, num_clips: int) -> EvaluationSet:
         """The set of its first clips."""
-        text = self.text[:num_clips]
-        return dataclasses.replace(self, captions=self.captions[:num_clips], text=text)
+        return dataclasses.replace(
+            self,
+            captions=self.captions[:num_clips],
+            text=self.text[:num_clips],
+            given=None if self.given is None else self.given[:num_clips],
+        )
 
     def batches(self, description: str) -> Iterator[range]:
         """Indices of the clips in batches, with a progress bar that counts clips."""
@@ -98,9 +104,17 @@ class MakeChunk(Protocol):
         ...
 
     def __call__(
-        self, network: WanTransformer, noise: Tensor, conditioning: Conditioning, context: Context
+        self,
+        network: WanTransformer,
+        noise: Tensor,
+        conditioning: Conditioning,
+        context: Context,
+        given: Tensor | None = None,
     ) -> Tensor:
-        """Clean latents [B, f, C, H, W] from noise [num_draws, B, f, C, H, W]."""
+        """Clean latents [B, f, C, H, W] from noise [num_draws, B, f, C, H, W].
+
+        given: clean latents [B, g, C, H, W] that the chunk begins with.
+        """
         ...
 
 
@@ -116,9 +130,14 @@ class FewSteps:
         return 1 if self.keeps_noise else len(self.ladder)
 
     def __call__(
-        self, network: Network, noise: Tensor, conditioning: Conditioning, context: Context
+        self,
+        network: Network,
+        noise: Tensor,
+        conditioning: Conditioning,
+        context: Context,
+        given: Tensor | None = None,
     ) -> Tensor:
-        return denoise_chunk(network, noise, conditioning, context, self.ladder)[0]
+        return denoise_chunk(network, noise, conditioning, context, self.ladder, given=given)[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,10 +149,15 @@ class ODESteps:
     num_draws = 1
 
     def __call__(
-        self, network: WanTransformer, noise: Tensor, conditioning: Conditioning, context: Context
+        self,
+        network: WanTransformer,
+        noise: Tensor,
+        conditioning: Conditioning,
+        context: Context,
+        given: Tensor | None = None,
     ) -> Tensor:
-        ladder = sampling_ladder(self.num_steps, self.shift)
-        return integrate(with_context(network, context), noise[0], ladder, conditioning)
+        own = with_context(network, context)
+        return sample(own, noise[0], conditioning, self.num_steps, self.shift, given=given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +177,14 @@ class ODEAtEachStep:
         return self.few_steps.num_draws
 
     def __call__(
-        self, network: WanTransformer, noise: Tensor, conditioning: Conditioning, context: Context
+        self,
+        network: WanTransformer,
+        noise: Tensor,
+        conditioning: Conditioning,
+        context: Context,
+        given: Tensor | None = None,
     ) -> Tensor:
-        return self.few_steps(self.student(network), noise, conditioning, context)
+        return self.few_steps(self.student(network), noise, conditioning, context, given)
 
     def student(self, teacher: Network) -> Network:
         """The network whose clean prediction is where the teacher's ODE leads."""
@@ -169,7 +198,8 @@ class ODEAtEachStep:
             level = torch.as_tensor(sigma).to(x_t).expand(x_t.shape[:2])
             seen = WHOLE_CLIP if context is None else context
             x0 = descend(teacher, x_t, level, conditioning, seen, self.num_steps, self.shift)
-            return NetworkOutput((x_t - x0) / expand_sigma(level, x_t), ChunkKV(x_t.shape[1], ()))
+            way = level.clamp_min(torch.finfo(level.dtype).tiny)  # given frames are at sigma 0
+            return NetworkOutput((x_t - x0) / expand_sigma(way, x_t), ChunkKV(x_t.shape[1], ()))
 
         return run
 
@@ -183,11 +213,13 @@ def make_clip(
     cache: Cache,
     chunks: Chunks,
     begun: Tensor | None = None,
+    given: Tensor | None = None,
 ) -> Tensor:
     """Clean latents [B, F, C, H, W], chunk by chunk; each chunk sees those before it.
 
     noise: [num_draws, B, F, C, H, W]. begun: clean latents [B, f, C, H, W] of the first chunks,
-    which are remembered as if they had been made here.
+    which are remembered as if they had been made here. given: those that the first chunk begins
+    with, where it is made.
     """
     num_begun = 0 if begun is None else begun.shape[1]
     made = []
@@ -196,7 +228,8 @@ def make_clip(
             x0 = chunk.of(begun)
         else:
             context = cache.read(chunk.frames)
-            x0 = make_chunk(network, chunk.of(noise, 2), conditioning, context)
+            own = given if chunk is chunks[0] else None
+            x0 = make_chunk(network, chunk.of(noise, 2), conditioning, context, own)
         if chunk is not chunks[-1]:
             commit_chunk(network, x0, conditioning, cache)
         made.append(x0)
@@ -224,7 +257,8 @@ def causal_clips(
         noise, conditioning = _inputs(network, evaluation, part, make_chunk.num_draws)
         own = None if begun is None else begun[part.start : part.stop].to(noise)
         cache = KVCache(sink, window)
-        latents = make_clip(network, make_chunk, noise, conditioning, cache, chunks, own)
+        given = given_of(evaluation, part, noise)
+        latents = make_clip(network, make_chunk, noise, conditioning, cache, chunks, own, given)
         yield decode(latents)
 
 
@@ -245,7 +279,15 @@ def teacher_clips(
         if evaluation.negative is not None:
             text = evaluation.negative.to(conditioning.text)
             negative = Conditioning(text.expand_as(conditioning.text))
-        yield decode(sample(teacher, noise[0], conditioning, num_steps, shift, guidance, negative))
+        given = given_of(evaluation, part, noise)
+        clips = sample(teacher, noise[0], conditioning, num_steps, shift, guidance, negative, given)
+        yield decode(clips)
+
+
+def given_of(evaluation: EvaluationSet, part: range, like: Tensor) -> Tensor | None:
+    """What these clips begin with, on the device of `like`."""
+    given = evaluation.given
+    return None if given is None else given[part.start : part.stop].to(like)
 
 
 def _inputs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from selfforcing_dfd.evaluation.tables import (
     number,
     stated,
 )
-from selfforcing_dfd.evaluation.world import Chart, Layout, Measured
+from selfforcing_dfd.evaluation.world import Chart, Layout, Measured, refuse_given
 from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.dfd import DFDConfig, DFDStage
 from selfforcing_dfd.tiny.bootstrap import Score
@@ -150,9 +151,14 @@ class TinyWorld:
 
     def draw(self, config: Config, num_clips: int) -> EvaluationSet:
         factors = evaluation_factors(num_clips, config.report.seed)
-        return self._asked(config, captions(factors, caption_level(config)))
+        drawn = self._asked(config, captions(factors, caption_level(config)))
+        if not config.rollout.given:
+            return drawn
+        clips = real_latents(config, drawn, range(num_clips))
+        return dataclasses.replace(drawn, given=clips[:, : config.rollout.given])
 
     def ask(self, config: Config, captions: Sequence[str]) -> EvaluationSet:
+        refuse_given(config)
         for caption in captions:
             if not parse_caption(caption):
                 raise UserError(

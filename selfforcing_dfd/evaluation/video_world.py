@@ -5,6 +5,7 @@ They show a collapse (grey, blurred, frozen or equal clips); they do not judge q
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -26,7 +27,7 @@ from selfforcing_dfd.evaluation.tables import (
     find,
     stated,
 )
-from selfforcing_dfd.evaluation.world import Chart, Layout, Measured
+from selfforcing_dfd.evaluation.world import Chart, Layout, Measured, refuse_given
 from selfforcing_dfd.metrics.appearance import luma
 from selfforcing_dfd.tiny.bootstrap import Resamples, Score, spread
 from selfforcing_dfd.training.build_data import open_shards
@@ -85,9 +86,14 @@ class VideoWorld:
         seed = config.report.seed
         samples = [reader[number] for number in chosen(reader, num_clips, seed)]
         text = torch.stack([sample.text for sample in samples])
-        return self._asked(reader, [sample.caption for sample in samples], text, seed)
+        drawn = self._asked(reader, [sample.caption for sample in samples], text, seed)
+        if not config.rollout.given:
+            return drawn
+        given = torch.stack([sample.latents[: config.rollout.given] for sample in samples])
+        return dataclasses.replace(drawn, given=given)
 
     def ask(self, config: Config, captions: Sequence[str]) -> EvaluationSet:
+        refuse_given(config)
         reader = open_shards(config)
         number_of = {caption: number for number, caption in enumerate(reader.captions)}
         for caption in captions:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.evaluation.generate import Decode, EvaluationSet, GoOn, Videos
 from selfforcing_dfd.evaluation.tables import Finding, Metric, Row, Run
@@ -45,6 +46,15 @@ class Chart:
     row: str
     about: str
     svg: str
+
+
+def refuse_given(config: Config) -> None:
+    """Raise UserError where captions alone make no clips, since the first frames are given."""
+    if config.rollout.given:
+        raise UserError(
+            f"rollout.given is {config.rollout.given}: clips of this run begin with given frames, "
+            "and a caption has none; leave the captions out, or use inference/stream.py --image"
+        )
 
 
 class World(Protocol):

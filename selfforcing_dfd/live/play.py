@@ -274,7 +274,7 @@ def warm_up(model: StreamModel, settings: StreamSettings, prompt: str) -> None:
     started = time.perf_counter()
     sys.stderr.write("compiling the blocks ...")
     sys.stderr.flush()
-    session = StreamSession(model, prompt, settings)
+    session = StreamSession(model, prompt, settings, model.grey())
     session.next_chunk()
     session.next_chunk()
     sys.stderr.write(f" {time.perf_counter() - started:.0f} s\n")
@@ -323,7 +323,8 @@ def plan_prompts(options: argparse.Namespace, model: StreamModel) -> PromptSched
         prompt = options.prompt if options.prompt is not None else examples(options)[0]
         schedule = PromptSchedule(((0, prompt),))
     else:
-        goes_on = bool(options.image or options.video)
+        # a student that is trained with a given picture shows it as a part of chunk 0
+        goes_on = bool(options.video or (options.image and not model.given))
         clock = ChunkClock(model.chunk_frames, model.codec.strides[0], after_context=goes_on)
         schedule = PromptSchedule.read(options.prompts, options.fps, clock)
     for _, prompt in schedule.prompts:

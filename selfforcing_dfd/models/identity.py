@@ -33,6 +33,8 @@ OLD_ROLE = "causal"
 OLD_RECIPE = "student"
 OLD_SETTINGS = {"timesteps": "ladder", "num_frames": "frames"}
 
+GIVEN = "given"  # a recipe's setting that is left out where it is 0
+
 KEYS = (ROLE, RECIPE, DATA, OLD_ROLE, OLD_RECIPE)
 
 TEACHER_CLASSES = ("WanTransformer3DModel", "WanModel")
@@ -52,9 +54,10 @@ class Recipe:
     ladder: timesteps before the shift, from 1000 down. chunk_frames, frames, sink and window are in
     latent frames: of one chunk, of a training clip, at the start of the video that every chunk
     sees, and of history and the current chunk together (0: all of the clip). first_ladder: the
-    ladder of the first chunk where it differs. noise: `fresh` between steps, or `kept`. Raises
-    ValueError for a ladder that does not fall from 1000, and UserError for counts that chunks
-    cannot serve.
+    ladder of the first chunk where it differs. noise: `fresh` between steps, or `kept`. given:
+    first latent frames of a video that the student does not make (1: it begins with a picture).
+    Raises ValueError for a ladder that does not fall from 1000, and UserError for counts that
+    chunks cannot serve.
     """
 
     ladder: tuple[float, ...]
@@ -65,6 +68,7 @@ class Recipe:
     window: int = 0
     first_ladder: tuple[float, ...] | None = None
     noise: str = "fresh"
+    given: int = 0
 
     def __post_init__(self) -> None:
         if self.noise not in ("fresh", "kept"):
@@ -80,6 +84,7 @@ class Recipe:
         check_frames("sink", self.sink, self.chunk_frames)
         if self.window:
             check_frames("window", self.window, self.chunk_frames)
+        check_given("given", self.given, self.chunk_frames)
 
     @property
     def keeps_noise(self) -> bool:
@@ -90,6 +95,15 @@ class Recipe:
     def sigmas(self) -> tuple[float, ...]:
         """The ladder as noise levels."""
         return _sigmas(self.ladder, self.shift)
+
+
+def check_given(name: str, given: int, chunk_frames: int) -> None:
+    """Raise UserError unless a first chunk has frames to make beside those that are given."""
+    if not 0 <= given < chunk_frames:
+        raise UserError(
+            f"{name} is {given} latent frames, but a chunk has {chunk_frames}, of which one at "
+            f"least is made: use 0 to {chunk_frames - 1}, or longer chunks"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +140,11 @@ class Identity:
         for key, part in ((RECIPE, self.recipe), (DATA, self.data)):
             if part is not None:
                 settings = dataclasses.asdict(part)
-                stated[key] = {name: _as_list(value) for name, value in settings.items()}
+                stated[key] = {
+                    name: _as_list(value)
+                    for name, value in settings.items()
+                    if name != GIVEN or value  # files without it are as they always were
+                }
         return stated
 
 

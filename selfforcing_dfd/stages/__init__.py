@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 from selfforcing_dfd.config import Config, require
+from selfforcing_dfd.models.identity import check_given
 from selfforcing_dfd.stages import causal, dfd, dmd, dp_dmd, init, pairs, regression, teacher
 from selfforcing_dfd.stages import config_files as settings
-from selfforcing_dfd.stages.base import STAGES, stage_of
+from selfforcing_dfd.stages.base import STAGES, Stage, stage_of
 from selfforcing_dfd.stages.presets import SETTING, expanded, settings_of
 
 __all__ = [
@@ -63,5 +64,25 @@ def checked(config: Config, name: str) -> Config:
             bool(config.data.shards),
             "data.shards is empty: name a folder written by `selfforcing-dfd pack`",
         )
-        stage_of(config).check(config)
+        stage = stage_of(config)
+        check_given_frames(config, stage)
+        stage.check(config)
     return config
+
+
+def check_given_frames(config: Config, stage: type[Stage]) -> None:
+    """ConfigError where frames are given and the stage, or one of its settings, takes none."""
+    given = config.rollout.given
+    check_given("rollout.given", given, config.rollout.chunk_frames)
+    takers = [name for name, known in sorted(STAGES.items()) if known.takes_given]
+    require(
+        stage.takes_given or not given,
+        f"rollout.given is {given}, but stage {stage.name} makes every frame: use rollout.given=0, "
+        f"or one of the stages {', '.join(takers)}",
+    )
+    noise = stage.needs_noise(config) if given else ""
+    require(
+        not noise,
+        f"rollout.given is {given} and {noise}: the noise stored with clips is of clips that are "
+        "made as a whole; use rollout.given=0, or settings without stored noise",
+    )

@@ -82,6 +82,7 @@ class Stage:
     sections: ClassVar[Mapping[str, type]]  # its own settings, by their name in a config
     needs_clips: ClassVar[bool] = True  # else captions without clips will do
     has_guards: ClassVar[bool] = False  # whether guards watch the student's samples
+    takes_given: ClassVar[bool] = True  # whether it knows of frames that are given
     # whether it goes on from a finished student, which the report then shows beside its own
     continues_student: ClassVar[bool] = False
     makes: ClassVar[Literal["teacher", "causal_teacher", "causal_student", "shards"]] = (

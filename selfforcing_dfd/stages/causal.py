@@ -38,5 +38,6 @@ class CausalStage(TeacherForcing):
             flow.shift,
             flow.text_dropout,
             negative=negative,
+            given=config.rollout.given,
             **cache_sizes(config),
         )

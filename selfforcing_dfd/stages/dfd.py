@@ -83,7 +83,9 @@ class DFDStage(MatchingStage):
     @classmethod
     def about(cls, config: Config) -> str:
         pairing = config.of(DFDConfig).pairing
-        return f"data forcing, pairing {pairing}: {PAIRINGS_IN_WORDS[pairing]}"
+        given = config.rollout.given
+        shared = f"; both begin with the same {given} latent frame(s)" if given else ""
+        return f"data forcing, pairing {pairing}: {PAIRINGS_IN_WORDS[pairing]}{shared}"
 
     @classmethod
     def describe_forcing(cls, config: Config) -> Iterator[tuple[str, str]]:

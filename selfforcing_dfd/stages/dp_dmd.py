@@ -59,6 +59,7 @@ class DPDMDStage(MatchingStage):
     name = "dp_dmd"
     first_exit: ClassVar[int] = 1
     needs_clips = False
+    takes_given = False
     sections = {
         "score": ScoreConfig,
         "anchor": AnchorConfig,
@@ -140,7 +141,8 @@ class DPDMDStage(MatchingStage):
         """
         start = self.rollout_noise(batch, draw)[0]
         conditioning = Conditioning(batch.text)
-        first = replace(record, x_exit=start, sigma_exit=(self.ladder[0],) * len(self.chunks))
+        level = torch.full_like(record.sigma_exit, self.ladder[0])
+        first = replace(record, x_exit=start, sigma_exit=level)
         x0 = replay(self.trained["student"], first, conditioning)
         target = self.anchor(start, record.x0, conditioning, batch.text)
         # at sigma 1, an error of x0 is an error of the flow

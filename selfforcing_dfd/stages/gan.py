@@ -15,7 +15,7 @@ from torch.nn.functional import softplus
 
 from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.context import Conditioning
-from selfforcing_dfd.flow import add_noise
+from selfforcing_dfd.flow import add_noise, expand_sigma
 from selfforcing_dfd.models.discriminator import Discriminator, block_outputs
 from selfforcing_dfd.rng import Draw
 
@@ -60,12 +60,13 @@ class Gan:
     ) -> Tensor:
         """[B]: softplus(-score) of the student's clips x0, with gradient to x0 alone.
 
+        sigma: [B] or [B, F], here and in the discriminator's loss.
         The gradient is taken here: else the discriminator's parameters would get one as well.
         """
         x_t = add_noise(x0.detach(), noise, sigma).requires_grad_()
         loss = softplus(-self.scores(x_t, sigma, conditioning)).mean(1)
         (gradient,) = torch.autograd.grad(loss.sum(), x_t)
-        of_x0 = gradient * (1 - sigma)[:, None, None, None, None]
+        of_x0 = gradient * expand_sigma(1 - sigma, gradient)
         moved = (of_x0 * (x0 - x0.detach())).flatten(1).sum(1)  # zero, with that gradient
         return loss.detach() + moved
 
@@ -83,13 +84,14 @@ class Gan:
         clips = [add_noise(x0.detach(), noise, sigma), real_t]
         if self.r1_weight:
             small = draw.normal("r1", real.shape[1:], real)
-            clips.append(real_t + self.r1_noise * small)
+            # given frames, at sigma 0, stay clean
+            clips.append(real_t + self.r1_noise * small * (expand_sigma(sigma, small) > 0))
         with torch.no_grad():
             features = block_outputs(
                 self.teacher,
                 self.discriminator.layers,
                 torch.cat(clips),
-                sigma.repeat(len(clips)),
+                torch.cat([sigma] * len(clips)),
                 Conditioning(conditioning.text.repeat(len(clips), 1, 1)),
             )
         made, of_real, *moved = self.discriminator(features).chunk(len(clips))

@@ -33,6 +33,7 @@ class InitStage(TeacherForcing):
 
     name = "init"
     sections = {"flow": FlowConfig, "init": InitConfig}
+    takes_given = False  # stored noise is that of clips of which nothing is given
 
     num_stored_noise: int = 1
 

@@ -13,7 +13,7 @@ from selfforcing_dfd import forcing
 from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.data.shards import Batch
-from selfforcing_dfd.flow import shift_sigma
+from selfforcing_dfd.flow import shift_sigma, sigma_by_frame
 from selfforcing_dfd.forcing import Forcing
 from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching
 from selfforcing_dfd.rng import Draw
@@ -75,8 +75,8 @@ class MatchingStage(TrainingStage):
     for each student update. Where there is a `regression`, the student also learns by it, with an
     optimizer of its own. keeps_noise: see `denoise_chunk`. coin_shared_by: what shares one
     data-forcing coin. real_input: the trained step starts from the noised real clip in all rows.
-    negative: [L, D_text], the text of guidance's unconditional half; None is
-    zeros.
+    negative: [L, D_text], the text of guidance's unconditional half; None is zeros. given: first
+    frames of the real clip that all networks see clean, and that no loss counts.
     """
 
     has_guards = True
@@ -105,6 +105,7 @@ class MatchingStage(TrainingStage):
     regression: RegressionStage | None = None
     gan: Gan | None = None
     keeps_noise: bool = False
+    given: int = 0
 
     @classmethod
     def build(
@@ -139,6 +140,7 @@ class MatchingStage(TrainingStage):
             regression=regression,
             gan=gan,
             keeps_noise=keeps_noise(config),
+            given=config.rollout.given,
             negative=negative,
             **cls.own_settings(config, networks),
             **cache_sizes(config),
@@ -163,6 +165,8 @@ class MatchingStage(TrainingStage):
             return f"score.regression_per_student is {score.regression_per_student}"
         if score.student_input == "noised_real":
             return "score.student_input is noised_real"
+        if config.rollout.given:
+            return f"rollout.given is {config.rollout.given}"
         if config.of(GanConfig).weight:
             return f"gan.weight is {config.of(GanConfig).weight:g}"
         return "score.control_variate is on" if score.control_variate else ""
@@ -260,11 +264,13 @@ class MatchingStage(TrainingStage):
         x0 = self.roll_out(batch, draw, untied, exit_step).x0
         noise, sigma = self.draw_score(draw, x0)
         conditioning = drop_text(batch, draw, self.fake_text_dropout, self.negative)
-        loss = flow_matching(self.trained["fake"], x0, noise, sigma, conditioning)
+        fake = self.trained["fake"]
+        loss = flow_matching(fake, x0, noise, sigma, conditioning, given=self.given)
         values = {"flow_loss": loss.detach(), "sigma": sigma}
         if self.gan:
             asked = Conditioning(batch.text)
-            other = self.gan.discriminator_loss(x0, batch.latents, noise, sigma, asked, draw)
+            level = self.level(sigma, x0)
+            other = self.gan.discriminator_loss(x0, batch.latents, noise, level, asked, draw)
             values["gan"] = other.detach()
             loss = loss + other  # of other parameters
         return StageLoss(loss.mean(), values)
@@ -294,15 +300,17 @@ class MatchingStage(TrainingStage):
             fake_guidance=self.fake_guidance,
             control=(batch.latents, ~anchored) if self.control_variate else None,
             min_normaliser=self.min_normaliser,
+            given=self.given,
         )
         real = batch.latents if batch.has_clips else None
         values = values_to_log(matching, anchored, with_loss, sigma)
         if real is not None:
-            values["gap"] = forcing.gap(generated, real)
+            values["gap"] = forcing.gap(generated[:, self.given :], real[:, self.given :])
         loss = matching.loss * with_loss
         further = self.further_losses(batch, draw, record)
         if self.gan:
-            further["gan"] = self.gan.weight, self.gan.student_loss(x0, noise, sigma, conditioning)
+            level = self.level(sigma, x0)
+            further["gan"] = self.gan.weight, self.gan.student_loss(x0, noise, level, conditioning)
         for name, (weight, other) in further.items():
             values[name] = other.detach()
             loss = loss + weight * other
@@ -327,14 +335,20 @@ class MatchingStage(TrainingStage):
             self.ladder,
             self.chunks,
             exit_steps=(exit_step,) * len(self.chunks),
-            real_past=forcing.real_past(pairing, batch.latents, tied),
+            real_past=RealRows(batch.latents, tied) if pairing.real_past else None,
             real_input=self.rows_of_real_input(batch, tied),
+            given=batch.latents[:, : self.given] if self.given else None,
         )
 
     def rows_of_real_input(self, batch: Batch, tied: Tensor) -> RealRows | None:
+        """In which rows the noised real clip enters the exit step."""
         if self.real_input:
             return RealRows(batch.latents, torch.ones_like(tied))
-        return forcing.real_input(self.forcing.pairing, batch.latents, tied)
+        return RealRows(batch.latents, tied) if self.forcing.pairing.real_input else None
+
+    def level(self, sigma: Tensor, latents: Tensor) -> Tensor:
+        """Sigma [B], or [B, F] with 0 at given frames."""
+        return sigma_by_frame(sigma, latents, self.given) if self.given else sigma
 
     def rollout_noise(self, batch: Batch, draw: Draw) -> Tensor:
         """[S, B, F, C, H, W]: what a clip starts from, and what is added after each step."""

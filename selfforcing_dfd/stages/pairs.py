@@ -52,6 +52,7 @@ class PairsStage(ShardStage):
     name = "pairs"
     sections = {"pairs": PairsConfig, "flow": FlowConfig}
     needs_clips = False
+    takes_given = False
     pairs_per_shard: ClassVar[int] = 256
 
     @classmethod

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.context import Conditioning, Context, KVCache, PackedContext
 from selfforcing_dfd.data.shards import Batch
-from selfforcing_dfd.flow import PER_SAMPLE, add_noise, expand_sigma, shift_sigma, x0_from_flow
+from selfforcing_dfd.flow import (
+    PER_SAMPLE,
+    add_noise,
+    expand_sigma,
+    shift_sigma,
+    sigma_by_frame,
+    x0_from_flow,
+)
 from selfforcing_dfd.ode import descend, heun_step, teacher_forced_contexts, unshift_sigma
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import Chunks, rollout
@@ -64,6 +71,7 @@ class RegressionStage(TrainingStage):
     """causal: the teacher whose ODE is followed; None for the target `clip`.
 
     own: share of updates on the student's own rollouts. weights: one for each step of the ladder.
+    given: first frames of a clip that are clean in every input, without loss.
     """
 
     name = "regression"
@@ -82,6 +90,7 @@ class RegressionStage(TrainingStage):
     keeps_noise: bool = False
     sink: int = 0
     window: int | None = None
+    given: int = 0
 
     @classmethod
     def build(
@@ -99,6 +108,7 @@ class RegressionStage(TrainingStage):
             own.own,
             own.weights,
             keeps_noise(config),
+            given=config.rollout.given,
             **cache_sizes(config),
         )
 
@@ -178,8 +188,9 @@ class RegressionStage(TrainingStage):
         context = PackedContext(contexts, self.frames)
         target = self.answer(x_t, sigma, past, conditioning, context, steps_left)
         flow = student(x_t, sigma, conditioning, context).flow
-        error = (x0_from_flow(x_t, flow, sigma) - target).square()
-        loss = (error * expand_sigma(self.weight_of(sigma), error)).mean(PER_SAMPLE)
+        error = (x0_from_flow(x_t, flow, sigma) - target)[:, self.given :].square()
+        weight = self.weight_of(sigma)[:, self.given :]
+        loss = (error * expand_sigma(weight, error)).mean(PER_SAMPLE)
         error = error.detach().mean(PER_SAMPLE)
         return StageLoss(loss.mean(), {"loss": loss.detach(), "error": error})
 
@@ -199,7 +210,7 @@ class RegressionStage(TrainingStage):
         step = draw.uniform("step", (len(self.chunks),)) * len(self.ladder)
         sigma = torch.tensor(self.ladder, dtype=torch.float64)[step.long()]
         u = unshift_sigma(sigma, self.shift) * (steps_left / self.num_steps)
-        sigma = self.by_frame(shift_sigma(u, self.shift)).to(real)
+        sigma = sigma_by_frame(self.by_frame(shift_sigma(u, self.shift)), real, self.given)
         contexts = self.contexts_of(self.trained["student"], real, Conditioning(batch.text))
         return real, add_noise(real, noise, sigma), sigma, contexts
 
@@ -223,9 +234,9 @@ class RegressionStage(TrainingStage):
             self.ladder,
             self.chunks,
             tuple(draw.choice(f"exit {n}", len(self.ladder)) for n in range(len(self.chunks))),
+            given=batch.latents[:, : self.given] if self.given else None,
         )
-        sigma = self.by_frame(torch.tensor([record.sigma_exit])).to(record.x0)
-        return record.x0, record.x_exit, sigma.expand(record.x0.shape[:2]), record.contexts
+        return record.x0, record.x_exit, record.sigma_exit, record.contexts
 
     @torch.no_grad()
     def answer(
@@ -251,7 +262,9 @@ class RegressionStage(TrainingStage):
             return x0_from_flow(x_t, flow, following)
         end = self.next_level(sigma) if self.target == "next_step" else torch.zeros_like(sigma)
         x_end = descend(teacher, x_t, sigma, conditioning, context, steps_left, self.shift, end)
-        flow = (x_t - x_end) / expand_sigma(sigma - end, x_t)
+        # given frames stay at sigma 0: their way is zero, and so is its length
+        way = (sigma - end).clamp_min(torch.finfo(sigma.dtype).tiny)
+        flow = (x_t - x_end) / expand_sigma(way, x_t)
         return x0_from_flow(x_t, flow, sigma)
 
     def next_level(self, sigma: Tensor) -> Tensor:

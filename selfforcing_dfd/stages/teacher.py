@@ -28,7 +28,8 @@ class TeacherConfig:
 class TeacherStage(TrainingStage):
     """negative: [L, D_text], the text that stands for no caption; None is zeros.
 
-    first_chunk: share of updates on the first chunk_frames frames of each clip.
+    first_chunk: share of updates on the first chunk_frames frames of each clip. given: first frames
+    that it sees clean and has no loss at, as a teacher of image-to-video must know them.
     """
 
     name = "teacher"
@@ -41,6 +42,7 @@ class TeacherStage(TrainingStage):
     chunk_frames: int = 0
     first_chunk: float = 0.0
     negative: Tensor | None = None
+    given: int = 0
 
     @classmethod
     def build(
@@ -54,6 +56,7 @@ class TeacherStage(TrainingStage):
             config.rollout.chunk_frames,
             config.of(TeacherConfig).first_chunk,
             negative,
+            config.rollout.given,
         )
 
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
@@ -64,5 +67,7 @@ class TeacherStage(TrainingStage):
         if draw.coin("first_chunk", "update")[0] < self.first_chunk:
             frames = self.chunk_frames
         x0 = batch.latents[:, :frames]
-        loss = flow_matching(self.trained[turn], x0, noise[:, :frames], sigma, conditioning)
+        noise = noise[:, :frames]
+        network = self.trained[turn]
+        loss = flow_matching(network, x0, noise, sigma, conditioning, given=self.given)
         return StageLoss(loss.mean(), {"flow_loss": loss.detach()})

@@ -24,7 +24,8 @@ class TeacherForcing(TrainingStage):
 
     num_stored_noise: first chunks that start from the noise stored with their clip, if there is
     some; the others start from fresh noise. sigmas: those that are trained; none is all of them,
-    shifted. negative: [L, D_text], the text of no caption; None is zeros.
+    shifted. negative: [L, D_text], the text of no caption; None is zeros. given: first frames of a
+    clip that its first chunk sees clean, without loss.
     """
 
     trained: dict[str, nn.Module]
@@ -36,6 +37,7 @@ class TeacherForcing(TrainingStage):
     num_stored_noise: int = 0
     sigmas: tuple[float, ...] = ()
     negative: Tensor | None = None
+    given: int = 0
 
     @classmethod
     def passes(cls, config: Config) -> dict[str, list[Pass]]:
@@ -55,7 +57,8 @@ class TeacherForcing(TrainingStage):
         cache = KVCache(self.sink, self.window)
         contexts = teacher_forced_contexts(student, batch.latents, conditioning, cache, self.chunks)
         context = PackedContext(contexts, frames)
-        loss = flow_matching(student, batch.latents, noise, sigma, conditioning, context)
+        clips = batch.latents
+        loss = flow_matching(student, clips, noise, sigma, conditioning, context, self.given)
         return StageLoss(loss.mean(), {"flow_loss": loss.detach()})
 
     def draw_sigma(self, u: Tensor) -> Tensor:

@@ -88,6 +88,7 @@ def load_stream_model(
         text=TinyPrompts(TinyText(student.config["text_dim"])),
         ladder=settled.sigmas,
         keeps_noise=settled.keeps_noise,
+        given=settled.given,
         chunk_frames=settled.chunk_frames,
         latent_size=(SIDE // SPACE, SIDE // SPACE),
     )
@@ -164,6 +165,7 @@ def load_wan_model(
         text=WanText.cached(folder, text_cache(), run_on, weights_dtype),
         ladder=settled.sigmas,
         keeps_noise=settled.keeps_noise,
+        given=settled.given,
         chunk_frames=settled.chunk_frames,
         latent_size=rows_columns,
         decode_device=decode_on,

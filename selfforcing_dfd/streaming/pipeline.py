@@ -291,6 +291,7 @@ class CausalWanPipeline(DiffusionPipeline):
             text=WanText(self.tokenizer, self.text_encoder),
             ladder=recipe.sigmas,
             keeps_noise=recipe.keeps_noise,
+            given=recipe.given,
             chunk_frames=recipe.chunk_frames,
             latent_size=latent_size(size, codec.strides, self.transformer.patch),
             decode_device=codec.device,

@@ -19,6 +19,7 @@ from selfforcing_dfd.common import UserError
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.rollout import Ladder, commit_chunk, denoise_chunk
+from selfforcing_dfd.streaming.beginning import check_context, require_context, whole_chunks
 from selfforcing_dfd.streaming.latency import StageClock, Timings
 from selfforcing_dfd.streaming.output import FrameCopy
 from selfforcing_dfd.streaming.ring import KVShape, Positions, RingCache, RingState
@@ -45,6 +46,7 @@ class StreamModel:
 
     latent_size: rows and columns of the latents. decode_device: the codec's device; None is the
     student's. keeps_noise: whether the noise that a chunk starts from stays between its steps.
+    given: latent frames at the start of a video that the student does not make (1: a picture).
     """
 
     student: WanTransformer
@@ -55,6 +57,7 @@ class StreamModel:
     latent_size: tuple[int, int]
     decode_device: torch.device | None = None
     keeps_noise: bool = False
+    given: int = 0
 
     @property
     def device(self) -> torch.device:
@@ -70,6 +73,16 @@ class StreamModel:
         rows, columns = self.latent_size
         _, row_stride, column_stride = self.codec.strides
         return rows * row_stride, columns * column_stride
+
+    @property
+    def num_given_video_frames(self) -> int:
+        """Video frames of the latent frames that are given."""
+        return 1 + self.codec.strides[0] * (self.given - 1) if self.given else 0
+
+    def grey(self) -> Tensor | None:
+        """A grey beginning for a student that needs one: for measurements, where none is shown."""
+        size = (self.num_given_video_frames, *self.video_size, 3)
+        return torch.full(size, 0.5) if self.given else None
 
     def kv_shape(self) -> KVShape:
         """Sizes of the keys and values of one latent frame."""
@@ -135,6 +148,7 @@ class Snapshot:
     decoder: Decoder
     history: tuple[tuple[int, Tensor], ...]
     pending: tuple[Tensor, Conditioning] | None
+    given: Tensor | None
     conditioning: Conditioning
     prompt: str
     change: PromptChange | None
@@ -147,7 +161,9 @@ class StreamSession:
 
     context: video [T, H, W, 3] in [0, 1] to continue, T = 1 + 4 n; one video frame is
     image-to-video. `context_frames` holds its frames as the codec shows them; the chunks that
-    follow begin after them. Raises UserError for sizes that do not fit the model.
+    follow begin after them. A student that is trained with given frames needs a context: as many
+    frames as these are the first of chunk 0, which shows them, and `context_frames` is empty; a
+    longer clip is continued. Raises UserError for sizes that do not fit the model.
     """
 
     def __init__(
@@ -169,17 +185,22 @@ class StreamSession:
             device=model.device,
         )
         self._clock = StageClock(model.device)
+        self._given: Tensor | None = None
         self.reset(prompt, context=context)
 
     def reset(
         self, prompt: str | None = None, seed: int | None = None, context: Tensor | None = None
     ) -> None:
-        """Start a new stream in the same memory. Prompt and seed stay where none is given.
+        """Start a new stream in the same memory. Prompt, seed and given frames stay without others.
 
         An error in prompt or context leaves the stream as it is.
         """
+        model = self.model
         if context is not None:
-            self._check_context(context)
+            stride = model.codec.strides[0]
+            check_context(context, model.video_size, stride, model.num_given_video_frames)
+        elif self._given is None:
+            require_context(model.num_given_video_frames)
         self._clock.take()
         if prompt is not None:
             self._conditioning = self._encode(prompt)
@@ -187,14 +208,14 @@ class StreamSession:
         if seed is not None:
             self.settings = replace(self.settings, seed=seed)
         self._ring.clear()
-        self._decoder = self.model.codec.start_decoding()
+        self._decoder = model.codec.start_decoding()
         self._history: list[tuple[int, Tensor]] = []
         self._pending: tuple[Tensor, Conditioning] | None = None
         self._change: PromptChange | None = None
         self.chunk_index = 0
-        self.context_frames = torch.empty((0, *self.model.video_size, 3), dtype=torch.uint8)
+        self.context_frames = torch.empty((0, *model.video_size, 3), dtype=torch.uint8)
         if context is not None:
-            self.context_frames = self._begin_with(context).all()
+            self._begin_with(context)
 
     def __iter__(self) -> Iterator[StreamChunk]:
         while True:
@@ -258,6 +279,7 @@ class StreamSession:
             decoder=self._decoder.clone(),
             history=tuple(self._history),
             pending=self._pending,
+            given=self._given,
             conditioning=self._conditioning,
             prompt=self.prompt,
             change=self._change,
@@ -271,6 +293,7 @@ class StreamSession:
         self._decoder = snapshot.decoder.clone()
         self._history = list(snapshot.history)
         self._pending = snapshot.pending
+        self._given = snapshot.given
         self._conditioning = snapshot.conditioning
         self.prompt = snapshot.prompt
         self._change = snapshot.change
@@ -294,9 +317,15 @@ class StreamSession:
         return torch.stack(draws).to(model.device, non_blocking=True)
 
     def _denoise(self, noise: Tensor) -> Tensor:
-        student = self.model.student
-        context = self._ring.read(self.model.chunk_frames)
-        x0, _ = denoise_chunk(student, noise, self._conditioning, context, self.model.ladder)
+        is_first = self._ring.next_frame == 0
+        x0, _ = denoise_chunk(
+            self.model.student,
+            noise,
+            self._conditioning,
+            self._ring.read(self.model.chunk_frames),
+            self.model.ladder,
+            given=self._given if is_first else None,
+        )
         return x0
 
     def _decode(self, x0: Tensor) -> FrameCopy:
@@ -349,25 +378,15 @@ class StreamSession:
         self._ring.next_frame = next_frame
 
     @torch.inference_mode()
-    def _begin_with(self, context: Tensor) -> FrameCopy:
-        """Encode, commit and decode the context; the frames as the codec shows them."""
+    def _begin_with(self, context: Tensor) -> None:
+        """Encode the context; commit and show it, or keep it for the first chunk to begin with."""
         device = self.model.decode_device or self.model.device
         latents = self.model.codec.start_encoding().encode(context[None].to(device)).float()
-        chunk_frames = self.model.chunk_frames
-        num_chunks, rest = divmod(latents.shape[1], chunk_frames)
-        lengths = [chunk_frames] * num_chunks
-        if rest:  # only a stream's first chunk may be shorter
-            lengths.insert(0, rest)
-        for x0 in latents.to(self.model.device).split(lengths, dim=1):
+        latents = latents.to(self.model.device)
+        if self.model.given:
+            self._given = latents[:, : self.model.given]
+            if latents.shape[1] == self.model.given:
+                return
+        for x0 in whole_chunks(latents, self.model.chunk_frames):
             self._commit(x0, self._conditioning)
-        return self._decode(latents)
-
-    def _check_context(self, context: Tensor) -> None:
-        height, width = self.model.video_size
-        stride = self.model.codec.strides[0]
-        fits = context.ndim == 4 and tuple(context.shape[1:]) == (height, width, 3)
-        if not fits or context.shape[0] % stride != 1:
-            raise UserError(
-                f"context is {tuple(context.shape)} [T, H, W, 3]; want T = 1 + {stride} n video "
-                f"frames of {height} x {width}: resize the pictures and cut the clip"
-            )
+        self.context_frames = self._decode(latents).all()

@@ -51,7 +51,7 @@ def plan(config: Config) -> str:
     runs = list(arms_of(config))
     lines = [f"{len(runs)} run{'s' * (len(runs) > 1)}"]
     # the runs of a comparison share their data
-    prompts_do = not any(stage_of(run).needs_clips for run in runs)
+    prompts_do = not any(stage_of(run).needs_clips or stage_of(run).uses_clips(run) for run in runs)
     costs: list[str] = []
     for run in runs:
         cost = plan_cost(run)

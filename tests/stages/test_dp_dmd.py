@@ -96,7 +96,7 @@ def test_distribution_matching_never_trains_the_first_step():
         assert generated is not None
         record = stage.roll_out(tiny_batch(), draw(), NO_ROW, exit_step)
         torch.testing.assert_close(generated, record.x0)
-        seen |= set(record.sigma_exit)
+        seen |= set(record.sigma_exit.flatten().tolist())
     assert seen == set(LADDER[1:])
 
 

@@ -29,6 +29,11 @@ class Student:
 
     def facts(self) -> dict[str, Any]:
         """What the page shows of it. Raises UserError for settings that do not fit the model."""
+        if self.model.given:
+            raise UserError(
+                "this student begins with a given picture, and the page has none; use "
+                "`stream --image FILE` without --serve"
+            )
         height, width = self.model.video_size
         ring = RingCache(
             self.model.kv_shape(),
