@@ -248,3 +248,52 @@ def test_the_ideal_student_answers_with_the_teachers_ode(keeps_noise: bool):
             kept = (x_t - (1 - sigma) * x0) / sigma
             x_t = add_noise(x0, kept if keeps_noise else noise[step + 1], LADDER[step + 1])
     torch.testing.assert_close(made, x0)
+
+
+def test_clips_begin_with_what_is_given():
+    """Catches a report that asks students of image-to-video for their first frame.
+
+    Drawn sets hold the real clips' first frames. Student, teacher, causal teacher and the ideal
+    student all keep them, and make the rest as training and the ODE do.
+    """
+    given = dataclasses.replace(CONFIG, rollout=RolloutConfig(frames=6, given=1))
+    evaluation = TINY.draw(given, 3).first(2)
+    real = real_latents(CONFIG, evaluation, range(2))
+    assert evaluation.given is not None
+    assert torch.equal(evaluation.given, real[:, :1])
+    noise = evaluation.noise(range(2), len(LADDER))
+    text = Conditioning(evaluation.text)
+    begin = evaluation.given
+    record = rollout(network(), noise, text, KVCache(), LADDER, CHUNKS, given=begin)
+    ideal = ODEAtEachStep(FewSteps(LADDER), 2, 3.0)
+    makers = (FewSteps(LADDER), ODESteps(2, 3.0), ideal)
+    made = [
+        make_clip(network(), each, noise, text, KVCache(), CHUNKS, None, begin) for each in makers
+    ]
+    whole = sample(network(), noise[0], text, 2, 3.0, 2.0, given=begin)
+    for clip in (*made, whole):
+        assert torch.equal(clip[:, :1], real[:, :1])
+        assert clip.isfinite().all()
+    assert torch.equal(made[0], record.x0)
+    student = causal_clips(network(), evaluation, lambda x: x, make_chunk=makers[0], chunks=CHUNKS)
+    assert torch.equal(torch.cat(list(student)), record.x0)
+    (teacher,) = teacher_clips(
+        network(), evaluation, lambda x: x, num_steps=2, shift=3.0, guidance=2.0
+    )
+    assert torch.equal(teacher, whole)
+
+
+def test_the_ode_sees_given_frames_clean_at_every_step():
+    """Catches a teacher whose picture is noised while it samples, as it never was in training."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    teacher = network()
+    teacher.register_forward_hook(lambda _m, inputs, _out: seen.append(inputs[:2]))
+    evaluation = asked(2)
+    begin = real_latents(CONFIG, evaluation, range(2))[:, :1]
+    noise = evaluation.noise(range(2))[0]
+    sample(teacher, noise, Conditioning(evaluation.text), 3, 3.0, given=begin)
+    assert len(seen) == 5
+    for x_t, sigma in seen:
+        assert torch.equal(x_t[:, :1], begin)
+        assert not sigma[:, 0].any()
+        assert sigma[:, 1:].all()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -182,3 +183,21 @@ def test_a_gan_needs_clips(tmp_path: Path):
     """Catches captions alone, for which every clip is zeros, taken as real."""
     assert MatchingStage.uses_clips(gan_config(tmp_path)) == "gan.weight is 0.03"
     assert MatchingStage.uses_clips(gan_config(tmp_path, "gan.weight=0")) == ""
+
+
+def test_given_frames_reach_the_discriminator_clean():
+    """Catches a noised picture, which is no sign of a made clip, and R1's noise on it."""
+    own, batch = gan(r1_weight=1.0), tiny_batch()
+    stage = replace(stage_with(own), given=1)
+    seen: list[tuple[Tensor, Tensor]] = []
+    own.teacher.register_forward_hook(lambda _m, inputs, _out: seen.append(inputs[:2]))
+    for turn in ("student", "fake"):
+        part = stage.loss(turn, batch, draw(), 0)
+        part.loss.backward()
+        assert part.loss.isfinite()
+    for x_t, sigma in seen:
+        assert torch.equal(x_t[:, :1], batch.latents[:, :1].repeat(len(x_t) // 2, 1, 1, 1, 1))
+        assert sigma.shape == x_t.shape[:2]
+        assert not sigma[:, 0].any()
+        assert sigma[:, 1:].all()
+    assert sorted(len(x_t) for x_t, _ in seen) == [2, 6]  # the student's; made, real and R1's
