@@ -129,7 +129,28 @@ def parameter_count(number: int) -> str:
     return f"{number:,} parameters"
 
 
+USE_WITH_A_PICTURE = f"""```python
+import numpy as np
+import torch
+from diffusers.utils import load_image
+from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
+
+pipe = CausalWanPipeline.from_pretrained("FOLDER", dtype=torch.bfloat16).to("cuda")
+picture = load_image("first.png").resize((832, 480))  # width and height of the video
+context = torch.from_numpy(np.array(picture))[None] / 255  # [1, H, W, 3] in [0, 1]
+for chunk in pipe.stream("a red fox walks through fresh snow", context=context):  # without end
+    show(chunk.frames)  # uint8 [T, H, W, 3], {FPS} a second; the picture is the first one
+```
+
+From the command line:
+
+    python inference/stream.py --model FOLDER --image first.png --prompt "a red fox walks"
+"""
+
+
 def _usage(facts: ModelFacts) -> str:
+    if facts.recipe.given:
+        return USE_WITH_A_PICTURE.rstrip()
     return f"""```python
 import torch
 from diffusers.utils import export_to_video
@@ -168,6 +189,8 @@ def _settings(facts: ModelFacts) -> str:
     if recipe.window:
         rows["window"] = f"{recipe.window} latent frames of history and current chunk"
         rows["sink"] = f"{recipe.sink} latent frames"
+    if recipe.given:
+        rows["given"] = f"the first {recipe.given} latent frame(s), such as a picture's"
     if recipe.first_ladder:
         rows["first chunk's ladder before the shift"] = _numbers(recipe.first_ladder)
     return _table(("setting", "value"), rows)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 from huggingface_hub import ModelCard
 
@@ -77,3 +79,16 @@ def test_a_readme_by_hand_stays(tmp_path):
     )
     path.write_text("mine")
     assert write_model_card(tmp_path, facts).read_text() == "mine"
+
+
+def test_a_card_of_image_to_video_begins_with_a_picture():
+    """Catches a card whose first call is refused, since a caption alone makes no clip."""
+    recipe = dataclasses.replace(SELF_FORCING, given=1)
+    text = model_card(ModelFacts("mine", recipe=recipe))
+    assert "context=context" in text
+    assert "--image first.png" in text
+    assert "| given | the first 1 latent frame(s), such as a picture's |" in text
+    assert 'pipe("' not in text
+    plain = model_card(ModelFacts("mine"))
+    assert "given" not in plain
+    assert "--image" not in plain
