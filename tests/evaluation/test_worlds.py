@@ -118,6 +118,19 @@ def test_data_row_shows_the_clips_of_the_captions(folder: Path):
         assert torch.equal(video, decode(sample.latents[None])[0])
 
 
+def test_a_set_of_image_to_video_holds_first_frames(folder: Path):
+    """Catches frames of other clips than the captions', and captions that are asked for alone."""
+    config = config_of(folder, "rollout.given=1")
+    evaluation = VIDEO.draw(config, CLIPS)
+    reader = ShardReader(config.data.shards)
+    first_of = {reader[number].caption: reader[number].latents[:1] for number in range(len(reader))}
+    assert evaluation.given is not None
+    for caption, given in zip(evaluation.captions, evaluation.given, strict=True):
+        assert torch.equal(given, first_of[caption])
+    with pytest.raises(UserError, match=r"rollout\.given is 1: .* a caption has none"):
+        VIDEO.ask(config, [reader.captions[0]])
+
+
 def test_sample_takes_captions_of_the_shards(reported: tuple[Config, str], tmp_path: Path):
     """Catches text made up for a prompt that nothing here can encode."""
     config, _ = reported
