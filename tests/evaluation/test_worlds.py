@@ -120,7 +120,8 @@ def test_data_row_shows_the_clips_of_the_captions(folder: Path):
 
 def test_a_set_of_image_to_video_holds_first_frames(folder: Path):
     """Catches frames of other clips than the captions', and captions that are asked for alone."""
-    config = config_of(folder, "rollout.given=1")
+    plain = config_of(folder)
+    config = dataclasses.replace(plain, rollout=dataclasses.replace(plain.rollout, given=1))
     evaluation = VIDEO.draw(config, CLIPS)
     reader = ShardReader(config.data.shards)
     first_of = {reader[number].caption: reader[number].latents[:1] for number in range(len(reader))}
