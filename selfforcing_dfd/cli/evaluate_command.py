@@ -23,6 +23,7 @@ from selfforcing_dfd.common import UserError
 if TYPE_CHECKING:
     from selfforcing_dfd.metrics.files import Measured
 
+CALIBRATION_CLIPS = 64
 SHOWN = (
     "saturation",
     "contrast",
@@ -47,9 +48,12 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
     Every number goes to a JSON file with what it needs to be repeated. A damaged video ends the
     command unless --keep-going. Definitions: docs/evaluation.md.
     """
-    parser.add_argument("videos", nargs="+", type=Path, metavar="PATH", help="videos, or folders")
+    parser.add_argument("videos", nargs="*", type=Path, metavar="PATH", help="videos, or folders")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where the numbers go (default: evaluation.json)"
+        "--out",
+        type=Path,
+        metavar="FILE",
+        help="where the numbers go (default: evaluation.json; calibration.json with --calibrate)",
     )
     parser.add_argument("--fps", type=rate, help="frames a second, in place of what the files say")
     parser.add_argument(
@@ -70,38 +74,85 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
         "--keep-going", action="store_true", help="leave damaged videos out and name them"
     )
     add_feature_options(parser)
+    add_calibration_options(parser)
 
     def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.metrics.files import evaluation, find_videos, write_evaluation
-
-        out = args.out or Path("evaluation.json")
-        check_feature_options(args)
-        encoders = encoders_of(args)
-        measured, refused = measure_all(args, find_videos(args.videos))
-        if not measured:
-            raise UserError("no video could be measured")
-        settings = {
-            "fps": str(args.fps) if args.fps else None,
-            "chunk": args.chunk,
-            "first_chunk": args.first_chunk,
-            "refused": refused,
-        }
-        content = evaluation(measured, settings)
-        if encoders:
-            add_features(content, args, [video.file for video in measured], encoders)
-        if encoders or args.poses:
-            add_cameras(content, args.poses, measured)
-        write_evaluation(out, content)
-        print(table(measured, content["means"]))
-        if encoders:
-            print(feature_table(content["features"]))
-        if "camera" in content:
-            print(camera_table(content["camera"]))
-        for line in refused:
-            print(f"left out: {line}", file=sys.stderr)
-        print(out)
+        if args.calibrate:
+            calibrate_metrics(args)
+        elif args.videos:
+            evaluate_videos(args)
+        else:
+            raise UserError("no video is named; name videos or folders, or use --calibrate")
 
     return run
+
+
+def add_calibration_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--calibrate",
+        action="store_true",
+        help="measure no videos, but what the metrics see in tiny-world clips of known faults",
+    )
+    parser.add_argument(
+        "--clips",
+        type=positive,
+        default=CALIBRATION_CLIPS,
+        metavar="N",
+        help="of each set, with --calibrate (default: %(default)s, two minutes of one core)",
+    )
+
+
+def evaluate_videos(args: argparse.Namespace) -> None:
+    """Measure the videos, write all numbers and print some."""
+    from selfforcing_dfd.metrics.files import evaluation, find_videos, write_evaluation
+
+    out = args.out or Path("evaluation.json")
+    check_feature_options(args)
+    encoders = encoders_of(args)
+    measured, refused = measure_all(args, find_videos(args.videos))
+    if not measured:
+        raise UserError("no video could be measured")
+    settings = {
+        "fps": str(args.fps) if args.fps else None,
+        "chunk": args.chunk,
+        "first_chunk": args.first_chunk,
+        "refused": refused,
+    }
+    content = evaluation(measured, settings)
+    if encoders:
+        add_features(content, args, [video.file for video in measured], encoders)
+    if encoders or args.poses:
+        add_cameras(content, args.poses, measured)
+    write_evaluation(out, content)
+    print(table(measured, content["means"]))
+    if encoders:
+        print(feature_table(content["features"]))
+    if "camera" in content:
+        print(camera_table(content["camera"]))
+    for line in refused:
+        print(f"left out: {line}", file=sys.stderr)
+    print(out)
+
+
+def calibrate_metrics(args: argparse.Namespace) -> None:
+    """Print the tables of docs/metrics.md, and write what they are made from."""
+    from tqdm import tqdm
+
+    from selfforcing_dfd.metrics.calibration import calibrate, num_sets
+    from selfforcing_dfd.metrics.calibration_tables import tables
+    from selfforcing_dfd.metrics.feature_files import FEWEST
+    from selfforcing_dfd.metrics.files import write_evaluation
+
+    if args.videos:
+        raise UserError("--calibrate makes its own clips; leave the videos out")
+    if args.clips < FEWEST:
+        raise UserError(f"--clips is {args.clips}; sets are compared from {FEWEST} clips on")
+    with tqdm(total=num_sets(), unit="set", dynamic_ncols=True) as bar:
+        found = calibrate(args.clips, lambda name: bar.update())
+    out = args.out or Path("calibration.json")
+    write_evaluation(out, found)
+    print(tables(found))
+    print(out)
 
 
 def measure_all(args: argparse.Namespace, files: list[Path]) -> tuple[list[Measured], list[str]]:
