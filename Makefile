@@ -33,7 +33,7 @@ study-quick: $(VENV)/.installed
 	$(BIN)/selfforcing-dfd study --plan quick --jobs 2
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto -m "not soak and not gpu and not wheel"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not soak and not gpu and not wheel"
 
 wheel-test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m wheel

@@ -5,6 +5,7 @@ Also rendered clips and their reading, made once: reading 64 clips takes about a
 
 from __future__ import annotations
 
+import gc
 import os
 from pathlib import Path
 
@@ -19,8 +20,15 @@ from selfforcing_dfd.tiny.world import draw_factors, render
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 torch.set_num_threads(1)
+gc.disable()  # while tests are imported: they leave no garbage
 
 CODEC_FILE = Path(__file__).parents[1] / "assets" / "tiny" / "codec.safetensors"
+
+
+def pytest_collection_finish() -> None:
+    """What has been imported stays, so the collector need not look at it during the tests."""
+    gc.freeze()
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

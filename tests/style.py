@@ -10,6 +10,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 CONSTRUCTS = (
@@ -51,9 +52,14 @@ def is_parallel(statement: ast.stmt) -> bool:
     return names != {ast.unparse(value) for value in values}
 
 
+@cache
+def nodes(path: Path) -> tuple[ast.AST, ...]:
+    """All nodes of a file's syntax tree, which is read once."""
+    return tuple(ast.walk(ast.parse(path.read_text())))
+
+
 def statements(path: Path) -> Iterator[ast.stmt]:
-    tree = ast.parse(path.read_text())
-    return (node for node in ast.walk(tree) if isinstance(node, ast.stmt))
+    return (node for node in nodes(path) if isinstance(node, ast.stmt))
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from style import is_dense, is_parallel, statements
+from style import is_dense, is_parallel, nodes, statements
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = "selfforcing_dfd"
@@ -67,11 +67,6 @@ def short(path: Path) -> str:
     return path.relative_to(ROOT).as_posix()
 
 
-@cache
-def tree(path: Path) -> ast.Module:
-    return ast.parse(path.read_text())
-
-
 def module_name(path: Path) -> str:
     """`selfforcing_dfd.models.wan`, or `train`, `inference.stream` outside the package."""
     return short(path).removesuffix(".py").removesuffix("/__init__").replace("/", ".")
@@ -79,7 +74,7 @@ def module_name(path: Path) -> str:
 
 def imports(path: Path) -> Iterator[str]:
     """Dotted names of everything imported anywhere in a file."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -102,14 +97,14 @@ def level(module: str) -> int:
 
 def functions(path: Path) -> Iterator[tuple[str, int]]:
     """Name with place, and lines, of every function."""
-    for node in ast.walk(tree(path)):
+    for node in nodes(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             assert node.end_lineno is not None
             yield f"{short(path)}:{node.lineno} {node.name}", node.end_lineno - node.lineno + 1
 
 
 def calls(path: Path) -> Iterator[ast.Call]:
-    return (node for node in ast.walk(tree(path)) if isinstance(node, ast.Call))
+    return (node for node in nodes(path) if isinstance(node, ast.Call))
 
 
 @cache
@@ -224,7 +219,7 @@ def test_nothing_compares_the_name_of_a_stage():
     """Catches a sixth stage that has to be told to seven files."""
     wrong = []
     for path in sources():
-        for node in ast.walk(tree(path)):
+        for node in nodes(path):
             if isinstance(node, ast.Compare):
                 sides = [ast.unparse(side) for side in (node.left, *node.comparators)]
                 against_names = [side for side in sides if side.startswith(("'", "('", '"', "{'"))]
@@ -306,7 +301,7 @@ def test_no_exception_is_swallowed():
     wrong = [
         f"{short(path)}:{node.lineno}"
         for path in sources()
-        for node in ast.walk(tree(path))
+        for node in nodes(path)
         if isinstance(node, ast.ExceptHandler)
         and (node.type is None or all(isinstance(statement, ast.Pass) for statement in node.body))
     ]

@@ -53,8 +53,9 @@ def build_network(size: NetworkConfig, device: torch.device | str = "cpu") -> Wa
     return place(network, device)
 
 
+@cache
 def shape_of(size: NetworkConfig) -> WanTransformer:
-    """A network of this size on the meta device: names and shapes, no memory."""
+    """A network of this size on the meta device: names and shapes, no memory. Do not modify it."""
     with torch.device("meta"):
         return build_network(size, "meta")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def size_of(config: Config, start: Start) -> NetworkConfig | None:
         return config.network
     path = find_file(start.path)
     if path.exists():
-        return from_arguments(describe(path, start.entry, start.head_dim).sizes)
+        files = (path, *path.glob("*"))
+        changed_ns = max(file.stat().st_mtime_ns for file in files)
+        return size_in(path, start.entry, start.head_dim, changed_ns)
     if is_published(start.path):
         name = "wan14b" if "14B" in start.path else "wan1.3b"
         return from_arguments(PUBLISHED_SIZES[name])
@@ -41,6 +44,15 @@ def size_of(config: Config, start: Start) -> NetworkConfig | None:
         return None
     recipe = shipped_config(maker)
     return size_of(recipe, stage_of(recipe).starts(recipe)["student"])
+
+
+@cache
+def size_in(path: Path, entry: str, head_dim: int, changed_ns: int) -> NetworkConfig:
+    """The size that a file or folder holds. changed_ns: when it was last changed.
+
+    A plan asks for the same file many times, and the answer needs a network's shape.
+    """
+    return from_arguments(describe(path, entry, head_dim).sizes)
 
 
 def from_arguments(sizes: Mapping[str, Any]) -> NetworkConfig:

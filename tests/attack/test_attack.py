@@ -71,11 +71,11 @@ def test_every_way_to_fail_is_seen(tmp_path: Path) -> None:
     """Catches a harness that takes a crash, a hang or a traceback for a success."""
     trials = {
         trial.number: trial
-        for trial in run_trials(Odd(), iter(range(7)), tmp_path, SEED, jobs=7, limit_s=10)
+        for trial in run_trials(Odd(), iter(range(7)), tmp_path, SEED, jobs=7, limit_s=5)
     }
     ends = [trials[number].outcome for number in range(7)]
     assert ends == ["unharmed", "refused", *["FAILED"] * 4, "refused"]
-    wanted = ["", "so it is", "other weights", "KeyError", "ended with -9", "no end in 10 s"]
+    wanted = ["", "so it is", "other weights", "KeyError", "ended with -9", "no end in 5 s"]
     for number, said in enumerate(wanted):
         assert said in trials[number].said
     assert "there is no command no-such-command" in trials[6].said

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_script
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -230,16 +231,24 @@ def test_every_extra_exists(package):
     assert f"\n{EXTRAS[package]} = [" in extras
 
 
-def test_a_command_without_its_extra_names_it():
+def test_a_command_without_its_extra_names_it(tmp_path: Path):
     """Catches `stream --serve` that ends in a traceback where no web server is installed."""
-    program = "import sys; sys.modules['uvicorn'] = None\n"
-    program += "from selfforcing_dfd.cli.main import main; sys.exit(main(['stream', '--serve']))"
-    done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, check=False
-    )
-    assert done.returncode == EXIT_USER_ERROR
-    assert "pip install 'selfforcing_dfd[serve]'" in done.stderr
-    assert "Traceback" not in done.stderr
+    program = """
+        import sys
+
+        for name in [name for name in sys.modules if name.startswith("selfforcing_dfd")]:
+            del sys.modules[name]  # what another test has imported
+        sys.modules["uvicorn"] = None
+        from selfforcing_dfd.cli.main import main
+
+        sys.exit(main(["stream", "--serve"]))
+    """
+    path = tmp_path / "program.py"
+    path.write_text(textwrap.dedent(program))
+    end = run_script(tmp_path, str(path))
+    assert end.code == EXIT_USER_ERROR
+    assert "pip install 'selfforcing_dfd[serve]'" in end.errors
+    assert "Traceback" not in end.errors
 
 
 def test_errors_name_the_option_that_was_typed(capsys):

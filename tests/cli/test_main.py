@@ -102,7 +102,7 @@ def test_options_of_two_commands_have_one_form():
     ],
 )
 def test_help_is_immediate(script):
-    """Catches a heavy import at the top: torch alone takes seconds. The best of three counts."""
+    """Catches a heavy import at the top: torch alone takes seconds. One of three must be fast."""
     times = []
     for _ in range(3):
         started = time.perf_counter()
@@ -110,6 +110,8 @@ def test_help_is_immediate(script):
         times.append(time.perf_counter() - started)
         assert done.returncode == 0, done.stderr
         assert "usage: selfforcing-dfd" in done.stdout
+        if times[-1] < 1:
+            break
     assert min(times) < 1
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from clip_files import write_clip
+from forked import Script
 from y4m import y4m
 
 from selfforcing_dfd.cli.main import main
@@ -134,12 +135,12 @@ def test_an_existing_file_is_kept(tmp_path, capsys):
 def test_ctrl_c_leaves_a_complete_file(tmp_path, number):
     """Catches a file without an end, and a traceback as goodbye."""
     out = tmp_path / "s.mp4"
-    process = start("--chunks", "inf", "--out", str(out))
+    process = Script(tmp_path, "inference/stream.py", "--chunks", "inf", "--out", str(out))
     wait_for(lambda: out.exists() and out.stat().st_size > 20_000)
     process.send_signal(number)
-    _, printed = process.communicate(timeout=60)
-    assert process.returncode == 0
-    assert "wrote" in printed and "Traceback" not in printed
+    end = process.end()
+    assert end.code == 0
+    assert "wrote" in end.errors and "Traceback" not in end.errors
     assert len(frames_of(out)) % 12 == 9
 
 
@@ -156,15 +157,6 @@ def test_a_reader_that_leaves_ends_the_stream(tmp_path):
     printed = process.stderr.read().decode()
     assert process.wait(timeout=60) == 0
     assert "the reader has gone" in printed and "Traceback" not in printed
-
-
-def start(*arguments: str) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
 
 
 def wait_for(condition, seconds: float = 60.0) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import End, run_script
 
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.live.ranks import refuse_ranks
@@ -18,17 +19,19 @@ STREAM = ["inference/stream.py", "--chunks", "4", "--device", "cpu"]
 TORCHRUN = ["-m", "torch.distributed.run", "--nproc_per_node", "2"]
 
 
-def run(arguments: list[str], stdin: str = "") -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, *arguments],
+def in_two(folder: Path, *arguments: str) -> End:
+    """How `torchrun` of two processes ends."""
+    found = subprocess.run(
+        [sys.executable, *TORCHRUN, *arguments],
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
-        input=stdin,
+        input="",
         capture_output=True,
         text=True,
         timeout=120,
         check=False,
     )
+    return End(found.returncode, found.stdout, found.stderr)
 
 
 def test_two_processes_write_the_stream_of_one(tmp_path: Path):
@@ -40,13 +43,15 @@ def test_two_processes_write_the_stream_of_one(tmp_path: Path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("0: a disc moves\n2: a cross moves\n")
     videos = []
-    for name, launcher in (("two", TORCHRUN), ("one", [])):
-        out = tmp_path / f"{name}.y4m"
-        found = run([*launcher, *STREAM, "--prompts", str(prompts), "--out", str(out)])
-        assert found.returncode == 0, found.stderr
-        assert found.stderr.count(f"wrote {out}") == 1
+    for name, start in (("two", in_two), ("one", run_script)):
+        folder = tmp_path / name
+        folder.mkdir()
+        out = folder / "video.y4m"
+        end = start(tmp_path, *STREAM, "--prompts", str(prompts), "--out", str(out))
+        assert end.code == 0, end.errors
+        assert end.errors.count(f"wrote {out}") == 1
         videos.append(np.frombuffer(out.read_bytes(), np.uint8).astype(int))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.y4m", "prompts.txt", "two.y4m"]
+        assert list(folder.iterdir()) == [out]
     difference = np.abs(videos[0] - videos[1])
     assert difference.max() <= 2
     assert (difference > 0).mean() < 0.01

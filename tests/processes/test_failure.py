@@ -13,9 +13,18 @@ import torch.distributed as dist
 from launcher import LIMIT_S, launch, said
 
 from selfforcing_dfd.common import Interrupted, UserError
+from selfforcing_dfd.processes import failure
 from selfforcing_dfd.processes.failure import ending_together
 from selfforcing_dfd.processes.ranks import add_up, on_first_rank
 from selfforcing_dfd.processes.world import World, joined
+
+
+@pytest.fixture(autouse=True)
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes that look for each other more often than in a real run, and leave sooner."""
+    monkeypatch.setattr(failure, "POLL_S", 0.2)
+    monkeypatch.setattr(failure, "GRACE_S", 1.0)
+    monkeypatch.setattr(failure, "LEAVE_S", 2.0)
 
 
 def test_an_error_on_one_rank_ends_all_with_one_message(tmp_path: Path) -> None:

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from gloo import in_processes
 from test_checkpoint import TENSORS, small_state
+from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
 
 from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import sealed
@@ -131,69 +134,52 @@ def test_a_foreign_meta_file_is_explained(tmp_path: Path, field: str) -> None:
         manager.load(path, small_state(0))
 
 
-RANKS = """
-import os, sys
-import torch
-import torch.distributed as dist
-from torch.distributed.tensor import Shard, distribute_tensor, init_device_mesh
-from selfforcing_dfd.training.checkpoint import CheckpointManager
-
-folder, *phases = sys.argv[1:]
-rows = torch.arange(15.0).view(5, 3)
-
-def state(mesh, content, step):
-    sharded = distribute_tensor(content.clone(), mesh, [Shard(0)])
-    return {"student": {"w": sharded, "plain": content[0].clone()}, "step": step}
-
-def act(phase, rank, size):
-    store = f"file://{folder}/store_{phase}"
-    dist.init_process_group("gloo", store, rank=rank, world_size=size)
-    mesh = init_device_mesh("cpu", (size,))
-    manager = CheckpointManager(folder + "/checkpoints")
-    if phase.startswith("save"):
-        manager.save(7, state(mesh, rows, 7))
-    else:
-        found = state(mesh, torch.zeros(5, 3), 0)
-        manager.load(manager.latest(), found)
-        assert torch.equal(found["student"]["w"].full_tensor(), rows)
-        assert torch.equal(found["student"]["plain"], rows[0])
-        assert found["step"] == 7
-    dist.destroy_process_group()
-
-for phase in phases:
-    size = int(phase[-1])
-    children = []
-    for rank in range(size):
-        child = os.fork()
-        if child == 0:
-            act(phase, rank, size)
-            os._exit(0)
-        children.append(child)
-    statuses = [os.waitpid(child, 0)[1] for child in children]
-    assert statuses == [0] * size, f"{phase}: {statuses}"
-"""
+ROWS = torch.arange(15.0).view(5, 3)
 
 
-def run_ranks(folder: Path, *phases: str) -> Path:
-    """Save or load one checkpoint with as many processes as the phase's last digit says."""
-    subprocess.run([sys.executable, "-c", RANKS, str(folder), *phases], check=True, timeout=300)
+def sharded_state(content: torch.Tensor, step: int) -> dict[str, Any]:
+    """Five rows that the processes of this group share, and a whole tensor."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    weight = distribute_tensor(content.clone(), mesh, [Shard(0)])
+    return {"student": {"w": weight, "plain": content[0].clone()}, "step": step}
+
+
+def save_rows(manager: CheckpointManager) -> None:
+    manager.save(7, sharded_state(ROWS, 7))
+
+
+def load_rows(manager: CheckpointManager) -> None:
+    found = sharded_state(torch.zeros(5, 3), 0)
+    latest = manager.latest()
+    assert latest is not None
+    manager.load(latest, found)
+    assert torch.equal(found["student"]["w"].full_tensor(), ROWS)
+    assert torch.equal(found["student"]["plain"], ROWS[0])
+    assert found["step"] == 7
+
+
+def in_ranks(folder: Path, size: int, act: Callable[[CheckpointManager], None]) -> Path:
+    """Save or load one checkpoint with `size` processes; its path."""
+    manager = CheckpointManager(folder / "checkpoints")
+    in_processes(size, folder / f"{act.__name__} by {size}", lambda: act(manager))
     return folder / "checkpoints" / "student_update=000007"
 
 
 def test_any_number_of_processes_reads_what_another_number_wrote(tmp_path: Path) -> None:
     """Catches shards at wrong rows, and a rank without rows: 5 rows over 4 ranks leave one none."""
-    path = run_ranks(tmp_path, "save4", "load1", "load2")
-    rows = torch.arange(15.0).view(5, 3)
-    state: dict[str, Any] = {"student": {"w": rows * 0, "plain": rows[0] * 0}, "step": 0}
+    in_ranks(tmp_path, 4, save_rows)
+    in_ranks(tmp_path, 1, load_rows)
+    path = in_ranks(tmp_path, 2, load_rows)
+    state: dict[str, Any] = {"student": {"w": ROWS * 0, "plain": ROWS[0] * 0}, "step": 0}
     CheckpointManager(path.parent).load(path, state)
-    assert torch.equal(state["student"]["w"], rows)
+    assert torch.equal(state["student"]["w"], ROWS)
     models, _ = read_training_checkpoint(path)
-    assert torch.equal(models["student"]["w"].read(), rows)
+    assert torch.equal(models["student"]["w"].read(), ROWS)
 
 
 def test_a_missing_piece_is_found(tmp_path: Path) -> None:
     """Catches a tensor of which one process's rows were never written: memory would fill them."""
-    path = run_ranks(tmp_path, "save2")
+    path = in_ranks(tmp_path, 2, save_rows)
     meta = json.loads((path / "meta.json").read_text())
     del meta["files"][TENSORS]
     (path / "meta.json").write_text(json.dumps(sealed(meta)))

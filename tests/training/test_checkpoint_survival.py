@@ -1,6 +1,9 @@
 """Checkpoints against other settings, full disks, interruptions and kill -9."""
 
+import gc
+import itertools
 import json
+import multiprocessing
 import os
 import shutil
 import signal
@@ -12,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from forked import run_script
 from test_checkpoint import make_network, names, small_state
 
 from selfforcing_dfd import rng
@@ -114,12 +118,19 @@ def may_mount() -> bool:
 @pytest.mark.parametrize("limit", ["file size", *(["disk"] if may_mount() else [])])
 def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, limit: str) -> None:
     """Catches deleting old ones to make room, and leftovers that keep the disk full."""
-    command = [sys.executable, "-c", SAVE_UNTIL_FULL, str(tmp_path), limit]
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
     if limit == "disk":
         mount = 'mount -t tmpfs -o size=1m tmpfs "$0" && exec "$@"'
-        command = ["unshare", "-rm", "sh", "-c", mount, str(tmp_path), *command]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    reports = [json.loads(line) for line in done.stdout.splitlines()]
+        command = [sys.executable, "-c", SAVE_UNTIL_FULL, str(folder), limit]
+        in_mount = ["unshare", "-rm", "sh", "-c", mount, str(folder), *command]
+        printed = subprocess.run(in_mount, capture_output=True, text=True, check=True).stdout
+    else:
+        (tmp_path / "program.py").write_text(SAVE_UNTIL_FULL)
+        end = run_script(tmp_path, str(tmp_path / "program.py"), str(folder), limit)
+        assert end.code == 0, end.errors
+        printed = end.printed
+    reports = [json.loads(line) for line in printed.splitlines()]
     assert len(reports) == 2
     for message, latest, left in reports:
         assert (
@@ -130,79 +141,60 @@ def test_a_full_disk_keeps_the_checkpoint_before(tmp_path: Path, limit: str) -> 
         assert left == ["student_update=000001"]
 
 
-SAVE_FOR_EVER = """
-import os, sys, torch
-from selfforcing_dfd.training.checkpoint import CheckpointManager
-folder = sys.argv[1]
-def state(step):
-    weights = {str(i): torch.full((100_000,), float(step)) for i in range(5)}
-    return {"weights": weights, "step": step}
-for line in sys.stdin:
-    child = os.fork()
-    if child == 0:
-        manager = CheckpointManager(folder, keep=2)
-        last = manager.latest()
-        current = state(0)
-        if last is not None:
-            manager.load(last, current)
-            assert current["weights"]["0"].eq(current["step"]).all()
-        for step in range(current["step"] + 1, 10**6):
-            manager.save(step, state(step))
-            os.write(1, f"saved {step}\\n".encode())
-    os.write(1, f"child {child}\\n".encode())
-    _, status = os.waitpid(child, 0)
-    os.write(1, f"ended {os.waitstatus_to_exitcode(status)}\\n".encode())
-"""
+def saved_state(step: int) -> dict[str, Any]:
+    return {
+        "weights": {str(i): torch.full((100_000,), float(step)) for i in range(5)},
+        "step": step,
+    }
 
 
-def kill_while_saving(nursery: "subprocess.Popen[str]", delay_s: float) -> int:
+def save_for_ever(folder: Path, reports: int) -> None:
+    """Go on from the newest checkpoint, save one after the other, and report each step.
+
+    reports: a file descriptor.
+    """
+    gc.disable()  # what the parent left behind is not to be collected in a fork: it crashed
+    manager = CheckpointManager(folder, keep=2)
+    last = manager.latest()
+    current = saved_state(0)
+    if last is not None:
+        manager.load(last, current)
+        assert current["weights"]["0"].eq(current["step"]).all()
+    for step in itertools.count(current["step"] + 1):
+        manager.save(step, saved_state(step))
+        os.write(reports, f"{step}\n".encode())
+
+
+def kill_while_saving(folder: Path, delay_s: float) -> int:
     """The last step that a process, killed `delay_s` after its first save, called saved."""
-    assert nursery.stdin is not None
-    assert nursery.stdout is not None
-    nursery.stdin.write("go\n")
-    nursery.stdin.flush()
-    child = 0
-    last = 0
-    for line in nursery.stdout:
-        word, _, number = line.strip().partition(" ")
-        if word == "ended":
-            assert int(number) == -signal.SIGKILL, "the saving process failed by itself"
-            return last
-        if word == "child":
-            child = int(number)
-        first_save = word == "saved" and last == 0
-        last = int(number) if word == "saved" else last
-        if first_save:
-            time.sleep(delay_s)
-            os.kill(child, signal.SIGKILL)
-    raise AssertionError("the process that starts the saving ones ended")
+    read_end, write_end = os.pipe()
+    fork = multiprocessing.get_context("fork")
+    process = fork.Process(target=save_for_ever, args=(folder, write_end))
+    process.start()
+    os.close(write_end)
+    with os.fdopen(read_end) as reports:
+        first = next(reports)
+        time.sleep(delay_s)
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL, "the saving process failed by itself"
+        return int([first, *reports][-1])
 
 
 def test_kill_nine_while_saving_loses_no_finished_checkpoint(tmp_path: Path) -> None:
     """Catches writing in place, a rename before all is written, and deleting before the rename."""
     delays_s = rng.uniform((6,), 0, "kill").mul(0.2).tolist()
     interrupted = 0
-    with subprocess.Popen(
-        [sys.executable, "-c", SAVE_FOR_EVER, str(tmp_path)],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        text=True,
-    ) as nursery:
-        for delay_s in delays_s:
-            reported = kill_while_saving(nursery, delay_s)
-            interrupted += any(name.startswith(".tmp-") for name in names(tmp_path))
-            manager = CheckpointManager(tmp_path)
-            latest = manager.latest()
-            assert latest is not None
-            state: dict[str, Any] = {
-                "weights": {str(i): torch.zeros(100_000) for i in range(5)},
-                "step": 0,
-            }
-            manager.load(latest, state)
-            assert state["step"] >= reported
-            assert all(tensor.eq(state["step"]).all() for tensor in state["weights"].values())
-        assert nursery.stdin is not None
-        nursery.stdin.close()
+    for delay_s in delays_s:
+        reported = kill_while_saving(tmp_path, delay_s)
+        interrupted += any(name.startswith(".tmp-") for name in names(tmp_path))
+        manager = CheckpointManager(tmp_path)
+        latest = manager.latest()
+        assert latest is not None
+        state = saved_state(0)
+        manager.load(latest, state)
+        assert state["step"] >= reported
+        assert all(tensor.eq(state["step"]).all() for tensor in state["weights"].values())
     assert interrupted >= 2, "too few kills hit a save; the test proves nothing"
     CheckpointManager(tmp_path).save(10**6, small_state(10**6))
     assert not any(name.startswith(".tmp-") for name in names(tmp_path))

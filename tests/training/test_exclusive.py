@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from forked import run_script
 
-from selfforcing_dfd.common import shipped
 from selfforcing_dfd.training.exclusive import LOCK_FILE, ExclusiveError, lock_folders
 from tests.training.conftest import arguments
 
@@ -41,15 +40,8 @@ def train(world: Path, out: Path, *overrides: str) -> tuple[int, str]:
     """Exit code and errors of `python train.py` in a process of its own."""
     (out / "one.yaml").write_text("run: {stage: dfd, name: one}\n")
     settings = [*arguments(world, out), "run.student_updates=1", *overrides]
-    done = subprocess.run(
-        [sys.executable, "train.py", "--config", str(out / "one.yaml"), *settings],
-        cwd=shipped("."),
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    return done.returncode, done.stderr
+    end = run_script(out, "train.py", "--config", str(out / "one.yaml"), *settings)
+    return end.code, end.errors
 
 
 def test_a_second_process_on_a_run_folder_is_refused(world: Path, tmp_path: Path) -> None:
