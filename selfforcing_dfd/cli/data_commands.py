@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
 CODEC_FILE = "codec.safetensors"
 NUM_PRINTED = 20
-VIDEO_FPS = 16  # of Wan and of the tiny world
 DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {"size": (64, 64), "frames": 33, "text": "tiny", "shard_size": 512},
     "wan": {"size": (480, 832), "frames": 81, "text": "umt5", "shard_size": 128},
@@ -64,7 +63,7 @@ def pack(parser: argparse.ArgumentParser) -> Run:
         "source",
         type=Path,
         metavar="SOURCE",
-        help="folder of .mp4 clips, or a list: .csv, .jsonl, .txt",
+        help="folder of videos, or a list: .csv, .jsonl, .txt",
     )
     parser.add_argument(
         "--codec", choices=("tiny", "wan"), required=True, help="what turns video into latents"
@@ -107,7 +106,6 @@ def pack(parser: argparse.ArgumentParser) -> Run:
             if vars(args)[name] is None:
                 setattr(args, name, value)
         source = _file_source(args)
-        _warn_of_rate(source)
         out = _out_folder(args, source.path)
         options = replace(
             pack_options(args),
@@ -118,15 +116,11 @@ def pack(parser: argparse.ArgumentParser) -> Run:
         check_early(source, out, options)
         codec, attach = _load_codec(args, source)
         summary = pack(source, out, codec, _load_text(args), replace(options, attach=attach))
+        if args.cut:
+            _print_frames(source)
         _print_summary(summary, f", {CODEC_FILE}" if args.codec == "tiny" else "")
 
     return run
-
-
-def _warn_of_rate(source: FileSource) -> None:
-    warning = source.other_rate(VIDEO_FPS)
-    if warning:
-        print(f"warning: {warning}", file=sys.stderr)
 
 
 def prompts(parser: argparse.ArgumentParser) -> Run:
@@ -289,20 +283,26 @@ def invert(parser: argparse.ArgumentParser) -> Run:
 
 def _file_source(args: argparse.Namespace) -> FileSource:
     from selfforcing_dfd.data.sources.files import FileSource
+    from selfforcing_dfd.metrics.scenes import one_scene, scenes_in
 
+    ways = {"windows": partial(one_scene, fps=args.fps), "scenes": partial(scenes_in, fps=args.fps)}
     captions = Path(args.captions)
     is_ending = args.captions.startswith(".") or captions.suffix not in (".csv", ".jsonl", ".txt")
-    suffix = args.captions if is_ending and not captions.is_file() else None
+    is_ending = is_ending and not captions.is_file()
+    suffix = args.captions if is_ending else ".txt"
     return FileSource(
         args.source.resolve(),
         args.frames,
         args.size,
         resize=args.resize,
         fps=args.fps,
-        caption_suffix=suffix or ".txt",
-        captions=None if suffix else captions,
+        caption_suffix=suffix,
+        captions=None if is_ending else captions,
         recursive=args.recursive,
         levels=args.levels,
+        cut=ways.get(args.cut),
+        cut_name=args.cut,
+        num_workers=args.workers,
     )
 
 
@@ -334,6 +334,18 @@ def _load_text(args: argparse.Namespace) -> TextEncoder:
     return load_text(args.text, args.model, args.device, args.text_cache)
 
 
+def _print_frames(source: FileSource) -> None:
+    """What became of the frames of files that were cut."""
+    frames = source.about["frames"]
+    offered = frames["offered"]
+    used = frames["in_windows"]
+    windows = used // source.num_video_frames
+    print(
+        f"{source.num_files} files with {offered} frames = {used} in {windows} windows + "
+        f"{offered - used} left over at the ends of files and scenes"
+    )
+
+
 def _print_summary(summary: PackSummary, more: str = "") -> None:
     for refusal in summary.refused[:NUM_PRINTED]:
         print(f"left out {refusal.file}: {refusal.reason}")
@@ -343,9 +355,15 @@ def _print_summary(summary: PackSummary, more: str = "") -> None:
     if summary.skipped:
         names = ", ".join(summary.skipped[:NUM_PRINTED])
         print(
-            f"skipped {len(summary.skipped)} files that are not .mp4: {names}; videos in other "
-            "formats can be named in a list (.txt or .csv)"
+            f"skipped {len(summary.skipped)} files that are no videos by their endings: {names}; a "
+            "list (.txt or .csv) may name any file"
         )
+    if summary.longer:
+        print(
+            f"{summary.longer} files are long enough for more samples; {summary.frames_left} of "
+            "their frames are not used, and would be with --cut windows or --cut scenes"
+        )
+    print(summary.account)
     left_out = f", {len(summary.refused)} clips left out" if summary.refused else ""
     counts = f"{summary.num_samples} samples, {summary.num_shards} shards"
     print(f"{summary.folder}: {counts}{more}{left_out}")

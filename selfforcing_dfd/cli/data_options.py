@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfforcing_dfd.cli.options import levels, positive, rate, size
+from selfforcing_dfd.cli.options import MODEL_FPS, levels, positive, rate_or_all, size
 
 if TYPE_CHECKING:
     from selfforcing_dfd.data.pack import PackOptions
@@ -53,10 +53,18 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--fps",
-        type=rate,
+        type=rate_or_all,
+        default=MODEL_FPS,
         metavar="RATE",
-        help="take the frames nearest to this rate by their time stamps; clips with fewer are "
-        "left out (default: all frames)",
+        help="take the frames nearest to this rate by their time stamps; clips with fewer are left "
+        "out; all: frames as they come (default: %(default)s, the models' own)",
+    )
+    parser.add_argument(
+        "--cut",
+        choices=("windows", "scenes"),
+        default="",
+        help="take every window of that many frames, one after the other; scenes: and none across "
+        "a cut (default: the first frames of each file)",
     )
     parser.add_argument(
         "--workers",

@@ -12,6 +12,7 @@ Run = Callable[[argparse.Namespace], None]
 Command = Callable[[argparse.ArgumentParser], Run]
 
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+MODEL_FPS = Fraction(16)  # of Wan and of the tiny world
 LEVEL_NAMES = ("short", "medium", "long")
 ATTENTION_NAMES = ("auto", "sdpa", "fa2", "fa3", "fa4")
 DEVICE_HELP = "auto, cpu, cuda or cuda:N (default: %(default)s)"
@@ -59,6 +60,11 @@ def levels(text: str) -> tuple[str, ...]:
     if not named or set(named) - set(LEVEL_NAMES):
         raise argparse.ArgumentTypeError(f"{text!r}, want some of {','.join(LEVEL_NAMES)}")
     return tuple(name for name in LEVEL_NAMES if name in named)
+
+
+def rate_or_all(text: str) -> Fraction | None:
+    """Frames a second, or None of `all`: every frame, whatever the rate."""
+    return None if text == "all" else rate(text)
 
 
 def named_file(text: str) -> tuple[str, str]:

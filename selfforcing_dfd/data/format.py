@@ -106,9 +106,10 @@ class Index:
     """All about a shard folder except the arrays.
 
     fingerprints: of `codec`, `text` and, where there is noise, `noise`. refused: file and reason
-    of each clip that could not be used. about: what was packed and how: `source` (its size and
-    SHA-256), `settings`, `negative` (prompt and SHA-256 of its file) where there is one, `part`
-    where the folder is one of several. `about` is empty in folders of the first version.
+    of each clip that could not be used, and `damaged` where it cannot be decoded. about: what was
+    packed and how: `source` (its size and SHA-256), `settings`, `negative` (prompt and SHA-256 of
+    its file) where there is one, `part` where the folder is one of several. `about` is empty in
+    folders of the first version.
     """
 
     shards: tuple[Shard, ...]
@@ -116,7 +117,7 @@ class Index:
     latent_shape: tuple[int, ...]  # F, C, H, W
     text_shape: tuple[int, ...]  # padded length L, D
     fingerprints: dict[str, str]
-    refused: tuple[dict[str, str], ...]
+    refused: tuple[dict[str, Any], ...]
     about: dict[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> str:

@@ -18,10 +18,15 @@ NUM_NAMED = 5  # differences and clips that a message names
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A clip that was left out, and why."""
+    """A clip that was left out, and why. damaged: it cannot be decoded; else it does not fit."""
 
     file: str
     reason: str
+    damaged: bool = False
+
+    def to_fields(self) -> dict[str, Any]:
+        fields = {"file": self.file, "reason": self.reason}
+        return {**fields, "damaged": True} if self.damaged else fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +90,7 @@ class Journal:
         line = {
             "shard": asdict(shard),
             "samples": [sample.to_fields() for sample in samples],
-            "refused": [asdict(refusal) for refusal in refused],
+            "refused": [refusal.to_fields() for refusal in refused],
             "next": next_item,
         }
         with self.path.open("a") as file:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
@@ -23,7 +24,7 @@ from selfforcing_dfd.codecs.protocol import TextEncoder, VideoCodec
 from selfforcing_dfd.data.ahead import in_order
 from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, PackError, load_npy, npy, trim
 from selfforcing_dfd.data.levels import text_member
-from selfforcing_dfd.data.source import ClipError, Item, Latents, Source
+from selfforcing_dfd.data.source import ClipError, DamagedClipError, Item, Latents, Source
 from selfforcing_dfd.data.write import (
     Job,
     PackSummary,
@@ -100,7 +101,12 @@ def pack(
     summary = write_folder(
         out, packer.job(), packer.records, options.overwrite, options.unfinished, options.attach
     )
-    return replace(summary, skipped=tuple(source.skipped))
+    return replace(
+        summary,
+        skipped=tuple(source.skipped),
+        longer=packer.left["files"],
+        frames_left=packer.left["frames"],
+    )
 
 
 def check_early(source: Source, out: Path | str, options: PackOptions) -> None:
@@ -119,7 +125,7 @@ def check_early(source: Source, out: Path | str, options: PackOptions) -> None:
             source.read(number)
             return
         except ClipError as error:
-            refused.append(Refusal(name, error.reason))
+            refused.append(_refusal(name, error))
     raise none_usable(source.title, len(refused), refused)
 
 
@@ -137,7 +143,8 @@ def share_of(items: Sequence[T], part: tuple[int, int]) -> Sequence[T]:
 class _Packer:
     """One call of `pack`. `_read` may run in any thread, all else in the encoders' own.
 
-    A position counts within this part. numbers, names, keys: the source's, by position.
+    A position counts within this part. numbers, names, keys: the source's, by position. left:
+    counts files that are long enough for more samples, and their unused frames.
     """
 
     source: Source
@@ -149,6 +156,7 @@ class _Packer:
     keys: Sequence[str]
     text_shape: tuple[int, ...]
     fingerprints: dict[str, str]
+    left: Counter[str] = field(default_factory=Counter)
 
     def job(self) -> Job:
         options = self.options
@@ -196,7 +204,7 @@ class _Packer:
                 if isinstance(result, Record):
                     yield result
                     continue
-                refusal = Refusal(self.names[position], result.reason)
+                refusal = _refusal(self.names[position], result)
                 if self.options.strict:
                     raise PackError(
                         f"{refusal.file}: {refusal.reason}. Repair it, or run without --strict"
@@ -229,10 +237,15 @@ class _Packer:
             if isinstance(item, ClipError):
                 yield position, item
                 continue
+            self._count_left(item)
             found = [(level, next(embeddings)) for level, embeddings in by_level.items()]
             texts = {level: text for level, text in found if isinstance(text, Tensor)}
             problems = [text for _, text in found if isinstance(text, ClipError)]
             yield position, problems[0] if problems else self._record(position, item, texts)
+
+    def _count_left(self, item: Item) -> None:
+        if item.video is not None and item.frames_left >= len(item.video):
+            self.left.update(files=1, frames=item.frames_left)
 
     def _embeddings(self, items: list[tuple[int, Item]], level: str) -> list[Tensor | ClipError]:
         """[L, D] for each item; a caption that the encoder refuses takes no other with it."""
@@ -311,6 +324,10 @@ class _Packer:
         content = save({"text": torch.from_numpy(rows).contiguous()}, {"prompt": prompt or ""})
         about = {"prompt": prompt or "", "sha256": hashlib.sha256(content).hexdigest()}
         return {NEGATIVE_NAME: content}, {"negative": about}
+
+
+def _refusal(name: str, error: ClipError) -> Refusal:
+    return Refusal(name, error.reason, isinstance(error, DamagedClipError))
 
 
 def _made_up_caption(embedding: bytes) -> str:

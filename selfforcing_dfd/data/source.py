@@ -27,13 +27,17 @@ class ClipError(UserError):
         self.reason = reason
 
 
+class DamagedClipError(ClipError):
+    """A clip that is not what its maker wrote: its decoder meets errors."""
+
+
 @dataclass(frozen=True, slots=True)
 class Item:
     """One item of a source. It holds video or latents, or a caption alone.
 
     caption: one line; empty if there is none. video: uint8 [T, H, W, 3]. latents: [F, C, H, W].
     text: [L, D], the caption's embedding, where the source stores one. captions: one for each of
-    the source's levels.
+    the source's levels. frames_left: of the file, by what it states, that are in no item.
     """
 
     caption: str
@@ -41,6 +45,7 @@ class Item:
     latents: Tensor | None = None
     text: Tensor | None = None
     captions: Mapping[str, str] = field(default_factory=dict)
+    frames_left: int = 0
 
 
 @dataclass(frozen=True, slots=True)

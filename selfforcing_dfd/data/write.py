@@ -12,7 +12,7 @@ import tarfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain, islice
 from pathlib import Path
 from typing import Literal
@@ -67,13 +67,30 @@ OUR_FILES = r"shard-\d{6}\.tar|index\.json|progress\.jsonl|[\w.-]+\.safetensors"
 
 @dataclass(frozen=True, slots=True)
 class PackSummary:
-    """What was packed. refused: clips that cannot be used. skipped: files of other kinds."""
+    """What was packed.
+
+    refused: clips that cannot be used, damaged ones among them. skipped: files of other kinds.
+    longer: how many files have frames left for at least one more sample. frames_left: how many
+    frames these are.
+    """
 
     folder: Path
     num_samples: int
     num_shards: int
     refused: tuple[Refusal, ...]
     skipped: tuple[str, ...] = ()
+    longer: int = 0
+    frames_left: int = 0
+
+    @property
+    def account(self) -> str:
+        """`offered = packed + refused + damaged`, in numbers."""
+        damaged = sum(refusal.damaged for refusal in self.refused)
+        refused = len(self.refused) - damaged
+        offered = self.num_samples + len(self.refused)
+        return (
+            f"{offered} offered = {self.num_samples} packed + {refused} refused + {damaged} damaged"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +142,7 @@ def write_folder(
         refused: dict[int, Refusal] = {}
         write_shards(partial, records(journal.next, refused.__setitem__), journal, refused)
         journal.refused += [refused[number] for number in sorted(refused) if number >= journal.next]
+        check_account(job, journal)
         if not journal.samples and not job.may_be_empty:
             raise none_usable(job.name, job.num_items, journal.refused)
         index = Index(
@@ -133,7 +151,7 @@ def write_folder(
             job.latent_shape,
             job.text_shape,
             job.fingerprints,
-            tuple(asdict(refusal) for refusal in journal.refused),
+            tuple(refusal.to_fields() for refusal in journal.refused),
             job.about,
         )
         write_index(partial, index)
@@ -235,6 +253,17 @@ def none_usable(name: str, num_items: int, refused: list[Refusal]) -> PackError:
     return PackError(
         f"{name}: none of its {num_items} clips can be used; the first of them:{first}"
     )
+
+
+def check_account(job: Job, journal: Journal) -> None:
+    """PackError unless every item became a sample or was left out by name."""
+    packed = len(journal.samples)
+    refused = len(journal.refused)
+    if packed + refused != job.num_items:
+        raise PackError(
+            f"{job.name}: {job.num_items} items were offered, {packed} packed and {refused} left "
+            "out, which does not add up. This is a fault of this program; please report it"
+        )
 
 
 def write_shards(

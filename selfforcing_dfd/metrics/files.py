@@ -17,11 +17,10 @@ from torch import Tensor
 import selfforcing_dfd
 from selfforcing_dfd.common import UserError, atomic_file, sha256_of
 from selfforcing_dfd.data.source import ClipError
-from selfforcing_dfd.data.sources.video import decoded_strictly, rate_of
+from selfforcing_dfd.data.sources.video import VIDEOS, decoded_strictly, rate_of
 from selfforcing_dfd.metrics.video import METRICS_VERSION, VideoMeter
 
 SCHEMA = 1
-VIDEOS = (".mp4", ".mov", ".webm", ".mkv", ".avi", ".gif")
 
 
 @dataclass(frozen=True, slots=True)

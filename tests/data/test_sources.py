@@ -92,7 +92,7 @@ def test_folders_below_are_searched_on_request(
     shutil.copytree(own_clips, tmp_path / "all" / "a")
     shutil.copytree(own_clips, tmp_path / "all" / "b.c")
     with pytest.raises(
-        PackError, match=r"no \.mp4 files in it; .* or --recursive if they lie in folders below"
+        PackError, match=r"no videos in it, .* or --recursive if they lie in folders below"
     ):
         list_clips(tmp_path / "all")
     pack_tiny(tmp_path / "all", tmp_path / "shards", codec, recursive=True)
@@ -153,7 +153,7 @@ def test_the_hash_of_a_list_sees_names_captions_sizes_and_order(own_clips: Path)
         (
             "list.xml",
             "<a/>",
-            r"want a folder of \.mp4 clips, or a list of videos as \.csv, \.jsonl or \.txt",
+            r"want a folder of videos, or a list of them as \.csv, \.jsonl or \.txt",
         ),
     ],
 )

@@ -14,6 +14,7 @@ from clip_files import write_clip
 from torch import Tensor
 
 from selfforcing_dfd.cli.main import main
+from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.source import ClipError
 from selfforcing_dfd.data.sources.video import read_video
 
@@ -125,16 +126,16 @@ def test_a_clip_that_changes_its_size_is_named(tmp_path: Path, frames: Tensor) -
         read_video(tmp_path / "joined.ts", num_frames=14)
 
 
-def test_a_clip_of_another_rate_is_spoken_of(
+def test_clips_are_taken_at_the_rate_of_the_models(
     tmp_path: Path, frames: Tensor, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Catches clips of 30 frames a second that are taken for 16 without a word."""
-    for fps in (16, 30):
-        folder = tmp_path / str(fps)
-        folder.mkdir()
-        write_clip(folder / "clip.mp4", frames, fps=fps)
-        (folder / "clip.txt").write_text("a disc")
-        assert main(["pack", str(folder), "--codec", "tiny", "--frames", "9"]) == 0
-        said = capsys.readouterr().err
-        assert ("clip.mp4 has 30 frames a second" in said) == (fps == 30)
-        assert ("1.9 times as fast. --fps 16" in said) == (fps == 30)
+    """Catches clips of 32 frames a second that are taken for 16: motion would be twice as fast."""
+    write_clip(tmp_path / "clip.mp4", torch.cat([frames, frames]), fps=32)
+    (tmp_path / "clip.txt").write_text("a disc")
+    command = ["pack", str(tmp_path), "--codec", "tiny", "--frames"]
+    assert main([*command, "13"]) == 2
+    assert "clip.mp4: has 9 video frames at 16 fps, want 13" in capsys.readouterr().err
+    assert main([*command, "13", "--fps", "all"]) == 0
+    assert main([*command, "9", "--overwrite"]) == 0
+    packed = ShardReader(f"{tmp_path}-shards").index.about["settings"]
+    assert packed["fps"] == "16"

@@ -182,7 +182,13 @@ def _members(tar: Path) -> dict[str, dict[str, Place]]:
                 folder, _, file = info.name.rpartition("/")
                 key, _, part = file.partition(".")
                 full_key = f"{folder}/{key}" if folder else key
-                found.setdefault(full_key, {})[part] = (info.offset_data, info.size)
+                parts = found.setdefault(full_key, {})
+                if part in parts:
+                    raise PackError(
+                        f"{tar}: holds {info.name} twice, and one of the two samples would be "
+                        "lost; give each sample a name of its own"
+                    )
+                parts[part] = (info.offset_data, info.size)
             end = members.offset
     except tarfile.TarError as error:
         raise PackError(

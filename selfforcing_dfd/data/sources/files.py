@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import av
 from torch import Tensor
 
 from selfforcing_dfd.data.levels import Level, levels_of
-from selfforcing_dfd.data.source import ClipError, Item, Source, Video
-from selfforcing_dfd.data.sources.listing import CLIP, TEXTS, files_in, list_clips, list_hash
-from selfforcing_dfd.data.sources.video import Resize, rate_of, read_video
+from selfforcing_dfd.data.source import ClipError, DamagedClipError, Item, Source, Video
+from selfforcing_dfd.data.sources.cuts import ScenesOf, cut_clips
+from selfforcing_dfd.data.sources.listing import TEXTS, files_in, list_clips, list_hash
+from selfforcing_dfd.data.sources.video import (
+    VIDEOS,
+    Resize,
+    decoded_frames,
+    frames_stated,
+    gathered,
+    read_video,
+)
+from selfforcing_dfd.data.sources.windows import WindowReader
 
 
 class FileSource(Source):
-    """Video files, of each its first frames. See `list_clips` for where clips and captions lie."""
+    """Video files. See `list_clips` for where clips and captions lie.
+
+    Of each file its first frames are taken, or with `cut` all windows of that length.
+    """
 
     def __init__(
         self,
@@ -31,10 +44,14 @@ class FileSource(Source):
         captions: Path | None = None,
         recursive: bool = False,
         levels: Sequence[Level] = (),
+        cut: ScenesOf | None = None,
+        cut_name: str = "",
+        num_workers: int = 0,
     ) -> None:
         """video_size: height and width. resize, fps: see `read_video`. PackError: no clips.
 
-        caption_suffix, captions, recursive, levels: see `list_clips`.
+        caption_suffix, captions, recursive, levels: see `list_clips`. cut: see `cut_clips`, with
+        num_workers; cut_name: how the index calls it.
         """
         self.path = Path(path)
         self.num_video_frames = num_video_frames
@@ -42,7 +59,14 @@ class FileSource(Source):
         self.resize = resize
         self.fps = fps
         self.recursive = recursive
+        self.cut_name = cut_name
         self.clips = list_clips(path, caption_suffix, captions, recursive, levels)
+        self.num_files = len(self.clips)
+        self.num_frames = 0
+        if cut is not None:
+            cut_up = cut_clips(self.clips, num_video_frames, cut, num_workers)
+            self.clips, self.num_frames = cut_up
+        self._windows = WindowReader(self._frames_of, self._gather, num_video_frames)
 
     @property
     def title(self) -> str:
@@ -58,7 +82,13 @@ class FileSource(Source):
 
     @cached_property
     def about(self) -> dict[str, Any]:
-        return {"num_clips": len(self.clips), "sha256": list_hash(self.clips)}
+        about = {"num_clips": len(self.clips), "sha256": list_hash(self.clips)}
+        if not self.cut_name:
+            return about
+        windows = sum(clip.first is not None for clip in self.clips)
+        used = windows * self.num_video_frames
+        frames = {"offered": self.num_frames, "in_windows": used}
+        return {**about, "num_files": self.num_files, "frames": frames}
 
     @cached_property
     def levels(self) -> tuple[Level, ...]:
@@ -67,12 +97,14 @@ class FileSource(Source):
     @property
     def settings(self) -> dict[str, Any]:
         height, width = self.video_size
+        cut = {"cut": self.cut_name} if self.cut_name else {}
         return {
             "num_video_frames": self.num_video_frames,
             "height": height,
             "width": width,
             "fps": None if self.fps is None else str(self.fps),
             "resize": self.resize,
+            **cut,
         }
 
     @property
@@ -81,33 +113,35 @@ class FileSource(Source):
 
     @cached_property
     def skipped(self) -> list[str]:
-        """Files of a folder that are neither clips nor text, such as videos in other formats."""
+        """Files of a folder that are neither videos nor text, by their endings."""
         if not self.path.is_dir():
             return []
-        return sorted(
-            path.relative_to(self.path).as_posix()
-            for path in files_in(self.path, self.recursive)
-            if path.suffix.lower() not in (CLIP, *TEXTS)
-        )
-
-    def other_rate(self, fps: int) -> str:
-        """A warning if frames are taken as they come, and the first clip's rate is not `fps`."""
-        rate = None if self.fps is not None else rate_of(self.clips[0].path)
-        if rate is None or abs(rate - fps) < 1:
-            return ""
-        return (
-            f"{self.clips[0].name} has {float(rate):g} frames a second, and models {fps}: motion "
-            f"would be {float(rate / fps):.2g} times as fast. --fps {fps} takes frames by their "
-            "time stamps"
-        )
+        known = (*VIDEOS, *TEXTS)
+        found = files_in(self.path, self.recursive)
+        others = [path for path in found if path.suffix.lower() not in known]
+        return sorted(path.relative_to(self.path).as_posix() for path in others)
 
     def read(self, number: int) -> Item:
         clip = self.clips[number]
         if clip.problem:
-            raise ClipError(clip.name, clip.problem)
-        return Item(clip.caption, self.read_video(number), captions=clip.captions)
+            kind = DamagedClipError if clip.damaged else ClipError
+            raise kind(clip.name, clip.problem)
+        video = self.read_video(number)
+        left = 0
+        if clip.first is None:
+            left = max(frames_stated(clip.path, self.fps) - len(video), 0)
+        return Item(clip.caption, video, captions=clip.captions, frames_left=left)
 
     def read_video(self, number: int) -> Tensor:
         """uint8 [T, H, W, 3], whether the clip has a caption or not. Raises ClipError."""
-        path = self.clips[number].path
-        return read_video(path, self.num_video_frames, self.video_size, self.resize, self.fps)
+        clip = self.clips[number]
+        if clip.first is not None:
+            return self._windows.read(clip.path, clip.first)
+        size = self.video_size
+        return read_video(clip.path, self.num_video_frames, size, self.resize, self.fps)
+
+    def _frames_of(self, path: Path) -> Iterator[av.VideoFrame]:
+        return decoded_frames(path, self.fps)
+
+    def _gather(self, path: Path, frames: Iterator[av.VideoFrame]) -> Tensor:
+        return gathered(path.name, frames, self.video_size, self.resize)

@@ -12,8 +12,8 @@ from selfforcing_dfd.data.format import PackError
 from selfforcing_dfd.data.levels import Level, levels_of, main_caption
 from selfforcing_dfd.data.source import keys_of, one_line
 from selfforcing_dfd.data.sources.tables import TABLES, lines_of, read_table
+from selfforcing_dfd.data.sources.video import VIDEOS
 
-CLIP = ".mp4"
 TEXTS = (".txt", ".json", *TABLES)  # captions and lists; no clips that were forgotten
 
 
@@ -23,7 +23,8 @@ class Clip:
 
     name: within the source, as the index gives it. caption: one line. problem: why the clip cannot
     be used; empty if it can. captions: by level; none where each clip has one. Else `caption` is
-    the longest of them.
+    the longest of them. first: video frame with which it begins; None for a whole file, of which
+    the first frames are taken. damaged: the problem is that the file cannot be decoded.
     """
 
     path: Path
@@ -32,6 +33,8 @@ class Clip:
     caption: str
     problem: str = ""
     captions: Mapping[str, str] = field(default_factory=dict)
+    first: int | None = None
+    damaged: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,17 +49,18 @@ class Row:
 
 
 def find_clips(folder: Path | str, recursive: bool = False) -> list[Path]:
-    """The `.mp4` files of a folder, and below it if `recursive`, by name. PackError: no clips."""
+    """The videos of a folder, and below it if `recursive`, by name. PackError: no clips."""
     folder = Path(folder)
     if not folder.is_dir():
         raise PackError(
-            f"{folder}: no such folder; want one with .mp4 clips and a caption file beside each"
+            f"{folder}: no such folder; want one with videos and a caption file beside each"
         )
-    clips = sorted(path for path in files_in(folder, recursive) if path.suffix.lower() == CLIP)
+    clips = sorted(path for path in files_in(folder, recursive) if path.suffix.lower() in VIDEOS)
     if not clips:
         deeper = "" if recursive else ", or --recursive if they lie in folders below"
         raise PackError(
-            f"{folder}: no .mp4 files in it; want clips with a caption file beside each{deeper}"
+            f"{folder}: no videos in it, such as .mp4 files; want clips with a caption file beside "
+            f"each{deeper}"
         )
     return clips
 
@@ -124,7 +128,7 @@ def _rows(source: Path, recursive: bool, levels: Sequence[Level]) -> list[Row]:
         return [Row(line.strip()) for line in lines_of(source) if line.strip()]
     if source.is_file():
         raise PackError(
-            f"{source}: want a folder of .mp4 clips, or a list of videos as .csv, .jsonl or .txt"
+            f"{source}: want a folder of videos, or a list of them as .csv, .jsonl or .txt"
         )
     return [Row(path.relative_to(source).as_posix()) for path in find_clips(source, recursive)]
 

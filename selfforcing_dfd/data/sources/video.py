@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from fractions import Fraction
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import av
 import numpy as np
@@ -15,11 +15,18 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
-from selfforcing_dfd.data.source import ClipError
+from selfforcing_dfd.data.source import ClipError, DamagedClipError
 
 Resize = Literal["none", "cover", "stretch"]
 STRICT = {"err_detect": "explode"}
 """FFmpeg's decoders stop at an error. By default they make up pictures in place of damaged ones."""
+
+VIDEOS = (
+    *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif", ".mpg", ".mpeg", ".m2v", ".ts"),
+    *(".m2ts", ".mts", ".flv", ".wmv", ".asf", ".3gp", ".3g2", ".ogv", ".vob", ".mxf", ".y4m"),
+)
+"""Endings of videos. What a file holds is decided by FFmpeg."""
+NO_VIDEO = "no video stream; want a file with pictures in it"
 
 
 def read_video(
@@ -36,28 +43,37 @@ def read_video(
     take frames at this rate by their time stamps (see `at_rate`); without it, frames are taken as
     they come, whatever their rate.
 
-    Raises ClipError if the file cannot be decoded without an error, is too short, has another
-    size, changes it on the way, or is turned by its metadata; with fps, if its own rate is lower or
-    unknown.
+    Raises DamagedClipError if the file cannot be decoded without an error; ClipError if it is too
+    short, has another size, changes it on the way, or is turned by its metadata; with fps, if its
+    own rate is lower or unknown.
     """
     path = Path(path)
-    name = path.name
-    pictures: list[np.ndarray] = []
-    sizes: set[tuple[int, int]] = set()
+    frames = decoded_frames(path, fps)
+    video = gathered(path.name, islice(frames, num_frames), size, resize)
+    frames.close()
+    if len(video) < num_frames:
+        rate = "" if fps is None else f" at {float(fps):g} fps"
+        problem = f"has {len(video)} video frames{rate}, want {num_frames}"
+        raise ClipError(path.name, f"{problem}; ask for fewer or leave it out")
+    return video
+
+
+def gathered(
+    name: str,
+    frames: Iterable[av.VideoFrame],
+    size: tuple[int, int] | None = None,
+    resize: Resize = "none",
+) -> Tensor:
+    """Frames as uint8 [T, H, W, 3]. Raises ClipError for those of another size, or of several."""
     # one for all frames: `frame.to_ndarray` makes one for each, 5 times slower
     to_rgb = VideoReformatter()
-    try:
-        with opened(path) as container:
-            for frame in islice(_frames(container, fps, name), num_frames):
-                sizes.add((frame.height, frame.width))
-                pictures.append(picture(frame, to_rgb, size, resize))
-    except av.error.FFmpegError as error:
-        problem = f"cannot be read as video ({error.strerror}); encode it again or leave it out"
-        raise ClipError(name, problem) from error
-    if len(pictures) < num_frames:
-        rate = "" if fps is None else f" at {float(fps):g} fps"
-        problem = f"has {len(pictures)} video frames{rate}, want {num_frames}"
-        raise ClipError(name, f"{problem}; ask for fewer or leave it out")
+    pictures: list[np.ndarray] = []
+    sizes: set[tuple[int, int]] = set()
+    for frame in frames:
+        sizes.add((frame.height, frame.width))
+        pictures.append(picture(frame, to_rgb, size, resize))
+    if not pictures:
+        return torch.empty(0, *(size or (0, 0)), 3, dtype=torch.uint8)
     if len(sizes) > 1:
         problem = "the frame size changes within the clip; encode it again at one size"
         raise ClipError(name, problem)
@@ -66,10 +82,51 @@ def read_video(
     return torch.from_numpy(np.stack(pictures))
 
 
+def decoded_frames(path: Path, fps: Fraction | None = None) -> Generator[av.VideoFrame, None, None]:
+    """The frames of the first video stream, one by one, at a rate if there is one.
+
+    Raises ClipError as `read_video` does.
+    """
+    try:
+        with opened(path) as container:
+            yield from _frames(container, fps, path.name)
+    except av.error.FFmpegError as error:
+        problem = f"cannot be read as video ({error.strerror}); encode it again or leave it out"
+        raise DamagedClipError(path.name, problem) from error
+
+
+def count_frames(path: Path, fps: Fraction | None = None) -> int:
+    """How many frames a file states to have, at a rate if there is one; nothing is decoded.
+
+    Files whose packets have no time stamps are decoded after all. Raises ClipError.
+    """
+    try:
+        with opened(path) as container:
+            if not container.streams.video:
+                raise ClipError(path.name, NO_VIDEO)
+            packets = (packet for packet in container.demux(video=0) if packet.size)
+            stamps = [Stamp(packet.pts, packet.time_base) for packet in packets]
+    except av.error.FFmpegError as error:
+        problem = f"cannot be read as video ({error.strerror}); encode it again or leave it out"
+        raise DamagedClipError(path.name, problem) from error
+    if any(stamp.pts is None for stamp in stamps):
+        return sum(1 for _ in decoded_frames(path, fps))
+    stamps.sort(key=lambda stamp: stamp.pts or 0)
+    return len(stamps) if fps is None else sum(1 for _ in at_rate(stamps, fps, path.name))
+
+
+def frames_stated(path: Path, fps: Fraction | None) -> int:
+    """What the head of a file says of its number of frames, at a rate; 0 where it says nothing."""
+    with opened(path) as container:
+        stream = container.streams.video[0]
+        rate = stream.average_rate
+        return round(stream.frames * fps / rate) if fps and rate else stream.frames
+
+
 def _frames(container: Any, fps: Fraction | None, name: str) -> Iterator[av.VideoFrame]:
     """The frames of the first video stream, at a rate if there is one."""
     if not container.streams.video:
-        raise ClipError(name, "no video stream; want a file with pictures in it")
+        raise ClipError(name, NO_VIDEO)
     decoded = decoded_strictly(container, name)
     for frame in decoded if fps is None else at_rate(decoded, fps, name):
         if frame.rotation:
@@ -98,7 +155,7 @@ def decoded_strictly(container: Any, name: str) -> Iterator[av.VideoFrame]:
     decoder.options = STRICT
     for frame in container.decode(video=0):
         if frame.is_corrupt:
-            raise ClipError(name, "is damaged; encode it again or leave it out")
+            raise DamagedClipError(name, "is damaged; encode it again or leave it out")
         yield frame
 
 
@@ -124,7 +181,27 @@ def _check_size(name: str, got: tuple[int, int], wanted: tuple[int, int]) -> Non
     )
 
 
-def at_rate(frames: Iterable[av.VideoFrame], fps: Fraction, name: str) -> Iterator[av.VideoFrame]:
+class Stamped(Protocol):
+    """A frame, or what stands for it, with its time."""
+
+    @property
+    def pts(self) -> int | None: ...
+
+    @property
+    def time_base(self) -> Fraction | None: ...
+
+
+class Stamp(NamedTuple):
+    """The time of a frame that is not decoded."""
+
+    pts: int | None
+    time_base: Fraction | None
+
+
+StampedType = TypeVar("StampedType", bound=Stamped)
+
+
+def at_rate(frames: Iterable[StampedType], fps: Fraction, name: str) -> Iterator[StampedType]:
     """The frame nearest to each of the times start + k / fps; of two as near, the earlier.
 
     No frame is taken twice. Raises ClipError where the clip's own rate is lower than fps, since
@@ -132,11 +209,11 @@ def at_rate(frames: Iterable[av.VideoFrame], fps: Fraction, name: str) -> Iterat
     """
     start = Fraction(0)
     count = 0
-    before: tuple[Fraction, av.VideoFrame] | None = None
+    before: tuple[Fraction, StampedType] | None = None
     taken = False
     for frame in frames:
         if frame.pts is None or frame.time_base is None:
-            problem = "its frames have no time stamps; leave out --fps, or encode it again"
+            problem = "its frames have no time stamps; use --fps all, or encode it again"
             raise ClipError(name, problem)
         time = frame.pts * frame.time_base
         start = time if before is None else start
@@ -146,7 +223,7 @@ def at_rate(frames: Iterable[av.VideoFrame], fps: Fraction, name: str) -> Iterat
                     f"has fewer than {float(fps):g} frames a second at "
                     f"{float(before[0] - start):.2f} s, and frames are not repeated"
                 )
-                raise ClipError(name, f"{problem}; ask for a lower --fps")
+                raise ClipError(name, f"{problem}; ask for a lower --fps, or for --fps all")
             yield before[1]
             taken = True
             count += 1
