@@ -31,7 +31,7 @@ LEVELS = (
     {"weights", "config", "tiny"},
     {"data"},
     {"stages", "streaming", "metrics"},
-    {"training", "benchmark", "live"},
+    {"training", "benchmark", "live", "curate"},
     {"evaluation"},
     {"study"},
     {"cli"},

@@ -15,6 +15,7 @@ from typing import NoReturn
 
 import selfforcing_dfd
 from selfforcing_dfd.cli import (
+    curate_command,
     data_commands,
     doctor_command,
     evaluate_command,
@@ -42,6 +43,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "stream": (stream_commands.stream, stream_commands.benchmark, evaluate_command.evaluate),
     "data": (
         data_commands.clips,
+        curate_command.curate,
         data_commands.pack,
         data_commands.prompts,
         data_commands.import_,
@@ -63,6 +65,9 @@ def summary_of(command: Command) -> str:
     return " ".join(command.__doc__.split("\n\n")[0].split())
 
 
+STEPS: dict[str, dict[str, Command]] = {"curate": curate_command.STEPS}
+"""Commands that consist of steps, each with options of its own."""
+
 COMMANDS = {name_of(command): command for group in GROUPS.values() for command in group}
 
 
@@ -73,11 +78,14 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message}; see {self.prog} --help")
 
 
-def parser_of(name: str) -> Parser:
-    """The parser of one command; `command` among the parsed options is what to run."""
-    command = COMMANDS[name]
+def parser_of(name: str, step: str = "") -> Parser:
+    """The parser of one command or of one of its steps.
+
+    `command` among the parsed options is what to run.
+    """
+    command = STEPS[name][step] if step else COMMANDS[name]
     parser = Parser(
-        prog=f"{PROGRAM} {name}",
+        prog=f"{PROGRAM} {name} {step}".rstrip(),
         description=inspect.getdoc(command),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
@@ -96,6 +104,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         similar = difflib.get_close_matches(name, COMMANDS, 1)
         guess = f", did you mean {similar[0]}?" if similar else ";"
         raise UserError(f"there is no command {name}{guess} the commands are {', '.join(COMMANDS)}")
+    if rest and rest[0] in STEPS.get(name, {}):
+        return parser_of(name, rest[0]).parse_intermixed_args(rest[1:])
     return parser_of(name).parse_intermixed_args(rest)
 
 

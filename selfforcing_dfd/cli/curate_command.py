@@ -1,0 +1,154 @@
+"""The command `curate`: steps from a folder of videos to training data, a function each."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from selfforcing_dfd.cli.options import MODEL_FPS, Command, Run, positive, rate_or_all
+from selfforcing_dfd.common import UserError
+
+if TYPE_CHECKING:
+    from selfforcing_dfd.curate.caption import CaptionSummary
+    from selfforcing_dfd.curate.captioners import Captioner
+
+NUM_PRINTED = 20
+
+
+def curate(parser: argparse.ArgumentParser) -> Run:
+    """Prepare training data from videos, step by step: `curate caption` describes clips.
+
+    Each step has options of its own: selfforcing-dfd curate STEP --help.
+    """
+    parser.add_argument("step", choices=sorted(STEPS), help="what to do")
+
+    def run(args: argparse.Namespace) -> None:
+        raise UserError(f"name the step first: selfforcing-dfd curate {args.step} ...")
+
+    return run
+
+
+def caption(parser: argparse.ArgumentParser) -> Run:
+    """Write a short, a medium and a long caption for each clip, by a model behind HTTP.
+
+    The model sees frames of the clip and writes all three in one reply. Any server with OpenAI's
+    chat completions will do, such as vLLM. The table is for `pack --captions`. Killed at any
+    moment, the same command goes on.
+    """
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="folder of videos, or a list as for `pack`"
+    )
+    parser.add_argument(
+        "--url",
+        default="http://localhost:8000/v1",
+        help="the server, up to /v1 (default: %(default)s); a key is read from OPENAI_API_KEY",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="NAME",
+        help="the model as the server calls it; `tiny` reads clips of the tiny world by itself",
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the table (default: SOURCE-captions.jsonl)"
+    )
+    parser.add_argument(
+        "--frames",
+        type=positive,
+        default=81,
+        metavar="N",
+        help="video frames of each clip, as in `pack` (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--fps",
+        type=rate_or_all,
+        default=MODEL_FPS,
+        metavar="RATE",
+        help="the rate at which they are taken, as in `pack` (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--pictures",
+        type=positive,
+        default=8,
+        metavar="N",
+        help="frames that the model sees, evenly spaced (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--longest",
+        type=positive,
+        default=512,
+        metavar="PIXELS",
+        help="longest side of these pictures (default: %(default)s)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of the model (default: %(default)s)")
+    parser.add_argument(
+        "--workers",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="clips that are described at once (default: %(default)s)",
+    )
+    parser.add_argument("--recursive", action="store_true", help="also clips in folders below")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the table, and what a stop left of it"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.curate.caption import Looks, caption_clips
+        from selfforcing_dfd.data.sources.listing import list_clips
+
+        source = args.source.resolve()
+        name = source.name if source.is_dir() else source.stem
+        out = args.out or source.with_name(f"{name}-captions.jsonl")
+        summary = caption_clips(
+            list_clips(source, recursive=args.recursive),
+            _captioner(args),
+            out,
+            Looks(args.frames, args.fps, args.longest),
+            seed=args.seed,
+            num_workers=args.workers,
+            overwrite=args.overwrite,
+        )
+        _print_captions(summary)
+
+    return run
+
+
+STEPS: dict[str, Command] = {"caption": caption}
+"""Each has its own options, and its work in a module of `selfforcing_dfd.curate`."""
+
+
+def _captioner(args: argparse.Namespace) -> Captioner:
+    from selfforcing_dfd.curate.captioners import HttpCaptioner, TinyCaptioner
+
+    if args.model is None:
+        raise UserError(
+            f"--model is not given; name a model of the server at {args.url}, or `tiny` for clips "
+            "of the tiny world"
+        )
+    if args.model == "tiny":
+        return TinyCaptioner()
+    return HttpCaptioner(args.url, args.model, args.pictures)
+
+
+def _print_captions(summary: CaptionSummary) -> None:
+    from selfforcing_dfd.curate.caption import MOST_MADE_UP
+
+    for name, reason in summary.left_out[:NUM_PRINTED]:
+        print(f"left out {name}: {reason}")
+    rest = len(summary.left_out) - NUM_PRINTED
+    if rest > 0:
+        print(f"left out {rest} more; {summary.table} states a `problem` for each")
+    captioned = summary.num_captioned
+    left_out = len(summary.left_out)
+    print(f"{captioned + left_out} offered = {captioned} captioned + {left_out} left out")
+    shares = [f"{level} {summary.share(level):.1%}" for level in summary.made_up]
+    print(f"made up from another length: {', '.join(shares)}")
+    if any(summary.share(level) > MOST_MADE_UP for level in summary.made_up):
+        print(
+            f"warning: more than {MOST_MADE_UP:.0%} of a length were not written by the model; "
+            "look at some of its replies",
+            file=sys.stderr,
+        )
+    print(f"{summary.table}: next, selfforcing-dfd pack SOURCE --captions {summary.table} ...")

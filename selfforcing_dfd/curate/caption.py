@@ -1,0 +1,163 @@
+"""A short, a medium and a long caption for each clip, as a table that `pack --captions` reads."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from av.video.reformatter import VideoReformatter
+from tqdm import tqdm
+
+from selfforcing_dfd import rng
+from selfforcing_dfd.common import UserError, atomic_file
+from selfforcing_dfd.curate.captioners import Captioner, Reply
+from selfforcing_dfd.curate.progress import ProgressFile
+from selfforcing_dfd.curate.replies import Parsed, parse
+from selfforcing_dfd.data.ahead import in_order
+from selfforcing_dfd.data.levels import LEVELS, Level
+from selfforcing_dfd.data.source import ClipError
+from selfforcing_dfd.data.sources.listing import Clip
+from selfforcing_dfd.data.sources.video import decoded_frames, picture
+
+MOST_MADE_UP = 0.05  # share of captions of one level, beyond which something is wrong
+ASKED = 2  # times, where a reply holds no text
+
+
+@dataclass(frozen=True, slots=True)
+class Looks:
+    """Which frames of a clip are shown: of its first `num_frames` at a rate, as `pack` takes them.
+
+    longest: side in pixels; larger pictures are scaled down.
+    """
+
+    num_frames: int
+    fps: Fraction | None
+    longest: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class CaptionSummary:
+    """left_out: file and reason. made_up: by level, how many captions the model did not write."""
+
+    table: Path
+    num_captioned: int
+    left_out: tuple[tuple[str, str], ...]
+    made_up: dict[Level, int]
+
+    def share(self, level: Level) -> float:
+        return self.made_up[level] / max(self.num_captioned, 1)
+
+
+def caption_clips(
+    clips: Sequence[Clip],
+    captioner: Captioner,
+    out: Path,
+    looks: Looks,
+    *,
+    seed: int = 0,
+    num_workers: int = 4,
+    overwrite: bool = False,
+) -> CaptionSummary:
+    """Write the table `out`: a row of `video`, `short`, `medium`, `long` for each clip.
+
+    Rows are kept in OUT.partial as they come, and the same call goes on with them; a finished table
+    of the same job is left as it is. num_workers: clips that are described at once, which changes
+    nothing else. Raises UserError for a table of another job, and if nothing can answer.
+    """
+    job = {
+        "captioner": captioner.name,
+        "num_pictures": captioner.num_pictures,
+        "num_frames": looks.num_frames,
+        "fps": str(looks.fps),
+        "longest": looks.longest,
+        "seed": seed,
+        "clips": hashlib.sha256(json.dumps([clip.name for clip in clips]).encode()).hexdigest(),
+    }
+    partial = out.with_name(f"{out.name}.partial")
+    if overwrite:
+        partial.unlink(missing_ok=True)
+    elif out.exists():
+        raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite")
+    progress = ProgressFile(partial, job)
+    first = len(progress.done)
+
+    def describe(clip: Clip) -> dict[str, Any]:
+        return row_of(clip, captioner, looks, seed)
+
+    bar = tqdm(total=len(clips), initial=first, desc="captions", unit="clip", disable=None)
+    with bar:
+        for row in in_order(describe, clips[first:], num_workers):
+            progress.add(row)
+            bar.update()
+    with atomic_file(out) as file:
+        rows = (json.dumps(row, ensure_ascii=False) for row in progress.done)
+        file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
+    partial.unlink()
+    return summary_of(out, progress.done)
+
+
+def row_of(clip: Clip, captioner: Captioner, looks: Looks, seed: int) -> dict[str, Any]:
+    """The table's row of one clip; a clip that cannot be described has a `problem`."""
+    try:
+        pictures = list(pictures_of(clip, looks, captioner.num_pictures))
+    except ClipError as error:
+        return {"video": clip.name, **dict.fromkeys(LEVELS, ""), "problem": error.reason}
+    parsed = ask(clip, captioner, pictures, seed)
+    if parsed is None:
+        problem = f"{captioner.name} wrote nothing about it"
+        return {"video": clip.name, **dict.fromkeys(LEVELS, ""), "problem": problem}
+    made_up = " ".join(parsed.made_up)
+    return {"video": clip.name, **parsed.captions, "captioner": captioner.name, "made_up": made_up}
+
+
+def ask(
+    clip: Clip, captioner: Captioner, pictures: Sequence[np.ndarray], seed: int
+) -> Parsed | None:
+    """The captions of a clip; the seed of each request depends on the clip's name alone."""
+    name = int.from_bytes(hashlib.sha256(clip.name.encode()).digest()[:7], "big")
+    for attempt in range(ASKED):
+        drawn = rng.stream_seed(seed, "caption", name, attempt) % 2**31
+        reply: Reply = captioner.describe(pictures, drawn)
+        parsed = parse(reply.text, reply.finished)
+        if parsed is not None:
+            return parsed
+    return None
+
+
+def pictures_of(clip: Clip, looks: Looks, num_pictures: int) -> Iterator[np.ndarray]:
+    """Frames uint8 [H, W, 3], evenly spaced; 0 pictures are all frames. Raises ClipError."""
+    if not clip.path.is_file():
+        raise ClipError(clip.name, "no such file")
+    places = set(range(looks.num_frames))
+    if num_pictures:
+        even = torch.linspace(0, looks.num_frames - 1, num_pictures)
+        places = {round(float(place)) for place in even}
+    to_rgb = VideoReformatter()
+    count = 0
+    for frame in islice(decoded_frames(clip.path, looks.fps), looks.num_frames):
+        if count in places:
+            shrink = max(frame.height, frame.width) / looks.longest
+            size = (frame.height, frame.width)
+            if shrink > 1:
+                size = (round(frame.height / shrink), round(frame.width / shrink))
+            yield picture(frame, to_rgb, size, "stretch")
+        count += 1
+    if count < looks.num_frames:
+        problem = f"has {count} video frames, want {looks.num_frames}"
+        raise ClipError(clip.name, f"{problem}; ask for fewer or leave it out")
+
+
+def summary_of(table: Path, rows: Sequence[dict[str, Any]]) -> CaptionSummary:
+    left_out = tuple((row["video"], row["problem"]) for row in rows if "problem" in row)
+    count = Counter(level for row in rows for level in row.get("made_up", "").split())
+    made_up = {level: count[level] for level in LEVELS}
+    return CaptionSummary(table, len(rows) - len(left_out), left_out, made_up)
