@@ -41,6 +41,38 @@ def caption(parser: argparse.ArgumentParser) -> Run:
         "source", type=Path, metavar="SOURCE", help="folder of videos, or a list as for `pack`"
     )
     parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the table (default: SOURCE-captions.jsonl)"
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace the table, and what a stop left of it"
+    )
+    add_model_options(parser)
+    add_picture_options(parser)
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.curate.caption import Looks, caption_clips
+        from selfforcing_dfd.data.sources.listing import list_clips
+
+        source = args.source.resolve()
+        name = source.name if source.is_dir() else source.stem
+        out = args.out or source.with_name(f"{name}-captions.jsonl")
+        summary = caption_clips(
+            list_clips(source, recursive=args.recursive),
+            _captioner(args),
+            out,
+            Looks(args.frames, args.fps, args.longest),
+            seed=args.seed,
+            num_workers=args.workers,
+            overwrite=args.overwrite,
+        )
+        _print_captions(summary)
+
+    return run
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """Who describes the clips."""
+    parser.add_argument(
         "--url",
         default="http://localhost:8000/v1",
         help="the server, up to /v1 (default: %(default)s); a key is read from OPENAI_API_KEY",
@@ -50,9 +82,19 @@ def caption(parser: argparse.ArgumentParser) -> Run:
         metavar="NAME",
         help="the model as the server calls it; `tiny` reads clips of the tiny world by itself",
     )
+    parser.add_argument("--seed", type=int, default=0, help="of the model (default: %(default)s)")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the table (default: SOURCE-captions.jsonl)"
+        "--workers",
+        type=positive,
+        default=16,
+        metavar="N",
+        help="clips that are described at once (default: %(default)s)",
     )
+
+
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    """Which clips, and which of their frames are shown."""
+    parser.add_argument("--recursive", action="store_true", help="also clips in folders below")
     parser.add_argument(
         "--frames",
         type=positive,
@@ -81,38 +123,6 @@ def caption(parser: argparse.ArgumentParser) -> Run:
         metavar="PIXELS",
         help="longest side of these pictures (default: %(default)s)",
     )
-    parser.add_argument("--seed", type=int, default=0, help="of the model (default: %(default)s)")
-    parser.add_argument(
-        "--workers",
-        type=positive,
-        default=16,
-        metavar="N",
-        help="clips that are described at once (default: %(default)s)",
-    )
-    parser.add_argument("--recursive", action="store_true", help="also clips in folders below")
-    parser.add_argument(
-        "--overwrite", action="store_true", help="replace the table, and what a stop left of it"
-    )
-
-    def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.curate.caption import Looks, caption_clips
-        from selfforcing_dfd.data.sources.listing import list_clips
-
-        source = args.source.resolve()
-        name = source.name if source.is_dir() else source.stem
-        out = args.out or source.with_name(f"{name}-captions.jsonl")
-        summary = caption_clips(
-            list_clips(source, recursive=args.recursive),
-            _captioner(args),
-            out,
-            Looks(args.frames, args.fps, args.longest),
-            seed=args.seed,
-            num_workers=args.workers,
-            overwrite=args.overwrite,
-        )
-        _print_captions(summary)
-
-    return run
 
 
 STEPS: dict[str, Command] = {"caption": caption}

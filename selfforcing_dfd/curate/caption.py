@@ -73,21 +73,12 @@ def caption_clips(
     of the same job is left as it is. num_workers: clips that are described at once, which changes
     nothing else. Raises UserError for a table of another job, and if nothing can answer.
     """
-    job = {
-        "captioner": captioner.name,
-        "num_pictures": captioner.num_pictures,
-        "num_frames": looks.num_frames,
-        "fps": str(looks.fps),
-        "longest": looks.longest,
-        "seed": seed,
-        "clips": hashlib.sha256(json.dumps([clip.name for clip in clips]).encode()).hexdigest(),
-    }
     partial = out.with_name(f"{out.name}.partial")
     if overwrite:
         partial.unlink(missing_ok=True)
     elif out.exists():
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite")
-    progress = ProgressFile(partial, job)
+    progress = ProgressFile(partial, job_of(clips, captioner, looks, seed))
     first = len(progress.done)
 
     def describe(clip: Clip) -> dict[str, Any]:
@@ -103,6 +94,20 @@ def caption_clips(
         file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     partial.unlink()
     return summary_of(out, progress.done)
+
+
+def job_of(clips: Sequence[Clip], captioner: Captioner, looks: Looks, seed: int) -> dict[str, Any]:
+    """All that decides the captions, except the clips' content and chance within the server."""
+    names = json.dumps([clip.name for clip in clips])
+    return {
+        "captioner": captioner.name,
+        "num_pictures": captioner.num_pictures,
+        "num_frames": looks.num_frames,
+        "fps": str(looks.fps),
+        "longest": looks.longest,
+        "seed": seed,
+        "clips": hashlib.sha256(names.encode()).hexdigest(),
+    }
 
 
 def row_of(clip: Clip, captioner: Captioner, looks: Looks, seed: int) -> dict[str, Any]:

@@ -38,7 +38,7 @@ class Parsed:
     end.
     """
 
-    captions: dict[Level, str]
+    captions: dict[str, str]
     made_up: tuple[Level, ...]
 
 
@@ -59,7 +59,7 @@ def parse(reply: str, finished: bool = True) -> Parsed | None:
     long = stated.get("long") or stated.get("medium") or stated["short"]
     medium = stated.get("medium") or shortened(long, MOST_WORDS["medium"])
     short = stated.get("short") or first_sentence(medium)
-    captions: dict[Level, str] = {"short": short, "medium": medium, "long": long}
+    captions: dict[str, str] = {"short": short, "medium": medium, "long": long}
     return Parsed(captions, tuple(level for level in LEVELS if level in made_up))
 
 

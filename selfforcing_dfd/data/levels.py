@@ -21,9 +21,9 @@ of the levels, drawn for each sample.
 LEVELS: tuple[Level, ...] = get_args(Level)
 
 HOW_TO_MAKE = (
-    "write NAME.short.txt, NAME.medium.txt and NAME.long.txt beside each clip, and pack them with "
-    "`selfforcing-dfd pack CLIPS --levels short,medium,long`; in the tiny world, data.tiny.level="
-    "all makes them"
+    "`selfforcing-dfd curate caption CLIPS` writes a table of all three for `pack CLIPS --captions "
+    "TABLE`; or pack NAME.short.txt, NAME.medium.txt and NAME.long.txt beside each clip with "
+    "--levels short,medium,long; in the tiny world, data.tiny.level=all makes them"
 )
 
 

@@ -53,13 +53,7 @@ def store_noise(
     finite, and for mixed levels: noise belongs to one caption.
     """
     reader = ShardReader(folder, captions)
-    if captions == "mixed":
-        raise PackError(
-            f"{folder}: noise belongs to one caption of a clip, and data.captions is mixed; find "
-            f"it for one level, such as data.captions={reader.levels[-1]}"
-        )
-    level = {"noise_captions": reader.level_of(0)} if reader.levels else {}
-    index = replace(reader.index, about=reader.index.about | level)
+    index = replace(reader.index, about=reader.index.about | _found_for(reader))
     fingerprints = index.fingerprints | {"noise": noise_fingerprint}
     job = Job(
         name=str(folder),
@@ -85,6 +79,16 @@ def store_noise(
         )
         write_index(partial, index)
     return summary_of(Path(out or folder), index)
+
+
+def _found_for(reader: ShardReader) -> dict[str, str]:
+    """What the index states of the captions, where there are levels. PackError if mixed."""
+    if reader.choice == "mixed":
+        raise PackError(
+            f"{reader.folder}: noise belongs to one caption of a clip, and data.captions is mixed; "
+            f"find it for one level, such as data.captions={reader.levels[-1]}"
+        )
+    return {"noise_captions": reader.level_of(0)} if reader.levels else {}
 
 
 def _stored_records(reader: ShardReader) -> Iterator[Record]:

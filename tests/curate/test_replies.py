@@ -31,7 +31,7 @@ def captions(reply: str, finished: bool = True) -> dict[str, str]:
 )
 def test_tags_are_found_in_every_dress(reply: str) -> None:
     """Catches a parser that knows one model's habits: order, marks, brackets, thoughts."""
-    assert parse(reply) == Parsed(WANTED, ())  # type: ignore[arg-type]
+    assert parse(reply) == Parsed(WANTED, ())
 
 
 def test_the_prompt_asks_for_what_is_parsed() -> None:

@@ -182,7 +182,7 @@ def test_windows_are_decoded_once(long: Path, monkeypatch: pytest.MonkeyPatch) -
 
     monkeypatch.setattr(files, "decoded_frames", counting)
     source = FileSource(long.parent, 9, (64, 64), cut=partial(one_scene, fps=None), cut_name="w")
-    for number in range(4):
+    for number in (1, 0, 2, 3):  # as threads may ask
         source.read(number)
     assert len(decoded) == 36
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import webdataset
@@ -28,6 +30,7 @@ from selfforcing_dfd.data.sources.tiny import TinySource
 from selfforcing_dfd.tiny import world
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
+from tests.data.test_shards import edit_index, replace_member
 
 NUM = 6
 
@@ -209,6 +212,18 @@ def test_a_flipped_bit_of_one_level_is_found(own: Path) -> None:
     with pytest.raises(ShardError, match=r"text\.short\.npy is not what the index describes"):
         ShardReader(own, "short")[1]
     with pytest.raises(ShardError, match="not as packed"):
+        ShardReader(own, "long").verify()
+
+
+def test_verify_reads_every_level(own: Path) -> None:
+    """Catches NaN with valid checksums in an embedding that only another level's run would meet."""
+    array = ShardReader(own, "short")[0].text[:3].numpy().astype("float16")
+    array.flat[5] = np.nan
+    replace_member(own, "000000", "text.short.npy", array)
+    digest = hashlib.sha256((own / "shard-000000.tar").read_bytes()).hexdigest()
+    edit_index(own, lambda index: index["shards"][0].update(sha256=digest))
+    assert ShardReader(own, "long")[0].caption == wanted("long")[0]
+    with pytest.raises(ShardError, match=r"000000\.text\.short\.npy holds values .* not finite"):
         ShardReader(own, "long").verify()
 
 

@@ -95,7 +95,8 @@ def test_a_clip_that_cannot_be_used_is_left_out_by_name(
     assert refusal.reason.startswith(reason)
     reader = ShardReader(tmp_path / "shards")
     assert [entry.key for entry in reader.index.samples] == ["000000", "000001", "000003"]
-    assert reader.index.refused == ({"file": refusal.file, "reason": refusal.reason},)
+    assert refusal.damaged == (kind == "unreadable")
+    assert reader.index.refused == (refusal.to_fields(),)
 
 
 def test_nothing_left_is_an_error_that_says_why(

@@ -92,7 +92,7 @@ def test_folders_below_are_searched_on_request(
     shutil.copytree(own_clips, tmp_path / "all" / "a")
     shutil.copytree(own_clips, tmp_path / "all" / "b.c")
     with pytest.raises(
-        PackError, match=r"no videos in it, .* or --recursive if they lie in folders below"
+        PackError, match=r"no videos in it; .* or --recursive if they lie in folders below"
     ):
         list_clips(tmp_path / "all")
     pack_tiny(tmp_path / "all", tmp_path / "shards", codec, recursive=True)

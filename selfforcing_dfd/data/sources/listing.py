@@ -59,8 +59,7 @@ def find_clips(folder: Path | str, recursive: bool = False) -> list[Path]:
     if not clips:
         deeper = "" if recursive else ", or --recursive if they lie in folders below"
         raise PackError(
-            f"{folder}: no videos in it, such as .mp4 files; want clips with a caption file beside "
-            f"each{deeper}"
+            f"{folder}: no videos in it; want clips with a caption file beside each{deeper}"
         )
     return clips
 
