@@ -16,13 +16,17 @@ PLANS = sorted(path.stem for path in shipped("configs/study").glob("*.yaml") if 
 
 @pytest.mark.parametrize("name", PLANS)
 def test_shipped_plans_can_be_run(name: str):
-    """Catches an arm with a setting that is no more, and one without a point at equal updates."""
+    """Catches an arm with a setting that is no more, and one without a point at equal updates.
+
+    But for arms of a shorter dose, which end there.
+    """
     plan = load_plan(name)
     runs = runs_of(plan)
     assert len({run.result for run in runs}) == len(runs)
     by_arm = {run.arm: run for run in runs}
     for arm, arm_plan in plan.arms.items():
-        assert plan.updates in by_arm[arm].updates or arm_plan.family, arm
+        ends_early = arm.endswith("_dose") and by_arm[arm].updates[-1] < plan.updates
+        assert plan.updates in by_arm[arm].updates or arm_plan.family or ends_early, arm
     for fixed in plan.fixed.values():
         assert fixed.update in by_arm[fixed.arm].updates
     for run in runs:
