@@ -2,7 +2,7 @@
 
 Networks have float64 weights here. What is summed over samples (gradients, metrics) is summed in
 another order by another number of processes, which changes the last of 16 digits. AdamW divides by
-the gradient's own size and passes that on, and so do three updates of a chain of a few hundred
+the gradient's own size and passes that on, and so do five updates of a chain of a few hundred
 products. TOLERANCE allows for a loss of five digits. A wrong gradient differs in the first ones.
 """
 
@@ -60,12 +60,12 @@ class Trained:
 
 
 def config_of(folder: Path, world: Path, stage: str, run: str, *overrides: str) -> Config:
-    """Three updates of a stage by its name, in a run folder of its own."""
+    """Five updates of a stage by its name, in a run folder of its own."""
     settings = [
         f"weights.causal={world / 'teacher.safetensors'}",  # any network will do
         *STAGES[stage],
         f"run.name={run}/{stage}",
-        "run.student_updates=3",
+        "run.student_updates=5",
         "batch.micro=1",
         "score.fake_per_student=1",
         "score.guidance=2",

@@ -103,9 +103,9 @@ def test_the_number_of_processes_may_change_on_resume(
     two = in_processes(
         2,
         tmp_path / "two",
-        lambda: train_in_float64(make("caption", "resumed", "run.student_updates=1")),
+        lambda: train_in_float64(make("caption", "resumed", "run.student_updates=2")),
     )
-    one = train_in_float64(make("caption", "resumed", "run.student_updates=2"), resume=True)
+    one = train_in_float64(make("caption", "resumed", "run.student_updates=3"), resume=True)
     four = in_processes(
         4, tmp_path / "four", lambda: train_in_float64(make("caption", "resumed"), resume=True)
     )
@@ -126,7 +126,7 @@ def test_a_stop_asked_of_one_rank_stops_all_after_the_same_turn(
     def work() -> Clock:
         trainer = build_trainer(make("dmd", "stopped"))
         trainer.stop_requested = trainer.world.rank == 1
-        with pytest.raises(Interrupted, match="saved at student update 0 of 3"):
+        with pytest.raises(Interrupted, match="saved at student update 0 of 5"):
             trainer.run()
         return trainer.clock
 
