@@ -66,10 +66,22 @@ def _config(
         if kind is not None and dataclasses.is_dataclass(kind):
             check_ranges(kind, tree[key], str(key))
     values = {str(key): _plain(tree[key]) for key in tree}
-    arms = values["arms"]
-    require(isinstance(arms, dict), f"arms is {arms!r}; it must hold a list of settings by name")
+    check_sections(values, {key: type(section) for key, section in stage_sections.items()})
     stage = {key: values.pop(key) for key in stage_sections}
     return Config(**values, stage=stage)
+
+
+def check_sections(values: Mapping[str, Any], of_stages: Mapping[str, type]) -> None:
+    """Raise ConfigError for a section that `${...}` made one value."""
+    for key, value in values.items():
+        wanted = {**OWN_SECTIONS, **of_stages}[key]
+        if key == "arms":
+            wanted = dict
+        is_section = wanted is dict or dataclasses.is_dataclass(wanted)
+        require(
+            not is_section or isinstance(value, wanted),
+            f"{key} is {value!r}; it must be a section that holds settings by name",
+        )
 
 
 def merged(settings: Any, others: Any) -> Any:
