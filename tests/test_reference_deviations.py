@@ -1,160 +1,116 @@
-"""How far the published code is from its own formulas.
+"""How far the published code is from its own formulas, by the package's settings that put it back.
 
-This package has none of these deviations; test_objectives.py and test_rollout.py show that. Their
-sizes come from tensors of the reference code at tiny size with random weights. Their effect on the
-pictures of a trained model is not known. docs/differences.md quotes them.
+By default this package has none of these deviations; test_objectives.py and test_rollout.py show
+that. Their sizes come from tensors of the reference code at tiny size with random weights. Their
+effect on the pictures of a trained model is not known. docs/differences.md quotes them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
 import pytest
 import torch
-from golden_weights import ROLLOUT, diffusers_name, golden, golden_network, manifest
+from golden_weights import MATCHING, ROLLOUT, diffusers_name, golden, golden_network, manifest
 from test_rollout import golden_noise
 from torch import Tensor
 
-from selfforcing_dfd.context import (
-    ChunkContext,
-    ChunkKV,
-    Conditioning,
-    Context,
-    KVCache,
-    Network,
-    NetworkOutput,
-)
+from selfforcing_dfd.context import Conditioning
+from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.flow import add_noise, few_step_ladder, shift_sigma, x0_from_flow
-from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.rollout import Rollout, plan_chunks, rollout
+from selfforcing_dfd.objectives import distribution_matching, flow_matching
+from selfforcing_dfd.rng import Draw
+from selfforcing_dfd.stages import load_config, stage_of
+from selfforcing_dfd.stages.matching import MatchingStage
+from selfforcing_dfd.stages.published import Published, looked_up
 
 CASES = {0.02: ("case0", 1), 0.41: ("case1", 1), 0.73: ("case0", 0), 0.98: ("case1", 0)}
 """Noise levels of the loss examples, rounded: where each is."""
+
+GRADIENT, NOISE, TABLES = "context_gradient", "context_noise", "sigma_tables"
+
+SETTINGS = """
+run: {stage: dmd}
+weights: {teacher: none}
+rollout: {frames: 6, chunk_frames: 3}
+score: {guidance: 4.0}
+data: {shards: none}
+"""
 
 
 def relative(theirs: Tensor, exact: Tensor) -> float:
     return float((theirs.double() - exact.double()).norm() / exact.double().norm())
 
 
-def looked_up(t: Tensor, shift: int) -> Tensor:
-    """Sigma as the published code finds it.
-
-    It takes the nearest of 1000 timesteps in the table of this shift.
-    """
-    tables = golden("schedule")
-    distance = (tables[f"shift{shift}/timesteps"] - t.reshape(-1, 1)).abs()
-    return tables[f"shift{shift}/sigmas"][distance.argmin(1)]
+def score_levels() -> Tensor:
+    """All 1000 noise levels at which scores are compared: shift 5, clamped to [.02, .98]."""
+    return shift_sigma(torch.arange(1000) / 1000, 5).clamp(0.02, 0.98)
 
 
-def score_timesteps() -> Tensor:
-    """All 1000 timesteps at which scores are compared: shift 5, clamped to [20, 980]."""
-    return (1000 * shift_sigma(torch.arange(1000) / 1000, 5)).clamp(20, 980)
+class ScriptedDraw(Draw):
+    """The reference's draws in place of our own: of one rollout, and of one score."""
+
+    def __init__(self, rollout: dict[str, Tensor], exit_step: int):
+        super().__init__(0, 0, 2, 0, (0, 1))
+        noise = torch.cat(tuple(rollout["context_noise"]), dim=1)
+        score = golden("gradients")
+        tensors = {
+            "rollout": golden_noise(rollout).transpose(0, 1),
+            "context_noise": noise,
+            "score": score["eps"],
+            "sigma": score["k"].double() / 1000,
+        }
+        object.__setattr__(self, "tensors", tensors)
+        object.__setattr__(self, "exit_step", exit_step)
+
+    def normal(self, name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
+        return self.tensors[name]  # type: ignore[attr-defined]
+
+    def uniform(self, name: str, shape: tuple[int, ...] = ()) -> Tensor:
+        return self.tensors[name]  # type: ignore[attr-defined]
+
+    def coin(self, name: str, shared_by: str) -> Tensor:
+        return torch.ones(2)
+
+    def in_turn(self, name: str, num_options: int, turn: int) -> int:
+        return self.exit_step  # type: ignore[attr-defined]
 
 
-@dataclass(frozen=True)
-class Deviations:
-    """What the published student update does otherwise."""
-
-    leaky_context: bool = True
-    context_noise: bool = True
-    tables: bool = True
+@pytest.fixture(scope="session")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> str:
+    path = tmp_path_factory.mktemp("golden") / "golden.yaml"
+    path.write_text(SETTINGS)
+    return str(path)
 
 
-NONE = Deviations(False, False, False)
+def golden_stage(settings: str, *deviations: str) -> MatchingStage:
+    """The stage of a config with these deviations on, and the reference's networks."""
+    config = load_config(settings, [f"published.{name}=true" for name in deviations])
+    assert stage_of(config).as_published(config) == deviations
+    networks = {
+        "student": golden_network(),
+        "fake": golden_network("weights_fake"),
+        "teacher": golden_network("weights_teacher"),
+    }
+    stage: Any = stage_of(config)
+    built: MatchingStage = stage.build(config, networks, golden("losses")["uncond"])
+    return built
 
 
-def golden_rollout(
-    student: WanTransformer, data: dict[str, Tensor], exit_step: int, context_noise: bool
-) -> Rollout:
-    """The reference's rollout; with its noise of sigma .005 on what becomes context, if wanted."""
-
-    def noisy_commits(
-        x_t: Tensor, sigma: Tensor | float, conditioning: Conditioning, context: Context
-    ) -> NetworkOutput:
-        if sigma == 0.0:
-            noise = data["context_noise"][context.next_frame // 3]
-            x_t = add_noise(x_t, noise, float(data["context_sigma"]))
-        return student(x_t, sigma, conditioning, context)
-
-    ladder = tuple((data["steps"].double() / 1000).tolist())
-    text = Conditioning(data["text"])
-    network = noisy_commits if context_noise else student
-    exit_steps = (exit_step,) * 2
-    return rollout(
-        network, golden_noise(data), text, KVCache(), ladder, plan_chunks(6, 3), exit_steps
-    )
+def golden_batch(data: dict[str, Tensor]) -> Batch:
+    """The reference's captions; the clips are not looked at."""
+    return Batch(golden("losses")["x_real"], data["text"], ("a", "b"), ("0", "1"), None)
 
 
-def second_context(
-    record: Rollout, first: ChunkKV, layers: tuple[tuple[Tensor, Tensor], ...], leaky: bool
-) -> ChunkContext:
-    """What chunk 1 sees of chunk 0.
-
-    These are the values of the clean pass; if leaky, with the gradient of the exit pass.
-    """
-    (clean,) = record.contexts[1].chunks
-    if leaky:  # past ChunkKV's own detach, which makes the leak impossible
-        mixed = [
-            tuple(exit_ + (kept - exit_).detach() for exit_, kept in zip(ours, theirs, strict=True))
-            for ours, theirs in zip(layers, clean.layers, strict=True)
-        ]
-        clean = ChunkKV(first.frames, clean.layers)
-        object.__setattr__(clean, "layers", tuple(mixed))
-    return ChunkContext((clean,), first.frames)
-
-
-def exit_passes(
-    student: WanTransformer, record: Rollout, text: Conditioning, leaky: bool
-) -> Tensor:
-    """x0 [B, F, C, H, W] with gradient, chunk after chunk."""
-    kept: list[tuple[Tensor, Tensor]] = []
-
-    def keep(
-        block: torch.nn.Module, inputs: object, outputs: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
-        kept.append(outputs[1:])
-
-    hooks = [block.register_forward_hook(keep) for block in student.wan_blocks()]
-    made, context = [], ChunkContext()
-    for chunk in record.chunks:
-        x_t, sigma = chunk.of(record.x_exit), float(record.sigma_exit[0, 0])
-        out = student(x_t, torch.full((2,), sigma), text, context)
-        made.append(x0_from_flow(x_t, out.flow, sigma))
-        context = second_context(record, out.kv, tuple(kept[: len(student.blocks)]), leaky)
-    for hook in hooks:
-        hook.remove()
-    return torch.cat(made, dim=1)
-
-
-def matching_loss(x0: Tensor, tables: bool) -> Tensor:
-    """DMD's loss; with `tables`, one table's sigma adds noise and another's converts back."""
-    data, draws = golden("gradients"), golden("rollout_exit2")
-    cond, uncond = Conditioning(draws["text"]), Conditioning(golden("losses")["uncond"])
-    exact = data["t"] / 1000
-    noised, converted = (
-        (looked_up(data["t"], 5), looked_up(data["t"], 8)) if tables else (exact, exact)
-    )
-    with torch.no_grad():
-        x_t = add_noise(x0.detach(), data["eps"], noised)
-
-        def clean(network: Network, text: Conditioning) -> Tensor:
-            return x0_from_flow(x_t, network(x_t, exact, text).flow, converted)
-
-        teacher = golden_network("weights_teacher")
-        guided = clean(teacher, uncond) + 4 * (clean(teacher, cond) - clean(teacher, uncond))
-        d = clean(golden_network("weights_fake"), cond) - guided
-        target = x0.detach() - d / (x0.detach() - guided).abs().mean((1, 2, 3, 4), keepdim=True)
-    return 0.5 * (x0 - target).square().mean()
-
-
-def student_update(deviations: Deviations) -> dict[str, Tensor]:
+@cache
+def student_update(settings: str, *deviations: str) -> dict[str, Tensor]:
     """Gradient of one whole student update by parameter, in the original names."""
-    student, data = golden_network(), golden("rollout_exit2")
-    record = golden_rollout(student, data, 2, deviations.context_noise)
-    x0 = exit_passes(student, record, Conditioning(data["text"]), deviations.leaky_context)
-    matching_loss(x0, deviations.tables).backward()
+    stage, data = golden_stage(settings, *deviations), golden("rollout_exit2")
+    stage.loss("student", golden_batch(data), ScriptedDraw(data, 2), 0).loss.backward()
+    student: Any = stage.trained["student"]
     order = manifest()["files"]["gradients.safetensors"]["parameter_order"]
-    return {name: student.get_parameter(diffusers_name(name)).grad for name in order}  # type: ignore[misc]
+    return {name: student.get_parameter(diffusers_name(name)).grad for name in order}
 
 
 def flat(gradients: dict[str, Tensor]) -> Tensor:
@@ -174,36 +130,36 @@ def stored(variant: str) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("deviations", "variant"),
     [
-        (Deviations(), "reference_leaky"),
-        (Deviations(leaky_context=False), "detached"),
-        (Deviations(leaky_context=False, context_noise=False), "detached_clean_context"),
-        (NONE, "detached_clean_context_exact"),
+        ((GRADIENT, NOISE, TABLES), "reference_leaky"),
+        ((NOISE, TABLES), "detached"),
+        ((TABLES,), "detached_clean_context"),
+        ((), "detached_clean_context_exact"),
     ],
 )
-def test_these_three_deviations_are_all_there_is_in_a_student_update(deviations, variant):
-    """Catches a fourth deviation.
+def test_these_three_deviations_are_all_there_is_in_a_student_update(settings, deviations, variant):
+    """Catches a fourth deviation, and a setting that does not put its deviation back.
 
-    This network with all three gives the published gradient to rounding, 1e-5.
+    With all three settings on, the package gives the published gradient to rounding, 1e-5.
     """
-    ours, theirs = student_update(deviations), stored(variant)
+    ours, theirs = student_update(settings, *deviations), stored(variant)
     assert relative(flat({name: ours[name] for name in theirs}), flat(theirs)) < 1e-5
 
 
 @pytest.mark.parametrize(
-    ("deviations", "low", "high"),
+    ("deviation", "low", "high"),
     [
-        (Deviations(True, False, False), 0.06, 0.075),  # 6.7e-2
-        (Deviations(False, True, False), 3e-4, 7e-4),  # 4.5e-4
-        (Deviations(False, False, True), 1.5e-3, 3e-3),  # 2.1e-3
+        (GRADIENT, 0.06, 0.075),  # 6.7e-2
+        (NOISE, 3e-4, 7e-4),  # 4.5e-4
+        (TABLES, 1.5e-3, 3e-3),  # 2.1e-3
     ],
-    ids=["leaky context", "context noise", "two tables"],
 )
-def test_size_of_each_deviation_in_a_student_update(deviations, low, high):
+def test_size_of_each_deviation_in_a_student_update(settings, deviation, low, high):
     """Catches a claim without a number.
 
     Relative difference of the gradient over all parameters, two chunks.
     """
-    assert low < relative(flat(student_update(deviations)), flat(student_update(NONE))) < high
+    with_it = flat(student_update(settings, deviation))
+    assert low < relative(with_it, flat(student_update(settings))) < high
 
 
 def test_the_leak_changes_keys_and_values_most():
@@ -218,14 +174,16 @@ def test_the_leak_changes_keys_and_values_most():
 
 
 @pytest.mark.parametrize("exit_step", range(4))
-def test_context_noise_moves_every_chunk_but_the_first(exit_step):
+def test_context_noise_moves_every_chunk_but_the_first(settings, exit_step):
     """Catches a train-test mismatch whose size is not measured.
 
     It is up to 3.3e-3 of x0 of size one, one chunk later.
     """
     data = golden(f"rollout_exit{exit_step}")
-    noised = golden_rollout(golden_network(), data, exit_step, context_noise=True).x0
-    torch.testing.assert_close(noised, data["x0_reference"], **ROLLOUT)
+    stage = golden_stage(settings, NOISE)
+    no_row = torch.zeros(2, dtype=torch.bool)
+    record = stage.roll_out(golden_batch(data), ScriptedDraw(data, exit_step), no_row, exit_step)
+    torch.testing.assert_close(record.x0, data["x0_reference"], **ROLLOUT)
     difference = (data["x0_reference"] - data["x0_clean_context"]).abs()
     assert difference[:, :3].max() == 0
     assert 1.5e-3 < difference[:, 3:].max() < 4e-3
@@ -237,14 +195,46 @@ def test_the_scores_tables_disagree_by_up_to_a_fifth():
 
     Noise is added by shift 5, clean predictions are made by shift 8.
     """
-    t = score_timesteps()
-    ratio, off = looked_up(t, 8) / looked_up(t, 5) - 1, looked_up(t, 8) / (t / 1000) - 1
+    sigma = score_levels()
+    ratio = looked_up(sigma, 8) / looked_up(sigma, 5) - 1
+    off = looked_up(sigma, 8) / sigma - 1
     assert -0.09 < ratio.min() < -0.08
     assert 0.19 < ratio.max() < 0.20
     assert 0.03 < (ratio.abs() > 0.01).float().mean() < 0.04
     assert 0.17 < off.abs().max() < 0.18
     # the lookup alone, one table
-    assert 0.015 < (looked_up(t, 5) / (t / 1000) - 1).abs().max() < 0.017
+    assert 0.015 < (looked_up(sigma, 5) / sigma - 1).abs().max() < 0.017
+
+
+@pytest.mark.parametrize("case", ["case0", "case1"])
+@pytest.mark.parametrize("anchor", ["dmd", "dfd"])
+def test_with_the_tables_the_losses_are_the_published_ones(case, anchor):
+    """Catches a table in the wrong place: gradient of x0, and the fake score's loss."""
+    data, published = golden("losses"), Published(sigma_tables=True)
+    sigma = data[f"{case}/t"] / 1000
+    x0 = data["x_gen"].clone().requires_grad_()
+    fake = published.score(golden_network("weights_fake"), sigma)
+    added = published.noised_at(sigma)
+    matching = distribution_matching(
+        x0,
+        data["x_real"] if anchor == "dfd" else data["x_gen"],
+        data["eps"],
+        added,
+        teacher=published.score(golden_network("weights_teacher"), sigma),
+        fake=fake,
+        conditioning=Conditioning(data["cond"]),
+        negative=Conditioning(data["uncond"]),
+        guidance=4.0,
+    )
+    matching.loss.sum().backward()
+    assert x0.grad is not None
+    theirs = data[f"{case}/reference/{anchor}/grad"]
+    torch.testing.assert_close(x0.grad * x0[0].numel(), theirs, **MATCHING)
+    text = Conditioning(data["cond"])
+    loss = flow_matching(fake, data["x_gen"], data["eps"], added, text).mean()
+    assert float(loss.detach()) == pytest.approx(
+        float(data[f"{case}/reference/critic/loss"]), rel=1e-5
+    )
 
 
 @pytest.mark.parametrize(

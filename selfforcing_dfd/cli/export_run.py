@@ -12,9 +12,10 @@ import torch
 
 from selfforcing_dfd.streaming.parts import LoadError
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
-from selfforcing_dfd.weights.card import ModelFacts
+from selfforcing_dfd.weights.card import AS_PUBLISHED, ModelFacts
 from selfforcing_dfd.weights.run_record import read_record, require_result
 from selfforcing_dfd.weights.runs import STUDENT_FILE, read_settings
+from selfforcing_dfd.weights.sources import read_weights
 
 REPORT_FILE = "report.json"
 DATA_ROW = "data"
@@ -51,7 +52,10 @@ def export_run(
     require_result(run, STUDENT_FILE)
     pipeline = CausalWanPipeline.from_pretrained(wan, student=weights, dtype=dtype)
     facts = ModelFacts(
-        run.resolve().name, training=read_settings(run), measured=measured_results(run)
+        run.resolve().name,
+        training=read_settings(run),
+        published=read_weights(weights).about.get(AS_PUBLISHED, ""),
+        measured=measured_results(run),
     )
     pipeline.save_pretrained(
         folder, dataclasses.replace(facts, base_model=base_model or facts.base_model)

@@ -50,6 +50,12 @@ def train(parser: argparse.ArgumentParser) -> Run:
         help="with --dry-run: GPUs to plan for; the same as run.gpus=N",
     )
     parser.add_argument(
+        "--as-published",
+        action="store_true",
+        help="deviate from the papers as the public code does; the same as published.NAME=true "
+        "for each of them (docs/differences.md)",
+    )
+    parser.add_argument(
         "overrides",
         nargs="*",
         metavar="section.setting=value",
@@ -59,12 +65,13 @@ def train(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.cli.train import run
         from selfforcing_dfd.processes.failure import ending_together
-        from selfforcing_dfd.stages import load_config
+        from selfforcing_dfd.stages import load_as_published, load_config
         from selfforcing_dfd.training.plan import plan
 
         gpus = [] if args.gpus is None else [f"run.gpus={args.gpus}"]
+        load = load_as_published if args.as_published else load_config
         with ending_together():
-            config = load_config(args.config, [*args.overrides, *gpus])
+            config = load(args.config, [*args.overrides, *gpus])
             if args.dry_run:
                 print(plan(config))
             else:

@@ -114,6 +114,8 @@ def run_source(name: str, config: Config, weights: Path, entry: str = "") -> Sou
     if stage.makes == "teacher":
         return teacher_source(name, config, start)
     about = f"{stage.about(config)}; {config.run.student_updates} student updates"
+    if published := stage.as_published(config):
+        about += f"; as the public code: {', '.join(published)}"
     if stage.makes == "causal_teacher":
         steps = config.report.teacher_steps
         ode = ODESteps(steps, config.of(FlowConfig).shift)

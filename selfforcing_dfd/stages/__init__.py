@@ -11,6 +11,7 @@ from selfforcing_dfd.stages import causal, dfd, dmd, dp_dmd, init, pairs, regres
 from selfforcing_dfd.stages import config_files as settings
 from selfforcing_dfd.stages.base import STAGES, Stage, stage_of
 from selfforcing_dfd.stages.presets import SETTING, expanded, settings_of
+from selfforcing_dfd.stages.published import AS_PUBLISHED, PublishedConfig
 
 __all__ = [
     "STAGES",
@@ -21,6 +22,7 @@ __all__ = [
     "dmd",
     "dp_dmd",
     "init",
+    "load_as_published",
     "load_config",
     "pairs",
     "regression",
@@ -39,6 +41,23 @@ def load_config(name: str, overrides: Sequence[str] = ()) -> Config:
     if preset and not any(override.startswith(SETTING) for override in overrides):
         config = settings.load(name, [*settings_of(preset), *asked], sections)
     return checked(config, name)
+
+
+def load_as_published(name: str, overrides: Sequence[str] = ()) -> Config:
+    """`load_config` with all deviations of the public code, under the overrides.
+
+    Raises ConfigError where no run of the config is of a stage that knows one of them.
+    """
+    config = load_config(name, [*AS_PUBLISHED, *overrides])
+    knowing = [key for key, stage in STAGES.items() if PublishedConfig in stage.sections.values()]
+    stages = sorted({run.run.stage for run in arms_of(config)})
+    with settings.explained(name):
+        settings.require(
+            any(stage in knowing for stage in stages),
+            f"--as-published changes nothing in stage {', '.join(stages)}; it is for "
+            f"{', '.join(sorted(knowing))}: leave it out",
+        )
+    return config
 
 
 def change(config: Config, overrides: Sequence[str]) -> Config:

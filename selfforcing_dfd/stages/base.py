@@ -134,6 +134,11 @@ class Stage:
         return f"stage {cls.name}"
 
     @classmethod
+    def as_published(cls, config: Config) -> tuple[str, ...]:
+        """In what it trains as the public code does against its papers: settings of `published`."""
+        return ()
+
+    @classmethod
     def describe(cls, config: Config) -> Iterator[tuple[str, str]]:
         """(name, text) of what `--dry-run` says about this stage alone."""
         return iter(())

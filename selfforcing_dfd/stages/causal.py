@@ -10,6 +10,11 @@ from torch import Tensor, nn
 
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.stages.base import FlowConfig, cache_sizes, chunks_of, register
+from selfforcing_dfd.stages.published import (
+    PublishedConfig,
+    check_published,
+    turned_on,
+)
 from selfforcing_dfd.stages.teacher_forcing import TeacherForcing
 
 
@@ -24,7 +29,7 @@ class CausalStage(TeacherForcing):
     """
 
     name = "causal"
-    sections = {"flow": FlowConfig}
+    sections = {"flow": FlowConfig, "published": PublishedConfig}
     makes = "causal_teacher"
 
     @classmethod
@@ -39,5 +44,14 @@ class CausalStage(TeacherForcing):
             flow.text_dropout,
             negative=negative,
             given=config.rollout.given,
+            published_weight=config.of(PublishedConfig).loss_weight,
             **cache_sizes(config),
         )
+
+    @classmethod
+    def as_published(cls, config: Config) -> tuple[str, ...]:
+        return turned_on(config, ("loss_weight",))
+
+    @classmethod
+    def check(cls, config: Config) -> None:
+        check_published(config, cls.as_published(config))

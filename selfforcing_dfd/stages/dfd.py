@@ -13,6 +13,7 @@ from selfforcing_dfd.forcing import PAIRINGS, Forcing
 from selfforcing_dfd.stages.base import FlowConfig, register
 from selfforcing_dfd.stages.gan import GanConfig
 from selfforcing_dfd.stages.matching import MatchingStage, ScoreConfig
+from selfforcing_dfd.stages.published import PublishedConfig
 from selfforcing_dfd.stages.regression import RegressionConfig
 
 PAIRINGS_IN_WORDS = {
@@ -58,6 +59,7 @@ class DFDStage(MatchingStage):
         "gan": GanConfig,
         "regression": RegressionConfig,
         "flow": FlowConfig,
+        "published": PublishedConfig,
     }
 
     @classmethod

@@ -8,6 +8,7 @@ from selfforcing_dfd.config import Config
 from selfforcing_dfd.stages.base import FlowConfig, register
 from selfforcing_dfd.stages.gan import GanConfig
 from selfforcing_dfd.stages.matching import MatchingStage, ScoreConfig
+from selfforcing_dfd.stages.published import PublishedConfig
 from selfforcing_dfd.stages.regression import RegressionConfig
 
 
@@ -22,6 +23,7 @@ class DMDStage(MatchingStage):
         "gan": GanConfig,
         "regression": RegressionConfig,
         "flow": FlowConfig,
+        "published": PublishedConfig,
     }
     needs_clips = False
 

@@ -30,6 +30,7 @@ from selfforcing_dfd.rollout import Rollout, replay
 from selfforcing_dfd.stages.base import FlowConfig, Pass, Start, causal_start, no_text, register
 from selfforcing_dfd.stages.gan import GanConfig
 from selfforcing_dfd.stages.matching import MatchingStage, ScoreConfig
+from selfforcing_dfd.stages.published import PublishedConfig
 from selfforcing_dfd.stages.regression import RegressionConfig
 
 Of = Literal["teacher", "causal"]
@@ -66,6 +67,7 @@ class DPDMDStage(MatchingStage):
         "gan": GanConfig,
         "regression": RegressionConfig,
         "flow": FlowConfig,
+        "published": PublishedConfig,
     }
 
     anchor_sigmas: tuple[float, ...] = ()

@@ -34,6 +34,7 @@ from selfforcing_dfd.stages.base import (
     teacher_start,
 )
 from selfforcing_dfd.stages.gan import DISCRIMINATOR, Gan, GanConfig, build_discriminator, check_gan
+from selfforcing_dfd.stages.published import Published, check_published, turned_on
 from selfforcing_dfd.stages.regression import RegressionStage
 
 
@@ -76,7 +77,8 @@ class MatchingStage(TrainingStage):
     optimizer of its own. keeps_noise: see `denoise_chunk`. coin_shared_by: what shares one
     data-forcing coin. real_input: the trained step starts from the noised real clip in all rows.
     negative: [L, D_text], the text of guidance's unconditional half; None is zeros. given: first
-    frames of the real clip that all networks see clean, and that no loss counts.
+    frames of the real clip that all networks see clean, and that no loss counts. published: what the public code does
+    otherwise, if it is wanted.
     """
 
     has_guards = True
@@ -106,6 +108,7 @@ class MatchingStage(TrainingStage):
     gan: Gan | None = None
     keeps_noise: bool = False
     given: int = 0
+    published: Published = field(default_factory=Published)
 
     @classmethod
     def build(
@@ -142,6 +145,7 @@ class MatchingStage(TrainingStage):
             keeps_noise=keeps_noise(config),
             given=config.rollout.given,
             negative=negative,
+            published=Published.of(config),
             **cls.own_settings(config, networks),
             **cache_sizes(config),
         )
@@ -157,6 +161,11 @@ class MatchingStage(TrainingStage):
         if config.of(ScoreConfig).regression_per_student:
             RegressionStage.check(config)
         check_gan(config)
+        check_published(config, cls.as_published(config))
+
+    @classmethod
+    def as_published(cls, config: Config) -> tuple[str, ...]:
+        return turned_on(config, ("context_gradient", "context_noise", "sigma_tables"))
 
     @classmethod
     def uses_clips(cls, config: Config) -> str:
@@ -264,8 +273,9 @@ class MatchingStage(TrainingStage):
         x0 = self.roll_out(batch, draw, untied, exit_step).x0
         noise, sigma = self.draw_score(draw, x0)
         conditioning = drop_text(batch, draw, self.fake_text_dropout, self.negative)
-        fake = self.trained["fake"]
-        loss = flow_matching(fake, x0, noise, sigma, conditioning, given=self.given)
+        fake = self.published.score(self.trained["fake"], sigma)
+        level = self.published.noised_at(sigma)
+        loss = flow_matching(fake, x0, noise, level, conditioning, given=self.given)
         values = {"flow_loss": loss.detach(), "sigma": sigma}
         if self.gan:
             asked = Conditioning(batch.text)
@@ -283,7 +293,8 @@ class MatchingStage(TrainingStage):
         exit_step = self.first_exit + draw.in_turn("exit", exits, student_updates)
         record = self.roll_out(batch, draw, tied, exit_step)
         noise, sigma = self.draw_score(draw, record.x0)
-        x0 = replay(self.trained["student"], record, conditioning)
+        student = self.published.replayed(self.trained["student"])
+        x0 = replay(student, record, conditioning)
         generated = x0.detach()
         anchored = forcing.anchored_rows(self.forcing, tied, sigma)
         with_loss = forcing.rows_with_loss(self.forcing.pairing, tied, anchored)
@@ -291,9 +302,9 @@ class MatchingStage(TrainingStage):
             x0,
             forcing.anchor(generated, batch.latents, anchored),
             noise,
-            sigma,
-            teacher=self.teacher,
-            fake=self.trained["fake"],
+            self.published.noised_at(sigma),
+            teacher=self.published.score(self.teacher, sigma),
+            fake=self.published.score(self.trained["fake"], sigma),
             conditioning=conditioning,
             negative=Conditioning(no_text(batch.text, self.negative)),
             guidance=self.guidance,
@@ -326,6 +337,7 @@ class MatchingStage(TrainingStage):
         """The student's clips for the batch's captions; `tied` rows [B] as the pairing says."""
         noise = self.rollout_noise(batch, draw)
         pairing = self.forcing.pairing
+        real_past = RealRows(batch.latents, tied) if pairing.real_past else None
         start = forcing.start_noise(pairing, noise[0], batch.noise, tied, self.chunks)
         return rollout(
             self.trained["student"],
@@ -335,7 +347,7 @@ class MatchingStage(TrainingStage):
             self.ladder,
             self.chunks,
             exit_steps=(exit_step,) * len(self.chunks),
-            real_past=RealRows(batch.latents, tied) if pairing.real_past else None,
+            real_past=self.published.past(real_past, batch.latents, draw),
             real_input=self.rows_of_real_input(batch, tied),
             given=batch.latents[:, : self.given] if self.given else None,
         )
@@ -358,7 +370,8 @@ class MatchingStage(TrainingStage):
     def draw_score(self, draw: Draw, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Noise like the latents, and the sigma [B] at which teacher and fake score are asked."""
         noise = draw.normal("score", latents.shape[1:], latents)
-        sigma = score_sigma(draw.uniform("sigma"), self.shift, self.sigma_min, self.sigma_max)
+        u = self.published.uniform(draw.uniform("sigma"))
+        sigma = score_sigma(u, self.shift, self.sigma_min, self.sigma_max)
         return noise, sigma.to(latents)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from selfforcing_dfd.ode import teacher_forced_contexts
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import Chunks
 from selfforcing_dfd.stages.base import Pass, StageLoss, TrainingStage, drop_text
+from selfforcing_dfd.stages.published import weighted_flow_matching
 
 
 @dataclass(slots=True)
@@ -25,7 +27,8 @@ class TeacherForcing(TrainingStage):
     num_stored_noise: first chunks that start from the noise stored with their clip, if there is
     some; the others start from fresh noise. sigmas: those that are trained; none is all of them,
     shifted. negative: [L, D_text], the text of no caption; None is zeros. given: first frames of a
-    clip that its first chunk sees clean, without loss.
+    clip that its first chunk sees clean, without loss. published_weight: latent frames are weighted
+    by their noise level, as in the public code.
     """
 
     trained: dict[str, nn.Module]
@@ -38,6 +41,7 @@ class TeacherForcing(TrainingStage):
     sigmas: tuple[float, ...] = ()
     negative: Tensor | None = None
     given: int = 0
+    published_weight: bool = False
 
     @classmethod
     def passes(cls, config: Config) -> dict[str, list[Pass]]:
@@ -57,8 +61,10 @@ class TeacherForcing(TrainingStage):
         cache = KVCache(self.sink, self.window)
         contexts = teacher_forced_contexts(student, batch.latents, conditioning, cache, self.chunks)
         context = PackedContext(contexts, frames)
-        clips = batch.latents
-        loss = flow_matching(student, clips, noise, sigma, conditioning, context, self.given)
+        matching = partial(flow_matching, given=self.given)
+        if self.published_weight:
+            matching = partial(weighted_flow_matching, shift=self.shift)
+        loss = matching(student, batch.latents, noise, sigma, conditioning, context)
         return StageLoss(loss.mean(), {"flow_loss": loss.detach()})
 
     def draw_sigma(self, u: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from selfforcing_dfd.models.identity import Identity, Role, TrainingData, recipe
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.training.loop import Trainer
 from selfforcing_dfd.weights.adapters import merged, save_adapter
+from selfforcing_dfd.weights.card import AS_PUBLISHED
 from selfforcing_dfd.weights.runs import (
     FAKE_ADAPTER_FILE,
     FAKE_FILE,
@@ -64,6 +65,9 @@ def export(trainer: Trainer, folder: Path, config: Config) -> None:
         "stage": config.run.stage,
         "student_updates": str(config.run.student_updates),
     }
+    published = stage_of(config).as_published(config)
+    if published:
+        about[AS_PUBLISHED] = ", ".join(published)
     dtype = {**DTYPES, "int8": torch.int8}[config.checkpoint.export]
     stated = identities(config, trainer.reader)
     codec = Path(config.data.shards) / CODEC_FILE

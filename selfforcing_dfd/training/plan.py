@@ -99,10 +99,18 @@ def plan_run(config: Config, prompts_do: bool = False) -> list[str]:
         f"  no caption  {describe_negative(config)}",
     ]
     lines += [f"  {name:<12}{text}" for name, text in stage_of(config).describe(config)]
+    lines += describe_published(config)
     lines += describe_updates(config)
     is_wan = any(size.text_dim == UMT5_WIDTH for size in sizes.values())
     lines += describe_needs(config, prompts_do, is_wan)
     return lines
+
+
+def describe_published(config: Config) -> Iterator[str]:
+    """What is done as the public code does it, against its papers; nothing by default."""
+    names = stage_of(config).as_published(config)
+    if names:
+        yield f"  published   as the public code: {', '.join(names)} (docs/differences.md)"
 
 
 def describe_processes(config: Config) -> Iterator[str]:

@@ -25,6 +25,8 @@ SHOWN = (
     "ema",
     "batch",
 )  # sections of a training config
+AS_PUBLISHED = "as_published"  # note in a weights file: deviations that it was trained with
+DEVIATES = "Trained as the public Self-Forcing code does it where that differs from its papers:"
 LIMITS = (
     "Made by distillation: it has the teacher's biases and weaknesses (hands, text, counting, "
     "physics) and somewhat less variety than the teacher has.",
@@ -41,7 +43,8 @@ class ModelFacts:
     """What a card says; nothing is claimed that is not given here.
 
     size: height and width of the training clips, None if not known. training: the settings of the
-    run. measured: results for this model, name -> value with unit.
+    run. published: what was trained as the public code does it, against its papers; empty for
+    nothing. measured: results for this model, name -> value with unit.
     """
 
     name: str
@@ -51,6 +54,7 @@ class ModelFacts:
     num_parameters: int = 0
     size: tuple[int, int] | None = None
     training: Mapping[str, Any] = field(default_factory=dict)
+    published: str = ""
     measured: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
@@ -81,6 +85,8 @@ def model_card(facts: ModelFacts) -> str:
     ]
     if facts.training:
         sections += ["## Training", "The settings of the run:", _training(facts.training)]
+    if facts.published:
+        sections.append(f"{DEVIATES} {facts.published}.")
     sections += ["## Measured", _measured(facts), "## Limits", _limits(facts)]
     return "\n\n".join([_front_matter(facts), GENERATED, *sections]) + "\n"
 
