@@ -28,7 +28,9 @@ from selfforcing_dfd.stages.published import Published, looked_up
 CASES = {0.02: ("case0", 1), 0.41: ("case1", 1), 0.73: ("case0", 0), 0.98: ("case1", 0)}
 """Noise levels of the loss examples, rounded: where each is."""
 
-GRADIENT, NOISE, TABLES = "context_gradient", "context_noise", "sigma_tables"
+GRADIENT = "context_gradient"
+NOISE = "context_noise"
+TABLES = "sigma_tables"
 
 SETTINGS = """
 run: {stage: dmd}
@@ -106,7 +108,8 @@ def golden_batch(data: dict[str, Tensor]) -> Batch:
 @cache
 def student_update(settings: str, *deviations: str) -> dict[str, Tensor]:
     """Gradient of one whole student update by parameter, in the original names."""
-    stage, data = golden_stage(settings, *deviations), golden("rollout_exit2")
+    stage = golden_stage(settings, *deviations)
+    data = golden("rollout_exit2")
     stage.loss("student", golden_batch(data), ScriptedDraw(data, 2), 0).loss.backward()
     student: Any = stage.trained["student"]
     order = manifest()["files"]["gradients.safetensors"]["parameter_order"]
@@ -141,7 +144,8 @@ def test_these_three_deviations_are_all_there_is_in_a_student_update(settings, d
 
     With all three settings on, the package gives the published gradient to rounding, 1e-5.
     """
-    ours, theirs = student_update(settings, *deviations), stored(variant)
+    ours = student_update(settings, *deviations)
+    theirs = stored(variant)
     assert relative(flat({name: ours[name] for name in theirs}), flat(theirs)) < 1e-5
 
 
@@ -210,7 +214,8 @@ def test_the_scores_tables_disagree_by_up_to_a_fifth():
 @pytest.mark.parametrize("anchor", ["dmd", "dfd"])
 def test_with_the_tables_the_losses_are_the_published_ones(case, anchor):
     """Catches a table in the wrong place: gradient of x0, and the fake score's loss."""
-    data, published = golden("losses"), Published(sigma_tables=True)
+    data = golden("losses")
+    published = Published(sigma_tables=True)
     sigma = data[f"{case}/t"] / 1000
     x0 = data["x_gen"].clone().requires_grad_()
     fake = published.score(golden_network("weights_fake"), sigma)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from golden_weights import golden
-from tiny_models import DataForcing, tiny_batch, tiny_network
+from tiny_models import DataForcing, latents, tiny_batch, tiny_network
 from tiny_stages import CHUNKS, NO_ROW, draw, gradients, matching_stage
 from torch import Tensor
 
@@ -37,7 +37,9 @@ ALL = Published(context_gradient=True, context_noise=True, sigma_tables=True)
 
 def test_off_everything_is_handed_back():
     """Catches a default run that is no longer the run it was: not even a copy is made."""
-    off, network, sigma = Published(), tiny_network(), torch.rand(2)
+    off = Published()
+    network = tiny_network()
+    sigma = torch.rand(2)
     batch = tiny_batch()
     rows = RealRows(batch.latents, NO_ROW)
     assert off.replayed(network) is off.score(network, sigma) is network
@@ -110,7 +112,8 @@ def test_the_leak_is_that_of_a_cache_written_in_place(checkpointing):
 
     Three chunks, all in one packed call, with and without activation checkpointing.
     """
-    batch, stage = tiny_batch(), matching_stage(published=Published(context_gradient=True))
+    batch = tiny_batch()
+    stage = matching_stage(published=Published(context_gradient=True))
     student: Any = stage.trained["student"]
     text = Conditioning(batch.text)
     record = stage.roll_out(batch, draw(), NO_ROW, 2)
@@ -151,7 +154,8 @@ def test_the_leak_changes_the_gradient_alone():
 @pytest.mark.parametrize("pairing", ["caption", "prefix"])
 def test_context_noise_is_added_to_what_becomes_context(pairing):
     """Catches noise on the sample itself, on the wrong chunk, and real rows that are left clean."""
-    batch, tied = tiny_batch(with_noise=True), torch.tensor([True, False])
+    batch = tiny_batch(with_noise=True)
+    tied = torch.tensor([True, False])
     forcing = DataForcing(p=1.0, pairing=pairing)
     stage = matching_stage(forcing, published=Published(context_noise=True))
     rows = real_past(stage.forcing.pairing, batch.latents, tied)
@@ -178,8 +182,10 @@ def causal_stage(published_weight: bool) -> CausalStage:
 
 def test_the_loss_weight_of_ar_diffusion():
     """Catches a weight for samples in place of latent frames, and one where it is not wanted."""
-    batch, network = tiny_batch(), tiny_network()
-    noise, text = torch.randn_like(batch.latents), Conditioning(batch.text)
+    batch = tiny_batch()
+    network = tiny_network()
+    text = Conditioning(batch.text)
+    noise = latents("noise of the loss")
     sigma = torch.tensor([[1.0, 1.0, 0.5, 0.5, 0.02, 0.02]], dtype=torch.float64).expand(2, 6)
     with torch.no_grad():
         flow = network(add_noise(batch.latents, noise, sigma), sigma, text).flow

@@ -80,7 +80,7 @@ def test_commands_for_weights_and_data() -> None:
     assert "selfforcing-dfd train --config wan1.3b/ode_pairs.yaml" in table(
         load_config("wan1.3b/init_ode.yaml")
     )
-    assert "selfforcing-dfd train --config wan1.3b/dmd_ar.yaml" in table(
+    assert "selfforcing-dfd train --config wan1.3b/dmd_ar_dfd.yaml" in table(
         load_config("wan1.3b/dfd_ar.yaml")
     )
 
