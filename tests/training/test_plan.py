@@ -170,7 +170,7 @@ def test_sum_over_the_recipes_that_come_before() -> None:
     assert [name for _, name in parts] == [
         "wan1.3b/ode_pairs.yaml",
         "wan1.3b/init_ode.yaml",
-        "wan1.3b/dmd_ar.yaml",
+        "wan1.3b/dmd_ar_dfd.yaml",
         "wan1.3b/init_tf.yaml",  # of one arm alone
         "wan1.3b/dfd_ar",
     ]
