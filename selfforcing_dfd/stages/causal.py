@@ -10,11 +10,7 @@ from torch import Tensor, nn
 
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.stages.base import FlowConfig, cache_sizes, chunks_of, register
-from selfforcing_dfd.stages.published import (
-    PublishedConfig,
-    check_published,
-    turned_on,
-)
+from selfforcing_dfd.stages.published import PublishedConfig, check_published, turned_on
 from selfforcing_dfd.stages.teacher_forcing import TeacherForcing
 
 

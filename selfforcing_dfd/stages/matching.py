@@ -77,8 +77,8 @@ class MatchingStage(TrainingStage):
     optimizer of its own. keeps_noise: see `denoise_chunk`. coin_shared_by: what shares one
     data-forcing coin. real_input: the trained step starts from the noised real clip in all rows.
     negative: [L, D_text], the text of guidance's unconditional half; None is zeros. given: first
-    frames of the real clip that all networks see clean, and that no loss counts. published: what the public code does
-    otherwise, if it is wanted.
+    frames of the real clip that all networks see clean, and that no loss counts. published: what
+    the public code does otherwise, if it is wanted.
     """
 
     has_guards = True

@@ -16,7 +16,6 @@ from torch import Tensor
 from selfforcing_dfd.config import Config, ConfigError
 from selfforcing_dfd.context import ChunkContext, ChunkKV, Conditioning
 from selfforcing_dfd.flow import add_noise, x0_from_flow
-from selfforcing_dfd.forcing import real_past
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.rollout import RealRows, Rollout, replay
 from selfforcing_dfd.stages import arms_of, load_as_published, load_config, stage_of
@@ -80,8 +79,8 @@ def one_by_one(student: WanTransformer, record: Rollout, text: Conditioning) -> 
     ]
     past: list[ChunkKV] = []
     made = []
-    steps = zip(record.chunks, record.sigma_exit, clean_past(record), strict=True)
-    for chunk, sigma, clean in steps:
+    for chunk, clean in zip(record.chunks, clean_past(record), strict=True):
+        sigma = float(record.sigma_exit[0, chunk.start])
         x_t = chunk.of(record.x_exit)
         caught.clear()
         level = x_t.new_full((len(x_t),), sigma)
@@ -158,7 +157,7 @@ def test_context_noise_is_added_to_what_becomes_context(pairing):
     tied = torch.tensor([True, False])
     forcing = DataForcing(p=1.0, pairing=pairing)
     stage = matching_stage(forcing, published=Published(context_noise=True))
-    rows = real_past(stage.forcing.pairing, batch.latents, tied)
+    rows = RealRows(batch.latents, tied) if stage.forcing.pairing.real_past else None
     past = stage.published.past(rows, batch.latents, draw())
     assert past is not None
     x0 = torch.zeros_like(CHUNKS[1].of(batch.latents))
@@ -237,3 +236,5 @@ def test_a_switch_without_effect_is_refused(minimal):
     with pytest.raises(ConfigError, match="the published code cannot train with a window"):
         load_as_published(minimal, ["rollout.window=6"])
     load_as_published(minimal, ["rollout.window=6", "published.context_gradient=false"])
+    with pytest.raises(ConfigError, match=r"published\.sigma_tables and rollout\.given=1"):
+        load_config(minimal, ["rollout.given=1", "published.sigma_tables=true"])
