@@ -154,7 +154,7 @@ class Index:
         if negative:
             text_in(negative, "sha256")
         shards = tuple(shard_of(shard) for shard in fields["shards"])
-        stated = fields["fingerprints"]
+        stated = dict(fields["fingerprints"])
         fingerprints = {name: text_in(stated, name) for name in stated}
         return cls(
             shards=shards,

@@ -310,6 +310,13 @@ def test_more_tokens_than_the_padded_length_are_refused(own_shards: Path) -> Non
         ShardReader(own_shards)
 
 
+def test_a_list_is_no_fingerprint(own_shards: Path) -> None:
+    """Catches a list of numbers that is taken for names: one of them asked for the list's end."""
+    edit_index(own_shards, lambda index: index.update(fingerprints=[2**62, 1]))
+    with pytest.raises(ShardError, match=r"index\.json"):
+        ShardReader(own_shards)
+
+
 def test_a_shape_that_no_clip_can_have_is_refused(own_shards: Path) -> None:
     """Catches memory for 2^62 tokens being asked of the system."""
     edit_index(own_shards, lambda index: index.update(text_shape=[2**62, 32]))
