@@ -79,18 +79,24 @@ class Clips(Kind):
 
 
 def only_pictures_differ(harmed: Path, whole: Path) -> bool:
-    """Whether the harm lies in coded pictures alone.
+    """Whether the harm lies in coded pictures or in the decoder's parameters alone.
 
-    H.264 has no checksum: of flipped bits there, some decode to another picture without an error.
+    H.264 has no checksum: of flipped bits there, some decode to other pictures without an error.
     """
     before = whole.read_bytes()
     after = harmed.read_bytes()
     if len(before) != len(after):
         return False
-    name = before.index(b"mdat")
-    size = int.from_bytes(before[name - 4 : name], "big")
-    changed = [place for place, byte in enumerate(before) if byte != after[place]]
-    return name < changed[0] and changed[-1] < name - 4 + size
+    coded = {place for name in (b"mdat", b"avcC") for place in content_of(before, name)}
+    changed = {place for place, byte in enumerate(before) if byte != after[place]}
+    return changed <= coded
+
+
+def content_of(file: bytes, name: bytes) -> range:
+    """Where the content of an mp4's box lies."""
+    begins = file.index(name)
+    size = int.from_bytes(file[begins - 4 : begins], "big")
+    return range(begins + 4, begins - 4 + size)
 
 
 def write(path: Path, video: np.ndarray, container: str) -> None:
