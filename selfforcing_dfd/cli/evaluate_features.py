@@ -30,30 +30,13 @@ def add_feature_options(parser: argparse.ArgumentParser) -> None:
         help="pixels, motion, clip=DIR, clip_projected=DIR, dino=DIR, or several joined by +; "
         "DIR is a local folder of transformers; may be given again",
     )
-    group.add_argument(
-        "--reference",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="PATH",
-        help="clips of the data, for precision, recall, density, coverage and MMD",
-    )
-    group.add_argument(
-        "--training",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="PATH",
-        help="clips that the model was trained on; with --held-out",
-    )
-    group.add_argument(
-        "--held-out",
-        nargs="+",
-        type=Path,
-        default=[],
-        metavar="PATH",
-        help="clips of the same source that it was not trained on, to see what it repeats",
-    )
+    sets = {
+        "--reference": "clips of the data, for precision, recall, density, coverage and MMD",
+        "--training": "clips that the model was trained on; with --held-out",
+        "--held-out": "clips of the same source that it was not trained on, to see what it repeats",
+    }
+    for option, meaning in sets.items():
+        group.add_argument(option, nargs="+", type=Path, default=[], metavar="PATH", help=meaning)
     group.add_argument(
         "--poses",
         type=Path,

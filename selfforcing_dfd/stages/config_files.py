@@ -73,14 +73,11 @@ def _config(
 
 def check_sections(values: Mapping[str, Any], of_stages: Mapping[str, type]) -> None:
     """Raise ConfigError for a section that `${...}` made one value."""
-    for key, value in values.items():
-        wanted = {**OWN_SECTIONS, **of_stages}[key]
-        if key == "arms":
-            wanted = dict
-        is_section = wanted is dict or dataclasses.is_dataclass(wanted)
+    for key, kind in {**OWN_SECTIONS, **of_stages, "arms": dict}.items():
+        is_section = kind is dict or dataclasses.is_dataclass(kind)
         require(
-            not is_section or isinstance(value, wanted),
-            f"{key} is {value!r}; it must be a section that holds settings by name",
+            not is_section or isinstance(values[key], kind),
+            f"{key} is {values[key]!r}; it must be a section that holds settings by name",
         )
 
 
