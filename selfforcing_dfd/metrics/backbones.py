@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -43,15 +44,14 @@ class ClipEncoder:
 
     @torch.no_grad()
     def __call__(self, clip: Sampled) -> Tensor:
-        parts = []
-        for frames in clip.frames.split(BATCH):
-            pixels = pixels_of(self.processor, frames).to(self.device)
-            if self.name == "clip":
-                states = self.model.vision_model(pixel_values=pixels).last_hidden_state
-                parts.append(states[:, 0])
-            else:
-                parts.append(self.model.get_image_features(pixel_values=pixels).pooler_output)
-        return torch.cat(parts).float().cpu()
+        return encoded(clip, self.processor, self.device, self.encode)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        if self.name == "clip":
+            states: Tensor = self.model.vision_model(pixel_values=pixels).last_hidden_state
+            return states[:, 0]
+        projected: Tensor = self.model.get_image_features(pixel_values=pixels).pooler_output
+        return projected
 
     @torch.no_grad()
     def texts(self, prompts: list[str]) -> Tensor:
@@ -98,11 +98,11 @@ class DinoEncoder:
 
     @torch.no_grad()
     def __call__(self, clip: Sampled) -> Tensor:
-        parts = []
-        for frames in clip.frames.split(BATCH):
-            pixels = pixels_of(self.processor, frames).to(self.device)
-            parts.append(self.model(pixel_values=pixels).last_hidden_state[:, 0])
-        return torch.cat(parts).float().cpu()
+        return encoded(clip, self.processor, self.device, self.encode)
+
+    def encode(self, pixels: Tensor) -> Tensor:
+        states: Tensor = self.model(pixel_values=pixels).last_hidden_state
+        return states[:, 0]
 
     def described(self) -> dict[str, Any]:
         return described(self.folder, self.name)
@@ -151,6 +151,14 @@ def processor_of(folder: Path) -> Any:
     except (OSError, ValueError) as error:
         problem = "holds no image processor; want preprocessor_config.json beside the weights"
         raise UserError(f"{folder} {problem}") from error
+
+
+def encoded(
+    clip: Sampled, processor: Any, device: torch.device, encode: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """Features [frames, D] of a clip's frames, some at a time; float32 on the CPU."""
+    batches = (pixels_of(processor, frames).to(device) for frames in clip.frames.split(BATCH))
+    return torch.cat([encode(pixels) for pixels in batches]).float().cpu()
 
 
 def pixels_of(processor: Any, frames: Tensor) -> Tensor:
