@@ -207,6 +207,9 @@ class DataConfig:
 class CheckpointConfig:
     every: int = ranged(10, 1, 10 * MILLION)  # student updates
     keep: int = ranged(3, 1, 10_000)
+    # whether training goes on while they are written, from a copy in memory of the CPU; auto: where
+    # a GPU trains
+    background: Literal["auto", "always", "never"] = "auto"
     export: Literal["float16", "float32", "int8"] = "float16"  # int8: matrices in 8 bits a value
 
 

@@ -38,6 +38,18 @@ def patient_group() -> dist.ProcessGroup | None:
 
 
 @cache
+def group_of_saves() -> dist.ProcessGroup | None:
+    """All processes, for a thread of each that saves; all call together, before the threads begin.
+
+    None where there is no group. Threads need one of their own: messages of one group must be sent
+    in one order.
+    """
+    if not dist.is_initialized():
+        return None
+    return dist.new_group(backend="gloo", timeout=VERY_LONG)
+
+
+@cache
 def group_of_neighbours(size: int, timeout_s: float) -> dist.ProcessGroup:
     """The group of this process among groups of `size` neighbours; all processes call together."""
     own, _ = dist.new_subgroups(size, timeout=timedelta(seconds=timeout_s))
@@ -48,11 +60,15 @@ def group_of_neighbours(size: int, timeout_s: float) -> dist.ProcessGroup:
 def forget_groups() -> None:
     """Forget the groups of processes that are leaving each other."""
     patient_group.cache_clear()
+    group_of_saves.cache_clear()
     group_of_neighbours.cache_clear()
 
 
-def on_first_rank(action: Callable[[], T]) -> T:
-    """Do something once; all ranks get its result, or raise its error."""
+def on_first_rank(action: Callable[[], T], group: dist.ProcessGroup | None = None) -> T:
+    """Do something once; all ranks get its result, or raise its error.
+
+    group: of all ranks, to wait in; None is the patient one.
+    """
     if not dist.is_initialized():
         return action()
     outcome: list[Any] = [None, None]
@@ -61,7 +77,7 @@ def on_first_rank(action: Callable[[], T]) -> T:
             outcome[0] = action()
         except Exception as error:
             outcome[1] = error
-    dist.broadcast_object_list(outcome, group=patient_group())
+    dist.broadcast_object_list(outcome, group=group or patient_group())
     if outcome[1] is not None:
         raise outcome[1]
     result: T = outcome[0]

@@ -30,6 +30,7 @@ from selfforcing_dfd.training.metrics import Watch
 from selfforcing_dfd.training.optimizers import build_learner
 from selfforcing_dfd.training.recompute import recompute
 from selfforcing_dfd.training.same_run import MAY_CHANGE, check_config, config_fingerprint
+from selfforcing_dfd.training.saving import Saver
 from selfforcing_dfd.training.sequences import in_groups, share_sequences
 from selfforcing_dfd.training.sharding import Sharding
 from selfforcing_dfd.training.tracking import Tracker, check_trackers
@@ -279,7 +280,7 @@ def build_trainer(
         micro=config.batch.micro,
         seed=config.run.seed,
         student_updates=config.run.student_updates,
-        checkpoints=checkpoints,
+        saver=Saver(checkpoints, saves_in_background(config, world)),
         checkpoint_every=config.checkpoint.every,
         tracker=Tracker(folder, trackers=config.log.trackers, project=config.log.project),
         num_workers=config.data.workers,
@@ -290,6 +291,12 @@ def build_trainer(
         checkpoints.load(newest, trainer.state())
     on_first_rank(lambda: trainer.tracker.open(trainer.clock if resume else None))
     return trainer
+
+
+def saves_in_background(config: Config, world: World) -> bool:
+    """Whether training goes on during a save. On a CPU it would take the cores from training."""
+    chosen = config.checkpoint.background
+    return world.device.type == "cuda" if chosen == "auto" else chosen == "always"
 
 
 def build_learners(config: Config, stage: TrainingStage) -> dict[str, Learner]:

@@ -2,7 +2,7 @@
 
 A checkpoint is a folder `student_update=000040` in the format of `weights/checkpoint_files.py`. It
 appears by one atomic rename after everything is on disk. With a process group all ranks call
-together; without one none has to be made.
+together; without one none has to be made. `training/saving.py` writes them while training goes on.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from typing import Any
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
@@ -62,6 +65,19 @@ LIBRARIES = ("torch", "numpy", "diffusers", "accelerate", "safetensors")
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """All that a checkpoint will hold.
+
+    sizes: bytes of the tensors of all ranks, by key; values: those of all ranks.
+    """
+
+    path: Path
+    tensors: dict[str, Tensor]
+    values: State
+    sizes: dict[str, int]
+
+
 class CheckpointManager:
     """The newest `keep` checkpoints of one run in one folder, to which one run at a time writes.
 
@@ -91,19 +107,35 @@ class CheckpointManager:
         NonFiniteError for values that are not finite, CheckpointError on a full disk or any other
         failure; what was there before is untouched then.
         """
+        return self.write(self.snapshot(student_update, state))
+
+    def snapshot(self, student_update: int, state: State, copy: bool = False) -> Snapshot:
+        """What `write` will write. NonFiniteError for values that are not finite.
+
+        copy: to memory of the CPU, so that training may change the state meanwhile.
+        """
         self.check_may_save(student_update)
         tensors, values = flatten(unfold(state))
         check_stored(tensors.items(), f"the checkpoint of student update {student_update}")
         values = _gather(values)
         _gather(_fingerprints(tensors))
         sizes = _gather({key: tensor.nbytes for key, tensor in tensors.items()})
+        if copy:
+            tensors = {key: tensor.to("cpu", copy=True) for key, tensor in tensors.items()}
         path = self.folder / f"student_update={student_update:06d}"
-        partial = partial_of(path)
-        with _cleaned_up(partial):
-            on_first_rank(lambda: self._make_room(partial))
-            save_tensors(partial, tensors, sizes)
-            on_first_rank(lambda: self._publish(partial, path, values))
-        return path
+        return Snapshot(path, tensors, values, sizes)
+
+    def write(self, snapshot: Snapshot, group: ProcessGroup | None = None) -> Path:
+        """Write a snapshot and return where it is.
+
+        group: for what the ranks tell each other; None is the usual one. Raises CheckpointError.
+        """
+        unfinished = partial_of(snapshot.path)
+        with _cleaned_up(unfinished):
+            on_first_rank(partial(self._make_room, unfinished), group)
+            save_tensors(unfinished, snapshot.tensors, snapshot.sizes, group)
+            on_first_rank(partial(self._publish, unfinished, snapshot), group)
+        return snapshot.path
 
     def latest(self) -> Path | None:
         """The newest complete checkpoint, None if none was ever written.
@@ -175,19 +207,19 @@ class CheckpointManager:
         found = [path for path in paths if NAME.fullmatch(path.name)]
         return sorted(found, key=lambda path: (_student_update(path), not _is_replaced(path)))
 
-    def _make_room(self, partial: Path) -> None:
+    def _make_room(self, unfinished: Path) -> None:
         """Remove what dead saves left behind and start this one."""
         self.folder.mkdir(parents=True, exist_ok=True)
         for leftover in self.folder.glob(f"{PARTIAL}*student_update=*"):
             _remove(leftover)
-        partial.mkdir()
+        unfinished.mkdir()
 
-    def _publish(self, partial: Path, path: Path, values: State) -> None:
+    def _publish(self, unfinished: Path, snapshot: Snapshot) -> None:
         """Complete the checkpoint with meta.json and give it its name, then drop the oldest."""
-        meta = self._describe(_student_update(path), values)
-        meta["files"] = describe_files(sorted(partial.iterdir()))
-        (partial / META_FILE).write_text(json.dumps(sealed(meta), indent=1), encoding="utf-8")
-        replace_folder(partial, path)
+        meta = self._describe(_student_update(snapshot.path), snapshot.values)
+        meta["files"] = describe_files(sorted(unfinished.iterdir()))
+        (unfinished / META_FILE).write_text(json.dumps(sealed(meta), indent=1), encoding="utf-8")
+        replace_folder(unfinished, snapshot.path)
         self._drop_oldest()
 
     def _describe(self, student_update: int, values: State) -> dict[str, Any]:
@@ -275,7 +307,7 @@ def _check_layout(path: Path, stored: Mapping[str, str], wanted: Mapping[str, st
 
 
 @contextmanager
-def _cleaned_up(partial: Path) -> Iterator[None]:
+def _cleaned_up(unfinished: Path) -> Iterator[None]:
     """Whatever stops a save, the disk gets its space back.
 
     A failure to write becomes a CheckpointError.
@@ -283,13 +315,13 @@ def _cleaned_up(partial: Path) -> Iterator[None]:
     try:
         yield
     except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(unfinished, ignore_errors=True)
         cause: BaseException = error
         if isinstance(error, CheckpointException):
             cause = next(iter(error.failures.values()))[0]
         if not isinstance(cause, Exception) or isinstance(cause, CheckpointError):
             raise cause from None
-        raise CheckpointError(_explain(cause, partial.parent)) from cause
+        raise CheckpointError(_explain(cause, unfinished.parent)) from cause
 
 
 def _explain(cause: BaseException, folder: Path) -> str:

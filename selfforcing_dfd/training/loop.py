@@ -27,12 +27,12 @@ from selfforcing_dfd.processes.world import World
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages.base import StageLoss, TrainingStage
 from selfforcing_dfd.training.agreement import AGREE_EVERY, norms_of, require_agreement
-from selfforcing_dfd.training.checkpoint import CheckpointManager
 from selfforcing_dfd.training.clock import Clock, Turn
 from selfforcing_dfd.training.ema import EMA
 from selfforcing_dfd.training.finite import check_finite, check_losses, check_weights
 from selfforcing_dfd.training.metrics import Watch, summarise, values_of_all, watched_clips
 from selfforcing_dfd.training.optimizer_state import optimizer_state
+from selfforcing_dfd.training.saving import Saver
 from selfforcing_dfd.training.sharding import expect_backward, keep_gathered, release
 from selfforcing_dfd.training.tracking import Tracker
 from selfforcing_dfd.training.utilisation import Utilisation
@@ -72,7 +72,7 @@ class Trainer:
     micro: int
     seed: int
     student_updates: int
-    checkpoints: CheckpointManager
+    saver: Saver
     checkpoint_every: int
     tracker: Tracker
     num_workers: int = 0
@@ -101,7 +101,7 @@ class Trainer:
         stream = self.stream()
         keep_gathered(self.learners["student"].network)
         self.check_agreement()
-        with self.stop_on_signals(), bar:
+        with self.stop_on_signals(), self.saver.completed(), bar:
             while self.clock.student_updates < self.student_updates:
                 turn = self.clock.next_turn(
                     self.stage.fake_per_student, self.stage.regression_per_student
@@ -122,6 +122,7 @@ class Trainer:
                 (num_asked_to_stop,) = add_up([self.stop_requested])
                 if num_asked_to_stop:
                     self.save()
+                    self.saver.wait()
                     raise Interrupted(
                         f"stopped and saved at student update {self.clock.student_updates} "
                         f"of {self.student_updates}; go on with the same command and --resume"
@@ -264,15 +265,20 @@ class Trainer:
         return done or self.clock.student_updates % self.checkpoint_every == 0
 
     def save_when_due(self) -> None:
-        if self.is_due():
-            path = self.save()
-            look = self.look
-            if look is not None:
-                on_first_rank(lambda: look(self.clock.student_updates, path, self.tracker))
+        if not self.is_due():
+            return
+        path = self.save()
+        look = self.look
+        if look is not None:
+            self.saver.wait()
+            on_first_rank(lambda: look(self.clock.student_updates, path, self.tracker))
 
     def save(self) -> Path:
-        """Write a checkpoint now. NonFiniteError, with nothing written, for values not finite."""
-        return self.checkpoints.save(self.clock.student_updates, self.state())
+        """Save a checkpoint; where it will be.
+
+        NonFiniteError, with nothing written, for values not finite.
+        """
+        return self.saver.save(self.clock.student_updates, self.state())
 
     def state(self) -> dict[str, Any]:
         """Everything that a bit-exact continuation needs, as live objects.

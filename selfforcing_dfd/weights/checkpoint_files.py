@@ -23,6 +23,7 @@ import torch
 import yaml
 from safetensors import SafetensorError
 from torch import Tensor
+from torch.distributed import ProcessGroup
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
@@ -102,17 +103,23 @@ class TensorFiles(HuggingFaceStorageReader):
         return tensor
 
 
-def save_tensors(folder: Path, tensors: Mapping[str, Tensor], sizes: Mapping[str, int]) -> None:
+def save_tensors(
+    folder: Path,
+    tensors: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    group: ProcessGroup | None = None,
+) -> None:
     """Write tensors, synced to the disk; with a process group all ranks call together.
 
     Of a DTensor every rank writes its shard, of a plain tensor one rank writes the whole. sizes:
-    bytes of the tensors of all ranks.
+    bytes of the tensors of all ranks. group: the ranks agree through it; None is the usual one.
     """
     writer = HuggingFaceStorageWriter(
         str(folder), save_distributed=True, fqn_to_index_mapping=_split_into_files(sizes)
     )
     with _without_warning():
-        dcp_save({key: t.contiguous() for key, t in tensors.items()}, storage_writer=writer)
+        contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+        dcp_save(contiguous, storage_writer=writer, process_group=group)
 
 
 def load_tensors(files: TensorFiles, tensors: Mapping[str, Tensor], alone: bool = False) -> None:

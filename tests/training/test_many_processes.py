@@ -44,6 +44,7 @@ from selfforcing_dfd.training.muon import Muon
 from selfforcing_dfd.training.sharding import Sharding
 from selfforcing_dfd.weights.tensors import whole
 
+IN_THREADS = "checkpoint.background=always"
 BY_FOUR = {"caption": ["model.shard_ranks=2"], "causal": ["model.shard_ranks=1"]}
 
 
@@ -103,7 +104,7 @@ def test_the_number_of_processes_may_change_on_resume(
     two = in_processes(
         2,
         tmp_path / "two",
-        lambda: train_in_float64(make("caption", "resumed", "run.student_updates=2")),
+        lambda: train_in_float64(make("caption", "resumed", "run.student_updates=2", IN_THREADS)),
     )
     one = train_in_float64(make("caption", "resumed", "run.student_updates=3"), resume=True)
     four = in_processes(
