@@ -66,6 +66,7 @@ MAY_DIFFER = (
     "model.gradient_checkpointing",  # what it was called before
     "data.workers",
     "checkpoint.keep",
+    "checkpoint.background",
     "log.",
     "base",
 )
