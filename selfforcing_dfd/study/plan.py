@@ -48,6 +48,7 @@ class ArmPlan:
     family: str = ""  # arms of one family are settings of one method, to choose from
     long: bool = False  # also run `study.long` times as long, in the first draw of each start
     stream: bool = False  # also stream freely, in the first draw of each start
+    control: str = ""  # the arm with the same data and start, whose work it adds data forcing to
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +142,7 @@ def check(plan: Plan) -> None:
         require(times == 1, f"{name} is the name of another row; rename that arm")
     named = {plan.budget, *plan.controls}
     named.update(point.arm for point in plan.fixed.values())
+    named.update(arm.control for arm in plan.arms.values() if arm.control)
     for name in named:
         require(name in plan.arms or name in plan.fixed, f"no arm {name}; the arms are {known}")
     require(plan.budget in plan.arms, f"budget is {plan.budget}; use one of the arms {known}")

@@ -20,6 +20,7 @@ from selfforcing_dfd.evaluation.curves import PALETTE, QUIET, STYLE, svg
 from selfforcing_dfd.evaluation.tables import START
 from selfforcing_dfd.study.choice import has_families
 from selfforcing_dfd.study.compare import Mean, along, gaps, points, spent, teacher_value
+from selfforcing_dfd.study.gap import draw_effects, effects
 from selfforcing_dfd.study.plan import LONG
 from selfforcing_dfd.study.results import Study
 
@@ -49,6 +50,8 @@ def write_plots(study: Study, folder: Path) -> dict[str, Path]:
     }
     if len(gaps(study)) > 1:
         drawn["Gap against coverage"] = ("gap.svg", gap_plot(study))
+    if effects(study):
+        drawn["Gap against what data forcing did"] = ("effects.svg", effects_plot(study))
     files = {}
     for title, (name, text) in drawn.items():
         files[title] = folder / name
@@ -147,6 +150,13 @@ def gap_plot(study: Study) -> str:
             axes.annotate(f" {arm}", (gap, coverage), fontsize=6.5)
         axes.set_xlabel("E|anchor - G|², latents")
         axes.set_ylabel("coverage of 72 modes")
+        return svg(figure)
+
+
+def effects_plot(study: Study) -> str:
+    """The logged gap against what each arm changed of its own control."""
+    with drawing(7.2, 3.2) as figure:
+        draw_effects(study, figure)
         return svg(figure)
 
 

@@ -85,7 +85,8 @@ class ArmFacts:
     """What the tables say of an arm.
 
     forced: whether real clips anchor its teacher (a dose). from_start: whether it trains the
-    start's own student on. family: of arms that are settings of one method.
+    start's own student on. family: of arms that are settings of one method. control: the arm with
+    the same data and start.
     """
 
     about: str
@@ -94,6 +95,7 @@ class ArmFacts:
     forced: bool = False
     from_start: bool = True
     family: str = ""
+    control: str = ""
 
 
 @dataclass(frozen=True)
@@ -213,6 +215,7 @@ def facts_of(plan: Plan, arm: str, runs: Sequence[StudyRun]) -> ArmFacts:
         forced=issubclass(stage_of(run.config), DFDStage),
         from_start=run.config.weights.student == f"{plan.starts[run.start]}/{STUDENT_FILE}",
         family=plan.arms[name].family,
+        control=plan.arms[name].control,
     )
 
 

@@ -27,6 +27,7 @@ from selfforcing_dfd.study.compare import (
     verdicts,
     with_rows,
 )
+from selfforcing_dfd.study.gap import effect_section
 from selfforcing_dfd.study.goal import GOAL, Criterion, criteria
 from selfforcing_dfd.study.plan import CAUSAL, CAUSAL_FEW, CAUSAL_ROWS, LONG
 from selfforcing_dfd.study.results import Study
@@ -103,6 +104,7 @@ def sections(study: Study) -> Iterator[str]:
     yield from long_runs(study)
     yield from streams(study)
     yield from gap_section(study)
+    yield from effect_section(study)
     yield "## Arms"
     yield markdown(arms_table(study))
 
