@@ -48,7 +48,8 @@ class ArmPlan:
     family: str = ""  # arms of one family are settings of one method, to choose from
     long: bool = False  # also run `study.long` times as long, in the first draw of each start
     stream: bool = False  # also stream freely, in the first draw of each start
-    control: str = ""  # the arm with the same data and start, whose work it adds data forcing to
+    control: str = ""  # the arm of which it changes one thing
+    paper: str = ""  # what arXiv 2606.18478 found of this change
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -20,7 +20,7 @@ from selfforcing_dfd.evaluation.curves import PALETTE, QUIET, STYLE, svg
 from selfforcing_dfd.evaluation.tables import START
 from selfforcing_dfd.study.choice import has_families
 from selfforcing_dfd.study.compare import Mean, along, gaps, points, spent, teacher_value
-from selfforcing_dfd.study.gap import draw_effects, effects
+from selfforcing_dfd.study.effects import by_gap, draw_effects
 from selfforcing_dfd.study.plan import LONG
 from selfforcing_dfd.study.results import Study
 
@@ -50,8 +50,8 @@ def write_plots(study: Study, folder: Path) -> dict[str, Path]:
     }
     if len(gaps(study)) > 1:
         drawn["Gap against coverage"] = ("gap.svg", gap_plot(study))
-    if effects(study):
-        drawn["Gap against what data forcing did"] = ("effects.svg", effects_plot(study))
+    if len(by_gap(study)) > 1:
+        drawn["Gap against what an arm changes"] = ("effects.svg", effects_plot(study))
     files = {}
     for title, (name, text) in drawn.items():
         files[title] = folder / name

@@ -85,8 +85,8 @@ class ArmFacts:
     """What the tables say of an arm.
 
     forced: whether real clips anchor its teacher (a dose). from_start: whether it trains the
-    start's own student on. family: of arms that are settings of one method. control: the arm with
-    the same data and start.
+    start's own student on. family: of arms that are settings of one method. control: the arm of
+    which it changes one thing. paper: what the paper found of that.
     """
 
     about: str
@@ -96,6 +96,7 @@ class ArmFacts:
     from_start: bool = True
     family: str = ""
     control: str = ""
+    paper: str = ""
 
 
 @dataclass(frozen=True)
@@ -216,6 +217,7 @@ def facts_of(plan: Plan, arm: str, runs: Sequence[StudyRun]) -> ArmFacts:
         from_start=run.config.weights.student == f"{plan.starts[run.start]}/{STUDENT_FILE}",
         family=plan.arms[name].family,
         control=plan.arms[name].control,
+        paper=plan.arms[name].paper,
     )
 
 

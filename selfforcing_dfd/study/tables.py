@@ -27,7 +27,7 @@ from selfforcing_dfd.study.compare import (
     verdicts,
     with_rows,
 )
-from selfforcing_dfd.study.gap import effect_section
+from selfforcing_dfd.study.effects import effect_section
 from selfforcing_dfd.study.goal import GOAL, Criterion, criteria
 from selfforcing_dfd.study.plan import CAUSAL, CAUSAL_FEW, CAUSAL_ROWS, LONG
 from selfforcing_dfd.study.results import Study

@@ -1,0 +1,186 @@
+"""Arms against the one arm that each of them changes, and the gap of Eq. 7 in arXiv 2606.18478.
+
+Arms of different captions, or with a given image, do different work, so their scores cannot be
+compared. What one change does at the same work can.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from matplotlib.figure import Figure
+
+from selfforcing_dfd.evaluation.tables import number
+from selfforcing_dfd.evaluation.tiny_verdict import mean
+from selfforcing_dfd.study.compare import Mean, index_at, rank_correlation
+from selfforcing_dfd.study.results import Study, Trajectory
+from selfforcing_dfd.study.way_tables import COLUMNS, markdown
+
+DIFFERENCES = ("coverage", "kl_prior_sample", "follow", "valid", "contrast", "speed_px")
+DRAWN = {"kl_prior_sample": "KL - control's", "contrast": "contrast - control's"}
+"""Differences that the plot shows, and its labels."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """An arm less its own control, over pairs of runs of equal start and draw.
+
+    gap: E|anchor - G|^2 in latents since the point before; NaN where none was logged. paper: what
+    the paper found.
+    """
+
+    arm: str
+    control: str
+    paper: str
+    gap: float
+    differences: dict[str, Mean]
+    noise: dict[str, float]  # how far runs of the control differ by their start and draw alone
+
+    def is_change(self, key: str) -> bool:
+        """Whether all pairs changed the same way, by more than runs of the control differ."""
+        change = self.differences[key]
+        return change.low * change.high > 0 and abs(change.value) > self.noise[key]
+
+
+def effects(study: Study, start: str = "") -> list[Effect]:
+    """Of every arm that names a control of its own, at equal updates, in the plan's order.
+
+    start: of the runs; all starts if empty.
+    """
+    found = []
+    for arm, facts in study.arms.items():
+        pairs = pairs_of(study, arm, facts.control, start) if facts.control else []
+        if not pairs:
+            continue
+        gaps = [at(study, own, own.logged["gap"]) for own, _ in pairs if "gap" in own.logged]
+        known = [gap for gap in gaps if gap is not None]
+        differences = {key: difference(study, pairs, key) for key in DIFFERENCES}
+        noise = {key: spread(study, [control for _, control in pairs], key) for key in DIFFERENCES}
+        gap = mean(known) if known else math.nan
+        found.append(Effect(arm, facts.control, facts.paper, gap, differences, noise))
+    return found
+
+
+def by_gap(study: Study, start: str = "") -> list[Effect]:
+    """Those that logged a gap, from small to large."""
+    known = [each for each in effects(study, start) if not math.isnan(each.gap)]
+    return sorted(known, key=lambda effect: effect.gap)
+
+
+def pairs_of(
+    study: Study, arm: str, control: str, start: str
+) -> list[tuple[Trajectory, Trajectory]]:
+    """(run, run of the control) of equal start and draw."""
+    others = {(run.start, run.draw): run for run in study.runs_of(control)}
+    return [
+        (run, others[run.start, run.draw])
+        for run in study.runs_of(arm)
+        if (run.start, run.draw) in others and start in ("", run.start)
+    ]
+
+
+def at(study: Study, run: Trajectory, values: list[float | None]) -> float | None:
+    """A run's value at equal updates."""
+    index = index_at(study, run, "updates")
+    return None if index is None else values[index]
+
+
+def difference(study: Study, pairs: list[tuple[Trajectory, Trajectory]], key: str) -> Mean:
+    """Run less control, over the pairs that state it."""
+    both = [(at(study, a, a.scores[key]), at(study, b, b.scores[key])) for a, b in pairs]
+    known = [own - other for own, other in both if own is not None and other is not None]
+    if not known:
+        return Mean(math.nan, math.nan, math.nan, 0)
+    return Mean(mean(known), min(known), max(known), len(known))
+
+
+def spread(study: Study, runs: list[Trajectory], key: str) -> float:
+    """Largest difference between these runs; NaN for a single one."""
+    found = [at(study, run, run.scores[key]) for run in runs]
+    known = [each for each in found if each is not None]
+    return max(known) - min(known) if len(known) > 1 else math.nan
+
+
+def correlations(study: Study, key: str) -> dict[str, float]:
+    """Rank correlation over arms of the gap with a difference, by start; NaN for too few arms."""
+    found = {}
+    for start in dict.fromkeys(run.start for run in study.runs):
+        known = [(each.gap, each.differences[key].value) for each in by_gap(study, start)]
+        found[start] = rank_correlation([pair for pair in known if not math.isnan(pair[1])])
+    return found
+
+
+def effect_section(study: Study) -> Iterator[str]:
+    """Each arm against its own control; nothing where none names one."""
+    found = effects(study)
+    if not found:
+        return
+    yield "## Each arm against the one that it changes"
+    yield (
+        "Arm less control at equal updates: mean over pairs of runs of equal start and draw, with "
+        "the smallest and the largest. A line of words names what all pairs changed the same way, "
+        "by more than the control's own runs differ from each other."
+    )
+    table = [["arm", "control", "gap", *(COLUMNS[key][0] for key in DIFFERENCES)]]
+    for each in found:
+        cells = [signed(each.differences[key], COLUMNS[key][1]) for key in DIFFERENCES]
+        table.append([each.arm, each.control, number(each.gap, 3), *cells])
+    yield markdown(table)
+    yield "\n".join(in_words(each) for each in found)
+    yield from order_section(study)
+
+
+def signed(value: Mean, digits: int) -> str:
+    """`+0.12 [-0.03 +0.20]`."""
+    if math.isnan(value.value):
+        return "-"
+    return f"{value.value:+.{digits}f} [{value.low:+.{digits}f} {value.high:+.{digits}f}]"
+
+
+def in_words(effect: Effect) -> str:
+    """What an arm showed, in one line."""
+    changes = [
+        f"{COLUMNS[key][0]} {effect.differences[key].value:+.{COLUMNS[key][1]}f}"
+        for key in DIFFERENCES
+        if effect.is_change(key)
+    ]
+    line = f"- `{effect.arm}` against `{effect.control}`: {', '.join(changes) or 'no clear change'}"
+    return f"{line}. The paper: {effect.paper}." if effect.paper else f"{line}."
+
+
+def order_section(study: Study) -> Iterator[str]:
+    """Whether the gap orders what arms change; nothing for too few arms."""
+    by_key = {key: correlations(study, key) for key in DIFFERENCES}
+    starts = dict.fromkeys(run.start for run in study.runs)
+    known = [start for start in starts if is_known(by_key, start)]
+    if not known:
+        return
+    yield "## The gap and the change"
+    yield (
+        "Rank correlation over these arms of the gap with each difference, in each start: 1 means "
+        "that the difference grows with the gap, -1 that it falls."
+    )
+    table = [["with", *known]]
+    for key, of_start in by_key.items():
+        table.append([COLUMNS[key][0], *(number(of_start[start], 2) for start in known)])
+    yield markdown(table)
+
+
+def is_known(by_key: Mapping[str, Mapping[str, float]], start: str) -> bool:
+    return not all(math.isnan(of_start[start]) for of_start in by_key.values())
+
+
+def draw_effects(study: Study, figure: Figure) -> None:
+    """Two panels over the gap: a dot an arm, a bar from its smallest to its largest pair."""
+    found = by_gap(study)
+    for axes, (key, label) in zip(figure.subplots(1, len(DRAWN)), DRAWN.items(), strict=True):
+        axes.axhline(0, color="0.8", linewidth=0.8)
+        for each in found:
+            value = each.differences[key]
+            axes.plot([each.gap, each.gap], [value.low, value.high], color="0.6", linewidth=1)
+            axes.scatter([each.gap], [value.value], s=18, color="black", zorder=3)
+            axes.annotate(f" {each.arm}", (each.gap, value.value), fontsize=6.5)
+        axes.set_xlabel("E|anchor - G|², latents")
+        axes.set_ylabel(label)
