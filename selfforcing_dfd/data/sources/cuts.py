@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 
 from tqdm import tqdm
 
 from selfforcing_dfd.data.ahead import in_order
 from selfforcing_dfd.data.source import ClipError, DamagedClipError, keys_of
-from selfforcing_dfd.data.sources.listing import Clip
+from selfforcing_dfd.data.sources.listing import Clip, name_for_key, window_of
 from selfforcing_dfd.data.sources.windows import even_windows
 
 ScenesOf = Callable[[Path], Sequence[tuple[int, int]]]
@@ -36,13 +36,13 @@ def cut_clips(
             found += windows
             total += frames
             bar.update()
-    keys = keys_of(map(_name_for_key, found))
+    keys = keys_of(map(name_for_key, found))
     return [replace(clip, key=key) for clip, key in zip(found, keys, strict=True)], total
 
 
 def _windows(clip: Clip, num_frames: int, scenes_of: ScenesOf) -> tuple[list[Clip], int]:
     """The windows of one video, and its number of frames."""
-    if clip.problem:
+    if clip.problem and not clip.windows:
         return [clip], 0
     try:
         scenes = scenes_of(clip.path)
@@ -55,13 +55,4 @@ def _windows(clip: Clip, num_frames: int, scenes_of: ScenesOf) -> tuple[list[Cli
         longest = max(lengths, default=0)
         problem = f"no part of it has {num_frames} video frames, the longest has {longest}"
         return [replace(clip, problem=f"{problem}; ask for fewer or leave it out")], sum(lengths)
-    windows = [replace(clip, name=f"{clip.name}#{start}", first=start) for start in starts]
-    return windows, sum(lengths)
-
-
-def _name_for_key(clip: Clip) -> str:
-    """`film_000081.mp4` for the window at frame 81."""
-    if clip.first is None:
-        return clip.name
-    path = PurePosixPath(clip.name.rpartition("#")[0])
-    return str(path.with_name(f"{path.stem}_{clip.first:06d}{path.suffix}"))
+    return [window_of(clip, start) for start in starts], sum(lengths)

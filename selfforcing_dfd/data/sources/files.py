@@ -14,7 +14,13 @@ from torch import Tensor
 from selfforcing_dfd.data.levels import Level, levels_of
 from selfforcing_dfd.data.source import ClipError, DamagedClipError, Item, Source, Video
 from selfforcing_dfd.data.sources.cuts import ScenesOf, cut_clips
-from selfforcing_dfd.data.sources.listing import TEXTS, files_in, list_clips, list_hash
+from selfforcing_dfd.data.sources.listing import (
+    TEXTS,
+    chosen_clips,
+    files_in,
+    list_clips,
+    list_hash,
+)
 from selfforcing_dfd.data.sources.video import (
     VIDEOS,
     Resize,
@@ -47,11 +53,13 @@ class FileSource(Source):
         cut: ScenesOf | None = None,
         cut_name: str = "",
         num_workers: int = 0,
+        chosen: Sequence[str] | None = None,
     ) -> None:
         """video_size: height and width. resize, fps: see `read_video`. PackError: no clips.
 
         caption_suffix, captions, recursive, levels: see `list_clips`. cut: see `cut_clips`, with
-        num_workers; cut_name: how the index calls it.
+        num_workers; cut_name: how the index calls it. chosen: names of the only clips that are
+        taken, see `chosen_clips`; without `cut`.
         """
         self.path = Path(path)
         self.num_video_frames = num_video_frames
@@ -63,7 +71,9 @@ class FileSource(Source):
         self.clips = list_clips(path, caption_suffix, captions, recursive, levels)
         self.num_files = len(self.clips)
         self.num_frames = 0
-        if cut is not None:
+        if chosen is not None:
+            self.clips = chosen_clips(self.clips, chosen)
+        elif cut is not None:
             cut_up = cut_clips(self.clips, num_video_frames, cut, num_workers)
             self.clips, self.num_frames = cut_up
         self._windows = WindowReader(self._frames_of, self._gather, num_video_frames)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
 
 from selfforcing_dfd.data.format import PackError
 from selfforcing_dfd.data.levels import Level, levels_of, main_caption
@@ -15,6 +16,7 @@ from selfforcing_dfd.data.sources.tables import TABLES, lines_of, read_table
 from selfforcing_dfd.data.sources.video import VIDEOS
 
 TEXTS = (".txt", ".json", *TABLES)  # captions and lists; no clips that were forgotten
+ONLY_OF_WINDOWS = "its captions are those of windows; pack with --cut as they were made"
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +26,8 @@ class Clip:
     name: within the source, as the index gives it. caption: one line. problem: why the clip cannot
     be used; empty if it can. captions: by level; none where each clip has one. Else `caption` is
     the longest of them. first: video frame with which it begins; None for a whole file, of which
-    the first frames are taken. damaged: the problem is that the file cannot be decoded.
+    the first frames are taken. damaged: the problem is that the file cannot be decoded. windows:
+    captions of windows of the file, by their first frame, where a table states some.
     """
 
     path: Path
@@ -35,6 +38,7 @@ class Clip:
     captions: Mapping[str, str] = field(default_factory=dict)
     first: int | None = None
     damaged: bool = False
+    windows: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +46,12 @@ class Row:
     """A clip as a folder or list names it.
 
     captions: by level, or an only one under an empty name; None where they lie beside the clip.
+    windows: such captions by the first frame of a window, which a table names NAME#FRAME.
     """
 
     name: str
     captions: Mapping[str, str] | None = None
+    windows: Mapping[int, Mapping[str, str]] = field(default_factory=dict)
 
 
 def find_clips(folder: Path | str, recursive: bool = False) -> list[Path]:
@@ -89,7 +95,7 @@ def list_clips(
 
     levels: of captions that each clip has, in columns `short`, `medium`, `long` or in files NAME +
     `.short` + caption_suffix and so on. A table with such columns and none named `caption` is read
-    so unasked.
+    so unasked. A table may also name windows, as NAME#FRAME; see `window_of`.
 
     Raises PackError for a list that cannot be read, is empty or fits no clip.
     """
@@ -112,6 +118,47 @@ def list_hash(clips: Sequence[Clip]) -> str:
         more = [dict(clip.captions)] if clip.captions else []
         digest.update(json.dumps(facts + more).encode() + b"\n")
     return digest.hexdigest()
+
+
+def window_of(clip: Clip, first: int) -> Clip:
+    """The window of a file that begins with a frame, named NAME#FRAME.
+
+    Its captions are its own where a table states captions of windows, else the file's.
+    """
+    window = replace(clip, name=f"{clip.name}#{first}", first=first, windows={})
+    if not clip.windows:
+        return window
+    stated = clip.windows.get(first)
+    if stated is None:
+        return replace(window, problem="no caption in the list for this window; write one")
+    return _captioned(replace(window, problem=""), stated)
+
+
+def chosen_clips(clips: Sequence[Clip], names: Sequence[str]) -> list[Clip]:
+    """The clips of these names, in this order; NAME#FRAME is a window of NAME.
+
+    PackError for a name that is not there.
+    """
+    by_name = {clip.name: clip for clip in clips}
+    found = []
+    for name in names:
+        file, _, first = name.rpartition("#")
+        if name in by_name:
+            found.append(by_name[name])
+        elif file in by_name and first.isdecimal():
+            found.append(window_of(by_name[file], int(first)))
+        else:
+            raise PackError(f"{name} was chosen and is not among the clips; choose again")
+    keys = keys_of(map(name_for_key, found))
+    return [replace(clip, key=key) for clip, key in zip(found, keys, strict=True)]
+
+
+def name_for_key(clip: Clip) -> str:
+    """`film_000081.mp4` for the window at frame 81."""
+    if clip.first is None:
+        return clip.name
+    path = PurePosixPath(clip.name.rpartition("#")[0])
+    return str(path.with_name(f"{path.stem}_{clip.first:06d}{path.suffix}"))
 
 
 def _rows(source: Path, recursive: bool, levels: Sequence[Level]) -> list[Row]:
@@ -151,13 +198,26 @@ def _with_captions(rows: list[Row], captions: Path, levels: Sequence[Level]) -> 
     table = read_table(captions, "video")
     columns = _caption_columns(captions, table, levels, required=True)
     found = {row["video"]: _captions_in(row, columns) for row in table}
-    if not set(names) & set(found):
+    windows = _by_window(found)
+    if not set(names) & {*found, *windows}:
         raise PackError(
             f"{captions}: names none of the clips; "
             f"it begins with {next(iter(found))}, they {names[0]}"
         )
     missing = dict.fromkeys(columns, "")
-    return [Row(name, found.get(name, missing)) for name in names]
+    return [Row(name, found.get(name, missing), windows.get(name, {})) for name in names]
+
+
+def _by_window(
+    found: Mapping[str, Mapping[str, str] | None],
+) -> dict[str, dict[int, Mapping[str, str]]]:
+    """Captions that a table states for NAME#FRAME, by NAME and frame."""
+    windows: dict[str, dict[int, Mapping[str, str]]] = defaultdict(dict)
+    for name, captions in found.items():
+        file, _, first = name.rpartition("#")
+        if file and first.isdecimal() and captions is not None:
+            windows[file][int(first)] = captions
+    return windows
 
 
 def _caption_columns(
@@ -193,19 +253,28 @@ def _clip(source: Path, row: Row, key: str, suffixes: Mapping[str, str]) -> Clip
     path = (source if source.is_dir() else source.parent) / row.name
     if not path.is_file():
         return Clip(path, row.name, key, "", "no such file")
-    problems = []
+    clip = Clip(path, row.name, key, "", windows=row.windows)
+    if row.captions is not None:
+        found = _captioned(clip, row.captions)
+        only_windows = row.windows and not any(row.captions.values())
+        return replace(found, problem=ONLY_OF_WINDOWS) if only_windows else found
     captions: dict[str, str] = {}
-    if row.captions is None:
-        for level, suffix in suffixes.items():
-            captions[level], problem = _beside(path, suffix)
-            problems.append(problem)
-    else:
-        captions = {level: one_line(text) for level, text in row.captions.items()}
-        problems = [_missing(level) for level, caption in captions.items() if not caption]
-    problem = next(filter(None, problems), "")
+    problems = []
+    for level, suffix in suffixes.items():
+        captions[level], problem = _beside(path, suffix)
+        problems.append(problem)
+    return replace(_captioned(clip, captions), problem=next(filter(None, problems), ""))
+
+
+def _captioned(clip: Clip, stated: Mapping[str, str]) -> Clip:
+    """A clip with captions of a table, each in one line, and the problem with them."""
+    captions = {level: one_line(text) for level, text in stated.items()}
+    missing = [_missing(level) for level, caption in captions.items() if not caption]
+    problem = next(iter(missing), "")
     if "" in captions:
-        return Clip(path, row.name, key, captions[""], problem)
-    return Clip(path, row.name, key, main_caption(captions), problem, captions)
+        return replace(clip, caption=captions[""], problem=problem)
+    caption = main_caption(captions)
+    return replace(clip, caption=caption, problem=problem, captions=captions)
 
 
 def _missing(level: str) -> str:

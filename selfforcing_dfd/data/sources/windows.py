@@ -41,7 +41,10 @@ class WindowReader:
         gather: Callable[[Path, Frames], Tensor],
         num_frames: int,
     ) -> None:
-        """frames_of: all frames of a video. gather: some of them as uint8 [T, H, W, 3]."""
+        """frames_of: all frames of a video. gather: those of a window as uint8 [T, H, W, 3].
+
+        gather may leave some frames of each window out.
+        """
         self._frames_of = frames_of
         self._gather = gather
         self._num_frames = num_frames
@@ -53,23 +56,40 @@ class WindowReader:
         with self._lock:
             if path not in self._open:
                 self._open[path] = _OpenVideo(
-                    lambda: self._frames_of(path), lambda frames: self._gather(path, frames)
+                    path.name,
+                    lambda: self._frames_of(path),
+                    lambda frames: self._gather(path, frames),
                 )
             video = self._open[path]
             self._open.move_to_end(path)
             if len(self._open) > MOST_OPEN:
                 self._open.popitem(last=False)
-        window = video.window(first, self._num_frames)
-        if len(window) < self._num_frames:
-            problem = f"has {len(window)} video frames from frame {first} on"
-            raise ClipError(path.name, f"{problem}, want {self._num_frames}; leave it out")
-        return window
+        return video.window(first, self._num_frames)
+
+
+class Counted:
+    """Frames that are counted as they go by."""
+
+    def __init__(self, frames: Iterator[av.VideoFrame]) -> None:
+        self.number = 0
+        self._frames = frames
+
+    def __iter__(self) -> Iterator[av.VideoFrame]:
+        return self
+
+    def __next__(self) -> av.VideoFrame:
+        frame = next(self._frames)
+        self.number += 1
+        return frame
 
 
 class _OpenVideo:
     """A video that is being decoded, for one thread at a time."""
 
-    def __init__(self, start: Callable[[], Frames], gather: Callable[[Frames], Tensor]) -> None:
+    def __init__(
+        self, name: str, start: Callable[[], Frames], gather: Callable[[Frames], Tensor]
+    ) -> None:
+        self._name = name
         self._start = start
         self._gather = gather
         self._lock = Lock()
@@ -79,7 +99,7 @@ class _OpenVideo:
         self._waiting: OrderedDict[int, Tensor] = OrderedDict()
 
     def window(self, first: int, num_frames: int) -> Tensor:
-        """The frames from `first` on; fewer at the end of the video.
+        """The frames from `first` on. Raises ClipError where the video ends before the last.
 
         Windows that are passed on the way are kept for a moment: another thread asks for them.
         """
@@ -102,12 +122,18 @@ class _OpenVideo:
 
     def _take(self, number: int) -> Tensor:
         self._check()
+        first = self._position
         self._position += number
+        counted = Counted(islice(self._frames, number))
         try:
-            return self._gather(islice(self._frames, number))
+            window = self._gather(counted)
         except ClipError as error:
             self._failure = error
             raise
+        if counted.number < number:
+            problem = f"has {counted.number} video frames from frame {first} on, want {number}"
+            raise ClipError(self._name, f"{problem}; leave it out")
+        return window
 
     def _skip(self, number: int) -> None:
         self._check()
