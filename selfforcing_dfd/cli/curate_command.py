@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfforcing_dfd.cli.options import MODEL_FPS, Command, Run, positive, rate_or_all
+from selfforcing_dfd.cli.curate_steps import MODEL_FRAMES, SET_STEPS, intake_of
+from selfforcing_dfd.cli.data_options import add_intake_options
+from selfforcing_dfd.cli.options import Command, Run, positive
 from selfforcing_dfd.common import UserError
 
 if TYPE_CHECKING:
@@ -18,11 +20,12 @@ NUM_PRINTED = 20
 
 
 def curate(parser: argparse.ArgumentParser) -> Run:
-    """Prepare training data from videos, step by step: `curate caption` describes clips.
+    """Prepare training data from videos, in steps: caption, embed, cluster, pick, pack.
 
-    Each step has options of its own: selfforcing-dfd curate STEP --help.
+    Each step has options of its own: selfforcing-dfd curate STEP --help. Killed at any moment, the
+    same command goes on.
     """
-    parser.add_argument("step", choices=sorted(STEPS), help="what to do")
+    parser.add_argument("step", choices=tuple(STEPS), help="what to do")
 
     def run(args: argparse.Namespace) -> None:
         raise UserError(f"name the step first: selfforcing-dfd curate {args.step} ...")
@@ -50,14 +53,14 @@ def caption(parser: argparse.ArgumentParser) -> Run:
     add_picture_options(parser)
 
     def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.curate.caption import Looks, caption_clips
-        from selfforcing_dfd.data.sources.listing import list_clips
+        from selfforcing_dfd.curate.caption import caption_clips
+        from selfforcing_dfd.curate.intake import Looks
 
         source = args.source.resolve()
         name = source.name if source.is_dir() else source.stem
         out = args.out or source.with_name(f"{name}-captions.jsonl")
         summary = caption_clips(
-            list_clips(source, recursive=args.recursive),
+            intake_of(args).clips(args.workers),
             _captioner(args),
             out,
             Looks(args.frames, args.fps, args.longest),
@@ -94,21 +97,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
 
 def add_picture_options(parser: argparse.ArgumentParser) -> None:
     """Which clips, and which of their frames are shown."""
-    parser.add_argument("--recursive", action="store_true", help="also clips in folders below")
-    parser.add_argument(
-        "--frames",
-        type=positive,
-        default=81,
-        metavar="N",
-        help="video frames of each clip, as in `pack` (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--fps",
-        type=rate_or_all,
-        default=MODEL_FPS,
-        metavar="RATE",
-        help="the rate at which they are taken, as in `pack` (default: %(default)s)",
-    )
+    add_intake_options(parser, MODEL_FRAMES)
     parser.add_argument(
         "--pictures",
         type=positive,
@@ -125,7 +114,7 @@ def add_picture_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-STEPS: dict[str, Command] = {"caption": caption}
+STEPS: dict[str, Command] = {"caption": caption, **{step.__name__: step for step in SET_STEPS}}
 """Each has its own options, and its work in a module of `selfforcing_dfd.curate`."""
 
 

@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from selfforcing_dfd.cli.data_options import (
-    add_clip_options,
+    CODEC_FILE,
+    add_caption_options,
+    add_codec_options,
+    add_form_options,
+    add_intake_options,
     add_output_options,
     add_text_options,
     pack_options,
 )
-from selfforcing_dfd.cli.options import DTYPE_NAMES, Run, part, positive, shape, size
-from selfforcing_dfd.common import shipped
+from selfforcing_dfd.cli.options import Run, part, positive, shape, size
 
 if TYPE_CHECKING:
     from selfforcing_dfd.codecs.protocol import TextEncoder, VideoCodec
     from selfforcing_dfd.data.pack import PackSummary
     from selfforcing_dfd.data.sources.files import FileSource
 
-CODEC_FILE = "codec.safetensors"
 NUM_PRINTED = 20
 DEFAULTS: dict[str, dict[str, Any]] = {
     "tiny": {"size": (64, 64), "frames": 33, "text": "tiny", "shard_size": 512},
@@ -65,28 +67,11 @@ def pack(parser: argparse.ArgumentParser) -> Run:
         metavar="SOURCE",
         help="folder of videos, or a list: .csv, .jsonl, .txt",
     )
-    parser.add_argument(
-        "--codec", choices=("tiny", "wan"), required=True, help="what turns video into latents"
-    )
-    add_clip_options(parser)
+    add_codec_options(parser)
+    add_intake_options(parser)
+    add_caption_options(parser)
+    add_form_options(parser)
     add_text_options(parser, "default: umt5 with --codec wan, tiny with tiny")
-    parser.add_argument(
-        "--dtype",
-        choices=DTYPE_NAMES,
-        default="float32",
-        help="in which the VAE computes (default: %(default)s)",
-    )
-    basis = parser.add_mutually_exclusive_group()
-    basis.add_argument(
-        "--fit", action="store_true", help="fit the tiny codec's basis to these clips"
-    )
-    basis.add_argument(
-        "--basis",
-        type=Path,
-        default=shipped("assets/tiny") / CODEC_FILE,
-        metavar="FILE",
-        help="the tiny codec's basis (default: the shipped one)",
-    )
     add_output_options(parser)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the shards go (default: SOURCE-shards)"
@@ -100,27 +85,51 @@ def pack(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.data.pack import check_early, pack
-
-        for name, value in DEFAULTS[args.codec].items():
-            if vars(args)[name] is None:
-                setattr(args, name, value)
-        source = _file_source(args)
-        out = _out_folder(args, source.path)
-        options = replace(
-            pack_options(args),
-            num_workers=args.workers,
-            part=args.part,
-            settings={"codec_dtype": args.dtype},
-        )
-        check_early(source, out, options)
-        codec, attach = _load_codec(args, source)
-        summary = pack(source, out, codec, _load_text(args), replace(options, attach=attach))
+        set_codec_defaults(args)
+        source = file_source(args)
+        summary = pack_files(args, source, _out_folder(args, source.path))
         if args.cut:
             _print_frames(source)
-        _print_summary(summary, f", {CODEC_FILE}" if args.codec == "tiny" else "")
+        print_summary(summary, f", {CODEC_FILE}" if args.codec == "tiny" else "")
 
     return run
+
+
+def set_codec_defaults(args: argparse.Namespace) -> None:
+    """Give options that are not given the values that fit the codec."""
+    for name, value in DEFAULTS[args.codec].items():
+        if vars(args)[name] is None:
+            setattr(args, name, value)
+
+
+def pack_files(
+    args: argparse.Namespace,
+    source: FileSource,
+    out: Path,
+    settings: Mapping[str, str] = MappingProxyType({}),
+    more: Callable[[Path], None] | None = None,
+) -> PackSummary:
+    """Pack video files as the options say.
+
+    settings: more that a resumed run must share. more: writes further files into the folder.
+    """
+    from selfforcing_dfd.data.pack import check_early, pack
+
+    options = replace(
+        pack_options(args),
+        num_workers=args.workers,
+        part=args.part,
+        settings={"codec_dtype": args.dtype, **settings},
+    )
+    check_early(source, out, options)
+    codec, save_basis = _load_codec(args, source)
+    writers = [each for each in (save_basis, more) if each is not None]
+
+    def attach(folder: Path) -> None:
+        for write in writers:
+            write(folder)
+
+    return pack(source, out, codec, _load_text(args), replace(options, attach=attach))
 
 
 def prompts(parser: argparse.ArgumentParser) -> Run:
@@ -157,7 +166,7 @@ def prompts(parser: argparse.ArgumentParser) -> Run:
         source = PromptSource(args.source, latent_shape(args.frames, args.size))
         options = pack_options(args, 4096)
         check_early(source, args.out, options)
-        _print_summary(pack(source, args.out, None, _load_text(args), options))
+        print_summary(pack(source, args.out, None, _load_text(args), options))
 
     return run
 
@@ -221,7 +230,7 @@ def import_(parser: argparse.ArgumentParser) -> Run:
         options = pack_options(args, 128)
         check_early(source, args.out, options)
         text = _load_text(args) if args.text else None
-        _print_summary(pack(source, args.out, None, text, options))
+        print_summary(pack(source, args.out, None, text, options))
 
     return run
 
@@ -239,7 +248,7 @@ def merge(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.data.merge import merge
 
-        _print_summary(merge(args.parts, args.out, args.overwrite))
+        print_summary(merge(args.parts, args.out, args.overwrite))
 
     return run
 
@@ -281,15 +290,12 @@ def invert(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def _file_source(args: argparse.Namespace) -> FileSource:
+def file_source(args: argparse.Namespace, chosen: Sequence[str] | None = None) -> FileSource:
+    """The clips that options name. chosen: names of those that are taken; None for all."""
     from selfforcing_dfd.data.sources.files import FileSource
-    from selfforcing_dfd.metrics.scenes import one_scene, scenes_in
+    from selfforcing_dfd.metrics.scenes import scene_finder
 
-    ways = {"windows": partial(one_scene, fps=args.fps), "scenes": partial(scenes_in, fps=args.fps)}
-    captions = Path(args.captions)
-    is_ending = args.captions.startswith(".") or captions.suffix not in (".csv", ".jsonl", ".txt")
-    is_ending = is_ending and not captions.is_file()
-    suffix = args.captions if is_ending else ".txt"
+    suffix, captions = captions_named(args.captions)
     return FileSource(
         args.source.resolve(),
         args.frames,
@@ -297,13 +303,23 @@ def _file_source(args: argparse.Namespace) -> FileSource:
         resize=args.resize,
         fps=args.fps,
         caption_suffix=suffix,
-        captions=None if is_ending else captions,
+        captions=captions,
         recursive=args.recursive,
         levels=args.levels,
-        cut=ways.get(args.cut),
+        cut=scene_finder(args.cut, args.fps),
         cut_name=args.cut,
         num_workers=args.workers,
+        chosen=chosen,
     )
+
+
+def captions_named(text: str) -> tuple[str, Path | None]:
+    """Of --captions: the ending of files beside clips, and the file if it names one."""
+    path = Path(text)
+    is_ending = text.startswith(".") or path.suffix not in (".csv", ".jsonl", ".txt")
+    if is_ending and not path.is_file():
+        return text, None
+    return ".txt", path
 
 
 def _out_folder(args: argparse.Namespace, source: Path) -> Path:
@@ -346,7 +362,8 @@ def _print_frames(source: FileSource) -> None:
     )
 
 
-def _print_summary(summary: PackSummary, more: str = "") -> None:
+def print_summary(summary: PackSummary, more: str = "") -> None:
+    """What was packed, and what was not."""
     for refusal in summary.refused[:NUM_PRINTED]:
         print(f"left out {refusal.file}: {refusal.reason}")
     rest = len(summary.refused) - NUM_PRINTED

@@ -6,50 +6,27 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfforcing_dfd.cli.options import MODEL_FPS, levels, positive, rate_or_all, size
+from selfforcing_dfd.cli.options import DTYPE_NAMES, MODEL_FPS, levels, positive, rate_or_all, size
+from selfforcing_dfd.common import shipped
 
 if TYPE_CHECKING:
     from selfforcing_dfd.data.pack import PackOptions
 
+CODEC_FILE = "codec.safetensors"
 
-def add_clip_options(parser: argparse.ArgumentParser) -> None:
-    """Which clips are taken, and how they are cut to one form."""
+
+def add_intake_options(parser: argparse.ArgumentParser, default_frames: int | None = None) -> None:
+    """Which clips are taken, and which of their frames. default_frames: None is the codec's."""
+    default = "tiny 33, wan 81" if default_frames is None else "%(default)s"
     parser.add_argument(
         "--recursive", action="store_true", help="also clips in folders below SOURCE"
     )
     parser.add_argument(
-        "--captions",
-        default=".txt",
-        metavar="FILE|ENDING",
-        help="a .csv or .jsonl with `video` and `caption`, a .txt with a line per clip, or the "
-        "ending of the files beside the clips (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--levels",
-        type=levels,
-        default=(),
-        metavar="LEVELS",
-        help="several captions for each clip: short,medium,long or two of them, as columns of a "
-        "list or in NAME.short.txt and so on; training chooses with data.captions",
-    )
-    parser.add_argument(
         "--frames",
-        type=int,
+        type=positive,
+        default=default_frames,
         metavar="N",
-        help="video frames of each clip (default: tiny 33, wan 81)",
-    )
-    parser.add_argument(
-        "--size",
-        type=size,
-        metavar="HxW",
-        help="height x width of all clips (default: tiny 64x64, wan 480x832)",
-    )
-    parser.add_argument(
-        "--resize",
-        choices=("none", "cover", "stretch"),
-        default="none",
-        help="clips of another size: left out (none), scaled and cropped evenly (cover), "
-        "stretched (default: %(default)s)",
+        help=f"video frames of each clip, as `pack` takes them (default: {default})",
     )
     parser.add_argument(
         "--fps",
@@ -66,12 +43,72 @@ def add_clip_options(parser: argparse.ArgumentParser) -> None:
         help="take every window of that many frames, one after the other; scenes: and none across "
         "a cut (default: the first frames of each file)",
     )
+
+
+def add_caption_options(parser: argparse.ArgumentParser) -> None:
+    """Where captions are."""
+    parser.add_argument(
+        "--captions",
+        default=".txt",
+        metavar="FILE|ENDING",
+        help="a .csv or .jsonl with `video` and `caption`, a .txt with a line per clip, or the "
+        "ending of the files beside the clips (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--levels",
+        type=levels,
+        default=(),
+        metavar="LEVELS",
+        help="several captions for each clip: short,medium,long or two of them, as columns of a "
+        "list or in NAME.short.txt and so on; training chooses with data.captions",
+    )
+
+
+def add_form_options(parser: argparse.ArgumentParser) -> None:
+    """To which form all clips are brought."""
+    parser.add_argument(
+        "--size",
+        type=size,
+        metavar="HxW",
+        help="height x width of all clips (default: tiny 64x64, wan 480x832)",
+    )
+    parser.add_argument(
+        "--resize",
+        choices=("none", "cover", "stretch"),
+        default="none",
+        help="clips of another size: left out (none), scaled and cropped evenly (cover), "
+        "stretched (default: %(default)s)",
+    )
     parser.add_argument(
         "--workers",
         type=int,
         default=2,
         metavar="N",
         help="threads that decode (default: %(default)s)",
+    )
+
+
+def add_codec_options(parser: argparse.ArgumentParser) -> None:
+    """What turns video into latents."""
+    parser.add_argument(
+        "--codec", choices=("tiny", "wan"), required=True, help="what turns video into latents"
+    )
+    parser.add_argument(
+        "--dtype",
+        choices=DTYPE_NAMES,
+        default="float32",
+        help="in which the VAE computes (default: %(default)s)",
+    )
+    basis = parser.add_mutually_exclusive_group()
+    basis.add_argument(
+        "--fit", action="store_true", help="fit the tiny codec's basis to these clips"
+    )
+    basis.add_argument(
+        "--basis",
+        type=Path,
+        default=shipped("assets/tiny") / CODEC_FILE,
+        metavar="FILE",
+        help="the tiny codec's basis (default: the shipped one)",
     )
 
 

@@ -5,43 +5,28 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from fractions import Fraction
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from av.video.reformatter import VideoReformatter
 from tqdm import tqdm
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.common import UserError, atomic_file
 from selfforcing_dfd.curate.captioners import Captioner, Reply
-from selfforcing_dfd.curate.progress import ProgressFile
+from selfforcing_dfd.curate.intake import FrameReader, Looks
+from selfforcing_dfd.curate.progress import ProgressFile, names_hash
 from selfforcing_dfd.curate.replies import Parsed, parse
 from selfforcing_dfd.data.ahead import in_order
 from selfforcing_dfd.data.levels import LEVELS, Level
 from selfforcing_dfd.data.source import ClipError
 from selfforcing_dfd.data.sources.listing import Clip
-from selfforcing_dfd.data.sources.video import decoded_frames, picture
 
 MOST_MADE_UP = 0.05  # share of captions of one level, beyond which something is wrong
 ASKED = 2  # times, where a reply holds no text
-
-
-@dataclass(frozen=True, slots=True)
-class Looks:
-    """Which frames of a clip are shown: of its first `num_frames` at a rate, as `pack` takes them.
-
-    longest: side in pixels; larger pictures are scaled down.
-    """
-
-    num_frames: int
-    fps: Fraction | None
-    longest: int = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,9 +65,10 @@ def caption_clips(
         raise UserError(f"{out} exists; choose another --out, or replace it with --overwrite")
     progress = ProgressFile(partial, job_of(clips, captioner, looks, seed))
     first = len(progress.done)
+    reader = FrameReader(looks, places_shown(looks, captioner.num_pictures))
 
     def describe(clip: Clip) -> dict[str, Any]:
-        return row_of(clip, captioner, looks, seed)
+        return row_of(clip, captioner, reader, seed)
 
     bar = tqdm(total=len(clips), initial=first, desc="captions", unit="clip", disable=None)
     with bar:
@@ -98,7 +84,6 @@ def caption_clips(
 
 def job_of(clips: Sequence[Clip], captioner: Captioner, looks: Looks, seed: int) -> dict[str, Any]:
     """All that decides the captions, except the clips' content and chance within the server."""
-    names = json.dumps([clip.name for clip in clips])
     return {
         "captioner": captioner.name,
         "num_pictures": captioner.num_pictures,
@@ -106,14 +91,14 @@ def job_of(clips: Sequence[Clip], captioner: Captioner, looks: Looks, seed: int)
         "fps": str(looks.fps),
         "longest": looks.longest,
         "seed": seed,
-        "clips": hashlib.sha256(names.encode()).hexdigest(),
+        "clips": names_hash(clip.name for clip in clips),
     }
 
 
-def row_of(clip: Clip, captioner: Captioner, looks: Looks, seed: int) -> dict[str, Any]:
+def row_of(clip: Clip, captioner: Captioner, reader: FrameReader, seed: int) -> dict[str, Any]:
     """The table's row of one clip; a clip that cannot be described has a `problem`."""
     try:
-        pictures = list(pictures_of(clip, looks, captioner.num_pictures))
+        pictures = list(reader.read(clip).numpy())
     except ClipError as error:
         return {"video": clip.name, **dict.fromkeys(LEVELS, ""), "problem": error.reason}
     parsed = ask(clip, captioner, pictures, seed)
@@ -138,27 +123,12 @@ def ask(
     return None
 
 
-def pictures_of(clip: Clip, looks: Looks, num_pictures: int) -> Iterator[np.ndarray]:
-    """Frames uint8 [H, W, 3], evenly spaced; 0 pictures are all frames. Raises ClipError."""
-    if not clip.path.is_file():
-        raise ClipError(clip.name, "no such file")
-    places = set(range(looks.num_frames))
-    if num_pictures:
-        even = torch.linspace(0, looks.num_frames - 1, num_pictures)
-        places = {round(float(place)) for place in even}
-    to_rgb = VideoReformatter()
-    count = 0
-    for frame in islice(decoded_frames(clip.path, looks.fps), looks.num_frames):
-        if count in places:
-            shrink = max(frame.height, frame.width) / looks.longest
-            size = (frame.height, frame.width)
-            if shrink > 1:
-                size = (round(frame.height / shrink), round(frame.width / shrink))
-            yield picture(frame, to_rgb, size, "stretch")
-        count += 1
-    if count < looks.num_frames:
-        problem = f"has {count} video frames, want {looks.num_frames}"
-        raise ClipError(clip.name, f"{problem}; ask for fewer or leave it out")
+def places_shown(looks: Looks, num_pictures: int) -> list[int]:
+    """The frames of a clip that are shown, evenly spaced; 0 pictures are all frames."""
+    if not num_pictures:
+        return list(range(looks.num_frames))
+    even = torch.linspace(0, looks.num_frames - 1, num_pictures)
+    return sorted({round(float(place)) for place in even})
 
 
 def summary_of(table: Path, rows: Sequence[dict[str, Any]]) -> CaptionSummary:

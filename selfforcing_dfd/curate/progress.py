@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from selfforcing_dfd.common import UserError, sync
 from selfforcing_dfd.data.journal import NUM_NAMED, differences
+
+T = TypeVar("T")
+
+
+def names_hash(names: Iterable[str]) -> str:
+    """SHA-256 of names in their order."""
+    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()
+
+
+def batches(items: Iterator[T], size: int) -> Iterator[list[T]]:
+    """Lists of `size` items; the last may be shorter."""
+    while batch := list(islice(items, size)):
+        yield batch
 
 
 class ProgressFile:

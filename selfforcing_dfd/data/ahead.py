@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TypeVar
 
 Given = TypeVar("Given")
@@ -25,12 +25,19 @@ def in_order(
         return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batches")
     try:
-        waiting: deque[Future[Made]] = deque()
-        for one in inputs:
-            waiting.append(pool.submit(make, one))
-            if len(waiting) > 2 * num_workers:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        yield from results_in_order(pool, make, inputs, 2 * num_workers)
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def results_in_order(
+    pool: Executor, make: Callable[[Given], Made], inputs: Iterable[Given], ahead: int
+) -> Iterator[Made]:
+    """What a pool makes of each input, in their order; at most ahead + 1 results wait."""
+    waiting: deque[Future[Made]] = deque()
+    for one in inputs:
+        waiting.append(pool.submit(make, one))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()

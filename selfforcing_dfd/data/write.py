@@ -62,7 +62,7 @@ discard: it is removed, after an exception or at the next start. keep: it stays,
 refuses to start while complete shards are in it. resume: as keep, but the next run goes on with it.
 """
 
-OUR_FILES = r"shard-\d{6}\.tar|index\.json|progress\.jsonl|[\w.-]+\.safetensors"
+OUR_FILES = r"shard-\d{6}\.tar|(index|curation)\.json|progress\.jsonl|[\w.-]+\.safetensors"
 
 
 @dataclass(frozen=True, slots=True)

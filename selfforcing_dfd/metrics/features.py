@@ -7,7 +7,7 @@ frames' unit vectors, brought to length 1 again.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -68,17 +68,43 @@ def sample(frames: Iterable[Tensor], num_frames: int, fps: float, places: int = 
 
     num_frames: how many will come. Only those that are needed are kept.
     """
-    at = places_of(num_frames, places)
-    apart = min(max(round(fps / PAIRS), 1), num_frames - 1)
-    first = [min(place, num_frames - 1 - apart) for place in at]
-    second = [place + apart for place in first]
-    wanted = set(at + first + second)
-    kept = {place: frame for place, frame in enumerate(frames) if place in wanted}
+    plan = SamplePlan(places_of(num_frames, places), num_frames, fps)
+    wanted = set(plan.wanted)
+    return plan.take({place: frame for place, frame in enumerate(frames) if place in wanted})
 
-    def stacked(group: list[int]) -> Tensor:
-        return torch.stack([kept[place] for place in group])
 
-    return Sampled(stacked(at), stacked(first), stacked(second), apart / fps)
+@dataclass(frozen=True, slots=True)
+class SamplePlan:
+    """Which frames of a clip of `num_frames` encoders need, to look at the places `at`."""
+
+    at: Sequence[int]
+    num_frames: int
+    fps: float
+
+    @property
+    def apart(self) -> int:
+        """Frames between the two of a pair."""
+        return min(max(round(self.fps / PAIRS), 1), self.num_frames - 1)
+
+    @property
+    def first(self) -> list[int]:
+        """The earlier frame of each pair."""
+        return [min(place, self.num_frames - 1 - self.apart) for place in self.at]
+
+    @property
+    def wanted(self) -> list[int]:
+        """All frames that are needed, in order."""
+        second = [place + self.apart for place in self.first]
+        return sorted({*self.at, *self.first, *second})
+
+    def take(self, kept: Mapping[int, Tensor]) -> Sampled:
+        """kept: the wanted frames by their places, [H, W, 3] uint8 each."""
+
+        def stacked(group: Iterable[int]) -> Tensor:
+            return torch.stack([kept[place] for place in group])
+
+        after = stacked(place + self.apart for place in self.first)
+        return Sampled(stacked(self.at), stacked(self.first), after, self.apart / self.fps)
 
 
 def standardised(clip: Sampled) -> Sampled:

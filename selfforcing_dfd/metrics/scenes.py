@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from statistics import median
 
@@ -16,6 +17,7 @@ import torch
 from av.video.reformatter import VideoReformatter
 from torch import Tensor
 
+from selfforcing_dfd.data.sources.cuts import ScenesOf
 from selfforcing_dfd.data.sources.video import count_frames, decoded_frames, picture
 from selfforcing_dfd.metrics.appearance import thumbnail
 
@@ -23,6 +25,15 @@ LEAST = 6.0  # mean difference of thumbnails, of 255
 TIMES = 5.0  # as large as the median difference around it
 AROUND = 8  # differences on either side
 LOOKED_AT = (72, 128)  # height and width of the pictures that are compared
+
+
+def scene_finder(cut: str, fps: Fraction | None) -> ScenesOf | None:
+    """What finds the parts of a video that windows may lie in; None where files are not cut.
+
+    cut: "windows" for whole files, "scenes", or an empty text.
+    """
+    ways = {"windows": partial(one_scene, fps=fps), "scenes": partial(scenes_in, fps=fps)}
+    return ways.get(cut)
 
 
 def one_scene(path: Path, fps: Fraction | None) -> list[tuple[int, int]]:

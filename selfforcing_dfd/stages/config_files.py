@@ -135,7 +135,8 @@ def training_configs() -> dict[str, Path]:
     """The shipped configs of training runs, by the name that `--config` takes."""
     configs = shipped("configs")
     files = {path.relative_to(configs).as_posix(): path for path in sorted(configs.rglob("*.yaml"))}
-    return {name: files[name] for name in files if not name.startswith(("stream/", "study/"))}
+    others = ("curate/", "stream/", "study/")
+    return {name: files[name] for name in files if not name.startswith(others)}
 
 
 def _layers(name: str, seen: tuple[Path, ...] = ()) -> Any:

@@ -22,10 +22,11 @@ from PIL import Image
 
 from selfforcing_dfd.cli.main import STEPS, main, parser_of
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.curate.caption import CaptionSummary, Looks, caption_clips
+from selfforcing_dfd.curate.caption import CaptionSummary, caption_clips
 from selfforcing_dfd.curate.captioners import HttpCaptioner, Reply
+from selfforcing_dfd.curate.intake import Intake, Looks
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.sources.listing import list_clips
+from selfforcing_dfd.data.sources.listing import Clip
 from selfforcing_dfd.tiny import world
 
 NUM = 6
@@ -88,6 +89,10 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def listed_in(folder: Path) -> list[Clip]:
+    return Intake(folder, 9, Fraction(16)).clips()
+
+
 def rows_of(table: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in table.read_text().splitlines()]
 
@@ -102,7 +107,7 @@ def test_a_server_is_asked_once_for_each_clip(
     """Catches three passes in place of one, frames in no order, and requests it cannot read."""
     monkeypatch.setenv("OPENAI_API_KEY", "for-tests")
     server.replies = [REPLY.format(7)]
-    listed = list_clips(clips)
+    listed = listed_in(clips)
     summary = caption_clips(listed, captioner(server), tmp_path / "a.jsonl", LOOKS, num_workers=1)
     assert (summary.num_captioned, summary.left_out) == (NUM, ())
     assert summary.made_up == {"short": 0, "medium": 0, "long": 0}
@@ -126,7 +131,7 @@ def test_a_server_is_asked_once_for_each_clip(
 def test_a_server_that_is_busy_is_asked_again(server: Server, clips: Path, tmp_path: Path) -> None:
     """Catches a night's work that ends with the first 503."""
     server.replies = [503, 429, b"no json", REPLY.format(1)]
-    listed = list_clips(clips)[:2]
+    listed = listed_in(clips)[:2]
     summary = caption_clips(listed, captioner(server), tmp_path / "a.jsonl", LOOKS, num_workers=1)
     assert summary.num_captioned == 2
     assert len(server.requests) == 5
@@ -148,11 +153,11 @@ def test_a_server_that_does_not_answer_is_named(
     server.replies = [REPLY.format(1), reply]
     out = tmp_path / "a.jsonl"
     with pytest.raises(UserError, match=message):
-        caption_clips(list_clips(clips), captioner(server, tries=2), out, LOOKS, num_workers=0)
+        caption_clips(listed_in(clips), captioner(server, tries=2), out, LOOKS, num_workers=0)
     assert len(server.requests) == 1 + asked
     assert not out.exists()
     server.replies = [REPLY.format(2)]
-    caption_clips(list_clips(clips), captioner(server), out, LOOKS, num_workers=0)
+    caption_clips(listed_in(clips), captioner(server), out, LOOKS, num_workers=0)
     assert [row["short"] for row in rows_of(out)] == ["Clip 1.", *["Clip 2."] * (NUM - 1)]
 
 
@@ -160,7 +165,7 @@ def test_nobody_at_the_address_is_named(clips: Path, tmp_path: Path) -> None:
     """Catches a traceback where the server was not started."""
     nobody = HttpCaptioner("http://127.0.0.1:9/v1", "vlm", tries=1)
     with pytest.raises(UserError, match=r"127\.0\.0\.1:9/v1/chat/completions: .*refused"):
-        caption_clips(list_clips(clips), nobody, tmp_path / "a.jsonl", LOOKS)
+        caption_clips(listed_in(clips), nobody, tmp_path / "a.jsonl", LOOKS)
     with pytest.raises(UserError, match="want the address of a server"):
         HttpCaptioner("localhost:8000", "vlm")
 
@@ -201,7 +206,7 @@ class Counting:
 
 def test_a_killed_run_goes_on_where_it_was(clips: Path, tmp_path: Path) -> None:
     """Catches clips that are described twice or never after kill -9, and half a line."""
-    listed = list_clips(clips)
+    listed = listed_in(clips)
     whole = tmp_path / "whole.jsonl"
     caption_clips(listed, Counting(), whole, LOOKS, num_workers=0)
     out = tmp_path / "a.jsonl"
@@ -233,7 +238,7 @@ def test_clips_that_cannot_be_seen_are_left_out_by_name(clips: Path, tmp_path: P
     (tmp_path / "bad.mkv").write_bytes(b"no video")
     world.write_clips(tmp_path, 2, 0, "short", 5)
     summary: CaptionSummary = caption_clips(
-        list_clips(tmp_path), Counting(), tmp_path / "out" / "a.jsonl", LOOKS
+        listed_in(tmp_path), Counting(), tmp_path / "out" / "a.jsonl", LOOKS
     )
     assert summary.num_captioned == 0
     reasons = dict(summary.left_out)

@@ -1,0 +1,360 @@
+"""The steps of `curate` after captions: embed, cluster, pick, pack."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from selfforcing_dfd.cli.data_commands import (
+    captions_named,
+    file_source,
+    pack_files,
+    print_summary,
+    set_codec_defaults,
+)
+from selfforcing_dfd.cli.data_options import (
+    CODEC_FILE,
+    add_caption_options,
+    add_codec_options,
+    add_form_options,
+    add_intake_options,
+    add_output_options,
+    add_text_options,
+)
+from selfforcing_dfd.cli.options import DEVICE_HELP, Command, Run, positive
+from selfforcing_dfd.common import find_device
+
+if TYPE_CHECKING:
+    from selfforcing_dfd.curate.assemble import TrainingSet
+    from selfforcing_dfd.curate.folder import Clusters, Embedded
+    from selfforcing_dfd.curate.intake import Intake
+    from selfforcing_dfd.curate.settings import Settings
+    from selfforcing_dfd.data.sources.listing import Clip
+
+MODEL_FRAMES = 81
+NUM_PRINTED = 20
+MOST_PROCESSES = 8  # where nobody says how many: each may hold a model
+
+
+def embed(parser: argparse.ArgumentParser) -> Run:
+    """Turn each clip into a feature vector, of a few of its frames.
+
+    The vectors lie in a curation folder, where the next steps find them.
+    """
+    parser.add_argument(
+        "source", type=Path, metavar="SOURCE", help="folder of videos, or a list as for `pack`"
+    )
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="the curation folder (default: SOURCE-curation)"
+    )
+    add_intake_options(parser, MODEL_FRAMES)
+    add_set_option(parser)
+    parser.add_argument(
+        "--features",
+        metavar="NAME",
+        help="pixels, motion, clip_projected=DIR, clip=DIR, dino=DIR, or several joined by +; DIR "
+        "is a local folder of transformers (default: pixels+motion)",
+    )
+    parser.add_argument(
+        "--pictures", type=positive, metavar="N", help="frames of each clip (default: 3)"
+    )
+    parser.add_argument("--device", default="cpu", help=f"of CLIP and DINO: {DEVICE_HELP}")
+    add_engine_options(parser)
+    add_overwrite(parser, "the features")
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.curate.embed import embed_clips
+
+        intake = intake_of(args)
+        source = intake.source
+        name = source.name if source.is_dir() else source.stem
+        embedded = embed_clips(
+            intake,
+            intake.clips(args.processes),
+            args.out or source.with_name(f"{name}-curation"),
+            replace(settings_of(args).embed, **given(args, "features", "pictures")),
+            device=str(find_device(args.device, "--device")),
+            num_processes=args.processes,
+            overwrite=args.overwrite,
+        )
+        print_features(embedded)
+
+    return run
+
+
+def cluster(parser: argparse.ArgumentParser) -> Run:
+    """Group clips with similar vectors, by k-means."""
+    add_folder(parser)
+    add_set_option(parser)
+    parser.add_argument("--clusters", type=positive, metavar="K", help="how many (default: 1000)")
+    parser.add_argument("--iterations", type=positive, metavar="N", help="at most (default: 50)")
+    parser.add_argument("--seed", type=int, help="of the first centres (default: 0)")
+    parser.add_argument("--device", default="cpu", help=f"of distances: {DEVICE_HELP}")
+    add_overwrite(parser, "the clusters")
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.curate.cluster import cluster_clips
+        from selfforcing_dfd.curate.folder import read_embedded
+
+        clusters = cluster_clips(
+            read_embedded(args.folder),
+            replace(settings_of(args).cluster, **given(args, "clusters", "iterations", "seed")),
+            device=find_device(args.device, "--device"),
+            overwrite=args.overwrite,
+        )
+        print_clusters(args.folder, clusters)
+
+    return run
+
+
+def pick(parser: argparse.ArgumentParser) -> Run:
+    """Draw a contact sheet of each cluster, and a table to write picks into.
+
+    Look at FOLDER/sheets and write numbers of candidates into the column `picks` of
+    FOLDER/picks.csv, such as 0,3,17. A cluster without picks is dropped.
+    """
+    add_folder(parser)
+    add_set_option(parser)
+    parser.add_argument(
+        "--candidates", type=positive, metavar="N", help="of each cluster (default: 40)"
+    )
+    parser.add_argument(
+        "--pictures", type=positive, metavar="N", help="of each candidate (default: 5)"
+    )
+    parser.add_argument(
+        "--auto",
+        type=positive,
+        metavar="N",
+        dest="picks",
+        help="fill in N picks of each cluster that differ most, as a baseline without a person",
+    )
+    parser.add_argument(
+        "--fiftyone",
+        type=Path,
+        metavar="DIR",
+        help="also write the candidates as a dataset that FiftyOne opens",
+    )
+    add_engine_options(parser)
+    add_overwrite(parser, "the picks, which may be somebody's work")
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.curate.fiftyone import write_dataset
+        from selfforcing_dfd.curate.folder import PICKS, read_clusters, read_embedded
+        from selfforcing_dfd.curate.pick import show_clusters
+        from selfforcing_dfd.curate.picks import read_picks
+
+        embedded = read_embedded(args.folder)
+        settings = replace(settings_of(args).pick, **given(args, "candidates", "pictures", "picks"))
+        sheets = show_clusters(
+            embedded,
+            read_clusters(embedded),
+            settings,
+            num_processes=args.processes,
+            overwrite=args.overwrite,
+        )
+        if args.fiftyone is not None:
+            picks = read_picks(args.folder / PICKS, sheets) if settings.picks else {}
+            write_dataset(args.fiftyone, embedded, sheets, picks)
+        candidates = sum(len(sheet.candidates) for sheet in sheets)
+        print(f"{args.folder}: {len(sheets)} sheets of {candidates} candidates")
+        print(f"next: write numbers into {args.folder / PICKS}, then curate pack")
+
+    return run
+
+
+def pack(parser: argparse.ArgumentParser) -> Run:
+    """Choose the set by its picks, and encode it into webdataset shards.
+
+    Each pick brings the clips that are most like it, until the quota is met. Clips whose captions
+    are those of evaluation prompts stay out.
+    """
+    add_folder(parser)
+    add_set_option(parser)
+    parser.add_argument(
+        "--quota", type=positive, metavar="N", help="clips of the set (default: the picks alone)"
+    )
+    parser.add_argument(
+        "--duplicate",
+        type=float,
+        metavar="COSINE",
+        help="pass over clips that are this similar to one of the set (default: 0.98)",
+    )
+    parser.add_argument(
+        "--prompts",
+        action="append",
+        type=Path,
+        default=[],
+        metavar="FILE",
+        help="evaluation prompts, one on each line, that captions must not leak; may be repeated",
+    )
+    parser.add_argument(
+        "--near",
+        type=float,
+        metavar="SHARE",
+        help="of word sequences in common, from which a caption leaks a prompt (default: 0.6)",
+    )
+    parser.add_argument(
+        "--held-out",
+        type=Path,
+        metavar="FILE",
+        help="names of clips, one on each line, that are kept for evaluation",
+    )
+    add_codec_options(parser)
+    add_caption_options(parser)
+    add_form_options(parser)
+    add_text_options(parser, "default: umt5 with --codec wan, tiny with tiny")
+    add_output_options(parser)
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="where the shards go (default: FOLDER-shards)"
+    )
+
+    def run(args: argparse.Namespace) -> None:
+        from selfforcing_dfd.curate.folder import read_embedded
+
+        embedded = read_embedded(args.folder)
+        intake = embedded.intake
+        args.source = intake.source
+        args.recursive = intake.recursive
+        args.fps = intake.fps
+        args.frames = intake.num_frames
+        args.cut = ""
+        args.part = (1, 1)
+        set_codec_defaults(args)
+        training = assembled(args, embedded)
+        print_set(training)
+        source = file_source(args, training.names)
+        out = args.out or args.folder.with_name(f"{args.folder.name}-shards")
+        record = {"curation": str(training.record["sha256"])}
+        summary = pack_files(args, source, out, record, training.write)
+        print_summary(summary, f", {CODEC_FILE}" if args.codec == "tiny" else "")
+
+    return run
+
+
+SET_STEPS: Sequence[Command] = (embed, cluster, pick, pack)
+
+
+def add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="the curation folder that `curate embed` made"
+    )
+
+
+def add_set_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--set",
+        default="",
+        metavar="NAME",
+        help="settings of a whole set: mix, animation, or a .yaml file; options come before them",
+    )
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Where the work on single clips is done."""
+    parser.add_argument(
+        "--engine",
+        choices=("local",),
+        default="local",
+        help="local: processes of this machine (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        default=min(len(os.sched_getaffinity(0)), MOST_PROCESSES),
+        metavar="N",
+        help="of the engine; the result does not depend on it (default: one a core, 8 at most)",
+    )
+
+
+def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
+    parser.add_argument(
+        "--overwrite", action="store_true", help=f"replace {what}, and what a stop left of it"
+    )
+
+
+def intake_of(args: argparse.Namespace) -> Intake:
+    from selfforcing_dfd.curate.intake import Intake
+
+    return Intake(args.source.resolve(), args.frames, args.fps, args.recursive, args.cut)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    from selfforcing_dfd.curate.settings import load_settings
+
+    return load_settings(args.set)
+
+
+def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
+    """The options among these that were typed."""
+    return {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+
+
+def assembled(args: argparse.Namespace, embedded: Embedded) -> TrainingSet:
+    """The set that options and picks ask for."""
+    from selfforcing_dfd.curate.assemble import assemble
+    from selfforcing_dfd.data.sources.prompts import read_prompts
+
+    prompts = [prompt for path in args.prompts for _, prompt in read_prompts(path)]
+    held_out = [] if args.held_out is None else [name for _, name in read_prompts(args.held_out)]
+    settings = replace(settings_of(args).pack, **given(args, "quota", "duplicate", "near"))
+    return assemble(embedded, captioned(args, embedded), settings, prompts, held_out)
+
+
+def captioned(args: argparse.Namespace, embedded: Embedded) -> list[Clip]:
+    """All clips of the folder with the captions that will be packed."""
+    from selfforcing_dfd.data.sources.listing import chosen_clips, list_clips
+
+    suffix, captions = captions_named(args.captions)
+    listed = list_clips(args.source, suffix, captions, args.recursive, args.levels)
+    return chosen_clips(listed, embedded.names)
+
+
+def print_features(embedded: Embedded) -> None:
+    print_named(embedded.problems, f"{embedded.folder / 'clips.jsonl'} states a `problem` for each")
+    left_out = len(embedded.problems)
+    total = len(embedded.names)
+    print(f"{total} offered = {total - left_out} embedded + {left_out} left out")
+    dim = embedded.about["dim"]
+    print(f"{embedded.folder}: {dim} numbers a clip; next, selfforcing-dfd curate cluster")
+
+
+def print_named(reasons: Mapping[str, str], where: str) -> None:
+    """The first few of what was left out."""
+    for name, reason in list(reasons.items())[:NUM_PRINTED]:
+        print(f"left out {name}: {reason}")
+    rest = len(reasons) - NUM_PRINTED
+    if rest > 0:
+        print(f"left out {rest} more; {where}")
+
+
+def print_clusters(folder: Path, clusters: Clusters) -> None:
+    about = clusters.about
+    sizes = sorted(about["sizes"])
+    first = about["objectives"][0]
+    last = about["objectives"][-1]
+    how = "converged" if about["converged"] else "stopped"
+    print(
+        f"{how} after {about['iterations']} iterations; sum of squared distances {first:.6g} -> "
+        f"{last:.6g}"
+    )
+    print(f"sizes: {sizes[0]} to {sizes[-1]}, median {sizes[len(sizes) // 2]}")
+    if about["refilled"]:
+        print(f"{about['refilled']} times a centre without clips was moved to a far clip")
+    empty = sizes.count(0)
+    if empty:
+        print(f"{empty} clusters are empty: there are fewer different clips than clusters")
+    print(f"{folder}: {about['clusters']} clusters; next, selfforcing-dfd curate pick")
+
+
+def print_set(training: TrainingSet) -> None:
+    for one in training.dropped[:NUM_PRINTED]:
+        print(f"not taken, though picked: {one.clip}: {one.why}")
+    for reason, count in training.reasons.most_common():
+        print(f"{count} clips may not be in the set: {reason}")
+    picked = training.num_picked
+    total = len(training.chosen)
+    print(f"{total} clips = {picked} picks + {total - picked} most like them")
