@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfforcing_dfd.cli.curate_steps import MODEL_FRAMES, SET_STEPS, intake_of
+from selfforcing_dfd.cli.curate_options import intake_of
+from selfforcing_dfd.cli.curate_steps import MODEL_FRAMES, SET_STEPS
 from selfforcing_dfd.cli.data_options import add_intake_options
 from selfforcing_dfd.cli.options import Command, Run, positive
 from selfforcing_dfd.common import UserError

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from selfforcing_dfd.cli.curate_options import (
+    add_candidate_options,
+    add_engine_options,
+    add_feature_options,
+    add_folder,
+    add_gate_options,
+    add_overwrite,
+    add_set_option,
+    intake_of,
+    section_of,
+)
 from selfforcing_dfd.cli.data_commands import (
     captions_named,
     file_source,
@@ -31,13 +40,10 @@ from selfforcing_dfd.common import find_device
 if TYPE_CHECKING:
     from selfforcing_dfd.curate.assemble import TrainingSet
     from selfforcing_dfd.curate.folder import Clusters, Embedded
-    from selfforcing_dfd.curate.intake import Intake
-    from selfforcing_dfd.curate.settings import Settings
     from selfforcing_dfd.data.sources.listing import Clip
 
 MODEL_FRAMES = 81
 NUM_PRINTED = 20
-MOST_PROCESSES = 8  # where nobody says how many: each may hold a model
 
 
 def embed(parser: argparse.ArgumentParser) -> Run:
@@ -53,15 +59,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     )
     add_intake_options(parser, MODEL_FRAMES)
     add_set_option(parser)
-    parser.add_argument(
-        "--features",
-        metavar="NAME",
-        help="pixels, motion, clip_projected=DIR, clip=DIR, dino=DIR, or several joined by +; DIR "
-        "is a local folder of transformers (default: pixels+motion)",
-    )
-    parser.add_argument(
-        "--pictures", type=positive, metavar="N", help="frames of each clip (default: 3)"
-    )
+    add_feature_options(parser)
     parser.add_argument("--device", default="cpu", help=f"of CLIP and DINO: {DEVICE_HELP}")
     add_engine_options(parser)
     add_overwrite(parser, "the features")
@@ -76,7 +74,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
             intake,
             intake.clips(args.processes),
             args.out or source.with_name(f"{name}-curation"),
-            replace(settings_of(args).embed, **given(args, "features", "pictures")),
+            section_of(args, "embed", "features", "pictures"),
             device=str(find_device(args.device, "--device")),
             num_processes=args.processes,
             overwrite=args.overwrite,
@@ -102,7 +100,7 @@ def cluster(parser: argparse.ArgumentParser) -> Run:
 
         clusters = cluster_clips(
             read_embedded(args.folder),
-            replace(settings_of(args).cluster, **given(args, "clusters", "iterations", "seed")),
+            section_of(args, "cluster", "clusters", "iterations", "seed"),
             device=find_device(args.device, "--device"),
             overwrite=args.overwrite,
         )
@@ -119,25 +117,7 @@ def pick(parser: argparse.ArgumentParser) -> Run:
     """
     add_folder(parser)
     add_set_option(parser)
-    parser.add_argument(
-        "--candidates", type=positive, metavar="N", help="of each cluster (default: 40)"
-    )
-    parser.add_argument(
-        "--pictures", type=positive, metavar="N", help="of each candidate (default: 5)"
-    )
-    parser.add_argument(
-        "--auto",
-        type=positive,
-        metavar="N",
-        dest="picks",
-        help="fill in N picks of each cluster that differ most, as a baseline without a person",
-    )
-    parser.add_argument(
-        "--fiftyone",
-        type=Path,
-        metavar="DIR",
-        help="also write the candidates as a dataset that FiftyOne opens",
-    )
+    add_candidate_options(parser)
     add_engine_options(parser)
     add_overwrite(parser, "the picks, which may be somebody's work")
 
@@ -148,7 +128,7 @@ def pick(parser: argparse.ArgumentParser) -> Run:
         from selfforcing_dfd.curate.picks import read_picks
 
         embedded = read_embedded(args.folder)
-        settings = replace(settings_of(args).pick, **given(args, "candidates", "pictures", "picks"))
+        settings = section_of(args, "pick", "candidates", "pictures", "picks")
         sheets = show_clusters(
             embedded,
             read_clusters(embedded),
@@ -174,35 +154,7 @@ def pack(parser: argparse.ArgumentParser) -> Run:
     """
     add_folder(parser)
     add_set_option(parser)
-    parser.add_argument(
-        "--quota", type=positive, metavar="N", help="clips of the set (default: the picks alone)"
-    )
-    parser.add_argument(
-        "--duplicate",
-        type=float,
-        metavar="COSINE",
-        help="pass over clips that are this similar to one of the set (default: 0.98)",
-    )
-    parser.add_argument(
-        "--prompts",
-        action="append",
-        type=Path,
-        default=[],
-        metavar="FILE",
-        help="evaluation prompts, one on each line, that captions must not leak; may be repeated",
-    )
-    parser.add_argument(
-        "--near",
-        type=float,
-        metavar="SHARE",
-        help="of word sequences in common, from which a caption leaks a prompt (default: 0.6)",
-    )
-    parser.add_argument(
-        "--held-out",
-        type=Path,
-        metavar="FILE",
-        help="names of clips, one on each line, that are kept for evaluation",
-    )
+    add_gate_options(parser)
     add_codec_options(parser)
     add_caption_options(parser)
     add_form_options(parser)
@@ -215,22 +167,7 @@ def pack(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.curate.folder import read_embedded
 
-        embedded = read_embedded(args.folder)
-        intake = embedded.intake
-        args.source = intake.source
-        args.recursive = intake.recursive
-        args.fps = intake.fps
-        args.frames = intake.num_frames
-        args.cut = ""
-        args.part = (1, 1)
-        set_codec_defaults(args)
-        training = assembled(args, embedded)
-        print_set(training)
-        source = file_source(args, training.names)
-        out = args.out or args.folder.with_name(f"{args.folder.name}-shards")
-        record = {"curation": str(training.record["sha256"])}
-        summary = pack_files(args, source, out, record, training.write)
-        print_summary(summary, f", {CODEC_FILE}" if args.codec == "tiny" else "")
+        pack_set(args, read_embedded(args.folder))
 
     return run
 
@@ -238,59 +175,23 @@ def pack(parser: argparse.ArgumentParser) -> Run:
 SET_STEPS: Sequence[Command] = (embed, cluster, pick, pack)
 
 
-def add_folder(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "folder", type=Path, metavar="FOLDER", help="the curation folder that `curate embed` made"
-    )
-
-
-def add_set_option(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--set",
-        default="",
-        metavar="NAME",
-        help="settings of a whole set: mix, animation, or a .yaml file; options come before them",
-    )
-
-
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Where the work on single clips is done."""
-    parser.add_argument(
-        "--engine",
-        choices=("local",),
-        default="local",
-        help="local: processes of this machine (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--processes",
-        type=positive,
-        default=min(len(os.sched_getaffinity(0)), MOST_PROCESSES),
-        metavar="N",
-        help="of the engine; the result does not depend on it (default: one a core, 8 at most)",
-    )
-
-
-def add_overwrite(parser: argparse.ArgumentParser, what: str) -> None:
-    parser.add_argument(
-        "--overwrite", action="store_true", help=f"replace {what}, and what a stop left of it"
-    )
-
-
-def intake_of(args: argparse.Namespace) -> Intake:
-    from selfforcing_dfd.curate.intake import Intake
-
-    return Intake(args.source.resolve(), args.frames, args.fps, args.recursive, args.cut)
-
-
-def settings_of(args: argparse.Namespace) -> Settings:
-    from selfforcing_dfd.curate.settings import load_settings
-
-    return load_settings(args.set)
-
-
-def given(args: argparse.Namespace, *names: str) -> dict[str, Any]:
-    """The options among these that were typed."""
-    return {name: vars(args)[name] for name in names if vars(args)[name] is not None}
+def pack_set(args: argparse.Namespace, embedded: Embedded) -> None:
+    """Choose the set and pack it. Clips are cut as they were embedded."""
+    intake = embedded.intake
+    args.source = intake.source
+    args.recursive = intake.recursive
+    args.fps = intake.fps
+    args.frames = intake.num_frames
+    args.cut = ""
+    args.part = (1, 1)
+    set_codec_defaults(args)
+    training = assembled(args, embedded)
+    print_set(training)
+    source = file_source(args, training.names)
+    out = args.out or args.folder.with_name(f"{args.folder.name}-shards")
+    record = {"curation": str(training.record["sha256"])}
+    summary = pack_files(args, source, out, record, training.write)
+    print_summary(summary, f", {CODEC_FILE}" if args.codec == "tiny" else "")
 
 
 def assembled(args: argparse.Namespace, embedded: Embedded) -> TrainingSet:
@@ -300,7 +201,7 @@ def assembled(args: argparse.Namespace, embedded: Embedded) -> TrainingSet:
 
     prompts = [prompt for path in args.prompts for _, prompt in read_prompts(path)]
     held_out = [] if args.held_out is None else [name for _, name in read_prompts(args.held_out)]
-    settings = replace(settings_of(args).pack, **given(args, "quota", "duplicate", "near"))
+    settings = section_of(args, "pack", "quota", "duplicate", "near")
     return assemble(embedded, captioned(args, embedded), settings, prompts, held_out)
 
 

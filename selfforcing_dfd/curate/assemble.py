@@ -11,8 +11,8 @@ from typing import Any
 
 from selfforcing_dfd.common import UserError, sealed
 from selfforcing_dfd.config import MILLION, ranged
-from selfforcing_dfd.curate.choose import Chosen, choose, rows_like
-from selfforcing_dfd.curate.folder import PICKS, Embedded, read_clusters
+from selfforcing_dfd.curate.choose import Chosen, Limits, choose, rows_like
+from selfforcing_dfd.curate.folder import PICKS, Clusters, Embedded, read_clusters
 from selfforcing_dfd.curate.leakage import Gate
 from selfforcing_dfd.curate.pick import read_sheets
 from selfforcing_dfd.curate.picks import Sheet, read_picks
@@ -90,36 +90,41 @@ def assemble(
     sheets = read_sheets(embedded.folder, clusters)
     picks = read_picks(embedded.folder / PICKS, sheets)
     kept_out = held_out_rows(embedded, held_out, settings.held_out)
-    gate = Gate(prompts, settings.near)
-    excluded = [
-        Excluded(row, clip.name, why)
-        for row, clip in enumerate(clips)
-        if (why := reason_against(row, clip, kept_out, gate))
-    ]
+    excluded = excluded_clips(clips, kept_out, Gate(prompts, settings.near))
     rows = {one.row: one for one in excluded}
-    chosen = choose(
-        embedded,
-        clusters,
-        sheets,
-        picks,
-        quota=settings.quota,
-        duplicate=settings.duplicate,
-        excluded=rows.keys(),
-    )
+    limits = Limits(settings.quota, settings.duplicate, rows.keys())
+    chosen = choose(embedded, clusters, sheets, picks, limits)
     if not chosen:
         raise UserError("no pick may be in the set: each is held out, leaks or has no caption")
     dropped = [rows[row] for row in picked_rows(sheets, picks) if row in rows]
     record = {
         "embedded": dict(embedded.about),
-        "clusters": {name: clusters.about[name] for name in ("clusters", "seed", "sha256")},
-        "picks": {str(cluster): numbers for cluster, numbers in picks.items()},
+        "clusters": of_clusters(clusters),
+        "picks": picks,
         "settings": asdict(settings),
-        "prompts": {"number": len(prompts), "sha256": names_hash(prompts)},
-        "held_out": {"number": len(held_out), "sha256": names_hash(held_out)},
-        "dropped_picks": [asdict(one) for one in dropped],
-        "chosen": [asdict(one) for one in chosen],
+        "prompts": listed(prompts),
+        "held_out": listed(held_out),
+        "dropped_picks": list(map(asdict, dropped)),
+        "chosen": list(map(asdict, chosen)),
     }
     return TrainingSet(chosen, excluded, dropped, sealed(json.loads(json.dumps(record))))
+
+
+def of_clusters(clusters: Clusters) -> dict[str, Any]:
+    """What identifies clusters."""
+    return {name: clusters.about[name] for name in ("clusters", "seed", "sha256")}
+
+
+def listed(texts: Sequence[str]) -> dict[str, Any]:
+    """What identifies a list of texts."""
+    return {"number": len(texts), "sha256": names_hash(texts)}
+
+
+def excluded_clips(clips: Sequence[Clip], kept_out: set[int], gate: Gate) -> list[Excluded]:
+    """All clips that may not be in the set, in order."""
+    reasons = [reason_against(row, clip, kept_out, gate) for row, clip in enumerate(clips)]
+    pairs = enumerate(zip(clips, reasons, strict=True))
+    return [Excluded(row, clip.name, why) for row, (clip, why) in pairs if why]
 
 
 def reason_against(row: int, clip: Clip, kept_out: set[int], gate: Gate) -> str:

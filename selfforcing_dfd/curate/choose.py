@@ -64,57 +64,69 @@ class _Cluster:
         return None
 
 
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """quota: clips of the set; 0 is the picks alone. duplicate: clips whose cosine with one that
+    was taken is above it are passed over. excluded: rows that are never taken, picks or not.
+    """
+
+    quota: int = 0
+    duplicate: float = 0.98
+    excluded: Collection[int] = ()
+
+
 def choose(
     embedded: Embedded,
     clusters: Clusters,
     sheets: Sequence[Sheet],
     picks: Mapping[int, Sequence[int]],
-    *,
-    quota: int = 0,
-    duplicate: float = 0.98,
-    excluded: Collection[int] = (),
+    limits: Limits,
 ) -> list[Chosen]:
     """The set, in the order of clusters; a function of its arguments alone.
 
     All picks are in it. In turns, each pick then brings the clip of its cluster that is most like
-    it, until there are `quota` clips; 0 is the picks alone. Clips whose cosine with one that was
-    taken is above `duplicate` are passed over. excluded: rows that are never taken, picks or not.
+    it, until the quota is met.
 
     UserError for more picks than the quota, and where the clusters hold too few clips.
     """
     opened = []
     chosen = []
     for sheet in sheets:
-        numbers = [n for n in picks.get(sheet.cluster, ()) if not is_excluded(sheet, n, excluded)]
-        if not numbers:
-            continue
-        cluster = open_cluster(embedded, clusters, sheet.cluster, excluded)
-        for number in numbers:
-            chosen.append(take_pick(embedded, cluster, sheet, number))
-        opened.append(cluster)
-    if quota and len(chosen) > quota:
+        numbers = picks.get(sheet.cluster, ())
+        numbers = [n for n in numbers if sheet.candidates[n].row not in limits.excluded]
+        if numbers:
+            cluster = open_cluster(embedded, clusters, sheet.cluster, limits.excluded)
+            chosen += [take_pick(embedded, cluster, sheet, number) for number in numbers]
+            opened.append(cluster)
+    if limits.quota and len(chosen) > limits.quota:
         raise UserError(
-            f"the picks are {len(chosen)} clips and --quota is {quota}; pick fewer, or ask for more"
+            f"the picks are {len(chosen)} clips and --quota is {limits.quota}; pick fewer, or ask "
+            "for more"
         )
+    fill(embedded, opened, chosen, limits)
+    return sorted(chosen, key=lambda one: one.cluster)
+
+
+def fill(
+    embedded: Embedded, opened: Sequence[_Cluster], chosen: list[Chosen], limits: Limits
+) -> None:
+    """Add clips to `chosen`, until there are as many as the quota says."""
     turns = [(cluster, pick) for cluster in opened for pick in cluster.picks]
-    while len(chosen) < quota:
+    while chosen and len(chosen) < limits.quota:
         before = len(chosen)
         for cluster, pick in turns:
-            place = None if len(chosen) == quota else cluster.most_alike(pick, duplicate)
+            if len(chosen) == limits.quota:
+                break
+            place = cluster.most_alike(pick, limits.duplicate)
             if place is not None:
                 row = cluster.take(place)
                 name = embedded.names[row]
                 chosen.append(Chosen(row, name, cluster.number, pick.number, picked=False))
         if len(chosen) == before:
             raise UserError(
-                f"--quota is {quota} and the picked clusters hold {len(chosen)} clips that may be "
-                "taken; pick in more clusters, raise --duplicate, or lower --quota"
+                f"--quota is {limits.quota} and the picked clusters hold {before} clips that may "
+                "be taken; pick in more clusters, raise --duplicate, or lower --quota"
             )
-    return sorted(chosen, key=lambda one: one.cluster)
-
-
-def is_excluded(sheet: Sheet, number: int, excluded: Collection[int]) -> bool:
-    return sheet.candidates[number].row in excluded
 
 
 def open_cluster(

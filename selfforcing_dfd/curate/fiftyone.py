@@ -48,19 +48,22 @@ def samples_of(
     folder: Path, clips: Sequence[Clip], sheet: Sheet, picks: Mapping[int, Sequence[int]]
 ) -> list[dict[str, Any]]:
     """The candidates of a cluster that can be read, as FiftyOne's samples."""
+    readable = [one for one in sheet.candidates if not one.problem]
     picked = picks.get(sheet.cluster, ())
-    return [
-        {
-            "filepath": os.path.relpath(clips[one.row].path, folder.resolve()),
-            "tags": ["picked"] if one.number in picked else [],
+    samples = []
+    for one in readable:
+        clip = clips[one.row]
+        tags = ["picked"] if one.number in picked else []
+        sample = {
+            "filepath": os.path.relpath(clip.path, folder.resolve()),
+            "tags": tags,
             "frames": FRAMES,
             "cluster": sheet.cluster,
             "candidate": one.number,
             "distance": one.distance,
             "clip": one.clip,
-            "first_frame": clips[one.row].first or 0,
+            "first_frame": clip.first or 0,
             "fault": one.fault or None,
         }
-        for one in sheet.candidates
-        if not one.problem
-    ]
+        samples.append(sample)
+    return samples

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 
 from selfforcing_dfd.common import shipped
-from selfforcing_dfd.config import ConfigError, require
+from selfforcing_dfd.config import ConfigError, SectionType, require
 from selfforcing_dfd.curate.assemble import PackSettings
 from selfforcing_dfd.curate.cluster import ClusterSettings
 from selfforcing_dfd.curate.embed import EmbedSettings
@@ -43,6 +44,13 @@ def load_settings(name: str) -> Settings:
             require(OmegaConf.is_dict(own), "the file holds a list; a set has sections")
             settings = OmegaConf.merge(settings, own)
     return checked_settings(settings, name)
+
+
+def changed(section: SectionType, name: str, options: Mapping[str, Any]) -> SectionType:
+    """A section with some values replaced. Raises ConfigError for one out of its range."""
+    found = replace(section, **options)  # type: ignore[type-var]
+    check_ranges(type(found), asdict(found), name)  # type: ignore[call-overload]
+    return found
 
 
 def checked_settings(settings: Any, name: str) -> Settings:

@@ -92,19 +92,25 @@ class SamplePlan:
         return [min(place, self.num_frames - 1 - self.apart) for place in self.at]
 
     @property
+    def second(self) -> list[int]:
+        """The later one."""
+        return [place + self.apart for place in self.first]
+
+    @property
     def wanted(self) -> list[int]:
         """All frames that are needed, in order."""
-        second = [place + self.apart for place in self.first]
-        return sorted({*self.at, *self.first, *second})
+        pairs = [*self.first, *self.second]
+        return sorted(set(self.at).union(pairs))
 
     def take(self, kept: Mapping[int, Tensor]) -> Sampled:
         """kept: the wanted frames by their places, [H, W, 3] uint8 each."""
 
-        def stacked(group: Iterable[int]) -> Tensor:
+        def stacked(group: Sequence[int]) -> Tensor:
             return torch.stack([kept[place] for place in group])
 
-        after = stacked(place + self.apart for place in self.first)
-        return Sampled(stacked(self.at), stacked(self.first), after, self.apart / self.fps)
+        before = stacked(self.first)
+        after = stacked(self.second)
+        return Sampled(stacked(self.at), before, after, self.apart / self.fps)
 
 
 def standardised(clip: Sampled) -> Sampled:

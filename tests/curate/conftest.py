@@ -7,6 +7,8 @@ from fractions import Fraction
 from pathlib import Path
 
 import pytest
+import torch
+from clip_files import write_clip
 
 from selfforcing_dfd.curate.cluster import ClusterSettings, cluster_clips
 from selfforcing_dfd.curate.embed import EmbedSettings, embed_clips
@@ -23,7 +25,13 @@ NUM_FRAMES = 9
 def tiny_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """24 clips of 9 frames with three captions each, and a file that is no video."""
     folder = tmp_path_factory.mktemp("curation") / "clips"
-    world.write_clips(folder, NUM_CLIPS, 0, "all", NUM_FRAMES)
+    folder.mkdir()
+    for number in range(NUM_CLIPS):
+        factors, _ = world.clip_number(number, 0, "long")
+        video = world.render(factors, NUM_FRAMES)[0]
+        write_clip(folder / f"{number:06d}.mp4", (255 * video).round().to(torch.uint8))
+        for level, caption in world.captions_by_level(factors).items():
+            (folder / f"{number:06d}.{level}.txt").write_text(caption + "\n")
     (folder / "bad.mp4").write_bytes(b"no video")
     return folder
 

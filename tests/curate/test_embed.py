@@ -67,7 +67,7 @@ def test_a_row_is_the_mean_of_its_clips_frames(intake: Intake, made: Path, tmp_p
     video = (255 * render(clip_number(7, 0, "short")[0], 9)[0]).round().to(torch.uint8)
     frames = video[[1, 4, 7]]
     wanted = unit(PixelEncoder()(Sampled(frames, frames, frames, 1.0)).mean(dim=0))
-    assert float(wanted @ embedded.features[7]) > 0.999
+    assert float(wanted @ embedded.features[7]) > 0.997
     assert float(wanted @ embedded.features[8]) < 0.99
 
 
@@ -164,7 +164,7 @@ def test_clip_is_read_from_a_folder(intake: Intake, tmp_path: Path) -> None:
 
 def test_a_folder_that_was_changed_is_refused(made: Path, tmp_path: Path) -> None:
     """Catches features of one run read with the clips of another."""
-    with pytest.raises(UserError, match="has no embed.json; run selfforcing-dfd curate embed"):
+    with pytest.raises(UserError, match=r"has no embed\.json; run selfforcing-dfd curate embed"):
         read_embedded(tmp_path)
     (tmp_path / EMBED).write_text((made / EMBED).read_text().replace("pictures", "picture"))
     with pytest.raises(UserError, match="is not as it was written; run"):
@@ -180,5 +180,5 @@ def test_a_source_without_a_usable_clip_is_named(tmp_path: Path) -> None:
     """Catches an empty set that fails two steps later."""
     (tmp_path / "bad.mp4").write_bytes(b"no video")
     intake = Intake(tmp_path, 9, Fraction(16))
-    with pytest.raises(UserError, match="no clip of .* can be used; the first: cannot be read"):
+    with pytest.raises(UserError, match=r"no clip of .* can be used; the first: cannot be read"):
         embed_clips(intake, intake.clips(), tmp_path / "f", PIXELS)

@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on_after_its_last_iteration(curation: Embedded) -> No
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    with pytest.raises(UserError, match="has no clusters.json"):
+    with pytest.raises(UserError, match=r"has no clusters\.json"):
         read_clusters(curation)
     with pytest.raises(UserError, match="begun with other features or settings"):
         cluster_clips(curation, ClusterSettings(clusters=3))

@@ -1,0 +1,182 @@
+"""The whole way from a folder of videos to shards, by commands, and the engine below them."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from clip_files import write_clip
+from in_processes import doubled
+
+from selfforcing_dfd.cli.main import main
+from selfforcing_dfd.common import UserError
+from selfforcing_dfd.config import ConfigError
+from selfforcing_dfd.curate.assemble import RECORD
+from selfforcing_dfd.curate.engine import each_in_order
+from selfforcing_dfd.curate.settings import Settings, load_settings
+from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.tiny.world import clip_number, render
+
+
+def run(*words: object) -> None:
+    assert main(["curate", *map(str, words)]) == 0
+
+
+def shards(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir())}
+
+
+def test_a_folder_of_videos_becomes_a_set(
+    tiny_clips: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches steps that do not find each other's files, and bytes that differ the second time."""
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text((tiny_clips / "000003.long.txt").read_text())
+    local = ("--processes", 1)
+    for name in ("one", "two"):
+        folder = tiny_clips.parent / f"{tmp_path.name}-{name}"
+        run("embed", tiny_clips, "--frames", 9, "--out", folder, *local)
+        run("cluster", folder, "--clusters", 4)
+        run("pick", folder, "--candidates", 6, "--pictures", 2, "--auto", 3, *local)
+        ways = ("--levels", "short,medium,long", "--prompts", prompts, "--quota", 14)
+        run("pack", folder, "--codec", "tiny", *ways, "--duplicate", 1, "--out", tmp_path / name)
+    said = capsys.readouterr().out
+    assert "25 offered = 24 embedded + 1 left out" in said
+    assert "left out bad.mp4: cannot be read as video" in said
+    assert "1 clips may not be in the set: equal to an evaluation prompt" in said
+    assert "14 offered = 14 packed + 0 refused + 0 damaged" in said
+    assert shards(tmp_path / "one") == shards(tmp_path / "two")
+    reader = ShardReader(tmp_path / "one", "medium")
+    record = json.loads((tmp_path / "one" / RECORD).read_text())
+    chosen = [one["clip"] for one in record["chosen"]]
+    assert len(reader.captions) == len(chosen) == 14
+    assert "000003.mp4" not in chosen
+    words = [(tiny_clips / name).with_suffix(".medium.txt").read_text().strip() for name in chosen]
+    assert reader.captions == words
+    assert reader.index.about["settings"]["curation"] == record["sha256"]
+
+
+def test_windows_are_captioned_curated_and_packed_one_by_one(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches windows of a long file that share its caption, or that get each other's."""
+    films = tmp_path / "films"
+    films.mkdir()
+    parts = [render(clip_number(number, 0, "long")[0], 9)[0] for number in range(3)]
+    write_clip(films / "film.mp4", (255 * torch.cat(parts)).round().to(torch.uint8))
+    table = tmp_path / "films-captions.jsonl"
+    cut = ("--frames", 9, "--cut", "windows")
+    run("caption", films, "--model", "tiny", *cut)
+    rows = [json.loads(line) for line in table.read_text().splitlines()]
+    assert [row["video"] for row in rows] == ["film.mp4#0", "film.mp4#9", "film.mp4#18"]
+    wanted = [clip_number(number, 0, "long")[1] for number in range(3)]
+    assert [row["long"] for row in rows] == wanted
+    packing = ["pack", str(films), "--codec", "tiny", "--captions", str(table)]
+    assert main([*packing, *map(str, cut), "--out", str(tmp_path / "all")]) == 0
+    reader = ShardReader(tmp_path / "all", "long")
+    assert reader.captions == wanted
+    run("embed", films, *cut, "--processes", 1)
+    folder = tmp_path / "films-curation"
+    run("cluster", folder, "--clusters", 1)
+    run("pick", folder, "--auto", 2, "--processes", 1)
+    run("pack", folder, "--codec", "tiny", "--captions", table)
+    record = json.loads((tmp_path / "films-curation-shards" / RECORD).read_text())
+    of_some = ShardReader(tmp_path / "films-curation-shards", "long")
+    numbers = [one["row"] for one in record["chosen"]]
+    assert of_some.captions == [wanted[number] for number in numbers]
+    for place, number in enumerate(numbers):
+        assert of_some[place].latents.equal(reader[number].latents)
+    capsys.readouterr()
+    assert main([*packing, "--frames", "9", "--out", str(tmp_path / "whole")]) == 2
+    assert "its captions are those of windows; pack with --cut" in capsys.readouterr().err
+
+
+def test_the_papers_sets_are_settings() -> None:
+    """Catches a recipe that is not the paper's, and a slip in a file that is read as a default."""
+    mix = load_settings("mix")
+    assert (mix.cluster.clusters, mix.cluster.iterations, mix.embed.pictures) == (1000, 50, 3)
+    assert (mix.pick.candidates, mix.pick.pictures, mix.pack.quota) == (40, 5, 30000)
+    assert load_settings("animation").pack.quota == 20000
+    assert load_settings("") == Settings()
+    with pytest.raises(ConfigError, match="there is no set films; use one of animation, mix"):
+        load_settings("films")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pack: {quote: 3}", "quote"),
+        ("cluster: {clusters: 0}", "cluster.clusters is 0; it must be at least 1"),
+        ("pack: {near: 0}", "pack.near is 0.0; it must be above 0"),
+        ("[1]", "the file holds a list; a set has sections"),
+    ],
+)
+def test_a_wrong_setting_is_named(tmp_path: Path, text: str, message: str) -> None:
+    """Catches a misspelt setting that changes nothing."""
+    path = tmp_path / "set.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as raised:
+        load_settings(str(path))
+    assert message in str(raised.value)
+
+
+def killed_at_five(number: int) -> int:
+    if number == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def write_own_number(folder: Path) -> None:
+    (folder / str(os.getpid())).touch()
+    time.sleep(60)
+
+
+def work_for_ever(folder: Path) -> None:
+    list(each_in_order(write_own_number, [folder] * 2, 2, "fork"))
+
+
+def test_results_come_in_order_from_new_processes() -> None:
+    """Catches results in the order in which they end, and sums that depend on the machine."""
+    for processes in (1, 2):
+        found = list(each_in_order(doubled, range(9), processes))
+        assert found == [(2 * number, 1) for number in range(9)]
+
+
+def test_a_process_that_is_killed_is_named() -> None:
+    """Catches a wait without end where the memory ran out."""
+    results = each_in_order(killed_at_five, range(20), 2, "fork")
+    with pytest.raises(UserError, match="a process was killed, perhaps for want of memory"):
+        list(results)
+
+
+def is_alive(number: int) -> bool:
+    """Whether a process runs; one that only waits to be collected does not."""
+    try:
+        stat = Path(f"/proc/{number}/stat").read_text()
+    except FileNotFoundError:
+        return False
+    return stat.rpartition(")")[2].split()[0] not in "ZX"
+
+
+def test_processes_end_with_the_first_one(tmp_path: Path) -> None:
+    """Catches workers that wait for work for ever after kill -9 of their parent."""
+    parent = multiprocessing.get_context("fork").Process(target=work_for_ever, args=(tmp_path,))
+    parent.start()
+    deadline = time.monotonic() + 30
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    workers = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(workers) == 2
+    assert all(map(is_alive, workers))
+    assert parent.pid is not None
+    os.kill(parent.pid, signal.SIGKILL)
+    parent.join()
+    while any(map(is_alive, workers)) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    assert not any(map(is_alive, workers))
