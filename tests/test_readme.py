@@ -33,7 +33,7 @@ PROGRAMS = {
 OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 FILE_WORD = re.compile(r"`((?:[\w.]+/)*[\w.]+\.(?:py|yaml|md|json))`")
 MADE_BY_RUNS = {
-    *("config.json", "config.yaml", "evaluation.json", "metrics.jsonl"),
+    *("config.json", "config.yaml", "curation.json", "evaluation.json", "metrics.jsonl"),
     *("run.json", "tokenizer.json"),
 }
 OF_OTHERS = {"self_forcing_dmd.yaml", "self_forcing_dfd.yaml", "wan_causal_ode.yaml"}

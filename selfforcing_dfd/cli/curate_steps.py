@@ -219,8 +219,9 @@ def print_features(embedded: Embedded) -> None:
     left_out = len(embedded.problems)
     total = len(embedded.names)
     print(f"{total} offered = {total - left_out} embedded + {left_out} left out")
+    folder = embedded.folder
     dim = embedded.about["dim"]
-    print(f"{embedded.folder}: {dim} numbers a clip; next, selfforcing-dfd curate cluster")
+    print(f"{folder}: {dim} numbers a clip; next, selfforcing-dfd curate cluster {folder}")
 
 
 def print_named(reasons: Mapping[str, str], where: str) -> None:
@@ -248,7 +249,7 @@ def print_clusters(folder: Path, clusters: Clusters) -> None:
     empty = sizes.count(0)
     if empty:
         print(f"{empty} clusters are empty: there are fewer different clips than clusters")
-    print(f"{folder}: {about['clusters']} clusters; next, selfforcing-dfd curate pick")
+    print(f"{folder}: {about['clusters']} clusters; next, selfforcing-dfd curate pick {folder}")
 
 
 def print_set(training: TrainingSet) -> None:
