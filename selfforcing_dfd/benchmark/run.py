@@ -22,14 +22,14 @@ from selfforcing_dfd.benchmark.table import (
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.common import DTYPES, UserError, find_device
 from selfforcing_dfd.models.fp8 import use_fp8
-from selfforcing_dfd.streaming.load import load_settings, load_stream_model
+from selfforcing_dfd.streaming.load import choose_kernel, load_settings, load_stream_model
 from selfforcing_dfd.streaming.random_model import random_stream_model
-from selfforcing_dfd.streaming.session import StreamModel
+from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 
 PROMPTS = ("a disc moves", "a square moves")
 
 
-def build_model(options: argparse.Namespace) -> StreamModel:
+def build_model(options: argparse.Namespace, settings: StreamSettings) -> StreamModel:
     """The model that the options ask for: resolution, dtype, kernels and devices.
 
     Raises UserError for options that cannot be.
@@ -49,7 +49,7 @@ def build_model(options: argparse.Namespace) -> StreamModel:
     model = replace(model, latent_size=latent_size(options, model))
     if options.vae_device:
         model = decode_on(model, find_device(options.vae_device))
-    model.student.set_attention(options.attention)
+    choose_kernel(model, settings, options.attention)
     if options.fp8:
         use_fp8(model.student)
     if options.compile:
@@ -90,7 +90,7 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         sink_frames=options.sink,
         positions=options.positions,
     )
-    model = build_model(options)
+    model = build_model(options, settings)
     facts = environment(
         model,
         settings,
@@ -99,7 +99,9 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         weights="random" if options.random_weights else "trained",
         fp8=options.fp8,
     )
-    result = {"environment": facts, **measure(model, settings, PROMPTS, plan_of(options, model))}
+    timings = dict(model.student.attention.timings_ms)
+    figures = measure(model, settings, PROMPTS, plan_of(options, model))
+    result = {"environment": facts, "attention_timings_ms": timings, **figures}
     return table(result), result
 
 

@@ -37,7 +37,7 @@ def environment(model: StreamModel, settings: StreamSettings, **choices: Any) ->
         "sink_frames": settings.sink_frames,
         "window_frames": settings.window_frames,
         "positions": settings.positions,
-        "attention": model.student.attention_backend,
+        "attention": model.student.attention.name,
         "chunk_frames": model.chunk_frames,
         "ladder": list(model.ladder),
         "resolution": f"{width}x{height}",

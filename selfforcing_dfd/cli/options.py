@@ -14,7 +14,7 @@ Command = Callable[[argparse.ArgumentParser], Run]
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 MODEL_FPS = Fraction(16)  # of Wan and of the tiny world
 LEVEL_NAMES = ("short", "medium", "long")
-ATTENTION_NAMES = ("auto", "sdpa", "fa2", "fa3", "fa4")
+ATTENTION_NAMES = ("auto", "sdpa", "sdpa-flash", "fa2", "fa3", "fa4", "fa3-fp8")
 DEVICE_HELP = "auto, cpu, cuda or cuda:N (default: %(default)s)"
 
 

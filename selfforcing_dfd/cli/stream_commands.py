@@ -154,7 +154,8 @@ def _add_kernel_options(group: argparse._ArgumentGroup) -> None:
         "--attention",
         choices=ATTENTION_NAMES,
         default="auto",
-        help="the kernel; auto takes the fastest that fits the GPU (default: %(default)s)",
+        help="the kernel; auto measures those that fit the GPU; fa3-fp8 rounds to 8 bits "
+        "(default: %(default)s)",
     )
     group.add_argument(
         "--compile",

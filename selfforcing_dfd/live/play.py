@@ -29,6 +29,7 @@ from selfforcing_dfd.models.identity import recipe_of
 from selfforcing_dfd.streaming.load import (
     TINY_DMD_STUDENT,
     TINY_STUDENT,
+    choose_kernel,
     load_settings,
     load_stream_model,
     load_wan_model,
@@ -251,8 +252,6 @@ def prepare(
 ) -> tuple[StreamModel, StreamSettings]:
     """Model and settings that the options ask for; the model is shared by the ranks."""
     model = load_model(options)
-    model.student.set_attention(options.attention)
-    ranks.share(model.student)
     settings = load_settings(
         options.settings or "",
         default="default" if options.model else "tiny",
@@ -263,6 +262,8 @@ def prepare(
         positions=options.positions,
         on_prompt=options.on_prompt,
     )
+    choose_kernel(model, settings, options.attention)
+    ranks.share(model.student)
     if options.compile:
         model.student.compile_blocks()
         warm_up(model, settings, examples(options)[0])
@@ -346,7 +347,7 @@ def read_context(options: argparse.Namespace, model: StreamModel) -> torch.Tenso
 def describe_model(name: str, model: StreamModel) -> str:
     """A student that is about to run, in one line."""
     dtype = str(model.dtype).removeprefix("torch.")
-    return f"{name}: {page.describe(model)}, {dtype}, attention {model.student.attention_backend}"
+    return f"{name}: {page.describe(model)}, {dtype}, attention {model.student.attention}"
 
 
 def describe(options: argparse.Namespace, model: StreamModel, session: StreamSession) -> str:

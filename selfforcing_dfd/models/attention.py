@@ -1,7 +1,8 @@
-"""The one attention function: FlashAttention 3, 4 or 2 where one fits, else torch's SDPA.
+"""The attention kernels: FlashAttention 3, 4 or 2 where one fits, and torch's SDPA.
 
-Chosen by compute capability and by what is installed, never by a device's name: H200, H800 and
-GH200 are Hopper too. SDPA is what every other kernel is tested against.
+What fits follows from compute capability and from what is installed, never from a device's name:
+H200, H800 and GH200 are Hopper too. Which of them is taken is measured, see `attention_choice`.
+SDPA is what every other kernel is tested against.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import importlib
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from types import ModuleType
 
@@ -19,19 +20,20 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from selfforcing_dfd.common import UserError
+from selfforcing_dfd.context import Attention
+from selfforcing_dfd.models.attention_fp8 import in_eight_bits
 
 log = logging.getLogger(__name__)
 
-AttentionFunction = Callable[[Tensor, Tensor, Tensor], Tensor]
 HALF = (torch.bfloat16, torch.float16)
 HUB_PACKAGE = "kernels"  # Hugging Face's loader of prebuilt kernels
-CUDA_ORDER = [
+OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
+SDPA = {
     # on Hopper about twice the rate of the flash kernel that comes with torch
-    SDPBackend.CUDNN_ATTENTION,
-    SDPBackend.FLASH_ATTENTION,
-    SDPBackend.EFFICIENT_ATTENTION,
-    SDPBackend.MATH,
-]
+    "sdpa": [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, *OTHERS],
+    "sdpa-flash": [SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, *OTHERS],
+}
+"""Torch's own kernels in the order in which they are asked on a GPU. On a CPU both are the same."""
 
 
 class AttentionError(UserError):
@@ -43,7 +45,8 @@ class Kernel:
     """A FlashAttention version: where its function is, what it runs on, and how to get it.
 
     module: to import. hub: repository of a prebuilt one, which the `kernels` package downloads when
-    it is first used, and the version there; None for none.
+    it is first used, and the version there; None for none. eight_bits: it rounds its inputs to 8
+    bits, so it is taken by name only, and without gradients.
     """
 
     module: str
@@ -51,22 +54,25 @@ class Kernel:
     head_dim: int  # the largest
     install: str
     hub: tuple[str, int] | None = None
+    eight_bits: bool = False
 
 
+FA3 = Kernel(
+    "flash_attn_interface",
+    (9, 9),
+    256,
+    "pip install kernels, or build flash-attention's `hopper` folder",
+    ("kernels-community/flash-attn3", 1),
+)
 KERNELS = {
-    "fa3": Kernel(
-        "flash_attn_interface",
-        (9, 9),
-        256,
-        "pip install kernels, or build flash-attention's `hopper` folder",
-        ("kernels-community/flash-attn3", 1),
-    ),
+    "fa3": FA3,
     "fa4": Kernel("flash_attn.cute", (9, 12), 128, "pip install .[flash]"),
     "fa2": Kernel(
         "flash_attn", (8, 10), 256, "pip install flash-attn --no-build-isolation, which needs nvcc"
     ),
+    "fa3-fp8": replace(FA3, eight_bits=True),
 }
-"""In the order in which they are preferred."""
+"""In the order in which they are preferred where nothing is measured."""
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -74,8 +80,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
     q: [B, Lq, heads, head_dim]; k, v: [B, Lk, heads, head_dim] -> like q.
     """
-    if q.device.type == "cpu" and torch.is_grad_enabled() and q.dtype in HALF:
-        # SDPA's backward pass on a CPU takes 8 times as long in bfloat16 as in float32
+    if attends_in_float32(q):
         return attend(q.float(), k.float(), v.float()).type_as(q)
     heads_first = scaled_dot_product_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
@@ -83,57 +88,56 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return heads_first.transpose(1, 2)
 
 
-def attend_in_cuda_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """`attend` by the first of torch's own kernels that takes these tensors."""
-    with sdpa_kernel(CUDA_ORDER, set_priority=True):
-        return attend(q, k, v)
+def attends_in_float32(q: Tensor) -> bool:
+    """Whether SDPA casts: on a CPU its backward pass in bfloat16 takes 8 times as long."""
+    return q.device.type == "cpu" and torch.is_grad_enabled() and q.dtype in HALF
 
 
-def choose_attention(
-    weight: Tensor, head_dim: int, name: str = "auto"
-) -> tuple[str, AttentionFunction]:
-    """The kernel's name and function for a model with such weights, where they now are.
+def torch_attention(name: str, device: torch.device) -> Attention:
+    """`attend` by the first kernel of SDPA[name] that takes the tensors; on a CPU there is one."""
+    if device.type != "cuda":
+        return attend
 
-    name: auto, sdpa or one of KERNELS. Raises AttentionError for one that cannot run here. `auto`
-    goes on to the next kernel where one cannot be loaded.
-    """
-    capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None
-    installed = installed_kernels() if capability else set()
-    while True:
-        chosen = select_kernel(capability, weight.dtype, head_dim, installed, name)
-        try:
-            return chosen, load_kernel(chosen, weight.device)
-        except AttentionError as error:
-            if name != "auto":
-                raise
-            log.warning("%s", error)
-            installed.remove(chosen)
+    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(SDPA[name], set_priority=True):
+            return attend(q, k, v)
+
+    return run
 
 
-def select_kernel(
+def check_name(
+    name: str,
     capability: tuple[int, int] | None,
     dtype: torch.dtype,
     head_dim: int,
     installed: set[str],
-    name: str = "auto",
-) -> str:
-    """The kernel to use: `sdpa`, or one of KERNELS that is installed and fits.
+) -> None:
+    """Raise AttentionError for an unknown name, and for the name of a kernel that cannot run.
 
-    capability: None without a GPU. Raises AttentionError for an unknown name, and for a name other
-    than auto that cannot run.
+    capability: None without a GPU.
     """
-    if name not in ("auto", "sdpa", *KERNELS):
-        raise AttentionError(f"attention is {name!r}; use auto, sdpa, {', '.join(KERNELS)}")
+    if name not in ("auto", *SDPA, *KERNELS):
+        known = ", ".join((*SDPA, *KERNELS))
+        raise AttentionError(f"attention is {name!r}; use auto, {known}")
+    why = obstacle(name, capability, dtype, head_dim, installed) if name in KERNELS else ""
+    if why:
+        raise AttentionError(f"attention {name} cannot run: {why}; or use sdpa")
+
+
+def fitting_kernels(
+    capability: tuple[int, int] | None, dtype: torch.dtype, head_dim: int, installed: set[str]
+) -> list[str]:
+    """What `auto` may take: kernels that are installed and fit, then torch's own."""
     obstacles = {
-        kernel: obstacle(kernel, capability, dtype, head_dim, installed) for kernel in KERNELS
+        name: obstacle(name, capability, dtype, head_dim, installed)
+        for name, kernel in KERNELS.items()
+        if not kernel.eight_bits
     }
-    if obstacles.get(name):
-        raise AttentionError(f"attention {name} cannot run: {obstacles[name]}; or use sdpa")
-    fitting = [kernel for kernel, why in obstacles.items() if not why]
-    chosen = name if name != "auto" else next(iter(fitting), "sdpa")
-    left_out = "; ".join(f"{kernel}: {why}" for kernel, why in obstacles.items() if why)
-    log.info("attention by %s%s", chosen, f" ({left_out})" if left_out and capability else "")
-    return chosen
+    left_out = "; ".join(f"{name}: {why}" for name, why in obstacles.items() if why)
+    if capability and left_out:
+        log.info("attention without %s", left_out)
+    fitting = [name for name, why in obstacles.items() if not why]
+    return [*fitting, *(SDPA if capability else ("sdpa",))]
 
 
 def obstacle(
@@ -169,25 +173,25 @@ def is_installed(kernel: Kernel) -> bool:
     return function_of(import_kernel(kernel.module)) is not None
 
 
-def load_kernel(name: str, device: torch.device) -> AttentionFunction:
+def load_kernel(name: str, device: torch.device) -> Attention:
     """The function of a kernel that was selected, with `attend`'s signature.
 
     A prebuilt kernel is downloaded here, once, unless the machine has it built. Raises
     AttentionError where that fails.
     """
-    if name == "sdpa":
-        return attend_in_cuda_order if device.type == "cuda" else attend
+    if name in SDPA:
+        return torch_attention(name, device)
     kernel = KERNELS[name]
     function = function_of(import_kernel(kernel.module)) or function_of(fetch_kernel(name))
     if function is None:
         raise AttentionError(f"attention {name}: its package has no flash_attn_func; use sdpa")
 
-    def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out = function(q, k, v)
+    def run(q: Tensor, k: Tensor, v: Tensor, **scales: Tensor) -> Tensor:
+        out = function(q, k, v, **scales)
         # versions differ in whether they add the log-sum-exp
         return out[0] if isinstance(out, tuple) else out
 
-    return run
+    return in_eight_bits(run) if kernel.eight_bits else run
 
 
 def import_kernel(module: str) -> ModuleType | None:

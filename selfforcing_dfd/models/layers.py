@@ -94,13 +94,13 @@ def add_gated(x: Tensor, y: Tensor, values: Tensor) -> Tensor:
     frames = (values.shape[1], -1)
     x_by_frame = full_precision(x).unflatten(1, frames)
     y_by_frame = y.unflatten(1, frames)
-    return torch.addcmul(x_by_frame, y_by_frame, values[:, :, None]).flatten(1, 2).type_as(x)
+    return torch.addcmul(x_by_frame, y_by_frame, values.unsqueeze(2)).flatten(1, 2).type_as(x)
 
 
 def modulate(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
     """x * scale + shift. x: [B, F * tokens, D]; scale, shift: [B, F, D] or [1, 1, D]."""
     by_frame = x.unflatten(1, (scale.shape[1], -1))
-    return torch.addcmul(shift[:, :, None], by_frame, scale[:, :, None]).flatten(1, 2)
+    return torch.addcmul(shift.unsqueeze(2), by_frame, scale.unsqueeze(2)).flatten(1, 2)
 
 
 class TwoLayers(nn.Module):

@@ -20,16 +20,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.context import (
-    WHOLE_CLIP,
-    Attention,
-    ChunkKV,
-    Conditioning,
-    Context,
-    NetworkOutput,
-)
+from selfforcing_dfd.context import WHOLE_CLIP, ChunkKV, Conditioning, Context, NetworkOutput
 from selfforcing_dfd.models.adapters import run_adapted
-from selfforcing_dfd.models.attention import attend, choose_attention
+from selfforcing_dfd.models.attention_choice import Choice, Trial, choose_attention
+from selfforcing_dfd.models.attention_operator import KernelAttention, SlotContext, Slots
 from selfforcing_dfd.models.hub import HubMixin
 from selfforcing_dfd.models.layers import (
     ConditionEmbedder,
@@ -92,7 +86,8 @@ class WanBlock(nn.Module):
         self.attn1 = WanAttention(dim, heads, eps)
         self.attn2 = WanAttention(dim, heads, eps)
         self.ffn = FeedForward(dim, ffn_dim)
-        self.attend: Attention = attend
+        self.attend = KernelAttention()
+        self.is_compiled = False
         self.sequence_parallel: SequenceParallel | None = None  # None: this process has all tokens
         self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
 
@@ -113,7 +108,11 @@ class WanBlock(nn.Module):
         caller, so that gradient checkpointing and sharding, which wrap this call, cover it.
         """
         text_k, text_v = self.attn2.keys_values(text) if isinstance(text, Tensor) else text
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(modulation)
+        modulation = self.modulation(modulation)
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        if self.is_compiled and self.sequence_parallel is None and isinstance(context, SlotContext):
+            slots = context.slots(layer)
+            return self.over_slots(x, (text_k, text_v), modulation, rotary, slots)
         q, k, v = self.before_attention(x, shift1, scale1, *rotary)
         if self.sequence_parallel is None:
             attended = context.attend(self.attend, layer, q, k, v)
@@ -127,9 +126,23 @@ class WanBlock(nn.Module):
         """This block's modulation from the embedding [B, F, 6, D], unless it is one already."""
         if isinstance(embedding, Modulation):
             return embedding
-        sums = self.scale_shift_table[:, None] + embedding
+        sums = self.scale_shift_table.unsqueeze(1) + embedding
         shift1, scale1, gate1, shift2, scale2, gate2 = sums.unbind(2)
         return Modulation(shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
+
+    def over_slots(
+        self,
+        x: Tensor,
+        text: tuple[Tensor, Tensor],
+        modulation: Modulation,
+        rotary: tuple[Tensor, Tensor],
+        slots: Slots,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The whole block over keys and values in slots: what is compiled for a stream."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
+        q, k, v = self.before_attention(x, shift1, scale1, *rotary)
+        attended = slots.attend(self.attend, q, k, v)
+        return self.after_attention(x, attended, gate1, shift2, scale2, gate2, *text), k, v
 
     def before_attention(
         self, x: Tensor, shift: Tensor, scale: Tensor, cos: Tensor, sin: Tensor
@@ -191,23 +204,31 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         self.proj_out = nn.Linear(dim, out_channels * self.patch[0] * self.patch[1] * self.patch[2])
         self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
         self.gradient_checkpointing = False
-        self.attention_backend = "sdpa"
+        self.attention = Choice()
         self.sequence_parallel: SequenceParallel | None = None
         self.adapter = ""  # which adapters work in the present call, see models/adapted.py
 
-    def set_attention(self, name: str = "auto", compute: torch.dtype | None = None) -> str:
-        """Choose the attention kernel for the weights' present device and return its name.
+    def set_attention(
+        self,
+        name: str = "auto",
+        compute: torch.dtype | None = None,
+        lengths: tuple[int, int] | None = None,
+    ) -> Choice:
+        """Choose the attention kernel for the weights' present device.
 
-        name: auto, sdpa, fa2, fa3 or fa4. compute: the dtype in which the network will run; None is
-        that of its weights. Before the first call it is torch's SDPA. Raises AttentionError for a
-        kernel that cannot run here.
+        name: auto or a kernel's. compute: the dtype in which the network will run; None is that of
+        its weights. lengths: tokens of the queries and keys of a typical call, on which `auto`
+        measures the kernels; None: it takes the first that fits. Before the first call it is
+        torch's SDPA. Raises AttentionError for a kernel that cannot run here.
         """
         weight = self.patch_embedding.weight
         weight = weight if compute is None else weight.to(compute)
-        self.attention_backend, function = choose_attention(weight, self.head_dim, name)
+        heads = self.config["num_attention_heads"]
+        trial = None if lengths is None else Trial(*lengths, heads, self.head_dim)
+        self.attention = choose_attention(weight, self.head_dim, name, trial)
         for block in self.wan_blocks():
-            block.attend = function
-        return self.attention_backend
+            block.attend = self.attention.attention
+        return self.attention
 
     def share_sequence(self, sequence_parallel: SequenceParallel) -> None:
         """From now on each sequence is on all processes of the group, which call together.
@@ -227,14 +248,16 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         return heads // self.sequence_parallel.size if self.sequence_parallel else heads
 
     def compile_blocks(self, **options: Any) -> None:
-        """Compile the code between attentions in every block; attention itself is not compiled.
+        """Compile the blocks: for a stream each as one program, else the code between attentions.
 
-        So the slots of a ring are no part of a program, and one program for each shape serves all
-        chunks. The first calls of each shape compile, for seconds to minutes.
+        Attention is one operator, so no kernel is compiled. What moves in a stream, such as slots
+        and positions, is in tensors, so one program serves all blocks, steps and chunks. The first
+        calls of each shape compile, for seconds to minutes.
         """
         for block in self.wan_blocks():
-            for name in ("before_attention", "after_attention"):
+            for name in ("over_slots", "before_attention", "after_attention"):
                 setattr(block, name, torch.compile(getattr(block, name), dynamic=False, **options))
+            block.is_compiled = True
 
     def forward(
         self,

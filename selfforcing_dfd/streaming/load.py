@@ -249,6 +249,16 @@ def text_cache() -> Path:
     return Path(cache) / "selfforcing_dfd" / "text"
 
 
+def choose_kernel(model: StreamModel, settings: StreamSettings, name: str) -> None:
+    """Give the student its attention kernel; `auto` measures them on a chunk of the steady state.
+
+    Raises AttentionError for a kernel that cannot run here.
+    """
+    tokens = model.kv_shape().tokens
+    num_keys = (settings.sink_frames + settings.window_frames) * tokens
+    model.student.set_attention(name, lengths=(model.chunk_frames * tokens, num_keys))
+
+
 def load_settings(
     name: str = "", default: str = "default", recipe: Recipe | None = None, **changes: Any
 ) -> StreamSettings:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.context import Attention, ChunkKV
+from selfforcing_dfd.models.attention_operator import Slots
 from selfforcing_dfd.models.rope import axis_dims, axis_frequencies, rotary_tables, rotate
 
 Positions = Literal["absolute", "sink_relative", "window_relative"]
@@ -64,7 +65,13 @@ class RingContext:
     own: slice  # tokens of this chunk
     visible: slice  # tokens of the past and of this chunk
     next_frame: int
+    own_tokens: Tensor  # indices of `own`
+    visible_span: Tensor  # start and stop of `visible`; on the CPU, where kernels are called
     wants_kv = False
+
+    def slots(self, layer: int) -> Slots:
+        """A layer for compiled code, to which `own` and `visible` are tensors."""
+        return Slots(self.keys[layer], self.values[layer], self.own_tokens, self.visible_span)
 
     def attend(self, attention: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         keys = self.keys[layer]
@@ -183,7 +190,12 @@ class RingCache:
         )
         spans = [self._tokens(slot) for slot in (*past, own)]
         visible = slice(min(span.start for span in spans), max(span.stop for span in spans))
-        return RingContext(self.keys, self.values, self._tokens(own), visible, own_position)
+        own_span = self._tokens(own)
+        own_tokens = torch.arange(own_span.start, own_span.stop, device=self.keys.device)
+        visible_span = torch.tensor((visible.start, visible.stop))
+        return RingContext(
+            self.keys, self.values, own_span, visible, own_position, own_tokens, visible_span
+        )
 
     def append(self, kv: ChunkKV) -> None:
         """Keep what the last forward pass wrote. Raises ValueError without a `read` before it."""

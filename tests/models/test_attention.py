@@ -16,47 +16,51 @@ from selfforcing_dfd.models.attention import (
     KERNELS,
     AttentionError,
     attend,
-    choose_attention,
+    check_name,
+    fitting_kernels,
     installed_kernels,
     load_kernel,
-    select_kernel,
 )
+from selfforcing_dfd.models.attention_choice import choose_attention
 
 ALL = set(KERNELS)
 BF16 = torch.bfloat16
 
 
 @pytest.mark.parametrize(
-    ("capability", "dtype", "head_dim", "installed", "chosen"),
+    ("capability", "dtype", "head_dim", "installed", "fitting"),
     [
-        ((9, 0), BF16, 128, ALL, "fa3"),  # H100 and H200 alike
-        ((9, 0), BF16, 128, {"fa2", "fa4"}, "fa4"),
-        ((9, 0), BF16, 128, {"fa2"}, "fa2"),
-        ((9, 0), BF16, 128, set(), "sdpa"),
-        ((8, 0), BF16, 128, ALL, "fa2"),  # A100
-        ((8, 9), torch.float16, 64, ALL, "fa2"),  # 4090
-        ((10, 0), BF16, 128, ALL, "fa4"),  # B200
-        ((10, 0), BF16, 192, ALL, "fa2"),  # fa4 takes heads of up to 128
-        ((12, 0), BF16, 128, ALL, "fa4"),  # 5090
-        ((12, 0), BF16, 128, {"fa2", "fa3"}, "sdpa"),
-        ((8, 0), BF16, 128, {"fa4"}, "sdpa"),  # whose backward pass begins with Hopper
-        ((7, 5), torch.float16, 64, ALL, "sdpa"),  # T4
-        ((9, 0), torch.float32, 128, ALL, "sdpa"),
-        (None, BF16, 128, ALL, "sdpa"),
+        ((9, 0), BF16, 128, ALL, ["fa3", "fa4", "fa2"]),  # H100 and H200 alike
+        ((9, 0), BF16, 128, {"fa2", "fa4"}, ["fa4", "fa2"]),
+        ((9, 0), BF16, 128, set(), []),
+        ((8, 0), BF16, 128, ALL, ["fa2"]),  # A100; fa4's backward pass begins with Hopper
+        ((8, 9), torch.float16, 64, ALL, ["fa2"]),  # 4090
+        ((10, 0), BF16, 128, ALL, ["fa4", "fa2"]),  # B200
+        ((10, 0), BF16, 192, ALL, ["fa2"]),  # fa4 takes heads of up to 128
+        ((12, 0), BF16, 128, ALL, ["fa4"]),  # 5090
+        ((12, 0), BF16, 128, {"fa2", "fa3"}, []),
+        ((7, 5), torch.float16, 64, ALL, []),  # T4
+        ((9, 0), torch.float32, 128, ALL, []),
     ],
 )
-def test_kernel_follows_the_compute_capability(capability, dtype, head_dim, installed, chosen):
-    """Catches a kernel chosen by a device's name, and a kernel that crashes.
+def test_kernels_fit_by_the_compute_capability(capability, dtype, head_dim, installed, fitting):
+    """Catches a kernel chosen by a device's name, one that crashes, and one that rounds to 8 bits.
 
     By name, an H200 would silently run the slow kernel.
     """
-    assert select_kernel(capability, dtype, head_dim, installed) == chosen
+    found = fitting_kernels(capability, dtype, head_dim, installed)
+    assert found == [*fitting, "sdpa", "sdpa-flash"]
+
+
+def test_a_cpu_has_one_kernel():
+    """Catches kernels that are measured although they are the same."""
+    assert fitting_kernels(None, BF16, 128, ALL) == ["sdpa"]
 
 
 @pytest.mark.parametrize(
     ("name", "capability", "dtype", "installed", "message"),
     [
-        ("fa5", (9, 0), BF16, ALL, r"attention is 'fa5'; use auto, sdpa, fa3, fa4, fa2"),
+        ("fa5", (9, 0), BF16, ALL, r"attention is 'fa5'; use auto, sdpa, sdpa-flash, fa3, fa4"),
         (
             "fa3",
             (8, 0),
@@ -64,6 +68,7 @@ def test_kernel_follows_the_compute_capability(capability, dtype, head_dim, inst
             ALL,
             r"written for compute capability 9.x to 9.x, this is 8.0; or use sdpa",
         ),
+        ("fa3-fp8", (10, 0), BF16, ALL, r"compute capability 9.x to 9.x, this is 10.0"),
         ("fa2", (9, 0), BF16, set(), r"flash_attn is not installed \(pip install flash-attn"),
         (
             "fa4",
@@ -85,14 +90,13 @@ def test_kernel_follows_the_compute_capability(capability, dtype, head_dim, inst
 def test_a_kernel_that_cannot_run_is_refused(name, capability, dtype, installed, message):
     """Catches a forced kernel that is silently replaced by another."""
     with pytest.raises(AttentionError, match=message):
-        select_kernel(capability, dtype, 128, installed, name)
+        check_name(name, capability, dtype, 128, installed)
 
 
-def test_the_choice_is_logged(caplog):
+def test_what_is_left_out_is_logged(caplog):
     """Catches hours of the slow kernel that no one knows of."""
-    select_kernel((9, 0), BF16, 128, {"fa2"})
-    assert "attention by fa2" in caplog.text
-    assert "fa3: flash_attn_interface is not installed" in caplog.text
+    fitting_kernels((9, 0), BF16, 128, {"fa2"})
+    assert "attention without fa3: flash_attn_interface is not installed" in caplog.text
 
 
 FAKE_KERNELS = """
@@ -123,18 +127,18 @@ def hopper(monkeypatch):
     """Weights that say they are on an H100."""
     weight = torch.empty(1, dtype=BF16)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
-    return SimpleNamespace(is_cuda=True, dtype=BF16, device=weight.device)
+    return SimpleNamespace(is_cuda=True, dtype=BF16, device=weight.device, requires_grad=True)
 
 
 def test_a_prebuilt_kernel_is_fetched_when_it_is_chosen(kernels_package, hopper):
     """Catches a download at import or for a choice that is not taken, and its second result."""
-    assert installed_kernels() == {"fa3"}
-    assert select_kernel((8, 0), BF16, 128, installed_kernels()) == "sdpa"
+    assert installed_kernels() == {"fa3", "fa3-fp8"}
+    assert "fa3" not in fitting_kernels((8, 0), BF16, 128, installed_kernels())
     assert kernels_package() == []
-    name, function = choose_attention(hopper, 128)
-    assert (name, kernels_package()) == ("fa3", [("kernels-community/flash-attn3", 1)])
+    choice = choose_attention(hopper, 128)
+    assert (choice.name, kernels_package()) == ("fa3", [("kernels-community/flash-attn3", 1)])
     q, k, v = (rng.normal((2, 4, 3, 8), 0, part) for part in ("q", "k", "v"))
-    assert torch.equal(function(q, k, v), attend(q, k, v))
+    assert torch.equal(choice.attention(q, k, v), attend(q, k, v))
 
 
 @pytest.mark.parametrize("kernels_package", [True], indirect=True, ids=["offline"])
@@ -142,7 +146,7 @@ def test_without_a_connection_auto_goes_on_and_a_forced_kernel_says_so(
     kernels_package, hopper, caplog
 ):
     """Catches a machine without network on which nothing streams, and a silent replacement."""
-    assert choose_attention(hopper, 128)[0] == "sdpa"
+    assert choose_attention(hopper, 128).name == "sdpa"
     assert "kernels-community/flash-attn3 cannot be loaded (no connection)" in caplog.text
     with pytest.raises(AttentionError, match=r"cannot be loaded \(no connection\); use another"):
         choose_attention(hopper, 128, "fa3")
@@ -160,7 +164,7 @@ def test_an_own_build_comes_before_the_prebuilt_one(kernels_package, tmp_path, m
 def test_nothing_is_looked_for_on_a_cpu(kernels_package, monkeypatch):
     """Catches seconds of imports, or a download, where no such kernel can run."""
     monkeypatch.setattr("selfforcing_dfd.models.attention.import_kernel", pytest.fail)
-    assert choose_attention(torch.empty(1), 128)[0] == "sdpa"
+    assert choose_attention(torch.empty(1), 128).name == "sdpa"
 
 
 def test_sdpa_is_softmax_over_keys():
@@ -177,7 +181,7 @@ def test_a_model_says_what_it_uses_and_uses_it():
     """Catches a setting that reaches self-attention alone, or no block at all."""
     network = tiny_network()
     text = Conditioning(rng.normal((2, 5, 12), 0, "text").double())
-    assert network.set_attention("auto") == network.attention_backend == "sdpa"
+    assert network.set_attention("auto").name == network.attention.name == "sdpa"
     calls = []
     for block in network.wan_blocks():
         block.attend = lambda q, k, v: calls.append(k.shape[1]) or attend(q, k, v)
