@@ -5,15 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from test_numerics import SHAPES, check_attention
+from torch._dynamo.utils import counters
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.models.attention import (
     KERNELS,
+    SDPA,
     attend,
     installed_kernels,
     load_kernel,
     obstacle,
 )
+from selfforcing_dfd.models.attention_operator import KernelAttention, Slots
+from selfforcing_dfd.models.rope import positions_rotary
+from selfforcing_dfd.models.wan import Modulation, WanBlock
 
 pytestmark = pytest.mark.gpu
 HEAD_DIM = 128  # Wan's
@@ -28,11 +33,12 @@ def runnable() -> list[str]:
     capability = torch.cuda.get_device_capability()
     installed = installed_kernels()
     return [
-        "sdpa",
+        *SDPA,
         *(
             name
-            for name in KERNELS
-            if not obstacle(name, capability, torch.bfloat16, HEAD_DIM, installed)
+            for name, kernel in KERNELS.items()
+            if not kernel.eight_bits
+            and not obstacle(name, capability, torch.bfloat16, HEAD_DIM, installed)
         ),
     ]
 
@@ -72,3 +78,40 @@ def test_keys_may_be_a_view_of_the_ring(name):
     exact = attend(*(x.float().contiguous() for x in (q, k, v)))
     error = (load_kernel(name, torch.device("cuda"))(q, k, v).float() - exact).norm() / exact.norm()
     assert error < 5e-3
+
+
+@pytest.mark.parametrize("name", ["fa3-fp8"] if "fa3" in runnable() else [])
+def test_eight_bits_cost_what_was_emulated(name):
+    """Catches scales that a version reads otherwise; emulated on a CPU the error is .054."""
+    q, k, v = (
+        rng.normal((1, length, 12, HEAD_DIM), 0, part).to("cuda", torch.bfloat16)
+        for part, length in (("q", 4680), ("k", 14040), ("v", 14040))
+    )
+    exact = attend(q.float(), k.float(), v.float())
+    error = (load_kernel(name, torch.device("cuda"))(q, k, v).float() - exact).norm() / exact.norm()
+    assert 0.03 < error < 0.08
+
+
+@pytest.mark.parametrize("name", runnable())
+def test_a_compiled_block_makes_one_program_and_the_same_chunk(name):
+    """Catches a kernel that is traced, and an operator whose result compiled code misreads."""
+    torch._dynamo.reset()
+    counters.clear()
+    with torch.device("cuda"):
+        block = WanBlock(256, 512, 2, 1e-6).bfloat16().requires_grad_(False)
+    block.attend = KernelAttention(name, load_kernel(name, torch.device("cuda")))
+    x = rng.normal((1, 96, 256), 0, "x")
+    level = rng.normal((6, 1, 1, 256), 0, "level")
+    level = Modulation(*(part.to("cuda", torch.bfloat16) for part in level))
+    rotary = positions_rotary(0, 3, 4, 8, HEAD_DIM, torch.device("cuda"), torch.float32)
+    text = rng.normal((2, 1, 20, 2, HEAD_DIM), 0, "text").to("cuda", torch.bfloat16).unbind()
+    own = torch.arange(96, 192, device="cuda")
+    results = []
+    for run in (block.over_slots, torch.compile(block.over_slots, dynamic=False, fullgraph=True)):
+        past = rng.normal((2, 1, 384, 2, HEAD_DIM), 0, "past").to("cuda", torch.bfloat16)
+        slots = Slots(past[0], past[1], own, torch.tensor((0, 192)))
+        out, _, _ = run(x.to("cuda", torch.bfloat16), text, level, rotary, slots)
+        results.append((out.float(), past.float()))
+    assert counters["stats"]["unique_graphs"] == 1
+    for plain, compiled in zip(*results, strict=True):
+        assert (compiled - plain).norm() / plain.norm() < 1e-2
