@@ -137,7 +137,7 @@ def fitting_kernels(
     if capability and left_out:
         log.info("attention without %s", left_out)
     fitting = [name for name, why in obstacles.items() if not why]
-    return [*fitting, *SDPA] if capability else ["sdpa"]
+    return fitting + list(SDPA) if capability else ["sdpa"]
 
 
 def obstacle(

@@ -8,14 +8,7 @@ from test_numerics import SHAPES, check_attention
 from torch._dynamo.utils import counters
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.models.attention import (
-    KERNELS,
-    SDPA,
-    attend,
-    installed_kernels,
-    load_kernel,
-    obstacle,
-)
+from selfforcing_dfd.models.attention import attend, fitting_kernels, installed_kernels, load_kernel
 from selfforcing_dfd.models.attention_operator import KernelAttention, Slots
 from selfforcing_dfd.models.rope import positions_rotary
 from selfforcing_dfd.models.wan import Modulation, WanBlock
@@ -31,16 +24,7 @@ def runnable() -> list[str]:
     if not torch.cuda.is_available():
         return []
     capability = torch.cuda.get_device_capability()
-    installed = installed_kernels()
-    return [
-        *SDPA,
-        *(
-            name
-            for name, kernel in KERNELS.items()
-            if not kernel.eight_bits
-            and not obstacle(name, capability, torch.bfloat16, HEAD_DIM, installed)
-        ),
-    ]
+    return fitting_kernels(capability, torch.bfloat16, HEAD_DIM, installed_kernels())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
