@@ -33,7 +33,7 @@ LEVELS = (
     {"stages", "streaming", "metrics"},
     {"training", "benchmark", "live", "curate"},
     {"evaluation"},
-    {"study"},
+    {"study", "protocol"},
     {"cli"},
     {"__main__", PACKAGE, "train", "inference"},
 )

@@ -169,7 +169,10 @@ def measure_all(args: argparse.Namespace, files: list[Path]) -> tuple[list[Measu
         for path in files:
             bar.set_description(path.name, refresh=False)
             try:
-                measured.append(measure_file(path, fps, args.chunk, args.first_chunk, bar.update))
+                found = measure_file(
+                    path, fps, args.chunk, args.first_chunk, lambda frame: bar.update()
+                )
+                measured.append(found)
             except ClipError as error:
                 if not args.keep_going:
                     raise

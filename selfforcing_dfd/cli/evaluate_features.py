@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,7 +83,11 @@ def add_features(
 
     prompts, where = prompts_of(files)
     sets = encode_sets(args, files, encoders)
-    content["prompts"] = {"from": where, "different": len(set(prompts))}
+    content["prompts"] = {
+        "from": where,
+        "different": len(set(prompts)),
+        "sha256": hashlib.sha256("\n".join(sorted(set(prompts))).encode()).hexdigest(),
+    }
     content["features"] = {}
     for number, encoder in enumerate(encoders):
         encoded = {name: found[number] for name, found in sets.items()}

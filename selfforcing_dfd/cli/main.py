@@ -15,10 +15,12 @@ from typing import NoReturn
 
 import selfforcing_dfd
 from selfforcing_dfd.cli import (
+    blind_command,
     curate_command,
     data_commands,
     doctor_command,
     evaluate_command,
+    protocol_command,
     run_commands,
     stream_commands,
     study_command,
@@ -40,7 +42,8 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         study_command.study,
         run_commands.rebuild,
     ),
-    "stream": (stream_commands.stream, stream_commands.benchmark, evaluate_command.evaluate),
+    "stream": (stream_commands.stream, stream_commands.benchmark),
+    "judge": (evaluate_command.evaluate, protocol_command.protocol, blind_command.blind),
     "data": (
         data_commands.clips,
         curate_command.curate,
@@ -65,7 +68,10 @@ def summary_of(command: Command) -> str:
     return " ".join(command.__doc__.split("\n\n")[0].split())
 
 
-STEPS: dict[str, dict[str, Command]] = {"curate": curate_command.STEPS}
+STEPS: dict[str, dict[str, Command]] = {
+    "blind": blind_command.STEPS,
+    "curate": curate_command.STEPS,
+}
 """Commands that consist of steps, each with options of its own."""
 
 COMMANDS = {name_of(command): command for group in GROUPS.values() for command in group}

@@ -76,7 +76,7 @@ def measure_file(
     fps: float | None = None,
     chunk: int = 0,
     first_chunk: int = 0,
-    seen: Callable[[], object] = lambda: None,
+    seen: Callable[[Tensor], object] = lambda frame: None,
 ) -> Measured:
     """All metrics of a video. ClipError for one that is damaged or states no rate.
 
@@ -92,7 +92,7 @@ def measure_file(
     try:
         for frame in frames_of(path):
             meter.add(frame)
-            seen()
+            seen(frame)
     except ValueError as error:
         raise ClipError(path.name, f"{error}; leave it out") from error
     if not meter.frames:
@@ -128,6 +128,7 @@ def evaluation(measured: Sequence[Measured], settings: Mapping[str, Any]) -> dic
 
 
 def described(video: Measured) -> dict[str, Any]:
+    """One video. `made` is what a protocol has written beside it: weights, recipe, prompt, seed."""
     return {
         "file": video.file.name,
         "sha256": sha256_of(video.file),
@@ -136,7 +137,17 @@ def described(video: Measured) -> dict[str, Any]:
         "size": list(video.size),
         "speed": round(video.speed, 3),
         "numbers": {name: stated(value) for name, value in video.numbers.items()},
+        "made": made_of(video.file),
     }
+
+
+def made_of(video: Path) -> dict[str, Any] | None:
+    """What made a video, from NAME.json beside NAME.mp4; None where nothing says so."""
+    beside = video.with_suffix(".json")
+    if not beside.is_file():
+        return None
+    content = json.loads(beside.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) and "made" in content else None
 
 
 def mean_of(values: Sequence[float]) -> float:

@@ -1,0 +1,1 @@
+"""Prompts x seeds x methods -> videos -> numbers -> one report."""
