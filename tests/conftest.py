@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,3 +47,15 @@ def clips() -> Clips:
 @pytest.fixture(scope="session")
 def codec() -> TinyCodec:
     return TinyCodec.load(CODEC_FILE)
+
+
+@pytest.fixture(scope="session")
+def modules_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Where diffusers copies the code of opened folders: here, not into the user's cache."""
+    from diffusers.utils import dynamic_modules_utils
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "path", [*sys.path])
+        place = str(tmp_path_factory.mktemp("modules"))
+        patch.setattr(dynamic_modules_utils, "HF_MODULES_CACHE", place)
+        yield

@@ -170,8 +170,8 @@ def export(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.cli.export_run import export_run
         from selfforcing_dfd.common import DTYPES
+        from selfforcing_dfd.streaming.export import export_run
 
         export_run(
             args.folder,

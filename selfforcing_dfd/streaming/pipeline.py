@@ -35,6 +35,7 @@ from selfforcing_dfd.streaming.load import (
     student_recipe,
     trained_size,
 )
+from selfforcing_dfd.streaming.open_export import open_to_diffusers
 from selfforcing_dfd.streaming.parts import check_fit, check_parts
 from selfforcing_dfd.streaming.session import (
     PromptMode,
@@ -155,7 +156,7 @@ class CausalWanPipeline(DiffusionPipeline):
         facts: ModelFacts | None = None,
         **options: Any,
     ) -> None:
-        """diffusers' `save_pretrained`, and a model card.
+        """diffusers' `save_pretrained`, a pipeline that needs diffusers alone, and a model card.
 
         facts: more for the card than the parts say themselves.
         """
@@ -165,6 +166,7 @@ class CausalWanPipeline(DiffusionPipeline):
                 "hf upload REPOSITORY FOLDER"
             )
         super().save_pretrained(save_directory, **options)
+        open_to_diffusers(Path(save_directory), self.recipe)
         data = identity_of(self.transformer.config).data
         facts = facts or ModelFacts(Path(save_directory).name)
         known = dataclasses.replace(

@@ -44,7 +44,8 @@ class ModelFacts:
 
     size: height and width of the training clips, None if not known. training: the settings of the
     run. published: what was trained as the public code does it, against its papers; empty for
-    nothing. measured: results for this model, name -> value with unit.
+    nothing. measured: results for this model, name -> value with unit. base_model: on the Hub;
+    empty for a model that comes from none. usage: how to run it, in place of the usual words.
     """
 
     name: str
@@ -58,6 +59,7 @@ class ModelFacts:
     measured: Mapping[str, str] = field(default_factory=dict)
     limits: tuple[str, ...] = ()
     tags: tuple[str, ...] = ()
+    usage: str = ""
 
     @property
     def num_video_frames(self) -> int:
@@ -100,10 +102,12 @@ def _front_matter(facts: ModelFacts) -> str:
         "distillation",
         *facts.tags,
     )
+    origin = []
+    if facts.base_model:
+        origin = [f"base_model: {json.dumps(facts.base_model)}", "base_model_relation: finetune"]
     lines = [
         f"license: {json.dumps(facts.license)}",  # JSON strings are YAML strings
-        f"base_model: {json.dumps(facts.base_model)}",
-        "base_model_relation: finetune",
+        *origin,
         "pipeline_tag: text-to-video",
         "library_name: diffusers",
         "tags:",
@@ -113,14 +117,16 @@ def _front_matter(facts: ModelFacts) -> str:
 
 
 def _summary(facts: ModelFacts) -> str:
-    origin = f"[{facts.base_model}](https://huggingface.co/{facts.base_model})"
+    origin = ""
+    if facts.base_model:
+        origin = f" of [{facts.base_model}](https://huggingface.co/{facts.base_model})"
     count = f"{parameter_count(facts.num_parameters)}, " if facts.num_parameters else ""
     size = ""
     if facts.size:
         height, width = facts.size
         size = f" Trained for {width} x {height} pixels, {FPS} video frames a second."
     return (
-        f"A causal few-step student of {origin}: {count}video in chunks of "
+        f"A causal few-step student{origin}: {count}video in chunks of "
         f"{facts.recipe.chunk_frames} latent frames, {len(facts.recipe.ladder)} network calls "
         f"each, without end.{size}"
     )
@@ -154,7 +160,28 @@ From the command line:
 """
 
 
+PLAIN_USAGE = """With {needed}, clips of up to the training length:
+
+```python
+from diffusers import DiffusionPipeline
+
+pipe = DiffusionPipeline.from_pretrained(
+    "FOLDER", custom_pipeline="{name}", trust_remote_code=True
+)
+clip = pipe("{prompt}").frames[0]
+```
+
+`trust_remote_code` runs `{name}.py` of this folder; it is short, read it."""
+TINY_USAGE = PLAIN_USAGE.format(
+    needed="diffusers, and selfforcing_dfd for words and codec",
+    name="tiny_pipeline",
+    prompt="a disc moves",
+)
+
+
 def _usage(facts: ModelFacts) -> str:
+    if facts.usage:
+        return facts.usage
     if facts.recipe.given:
         return USE_WITH_A_PICTURE.rstrip()
     return f"""```python
@@ -177,8 +204,10 @@ From the command line:
 
     python inference/stream.py --model FOLDER --prompt "a red fox walks through fresh snow"
 
-`WanPipeline` and `DiffusionPipeline` cannot run it: the transformer is causal. The parts are plain:
-diffusers reads `transformer` as `WanTransformer3DModel` and `vae` as `AutoencoderKLWan`."""
+{PLAIN_USAGE.format(needed="diffusers alone", name="pipeline", prompt="a red fox walks")}
+
+`WanPipeline` cannot run it: the transformer is causal. The parts are plain: diffusers reads
+`transformer` as `WanTransformer3DModel` and `vae` as `AutoencoderKLWan`."""
 
 
 def _settings(facts: ModelFacts) -> str:

@@ -76,7 +76,7 @@ def test_strangers_read_the_parts(export):
     assert all(torch.equal(value, wanted[name]) for name, value in twin.state_dict().items())
     AutoencoderKLWan.from_pretrained(export, subfolder="vae")
     index = json.loads((export / "model_index.json").read_text())
-    assert index["transformer"] == ["selfforcing_dfd.models.wan", "WanTransformer"]
+    assert index["transformer"] == ["diffusers", "WanTransformer3DModel"]
     assert index["scheduler"] == ["diffusers", "FlowMatchEulerDiscreteScheduler"]
 
 

@@ -10,9 +10,15 @@ from typing import Any
 
 import torch
 
+from selfforcing_dfd.streaming.load import check_tiny, load_student, student_recipe, tiny_codec_file
+from selfforcing_dfd.streaming.open_export import open_tiny_to_diffusers
 from selfforcing_dfd.streaming.parts import LoadError
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
-from selfforcing_dfd.weights.card import AS_PUBLISHED, ModelFacts
+from selfforcing_dfd.streaming.tiny_codec_for_diffusers import TinyWorldCodec
+from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.world import SIDE
+from selfforcing_dfd.weights.card import AS_PUBLISHED, TINY_USAGE, ModelFacts, write_model_card
+from selfforcing_dfd.weights.read import describe
 from selfforcing_dfd.weights.run_record import read_record, require_result
 from selfforcing_dfd.weights.runs import STUDENT_FILE, read_settings
 from selfforcing_dfd.weights.sources import read_weights
@@ -25,19 +31,21 @@ STUDENT_ROW = "student"
 
 def export_run(
     run: Path,
-    wan: Path,
+    wan: Path | None,
     folder: Path,
     dtype: torch.dtype = torch.float32,
     base_model: str = "",
     overwrite: bool = False,
-) -> CausalWanPipeline:
+    measured: Mapping[str, str] | None = None,
+) -> None:
     """Write the student of `run` with VAE and text encoder of `wan` to `folder`, as a pipeline.
 
     The student has its averaged weights. wan: a diffusers folder of Wan2.1, whose own transformer
-    is left out. base_model: the origin that the card names. dtype: in bfloat16 most of what a short
-    distillation changed is smaller than a rounding step, and is lost. Raises UserError for a run
-    that is not finished, has several arms, or whose student was changed, for parts that do not fit
-    the student, and for a folder that is not empty.
+    is left out; None for a student of the tiny world. base_model: the origin that the card names.
+    dtype: in bfloat16 most of what a short distillation changed is smaller than a rounding step,
+    and is lost. measured: results for the card, in place of those of the run's report. Raises
+    UserError for a run that is not finished, has several arms, or whose student was changed, for
+    parts that do not fit the student, and for a folder that is not empty.
     """
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise LoadError(
@@ -50,17 +58,38 @@ def export_run(
             f"{weights} does not exist: the run is not finished; continue it with train.py --resume"
         )
     require_result(run, STUDENT_FILE)
-    pipeline = CausalWanPipeline.from_pretrained(wan, student=weights, dtype=dtype)
     facts = ModelFacts(
         run.resolve().name,
         training=read_settings(run),
         published=read_weights(weights).about.get(AS_PUBLISHED, ""),
-        measured=measured_results(run),
+        measured=measured_results(run) if measured is None else measured,
     )
+    if wan is None:
+        save_tiny(weights, folder, dtype, dataclasses.replace(facts, base_model=base_model))
+        return
+    pipeline = CausalWanPipeline.from_pretrained(wan, student=weights, dtype=dtype)
     pipeline.save_pretrained(
         folder, dataclasses.replace(facts, base_model=base_model or facts.base_model)
     )
-    return pipeline
+
+
+def save_tiny(weights: Path, folder: Path, dtype: torch.dtype, facts: ModelFacts) -> None:
+    """A student of the tiny world with its codec. LoadError for a student of another world."""
+    codec = TinyCodec.load(tiny_codec_file(weights))
+    check_tiny(describe(weights), codec)
+    student = load_student(weights, "cpu", dtype)
+    student.save_pretrained(folder / "transformer")
+    TinyWorldCodec.of(codec).save_pretrained(folder / "codec")
+    open_tiny_to_diffusers(folder)
+    known = dataclasses.replace(
+        facts,
+        recipe=student_recipe(student),
+        num_parameters=sum(map(torch.numel, student.parameters())),
+        size=(SIDE, SIDE),
+        usage=TINY_USAGE,
+        limits=(*facts.limits, "The tiny world is one moving shape; nothing else can be shown."),
+    )
+    write_model_card(folder, known)
 
 
 def the_only_arm(run: Path) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from selfforcing_dfd.cli.export_run import export_run, measured_results, the_only_arm
+from selfforcing_dfd.streaming.export import export_run, measured_results, the_only_arm
 from selfforcing_dfd.streaming.parts import LoadError
 
 
