@@ -138,3 +138,15 @@ def decode_flops(codec: Any, latent_size: tuple[int, int]) -> int:
     decoder = codec.start_decoding()
     decoder.decode(latents)
     return flops_of(lambda: decoder.decode(latents))
+
+
+def encode_flops(codec: Any, size: tuple[int, int]) -> int:
+    """Operations of encoding the video frames of one latent frame, but the first, which is one.
+
+    codec: a `codecs.protocol.StreamingCodec` whose weights are on the meta device. size: height and
+    width of the video.
+    """
+    encoder = codec.start_encoding()
+    encoder.encode(torch.empty(1, 1, *size, 3, device="meta"))
+    group = torch.empty(1, codec.strides[0], *size, 3, device="meta")
+    return flops_of(lambda: encoder.encode(group))

@@ -33,7 +33,7 @@ LEVELS = (
     {"stages", "streaming", "metrics"},
     {"training", "benchmark", "live", "curate"},
     {"evaluation"},
-    {"study", "protocol"},
+    {"study", "protocol", "journey"},
     {"cli"},
     {"__main__", PACKAGE, "train", "inference"},
 )

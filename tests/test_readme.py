@@ -34,7 +34,7 @@ OTHERS = [ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
 FILE_WORD = re.compile(r"`((?:[\w.]+/)*[\w.]+\.(?:py|yaml|md|json))`")
 MADE_BY_RUNS = {
     *("config.json", "config.yaml", "curation.json", "evaluation.json", "metrics.jsonl"),
-    *("run.json", "tokenizer.json"),
+    *("run.json", "tokenizer.json", "pipeline.py", "tiny_pipeline.py"),
 }
 OF_OTHERS = {"self_forcing_dmd.yaml", "self_forcing_dfd.yaml", "wan_causal_ode.yaml"}
 FOLDERS = (ROOT, ROOT / "configs", PACKAGE, ROOT / "tests")

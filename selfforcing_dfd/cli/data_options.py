@@ -15,8 +15,13 @@ if TYPE_CHECKING:
 CODEC_FILE = "codec.safetensors"
 
 
-def add_intake_options(parser: argparse.ArgumentParser, default_frames: int | None = None) -> None:
-    """Which clips are taken, and which of their frames. default_frames: None is the codec's."""
+def add_intake_options(
+    parser: argparse.ArgumentParser, default_frames: int | None = None, default_cut: str = ""
+) -> None:
+    """Which clips are taken, and which of their frames.
+
+    default_frames: None is the codec's. default_cut: empty for the first frames of each file.
+    """
     default = "tiny 33, wan 81" if default_frames is None else "%(default)s"
     parser.add_argument(
         "--recursive", action="store_true", help="also clips in folders below SOURCE"
@@ -39,9 +44,9 @@ def add_intake_options(parser: argparse.ArgumentParser, default_frames: int | No
     parser.add_argument(
         "--cut",
         choices=("windows", "scenes"),
-        default="",
+        default=default_cut,
         help="take every window of that many frames, one after the other; scenes: and none across "
-        "a cut (default: the first frames of each file)",
+        f"a cut (default: {default_cut or 'the first frames of each file'})",
     )
 
 

@@ -18,6 +18,7 @@ from selfforcing_dfd.cli import (
     blind_command,
     curate_command,
     data_commands,
+    distil_command,
     doctor_command,
     evaluate_command,
     protocol_command,
@@ -37,6 +38,7 @@ GROUPS: dict[str, tuple[Command, ...]] = {
     "train": (
         run_commands.train,
         run_commands.sample,
+        distil_command.distil,
         run_commands.report,
         run_commands.picture,
         study_command.study,

@@ -37,15 +37,17 @@ def export_run(
     base_model: str = "",
     overwrite: bool = False,
     measured: Mapping[str, str] | None = None,
+    name: str = "",
 ) -> None:
     """Write the student of `run` with VAE and text encoder of `wan` to `folder`, as a pipeline.
 
     The student has its averaged weights. wan: a diffusers folder of Wan2.1, whose own transformer
     is left out; None for a student of the tiny world. base_model: the origin that the card names.
     dtype: in bfloat16 most of what a short distillation changed is smaller than a rounding step,
-    and is lost. measured: results for the card, in place of those of the run's report. Raises
-    UserError for a run that is not finished, has several arms, or whose student was changed, for
-    parts that do not fit the student, and for a folder that is not empty.
+    and is lost. measured: results for the card, in place of those of the run's report. name: of
+    the student, by default the run's. Raises UserError for a run that is not finished, has several
+    arms, or whose student was changed, for parts that do not fit the student, and for a folder that
+    is not empty.
     """
     if folder.exists() and any(folder.iterdir()) and not overwrite:
         raise LoadError(
@@ -59,7 +61,7 @@ def export_run(
         )
     require_result(run, STUDENT_FILE)
     facts = ModelFacts(
-        run.resolve().name,
+        name or run.resolve().name,
         training=read_settings(run),
         published=read_weights(weights).about.get(AS_PUBLISHED, ""),
         measured=measured_results(run) if measured is None else measured,

@@ -16,21 +16,25 @@ GENERATED = (
     "replacing it. -->"
 )
 SHOWN = (
-    "run",
-    "rollout",
-    "score",
-    "dfd",
-    "optim.student",
-    "optim.fake",
-    "ema",
-    "batch",
-)  # sections of a training config
+    *("run.stage", "run.seed", "run.student_updates", "rollout", "optim.student"),
+    *("ema", "batch", "dfd.preset"),
+)  # settings and sections of a training config
+OF_STAGES = {
+    "dmd": ("score", "optim.fake"),
+    "dfd": ("score", "dfd", "optim.fake"),
+    "dp_dmd": ("score", "anchor", "optim.fake"),
+    "regression": ("regression", "flow.shift"),
+    "init": ("init", "flow.shift"),
+}
+"""Sections that are shown besides for runs of these stages: the others do not use them."""
+GUIDED = ("dmd", "dfd", "dp_dmd")
+"""Stages whose teacher is guided. For a run without a stage it is assumed."""
 AS_PUBLISHED = "as_published"  # note in a weights file: deviations that it was trained with
 DEVIATES = "Trained as the public Self-Forcing code does it where that differs from its papers:"
 LIMITS = (
     "Made by distillation: it has the teacher's biases and weaknesses (hands, text, counting, "
     "physics) and somewhat less variety than the teacher has.",
-    "No guidance scale and no negative prompt: guidance was distilled into the weights.",
+    "No guidance scale and no negative prompt: {guidance}.",
     "Beyond the {frames} video frames of its training clips it continues its own output; colours "
     "and contrast may drift in minutes-long streams.",
     "It has no filter for prompts or pictures. Its videos are generated; they are no record of "
@@ -102,17 +106,11 @@ def _front_matter(facts: ModelFacts) -> str:
         "distillation",
         *facts.tags,
     )
-    origin = []
+    lines = [f"license: {json.dumps(facts.license)}"]  # JSON strings are YAML strings
     if facts.base_model:
-        origin = [f"base_model: {json.dumps(facts.base_model)}", "base_model_relation: finetune"]
-    lines = [
-        f"license: {json.dumps(facts.license)}",  # JSON strings are YAML strings
-        *origin,
-        "pipeline_tag: text-to-video",
-        "library_name: diffusers",
-        "tags:",
-        *(f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)),
-    ]
+        lines += [f"base_model: {json.dumps(facts.base_model)}", "base_model_relation: finetune"]
+    lines += ["pipeline_tag: text-to-video", "library_name: diffusers", "tags:"]
+    lines += [f"- {json.dumps(tag)}" for tag in dict.fromkeys(tags)]
     return "\n".join(["---", *lines, "---"])
 
 
@@ -236,7 +234,8 @@ def _numbers(values: Iterable[float]) -> str:
 
 
 def _training(settings: Mapping[str, Any]) -> str:
-    rows = {name: f"`{value}`" for name, value in _flat(settings) if _is_shown(name)}
+    shown = (*SHOWN, *OF_STAGES.get(_stage_of(settings), ()))
+    rows = {name: f"`{value}`" for name, value in _flat(settings) if _is_in(name, shown)}
     return _table(("setting", "value"), rows)
 
 
@@ -245,13 +244,21 @@ def _measured(facts: ModelFacts) -> str:
 
 
 def _limits(facts: ModelFacts) -> str:
-    limits = [limit.format(frames=facts.num_video_frames) for limit in LIMITS] + list(facts.limits)
+    guidance = "guidance was distilled into the weights"
+    if _stage_of(facts.training) not in ("", *GUIDED):
+        guidance = "it was trained without guidance"
+    known = {"frames": facts.num_video_frames, "guidance": guidance}
+    limits = [limit.format(**known) for limit in LIMITS] + list(facts.limits)
     return "\n".join(f"- {limit}" for limit in limits)
 
 
-def _is_shown(name: str) -> bool:
-    sections = any(f"{name}.".startswith(f"{section}.") for section in SHOWN)
-    return sections and not name.startswith("run.out")
+def _stage_of(settings: Mapping[str, Any]) -> str:
+    """The stage of a run; empty for settings without one."""
+    return str(settings.get("run", {}).get("stage", ""))
+
+
+def _is_in(name: str, sections: Iterable[str]) -> bool:
+    return any(f"{name}.".startswith(f"{section}.") for section in sections)
 
 
 def _flat(settings: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:

@@ -33,9 +33,9 @@ SAME_MEANING = {
         "sample",
         "report",
     }
-    | {"picture", "rebuild"},
+    | {"picture", "rebuild", "distil"},
     "--settings": {"stream", "benchmark"},
-    "--size": {"stream", "benchmark", "pack", "prompts"},
+    "--size": {"stream", "benchmark", "pack", "prompts", "distil"},
     "--weights": {"stream", "benchmark"},
 }
 """Commands that have an option of some name; it means the same in all of them."""
