@@ -9,6 +9,7 @@ form of data forcing. Its fake score is warmed up first.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ WAN_SIZE = (480, 832)
 SHARED_SECTIONS = ("model.", "batch.", "data.", "checkpoint.", "log.", "rollout.", "run.timeout_s")
 """Settings that hold for every run of a journey; others are the last run's alone."""
 RESERVED = ("run.out", "run.name", "run.device", "run.gpus", "data.shards", "weights.", "report.")
-FAKE_PER_CYCLE = 25
+MOST_FAKE_PER_CYCLE = 25  # a cycle ends in a checkpoint
 UNMOVED = 1e-30
 """Step of the student while its fake score warms up: too small to change a float32 weight."""
 
@@ -142,11 +143,11 @@ def plan_noised_real(request: Request, checkpoint: Checkpoint) -> Plan:
     run = None
     fake = request.fake
     if not fake:
-        cycles = -(-request.fake_updates // FAKE_PER_CYCLE)
+        cycles = math.ceil(request.fake_updates / MOST_FAKE_PER_CYCLE)
         warm = [
             "run.stage=dmd",
             f"run.student_updates={cycles}",
-            f"score.fake_per_student={FAKE_PER_CYCLE}",
+            f"score.fake_per_student={math.ceil(request.fake_updates / cycles)}",
             f"optim.student.lr={UNMOVED}",
             "optim.student.weight_decay=0.0",
             "checkpoint.every=1",
