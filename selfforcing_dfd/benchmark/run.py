@@ -10,15 +10,16 @@ from typing import Any
 import torch
 
 from selfforcing_dfd.benchmark.flops import device_peak
+from selfforcing_dfd.benchmark.headline import headline
 from selfforcing_dfd.benchmark.measure import Plan, measure
 from selfforcing_dfd.benchmark.table import (
-    comparison,
-    differences,
     environment,
-    ratios,
+    environment_lines,
     read_result,
+    remarks,
     table,
 )
+from selfforcing_dfd.benchmark.verdict import comparison, differences, ratios, verdict
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.common import DTYPES, UserError, find_device
 from selfforcing_dfd.models.fp8 import use_fp8
@@ -80,7 +81,7 @@ def decode_on(model: StreamModel, device: torch.device) -> StreamModel:
 
 
 def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """The table and the result. Raises UserError for options that cannot be."""
+    """What is printed, and the result. Raises UserError for options that cannot be."""
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = load_settings(
@@ -102,7 +103,16 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     timings = dict(model.student.attention.timings_ms)
     figures = measure(model, settings, PROMPTS, plan_of(options, model))
     result = {"environment": facts, "attention_timings_ms": timings, **figures}
-    return table(result), result
+    return summary(result, options.full), result
+
+
+def summary(result: dict[str, Any], full: bool) -> str:
+    """Where it was measured, and five lines on what; full: then all figures."""
+    lines = environment_lines(result) + ["", *headline(result)]
+    lines += remarks(result)
+    if full:
+        lines += ["", table(result)]
+    return "\n".join(lines)
 
 
 def plan_of(options: argparse.Namespace, model: StreamModel) -> Plan:
@@ -124,7 +134,12 @@ def plan_of(options: argparse.Namespace, model: StreamModel) -> Plan:
 
 
 def compare(first: Path, second: Path) -> tuple[str, dict[str, Any]]:
-    """Two saved results side by side, with their ratios."""
-    results = (read_result(first), read_result(second))
-    text = comparison(*results, (str(first), str(second)))
-    return text, {"ratios": ratios(*results), "warnings": differences(*results)}
+    """Two saved results side by side, with their ratios and a verdict."""
+    one = read_result(first)
+    other = read_result(second)
+    answer = {
+        "verdict": verdict(one, other),
+        "ratios": ratios(one, other),
+        "differences": differences(one, other),
+    }
+    return comparison(one, other, (str(first), str(second))), answer

@@ -1,4 +1,4 @@
-"""A benchmark's result for people: a table of one result, or of two side by side."""
+"""A benchmark's result in words and numbers: where it was measured, and every figure."""
 
 from __future__ import annotations
 
@@ -150,14 +150,14 @@ def work_rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Where it was measured, then all that was measured, a line each."""
-    lines = [*environment_lines(result), ""]
+    """All that was measured, a line each."""
+    lines = []
     for name, value, unit in rows(result):
         if value is not None:
             lines.append(f"{name:<{WIDTH}} {shown(value):>12} {unit}".rstrip())
     ramp = "  ".join(f"{latency:.1f}" for latency in result["ramp_latency_ms"])
     lines.append(f"chunk latency from chunk 0 on (ms): {ramp}")
-    return "\n".join([*lines, *remarks(result)])
+    return "\n".join(lines)
 
 
 def environment_lines(result: dict[str, Any]) -> list[str]:
@@ -182,7 +182,7 @@ def remarks(result: dict[str, Any]) -> Iterator[str]:
         yield (
             f"note: {num_chunks} chunks are few; p99 needs {FEW_CHUNKS} to be more than the slowest"
         )
-    if result["peak_tflops"] is None:
+    if result["environment"]["cuda"] and result["peak_tflops"] is None:
         yield "note: no MFU, since no peak is known; give --peak-tflops"
 
 
@@ -191,23 +191,6 @@ def shown(value: float) -> str:
     if abs(value) >= 1000 or value == int(value):
         return f"{value:,.0f}"
     return f"{value:.{3 if abs(value) < 1 else 2 if abs(value) < 100 else 1}f}"
-
-
-def comparison(first: dict[str, Any], second: dict[str, Any], names: tuple[str, str]) -> str:
-    """Both results and the ratio second / first; above them, what differs between the machines."""
-    lines = [f"first:  {names[0]}", f"second: {names[1]}", *differences(first, second), ""]
-    lines.append(f"{'':<{WIDTH}} {'first':>12} {'second':>12} {'ratio':>8}")
-    for name, (one, other, unit) in pairs(first, second).items():
-        ratio = f"{other / one:.3f}" if one else "-"
-        line = f"{name:<{WIDTH}} {shown(one):>12} {shown(other):>12} {ratio:>8} {unit}"
-        lines.append(line.rstrip())
-    return "\n".join(lines)
-
-
-def ratios(first: dict[str, Any], second: dict[str, Any]) -> dict[str, float]:
-    """The second's value over the first's, of every row that both have."""
-    both = pairs(first, second)
-    return {name: other / one for name, (one, other, _) in both.items() if one}
 
 
 def pairs(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[float, float, str]]:
@@ -219,17 +202,6 @@ def pairs(first: dict[str, Any], second: dict[str, Any]) -> dict[str, tuple[floa
         if value is not None and other is not None:
             found[name] = (value, other, unit)
     return found
-
-
-def differences(first: dict[str, Any], second: dict[str, Any]) -> list[str]:
-    """A warning for every fact of the environments that is not the same."""
-    ours = first["environment"]
-    theirs = second["environment"]
-    lines = []
-    for name in {**ours, **theirs}:
-        if ours.get(name) != theirs.get(name):
-            lines.append(f"warning: {name} differs: {ours.get(name)} and {theirs.get(name)}")
-    return lines
 
 
 def read_result(path: Path) -> dict[str, Any]:

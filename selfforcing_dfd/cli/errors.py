@@ -62,7 +62,7 @@ def guarded(options: argparse.Namespace) -> int:
 
 
 def _failed(error: Exception, options: argparse.Namespace) -> int:
-    if isinstance(error, BrokenPipeError) and _reader_is_gone():
+    if isinstance(error, BrokenPipeError) and reader_is_gone():
         return EXIT_READER_GONE
     message = explain(error)
     asked = options.traceback or os.environ.get(TRACEBACK_VARIABLE, "") not in ("", "0")
@@ -168,7 +168,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0]
 
 
-def _reader_is_gone() -> bool:
+def reader_is_gone() -> bool:
     """Whether the reader of our stdout has left.
 
     If so, the remaining output is thrown away, so that Python does not complain at exit.

@@ -27,7 +27,7 @@ from selfforcing_dfd.cli import (
     study_command,
     weights_commands,
 )
-from selfforcing_dfd.cli.errors import end, guarded
+from selfforcing_dfd.cli.errors import EXIT_READER_GONE, end, guarded, reader_is_gone
 from selfforcing_dfd.cli.options import Command
 from selfforcing_dfd.common import EXIT_USER_ERROR, UserError, tune_allocator
 
@@ -82,6 +82,11 @@ COMMANDS = {name_of(command): command for group in GROUPS.values() for command i
 class Parser(argparse.ArgumentParser):
     """A parser that raises UserError, where argparse prints all options and ends the process."""
 
+    def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
+        """After --help: a reader that has left is met here, and not at the end of the process."""
+        sys.stdout.flush()
+        super().exit(status, message)
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {self.prog} --help")
 
@@ -131,11 +136,21 @@ def overview() -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line, by default this process's. Returns the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return run(words)
+    except BrokenPipeError:
+        if not reader_is_gone():
+            raise
+        return EXIT_READER_GONE
+
+
+def run(words: list[str]) -> int:
+    """A command line's exit code, after its work."""
     if not words or words[0] in ("-h", "--help", "help"):
-        print(overview())
+        print(overview(), flush=True)
         return 0
     if words[0] == "--version":
-        print(f"{PROGRAM} {selfforcing_dfd.__version__}")
+        print(f"{PROGRAM} {selfforcing_dfd.__version__}", flush=True)
         return 0
     try:
         options = parse(words)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from selfforcing_dfd.cli.options import (
@@ -177,7 +178,8 @@ def _add_target_options(group: argparse._ArgumentGroup) -> None:
 def benchmark(parser: argparse.ArgumentParser) -> Run:
     """Measure latency, pace, memory and FLOPs of a stream, chunk by chunk.
 
-    A table for people comes first; the last line on stdout is the whole result as JSON.
+    Five lines say what was found. --out writes all of it as JSON and as a page with bars. Where
+    stdout is no terminal, its last line is the whole result as JSON.
     """
     model = parser.add_argument_group("the model")
     _add_student_options(model)
@@ -216,23 +218,36 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     past.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     _add_measure_options(parser.add_argument_group("what is measured"))
     result = parser.add_argument_group("the result")
-    result.add_argument("--out", type=Path, metavar="FILE", help="write the JSON there too")
+    result.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the JSON there, and beside it FILE.html"
+    )
+    result.add_argument("--full", action="store_true", help="print all figures")
     result.add_argument(
         "--compare",
         type=Path,
         nargs=2,
         metavar=("A", "B"),
-        help="measure nothing; compare two results",
+        help="measure nothing; compare two results, with a verdict",
     )
 
     def run(args: argparse.Namespace) -> None:
+        if args.out and args.out.suffix == ".html":
+            raise UserError("--out names the JSON; the page is written beside it as .html")
+        from selfforcing_dfd.benchmark.page import render
         from selfforcing_dfd.benchmark.run import benchmark, compare
 
         text, result = compare(*args.compare) if args.compare else benchmark(args)
         line = json.dumps(result, allow_nan=False)
+        print(text)
         if args.out:
             args.out.write_text(line + "\n")
-        print(f"{text}\n{line}")
+            print(f"wrote {args.out}")
+        if args.out and not args.compare:
+            page = args.out.with_suffix(".html")
+            page.write_text(render(result))
+            print(f"wrote {page}")
+        if not sys.stdout.isatty():
+            print(line)
 
     return run
 

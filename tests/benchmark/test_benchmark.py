@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,11 @@ import torch
 from tiny_models import LADDER, tiny_network
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.benchmark.headline import headline
 from selfforcing_dfd.benchmark.measure import Bench, Plan, measure, timed_calls
+from selfforcing_dfd.benchmark.page import render
 from selfforcing_dfd.benchmark.statistics import Recording, stage_breakdown, steady_state
-from selfforcing_dfd.benchmark.table import comparison, differences, ratios, read_result, rows
+from selfforcing_dfd.benchmark.table import read_result
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -157,42 +160,30 @@ def test_the_figures_fit_together(quick):
     assert len(result["ramp_latency_ms"]) == 6 // 3 + 3  # chunk 0 to K / 3 + 2
 
 
-def test_a_table_for_people_comes_first(quick):
-    """Catches figures that do not say what they include, and random weights without a word."""
-    for words in (
-        "steady FPS, VAE included",
-        "DiT-only FPS",
-        "K = 6",
-        "trained weights",
-        "p99 needs 200",
-    ):
-        assert words in quick[0]
-
-
-def test_compare_shows_both_their_ratio_and_what_differs(quick, tmp_path):
-    """Catches two machines taken for two versions, an inverted ratio, and rows of equal names.
-
-    Of two rows with one name, the second one's value would stand beside both.
-    """
+def test_five_lines_come_first(quick):
+    """Catches figures that do not say what they include, and a table that nobody reads."""
     result = read_result(quick[1])
-    other = {
-        **result,
-        "environment": {**result["environment"], "threads": 7},
-        "rtf": 2 * result["rtf"],
-    }
-    (tmp_path / "other.json").write_text(json.dumps(other))
-    _, printed, _ = run("--compare", str(quick[1]), str(tmp_path / "other.json"))
-    assert "warning: threads differs: 1 and 7" in printed
-    answer = json.loads(printed.splitlines()[-1])
-    assert answer["ratios"]["real-time factor at 16 fps"] == pytest.approx(2)
-    names = [name for name, *_ in rows(result)]
-    assert len(set(names)) == len(names)
-    assert differences(result, result) == []
-    assert set(ratios(result, result).values()) == {1.0}
-    slower = {**result, "ttff_split_cold_ms": {**result["ttff_split_cold_ms"], "dit": 1e6}}
-    assert ratios(result, slower)["  cold dit"] > 10
-    assert ratios(result, slower)["  warm dit"] == 1.0
-    assert "warning" not in comparison(result, result, ("a", "b"))
+    lines = headline(result)
+    assert len(lines) == 5
+    assert "\n".join(lines) in quick[0]
+    assert f"{result['steady_fps_with_vae']:.0f}" in lines[0]
+    for words in ("with the VAE", "K = 6", "trained weights", "p99 needs 200"):
+        assert words in quick[0]
+    assert len(quick[0].splitlines()) < 15
+
+
+def test_a_page_with_bars_lies_beside_the_json(quick):
+    """Catches a stage without a bar, a bar that leaves the page, and text taken for HTML."""
+    result = read_result(quick[1])
+    page = quick[1].with_suffix(".html").read_text()
+    assert f"wrote {quick[1].with_suffix('.html')}" in quick[0]
+    for name in result["stages_ms"]:
+        assert name == "wall" or f"<td>{name.replace('_', ' ')}</td>" in page
+    widths = [float(width) for width in re.findall(r"width:([\d.]+)%", page)]
+    assert len(widths) > 20
+    assert max(widths) == 100
+    odd = {**result, "environment": {**result["environment"], "device": "<b>GPU</b>"}}
+    assert "&lt;b&gt;GPU" in render(odd)
 
 
 def test_fast_variants_say_what_they_are():
@@ -214,6 +205,7 @@ def test_fast_variants_say_what_they_are():
         (("--size", "100x64"), "multiples of 16"),
         (("--chunks", "0"), "want a whole number of at least 1"),
         (("--fps", "0"), "fps must be positive"),
+        (("--out", "a.html"), "--out names the JSON"),
         (("--attention", "fa3"), "needs a CUDA device"),
         (("--random-weights", "tiny", "--weights", "x"), "goes without --run and --weights"),
     ],

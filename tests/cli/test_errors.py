@@ -217,6 +217,23 @@ def test_a_closed_pipe_is_no_error(tmp_path: Path):
     assert process.stderr.read() == b""
 
 
+@pytest.mark.parametrize("words", [["--version"], ["--help"], ["benchmark", "--help"]], ids=str)
+def test_help_for_a_reader_that_has_left_is_no_error(words):
+    """Catches `selfforcing-dfd | head -1` and `--help | true`, which ended in tracebacks."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(
+        [sys.executable, "-m", "selfforcing_dfd", *words],
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        check=False,
+    )
+    os.close(writer)
+    assert done.stderr == b""
+    # argparse itself ignores a help text that nobody reads
+    assert done.returncode in (0, EXIT_READER_GONE)
+
+
 def test_another_broken_pipe_is_an_error(capsys):
     """Catches an encoder that died, taken for a reader who has seen enough."""
     assert end_of(os_error(errno.EPIPE)) == EXIT_USER_ERROR
