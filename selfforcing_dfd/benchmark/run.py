@@ -108,7 +108,7 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
 
 def summary(result: dict[str, Any], full: bool) -> str:
     """Where it was measured, and five lines on what; full: then all figures."""
-    lines = environment_lines(result) + ["", *headline(result)]
+    lines = [*environment_lines(result), "", *headline(result)]
     lines += remarks(result)
     if full:
         lines += ["", table(result)]

@@ -168,10 +168,7 @@ def test_the_scripts_are_the_commands(capsys):
         (["stream", "--port", "80"], "add --serve, or drop it"),
         (["benchmark", "--window", "0"], "--window is 0"),
         (["report", "runs/a", "--out", "b"], "runs/a is one"),
-        (
-            ["study", "--plan", "x"],
-            "there is no plan x; use one of ablations, main, quick, screening, or a",
-        ),
+        (["study", "--plan", "x"], "there is no plan x; use one of ablations"),
         (["study", "--plan", "main", "--only", "x"], "no arm x; the arms are control"),
         (["study", "--plan", "main", "--tables-only", "--measure-only"], "measures nothing"),
         (["study", "--plan", "main", "--tables-only"], "neither results in runs/study/main nor"),
