@@ -93,6 +93,7 @@ class NetworkConfig:
     channels: int = ranged(16, 1, 4096)  # of the latents
     text_dim: int = ranged(32, 1, MILLION)
     freq_dim: int = ranged(256, 2, MILLION)
+    image_dim: int = ranged(0, 0, MILLION)  # of an image encoder's states; 0: text-to-video
 
     def __post_init__(self) -> None:
         require(

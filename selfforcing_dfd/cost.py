@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from selfforcing_dfd.context import ChunkContext, ChunkKV, Conditioning, PackedContext
+from selfforcing_dfd.context import ChunkContext, ChunkKV, PackedContext
 
 BF16_PEAKS = (
     (r"GB200", 2500.0),
@@ -90,8 +90,8 @@ def network_flops(
             small = network.from_config({**network.config, "num_layers": num_layers})
             if checkpointing:
                 small.enable_gradient_checkpointing()
-            x_t = torch.empty(batch, sum(frames), network.config["in_channels"], *latent_size)
-            text = Conditioning(torch.empty(batch, text_tokens, network.config["text_dim"]))
+            x_t = torch.empty(batch, sum(frames), network.config["out_channels"], *latent_size)
+            text = small.without_content(x_t, text_tokens)
             context = history(small, batch, frames, past_frames, latent_size)
             sigma = 0.5 if prepared else torch.empty(batch, sum(frames))
         # outside of the device's context, which looks at every operation and doubles the time

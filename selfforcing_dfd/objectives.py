@@ -7,7 +7,7 @@ because only there does a real anchor attract the sample: the score-space form r
 velocity form changes sign at sigma = 1/2.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,8 +40,8 @@ def guided_x0(
     """
     if guidance == 1:
         return x0_from_flow(x_t, teacher(x_t, sigma, conditioning).flow, sigma)
-    text = Conditioning(torch.cat([conditioning.text, negative.text]))
-    cond, uncond = teacher(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), text).flow.chunk(2)
+    both = replace(conditioning, text=torch.cat([conditioning.text, negative.text]))
+    cond, uncond = teacher(torch.cat([x_t, x_t]), torch.cat([sigma, sigma]), both).flow.chunk(2)
     return x0_from_flow(x_t, uncond + guidance * (cond - uncond), sigma)
 
 

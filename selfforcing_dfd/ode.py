@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -56,7 +57,7 @@ def integrate(
     a straight path. negative: guidance's unconditional text, zeros by default. given: how many of
     the first frames are clean; they stay as they are.
     """
-    negative = negative or Conditioning(torch.zeros_like(conditioning.text))
+    negative = negative or replace(conditioning, text=torch.zeros_like(conditioning.text))
 
     def flow(x: Tensor, sigma: float) -> Tensor:
         level = torch.full((x.shape[0],), max(sigma, 1e-3), dtype=x.dtype, device=x.device)

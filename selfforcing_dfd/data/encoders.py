@@ -14,12 +14,15 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.codecs.protocol import TextEncoder
+from selfforcing_dfd.common import find_device
 from selfforcing_dfd.data.format import PackError
+from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.source import ClipError
 from selfforcing_dfd.tiny.codec import CHANNELS, SPACE, TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 
 if TYPE_CHECKING:
+    from selfforcing_dfd.codecs.pictures import PictureEncoder
     from selfforcing_dfd.codecs.wan_vae import WanCodec
 
 MAX_CLIPS_TO_FIT = 64  # 33,000 blocks of 4x8x8 pixels at the default size: plenty for a basis of 16
@@ -32,6 +35,26 @@ def load_wan_codec(model: Path | None, device: str, dtype: str) -> WanCodec:
 
     folder = _named(model, "--codec wan", "vae")
     return WanCodec.from_pretrained(folder, device, getattr(torch, dtype))
+
+
+def load_picture_encoder(model: Path, device: str, dtype: str, shards: Path) -> PictureEncoder:
+    """The image encoder and VAE of a Wan2.1-I2V folder, for clips that this VAE has encoded.
+
+    Raises PackError for clips of another codec, CodecError and PictureEncoderError for missing
+    parts.
+    """
+    from selfforcing_dfd.codecs.pictures import PictureEncoder, check_picture_encoder
+
+    check_picture_encoder(model)
+    run_on = str(find_device(device))
+    codec = load_wan_codec(model, run_on, dtype)
+    found = ShardReader(shards).index.fingerprints["codec"]
+    if found != codec.fingerprint:
+        raise PackError(
+            f"{shards} holds latents of {found}, but {model}/vae in {dtype} is "
+            f"{codec.fingerprint}; name the folder and the --dtype that the clips were packed with"
+        )
+    return PictureEncoder.from_pretrained(model, codec, run_on)
 
 
 def load_tiny_codec(path: Path) -> TinyCodec:

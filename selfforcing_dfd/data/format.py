@@ -4,6 +4,10 @@
     <key>.text.npy     float16 or float32 [n, D], without the zeros past the caption's end; where
                        captions have levels, one for each: text.short.npy, text.medium.npy, ...
     <key>.noise.npy    optional: the noise that the teacher's ODE maps to this sample
+    <key>.picture.latent.npy, <key>.picture.tokens.npy
+                       optional: the clip's first video frame as Wan2.1-I2V sees it, latents
+                       [F, C, H, W] of this frame followed by grey ones, and states [T, D_image] of
+                       an image encoder
     <key>.json         caption, source, where captions have levels all of them as `captions`, and
                        for clips num_video_frames and the fingerprints
 
@@ -34,6 +38,8 @@ NEGATIVE_NAME = "negative.safetensors"
 LATENT = "latent.npy"
 TEXT = "text.npy"
 NOISE = "noise.npy"
+PICTURE = "picture.latent.npy"
+PICTURE_TOKENS = "picture.tokens.npy"
 KEYS = {
     *("version", "shards", "samples", "latent_shape", "text_shape", "fingerprints", "refused"),
     *("about", SEAL),
@@ -105,11 +111,11 @@ class Entry:
 class Index:
     """All about a shard folder except the arrays.
 
-    fingerprints: of `codec`, `text` and, where there is noise, `noise`. refused: file and reason
-    of each clip that could not be used, and `damaged` where it cannot be decoded. about: what was
-    packed and how: `source` (its size and SHA-256), `settings`, `negative` (prompt and SHA-256 of
-    its file) where there is one, `part` where the folder is one of several. `about` is empty in
-    folders of the first version.
+    fingerprints: of `codec`, `text` and, where they are, of `noise` and `pictures`. refused: file
+    and reason of each clip that could not be used, and `damaged` where it cannot be decoded. about:
+    what was packed and how: `source` (its size and SHA-256), `settings`, `negative` (prompt and
+    SHA-256 of its file) where there is one, `part` where the folder is one of several. `about` is
+    empty in folders of the first version.
     """
 
     shards: tuple[Shard, ...]

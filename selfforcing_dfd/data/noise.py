@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
@@ -10,24 +9,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.data.format import (
-    INDEX_NAME,
-    LATENT,
-    NOISE,
-    PackError,
-    from_npy,
-    load_npy,
-    npy,
-    pad_text,
-    write_index,
-)
-from selfforcing_dfd.data.journal import Job, Journal
+from selfforcing_dfd.data.format import LATENT, NOISE, PackError, from_npy, load_npy, npy, pad_text
+from selfforcing_dfd.data.further import stored_records, write_again
 from selfforcing_dfd.data.levels import Choice
 from selfforcing_dfd.data.shards import ShardReader
-from selfforcing_dfd.data.write import PackSummary, Record, shard_folder, summary_of, write_shards
+from selfforcing_dfd.data.write import PackSummary, Record
 
 Invert = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(latents [B, F, C, H, W], text [B, L, D], fresh noise like the latents) -> noise like the
@@ -53,32 +41,11 @@ def store_noise(
     finite, and for mixed levels: noise belongs to one caption.
     """
     reader = ShardReader(folder, captions)
-    index = replace(reader.index, about=reader.index.about | _found_for(reader))
-    fingerprints = index.fingerprints | {"noise": noise_fingerprint}
-    job = Job(
-        name=str(folder),
-        num_items=len(reader),
-        latent_shape=index.latent_shape,
-        text_shape=index.text_shape,
-        fingerprints=fingerprints,
-        about=index.about,
-        shard_size=sum(entry.shard == index.samples[0].shard for entry in index.samples),
+    records = _with_noise(stored_records(reader, "finding noise"), invert, batch_size, reader)
+    fingerprints = {"noise": noise_fingerprint}
+    return write_again(
+        reader, records, Path(out) if out else None, fingerprints, _found_for(reader)
     )
-    records = _with_noise(_stored_records(reader), invert, batch_size, reader)
-    with shard_folder(Path(out or folder), overwrite=out is None) as partial:
-        journal = Journal(partial, job)
-        for path in Path(folder).iterdir():
-            if path.name != INDEX_NAME and path.suffix != ".tar":
-                shutil.copyfile(path, partial / path.name)
-        write_shards(partial, records, journal, refused={})
-        index = replace(
-            index,
-            shards=tuple(journal.shards),
-            samples=tuple(journal.samples),
-            fingerprints=fingerprints,
-        )
-        write_index(partial, index)
-    return summary_of(Path(out or folder), index)
 
 
 def _found_for(reader: ShardReader) -> dict[str, str]:
@@ -89,13 +56,6 @@ def _found_for(reader: ShardReader) -> dict[str, str]:
             f"find it for one level, such as data.captions={reader.levels[-1]}"
         )
     return {"noise_captions": reader.level_of(0)} if reader.levels else {}
-
-
-def _stored_records(reader: ShardReader) -> Iterator[Record]:
-    for number in tqdm(range(len(reader)), desc="finding noise", unit="clip", disable=None):
-        entry = reader.index.samples[number]
-        members = reader.members(number)
-        yield Record(number, entry.key, entry.caption, members, entry.captions)
 
 
 def _with_noise(

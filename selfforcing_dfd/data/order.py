@@ -11,10 +11,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 
 import torch
+from torch import Tensor
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.data.ahead import in_order
 from selfforcing_dfd.data.shards import Batch, Sample, ShardReader
+from selfforcing_dfd.models.picture import Picture, picture_channels
 
 
 class SampleOrder:
@@ -62,7 +64,15 @@ def load_batch(reader: ShardReader, order: SampleOrder, start: int, size: int) -
     captions = tuple(sample.caption for sample in samples)
     keys = tuple(sample.key for sample in samples)
     stacked_noise = torch.stack(noise) if noise else None
-    return Batch(latents, text, captions, keys, stacked_noise, reader.has_clips)
+    pictures = [sample.picture for sample in samples if sample.picture is not None]
+    picture = picture_of(pictures) if pictures else None
+    return Batch(latents, text, captions, keys, stacked_noise, reader.has_clips, picture)
+
+
+def picture_of(stored: list[tuple[Tensor, Tensor]]) -> Picture:
+    """The pictures of a batch, from latents and tokens as they are stored."""
+    latents, tokens = zip(*stored, strict=True)
+    return Picture(picture_channels(torch.stack(latents)), torch.stack(tokens))
 
 
 def read_at(reader: ShardReader, order: SampleOrder, position: int) -> Sample:

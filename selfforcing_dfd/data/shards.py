@@ -21,18 +21,22 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from selfforcing_dfd.common import UserError, sha256_of
+from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.data.format import (
     INDEX_NAME,
     LATENT,
     NEGATIVE_NAME,
     NO_INDEX,
     NOISE,
+    PICTURE,
+    PICTURE_TOKENS,
     Entry,
     Index,
     load_npy,
     pad_text,
 )
 from selfforcing_dfd.data.levels import Choice, draw_level, levels_of, text_member, unknown_level
+from selfforcing_dfd.models.picture import Picture, conditioning_of
 
 
 class ShardError(UserError):
@@ -62,7 +66,8 @@ class Sample:
     """One sample.
 
     latents, noise: [F, C, H, W] float32; latents are zeros in a folder without clips. text: [L, D]
-    float32, zeros past the caption's end.
+    float32, zeros past the caption's end. picture: latents [F, C, H, W] of the first video frame
+    and grey ones after it, and an image encoder's states [T, D_image], both float32.
     """
 
     latents: Tensor
@@ -70,6 +75,7 @@ class Sample:
     caption: str
     key: str
     noise: Tensor | None
+    picture: tuple[Tensor, Tensor] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +92,12 @@ class Batch:
     keys: tuple[str, ...]
     noise: Tensor | None
     has_clips: bool = True
+    picture: Picture | None = None
+
+    @property
+    def conditioning(self) -> Conditioning:
+        """What a network is asked for: the captions, with their pictures where there are some."""
+        return conditioning_of(self.text, self.picture)
 
 
 class ShardReader:
@@ -144,7 +156,10 @@ class ShardReader:
         """A sample with its caption of a level; the level is empty where there are none."""
         sample = self._read_sample(number, level)
         text = text_member(level)
-        for name, array in ((LATENT, sample.latents), (text, sample.text), (NOISE, sample.noise)):
+        picture, tokens = sample.picture or (None, None)
+        members = {LATENT: sample.latents, text: sample.text, NOISE: sample.noise}
+        members |= {PICTURE: picture, PICTURE_TOKENS: tokens}
+        for name, array in members.items():
             if array is not None and not bool(array.isfinite().all()):
                 entry = self.index.samples[number]
                 raise NonFiniteSampleError(
@@ -167,12 +182,16 @@ class ShardReader:
             latents = self._clip_array(entry, LATENT)
         else:
             latents = torch.zeros(self.index.latent_shape)
+        picture = None
+        if self.has_pictures:
+            picture = self._clip_array(entry, PICTURE), self._array(entry, PICTURE_TOKENS)
         return Sample(
             latents=latents,
             text=pad_text(tokens, self.index.text_shape[0]),
             caption=entry.captions[level] if level else entry.caption,
             key=entry.key,
             noise=self._clip_array(entry, NOISE) if self.has_noise else None,
+            picture=picture,
         )
 
     def __del__(self) -> None:
@@ -187,6 +206,10 @@ class ShardReader:
     @property
     def has_noise(self) -> bool:
         return NOISE in self.index.samples[0].members
+
+    @property
+    def has_pictures(self) -> bool:
+        return PICTURE in self.index.samples[0].members
 
     @property
     def negative(self) -> Tensor | None:
@@ -312,7 +335,7 @@ class ShardReader:
         first = self.index.samples[0]
         levels = set(first.captions)
         texts = {text_member(level) for level in levels or {""}}
-        wanted = texts | (_arrays_of(first) & {LATENT, NOISE})
+        wanted = texts | (_arrays_of(first) & {LATENT, NOISE, PICTURE, PICTURE_TOKENS})
         for entry in self.index.samples:
             arrays = _arrays_of(entry)
             if arrays != wanted:

@@ -26,6 +26,7 @@ from selfforcing_dfd.context import (
     NetworkOutput,
 )
 from selfforcing_dfd.flow import expand_sigma
+from selfforcing_dfd.models.picture import Picture, conditioning_of
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.ode import descend, sample, with_context
 from selfforcing_dfd.rollout import Chunks, Ladder, commit_chunk, denoise_chunk
@@ -49,7 +50,7 @@ class EvaluationSet:
     one. latent_shape: [F, C, H, W] of one clip. seed: of noise, and of the captions where they are
     drawn. negative: [L, D_text], the text of no caption; zeros where it is None. batch: clips that
     are generated at once. given: clean latents [N, g, C, H, W] that the clips begin with; None for
-    networks that make all frames.
+    networks that make all frames. picture: of each clip, for networks of Wan2.1-I2V.
     """
 
     captions: tuple[str, ...]
@@ -59,6 +60,7 @@ class EvaluationSet:
     negative: Tensor | None = None
     batch: int = 32
     given: Tensor | None = None
+    picture: Picture | None = None
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -70,6 +72,7 @@ class EvaluationSet:
             captions=self.captions[:num_clips],
             text=self.text[:num_clips],
             given=None if self.given is None else self.given[:num_clips],
+            picture=None if self.picture is None else self.picture.rows(0, num_clips),
         )
 
     def batches(self, description: str) -> Iterator[range]:
@@ -296,4 +299,7 @@ def _inputs(
     weight = next(network.parameters())
     text = evaluation.text[part.start : part.stop]
     noise = evaluation.noise(part, num_draws).to(weight.device)  # float32, as in streaming
-    return noise, Conditioning(text.to(weight))
+    picture = evaluation.picture
+    if picture is not None:
+        picture = picture.rows(part.start, part.stop).to(weight.device)
+    return noise, conditioning_of(text.to(weight), picture)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from selfforcing_dfd.common import DTYPES, UserError, find_device, find_file
 from selfforcing_dfd.config import Config, require
-from selfforcing_dfd.data.order import SampleOrder
+from selfforcing_dfd.data.order import SampleOrder, picture_of
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.evaluation.generate import Decode, EvaluationSet, GoOn, Videos
 from selfforcing_dfd.evaluation.tables import (
@@ -87,6 +87,9 @@ class VideoWorld:
         samples = [reader[number] for number in chosen(reader, num_clips, seed)]
         text = torch.stack([sample.text for sample in samples])
         drawn = self._asked(reader, [sample.caption for sample in samples], text, seed)
+        shown = [sample.picture for sample in samples if sample.picture is not None]
+        if shown:
+            drawn = dataclasses.replace(drawn, picture=picture_of(shown))
         if not config.rollout.given:
             return drawn
         given = torch.stack([sample.latents[: config.rollout.given] for sample in samples])

@@ -325,7 +325,7 @@ def plan_prompts(options: argparse.Namespace, model: StreamModel) -> PromptSched
         schedule = PromptSchedule(((0, prompt),))
     else:
         # a student that is trained with a given picture shows it as a part of chunk 0
-        goes_on = bool(options.video or (options.image and not model.given))
+        goes_on = bool(options.video or (options.image and not model.num_given_video_frames))
         clock = ChunkClock(model.chunk_frames, model.codec.strides[0], after_context=goes_on)
         schedule = PromptSchedule.read(options.prompts, options.fps, clock)
     for _, prompt in schedule.prompts:

@@ -11,9 +11,9 @@ from selfforcing_dfd.models.identity import KEYS, ROLE, Role, identity_of, mark,
 ARCHITECTURE = {
     "cross_attn_norm": True,
     "qk_norm": "rms_norm_across_heads",
-    "image_dim": None,
-    "added_kv_proj_dim": None,
+    "pos_embed_seq_len": None,
 }
+"""Settings of diffusers' class that are the same in all models that are read here."""
 LOCATION = (
     "cache_dir",
     "force_download",
@@ -52,7 +52,7 @@ def require_student(config: Mapping[str, Any], where: str) -> None:
 
 
 def check_architecture(config: Mapping[str, Any], where: str) -> None:
-    """Raise HubError for a config that is not diffusers' layout of Wan2.1 text-to-video."""
+    """Raise HubError for a config that is not diffusers' layout of Wan2.1, for text or images."""
     if "dim" in config or config.get("_class_name") == "WanModel":
         raise HubError(
             f"{where} has the original Wan layout, not diffusers'; read it with "
@@ -62,8 +62,8 @@ def check_architecture(config: Mapping[str, Any], where: str) -> None:
     other = {k: config[k] for k, wanted in ARCHITECTURE.items() if config.get(k, wanted) != wanted}
     if other:
         raise HubError(
-            f"{where} is another architecture: {other}; wanted: text-to-video Wan2.1, that is "
-            f"{ARCHITECTURE}"
+            f"{where} is another architecture: {other}; wanted: Wan2.1 for text-to-video or "
+            f"image-to-video, that is {ARCHITECTURE}"
         )
 
 

@@ -55,24 +55,25 @@ class WanAttention(nn.Module):
 
 
 class GeluProjection(nn.Module):
-    """Linear, then GELU in its tanh form."""
+    """Linear, then GELU, in its tanh form or exact."""
 
-    def __init__(self, dim: int, out_dim: int):
+    def __init__(self, dim: int, out_dim: int, approximate: str = "tanh"):
         super().__init__()
+        self.approximate = approximate
         self.proj = nn.Linear(dim, out_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return gelu(self.proj(x), approximate="tanh")
+        return gelu(self.proj(x), approximate=self.approximate)
 
 
 class FeedForward(nn.Module):
     """Two layers; index 1 is the dropout that Wan does not use, kept so that names match."""
 
-    def __init__(self, dim: int, inner_dim: int):
+    def __init__(self, dim: int, inner_dim: int, out_dim: int = 0, approximate: str = "tanh"):
+        """out_dim: 0 is dim. approximate: of the GELU, as torch names it."""
         super().__init__()
-        self.net = nn.Sequential(
-            GeluProjection(dim, inner_dim), nn.Identity(), nn.Linear(inner_dim, dim)
-        )
+        inner = GeluProjection(dim, inner_dim, approximate)
+        self.net = nn.Sequential(inner, nn.Identity(), nn.Linear(inner_dim, out_dim or dim))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x)
@@ -112,15 +113,29 @@ class TwoLayers(nn.Module):
         self.linear_2 = nn.Linear(dim, dim)
 
 
-class ConditionEmbedder(nn.Module):
-    """Embeds noise level and text for the blocks."""
+class PictureEmbedder(nn.Module):
+    """States of an image encoder [B, T, D_image] to the blocks' width [B, T, D]."""
 
-    def __init__(self, dim: int, freq_dim: int, text_dim: int):
+    def __init__(self, image_dim: int, dim: int):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(image_dim)
+        self.ff = FeedForward(image_dim, image_dim, dim, approximate="none")
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.norm2(self.ff(self.norm1(tokens)))
+
+
+class ConditionEmbedder(nn.Module):
+    """Embeds noise level and text for the blocks, and with image_dim a picture."""
+
+    def __init__(self, dim: int, freq_dim: int, text_dim: int, image_dim: int | None = None):
         super().__init__()
         self.freq_dim = freq_dim
         self.time_embedder = TwoLayers(freq_dim, dim)
         self.time_proj = nn.Linear(dim, 6 * dim)
         self.text_embedder = TwoLayers(text_dim, dim)
+        self.image_embedder = None if image_dim is None else PictureEmbedder(image_dim, dim)
 
     def time(self, sigma: Tensor) -> tuple[Tensor, Tensor]:
         """sigma [B, F] -> (embedding [B, F, D], modulation [B, F, 6, D])."""
@@ -133,6 +148,12 @@ class ConditionEmbedder(nn.Module):
         """[B, L, D_text] -> [B, L, D]; padding is attended to, as in Wan."""
         layers = self.text_embedder
         return layers.linear_2(gelu(layers.linear_1(text), approximate="tanh"))
+
+    def picture(self, tokens: Tensor) -> Tensor:
+        """[B, T, D_image] -> [B, T, D]."""
+        assert self.image_embedder is not None, "a network without image_dim is given a picture"
+        embedded: Tensor = self.image_embedder(tokens)
+        return embedded
 
 
 def sinusoid(timestep: Tensor, dim: int) -> Tensor:

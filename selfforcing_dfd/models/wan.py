@@ -8,10 +8,8 @@ There are no attention masks.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
@@ -23,151 +21,27 @@ from selfforcing_dfd.common import UserError
 from selfforcing_dfd.context import WHOLE_CLIP, ChunkKV, Conditioning, Context, NetworkOutput
 from selfforcing_dfd.models.adapters import run_adapted
 from selfforcing_dfd.models.attention_choice import Choice, Trial, choose_attention
-from selfforcing_dfd.models.attention_operator import KernelAttention, SlotContext, Slots
+from selfforcing_dfd.models.block import WanBlock as WanBlock
 from selfforcing_dfd.models.hub import HubMixin
 from selfforcing_dfd.models.layers import (
     ConditionEmbedder,
-    FeedForward,
     ParameterFreeNorm,
-    WanAttention,
-    add_gated,
     full_precision,
     modulate,
     sigma_per_frame,
 )
 from selfforcing_dfd.models.lora import LoraMixin
-from selfforcing_dfd.models.rope import positions_rotary, rotate
+from selfforcing_dfd.models.picture import (
+    KeysValues,
+    check_picture_sizes,
+    conditioning_of,
+    picture_in,
+    picture_without_content,
+    takes_picture,
+)
+from selfforcing_dfd.models.prepared import NoiseLevel, PreparedConditioning
+from selfforcing_dfd.models.rope import positions_rotary
 from selfforcing_dfd.models.sequence_parallel import SequenceParallel
-
-
-class Modulation(NamedTuple):
-    """A noise level for one block, each [B or 1, F or 1, D]. Scales are factors: 1 is added."""
-
-    shift1: Tensor
-    scale1: Tensor
-    gate1: Tensor
-    shift2: Tensor
-    scale2: Tensor
-    gate2: Tensor
-
-
-class NoiseLevel(NamedTuple):
-    """A noise level for the whole network: modulation of each block, (shift, scale) of the head.
-
-    A block's modulation may still be the embedding [B, F, 6, D] that it is computed from.
-    """
-
-    blocks: tuple[Tensor | Modulation, ...]
-    head: tuple[Tensor, Tensor]
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedConditioning(Conditioning):
-    """Conditioning with what every call would compute again; made by `WanTransformer.prepare`.
-
-    text_kv: per block the (k, v) of cross-attention. noise_levels: by sigma.
-    """
-
-    text_kv: tuple[tuple[Tensor, Tensor], ...]
-    noise_levels: Mapping[float, NoiseLevel]
-
-
-class WanBlock(nn.Module):
-    """Self-attention, text cross-attention and feed-forward.
-
-    Self-attention and feed-forward are modulated by the noise level of each latent frame.
-    """
-
-    def __init__(self, dim: int, ffn_dim: int, heads: int, eps: float):
-        super().__init__()
-        self.norm1 = ParameterFreeNorm(dim, eps)
-        self.norm2 = nn.LayerNorm(dim, eps)
-        self.norm3 = ParameterFreeNorm(dim, eps)
-        self.attn1 = WanAttention(dim, heads, eps)
-        self.attn2 = WanAttention(dim, heads, eps)
-        self.ffn = FeedForward(dim, ffn_dim)
-        self.attend = KernelAttention()
-        self.is_compiled = False
-        self.sequence_parallel: SequenceParallel | None = None  # None: this process has all tokens
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
-
-    def forward(
-        self,
-        x: Tensor,
-        text: Tensor | tuple[Tensor, Tensor],
-        modulation: Tensor | Modulation,
-        rotary: tuple[Tensor, Tensor],
-        context: Context,
-        layer: int,
-        frames: int,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """x: [B, F * tokens, D] -> (x, keys, values). Of a sequence on several processes: its part.
-
-        text: [B, L, D], or its keys and values. modulation: the embedding [B, F, 6, D], or this
-        block's. frames: F of the patches. What is not prepared is computed in here and not by the
-        caller, so that gradient checkpointing and sharding, which wrap this call, cover it.
-        """
-        text_k, text_v = self.attn2.keys_values(text) if isinstance(text, Tensor) else text
-        modulation = self.modulation(modulation)
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        if self.is_compiled and self.sequence_parallel is None and isinstance(context, SlotContext):
-            slots = context.slots(layer)
-            return self.over_slots(x, (text_k, text_v), modulation, rotary, slots)
-        q, k, v = self.before_attention(x, shift1, scale1, *rotary)
-        if self.sequence_parallel is None:
-            attended = context.attend(self.attend, layer, q, k, v)
-        else:
-            q, k, v = self.sequence_parallel.split_heads((q, k, v), frames)
-            attended = context.attend(self.attend, layer, q, k, v)
-            attended = self.sequence_parallel.join_heads(attended, frames)
-        return self.after_attention(x, attended, gate1, shift2, scale2, gate2, text_k, text_v), k, v
-
-    def modulation(self, embedding: Tensor | Modulation) -> Modulation:
-        """This block's modulation from the embedding [B, F, 6, D], unless it is one already."""
-        if isinstance(embedding, Modulation):
-            return embedding
-        sums = self.scale_shift_table.unsqueeze(1) + embedding
-        shift1, scale1, gate1, shift2, scale2, gate2 = sums.unbind(2)
-        return Modulation(shift1, 1 + scale1, gate1, shift2, 1 + scale2, gate2)
-
-    def over_slots(
-        self,
-        x: Tensor,
-        text: tuple[Tensor, Tensor],
-        modulation: Modulation,
-        rotary: tuple[Tensor, Tensor],
-        slots: Slots,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The whole block over keys and values in slots: what is compiled for a stream."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        q, k, v = self.before_attention(x, shift1, scale1, *rotary)
-        attended = slots.attend(self.attend, q, k, v)
-        return self.after_attention(x, attended, gate1, shift2, scale2, gate2, *text), k, v
-
-    def before_attention(
-        self, x: Tensor, shift: Tensor, scale: Tensor, cos: Tensor, sin: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Rotated queries and keys, and values, each [B, F * tokens, heads, d]."""
-        normed = modulate(self.norm1(x), scale, shift).type_as(x)
-        q = self.attn1.queries(normed)
-        k, v = self.attn1.keys_values(normed)
-        return rotate(q, cos, sin), rotate(k, cos, sin), v
-
-    def after_attention(
-        self,
-        x: Tensor,
-        attended: Tensor,
-        gate1: Tensor,
-        shift: Tensor,
-        scale: Tensor,
-        gate2: Tensor,
-        text_k: Tensor,
-        text_v: Tensor,
-    ) -> Tensor:
-        """The rest of the block. attended: self-attention's output [B, F * tokens, heads, d]."""
-        x = add_gated(x, self.attn1.output(attended), gate1)
-        x = x + self.attn2.output(self.attend(self.attn2.queries(self.norm2(x)), text_k, text_v))
-        return add_gated(x, self.ffn(modulate(self.norm3(x), scale, shift).type_as(x)), gate2)
 
 
 class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMixin):  # type: ignore[misc]
@@ -190,15 +64,24 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         ffn_dim: int = 8960,
         num_layers: int = 30,
         eps: float = 1e-6,
+        image_dim: int | None = None,
+        added_kv_proj_dim: int | None = None,
     ):
+        """image_dim: width of an image encoder's states; None for text-to-video.
+
+        Raises PictureError for sizes that no Wan2.1 model has together.
+        """
         super().__init__()
+        check_picture_sizes(self.config)
         dim = num_attention_heads * attention_head_dim
+        self.takes_picture = takes_picture(self.config)
         self.head_dim = attention_head_dim
         self.patch = (patch_size[0], patch_size[1], patch_size[2])
         self.patch_embedding = nn.Conv3d(in_channels, dim, self.patch, stride=self.patch)
-        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim)
+        self.condition_embedder = ConditionEmbedder(dim, freq_dim, text_dim, image_dim)
         self.blocks = nn.ModuleList(
-            WanBlock(dim, ffn_dim, num_attention_heads, eps) for _ in range(num_layers)
+            WanBlock(dim, ffn_dim, num_attention_heads, eps, self.takes_picture)
+            for _ in range(num_layers)
         )
         self.norm_out = ParameterFreeNorm(dim, eps)
         self.proj_out = nn.Linear(dim, out_channels * self.patch[0] * self.patch[1] * self.patch[2])
@@ -268,12 +151,14 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
     ) -> NetworkOutput:
         """Flow at x_t [B, F, C, H, W] for noise level sigma: [B], [B, F] or one number.
 
-        Raises UserError when F, H or W is no multiple of the patch.
+        Raises UserError when F, H or W is no multiple of the patch, and PictureError where a
+        picture is needed and missing.
         """
         context = context or WHOLE_CLIP
-        tokens, grid = self.patchify(x_t)
+        tokens, grid = self.patchify(self.with_picture(x_t, conditioning, context.next_frame))
         level = self.level_of(sigma, x_t, conditioning)
         text = self.text_of(conditioning)
+        picture = self.picture_of(conditioning)
         precision = full_precision(tokens).dtype
         rotary = positions_rotary(
             context.next_frame, *grid, self.head_dim, tokens.device, precision
@@ -285,9 +170,8 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
             rotary = self.sequence_parallel.own_rotary(rotary, frames)
         layers = []
         for layer, block in enumerate(self.blocks):
-            tokens, k, v = self.run_block(
-                block, tokens, text[layer], level.blocks[layer], rotary, context, layer, frames
-            )
+            asked = (text[layer], picture[layer], level.blocks[layer])
+            tokens, k, v = self.run_block(block, tokens, *asked, rotary, context, layer, frames)
             if context.wants_kv:
                 layers.append((k, v))
         shift, scale = level.head
@@ -298,10 +182,33 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         flow = self.unpatchify(patches, grid)
         return NetworkOutput(flow, ChunkKV(x_t.shape[1], tuple(layers)))
 
+    def without_content(self, x_t: Tensor, text_tokens: int) -> Conditioning:
+        """A conditioning of the right shapes for x_t, to count what a call costs."""
+        text = x_t.new_empty(len(x_t), text_tokens, self.config["text_dim"])
+        picture = picture_without_content(x_t, self.config) if self.takes_picture else None
+        return conditioning_of(text, picture)
+
     def wan_blocks(self) -> tuple[WanBlock, ...]:
         return tuple(block for block in self.blocks if isinstance(block, WanBlock))
 
-    def text_of(self, conditioning: Conditioning) -> tuple[Tensor | tuple[Tensor, Tensor], ...]:
+    def with_picture(self, x_t: Tensor, conditioning: Conditioning, start: int) -> Tensor:
+        """x_t with the picture's channels for its frames, the first of which is the `start`-th."""
+        if not self.takes_picture:
+            return x_t
+        picture = picture_in(conditioning).for_rows(len(x_t))
+        return torch.cat([x_t, picture.channels_of(start, x_t.shape[1]).to(x_t)], dim=2)
+
+    def picture_of(self, conditioning: Conditioning) -> tuple[Tensor | KeysValues | None, ...]:
+        """For each block the embedded picture, or its keys and values where they were prepared."""
+        if isinstance(conditioning, PreparedConditioning):
+            return conditioning.picture_kv
+        if not self.takes_picture:
+            return (None,) * len(self.blocks)
+        picture = picture_in(conditioning).for_rows(len(conditioning.text))
+        tokens = picture.tokens.type_as(self.patch_embedding.weight)
+        return (self.condition_embedder.picture(tokens),) * len(self.blocks)
+
+    def text_of(self, conditioning: Conditioning) -> tuple[Tensor | KeysValues, ...]:
         """For each block the embedded text, or its keys and values where they were prepared."""
         if isinstance(conditioning, PreparedConditioning):
             return conditioning.text_kv
@@ -335,7 +242,10 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
             modulations = tuple(block.modulation(embedding) for block in self.wan_blocks())
             noise_levels[sigma] = NoiseLevel(modulations, head)
         text_kv = tuple(block.attn2.keys_values(text) for block in self.wan_blocks())
-        return PreparedConditioning(conditioning.text, text_kv, noise_levels)
+        picture = picture_in(conditioning) if self.takes_picture else None
+        pictures = zip(self.wan_blocks(), self.picture_of(conditioning), strict=True)
+        picture_kv = tuple(block.picture_kv(embedded) for block, embedded in pictures)
+        return PreparedConditioning(conditioning.text, picture, text_kv, picture_kv, noise_levels)
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """One block; with gradient checkpointing it runs again in the backward pass.
@@ -374,7 +284,7 @@ class WanTransformer(HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMi
         for name, parameter in self.named_parameters():
             if name.endswith("bias"):
                 nn.init.zeros_(parameter)
-            elif "embedder" in name:
+            elif "embedder" in name and parameter.ndim > 1:
                 nn.init.normal_(parameter, std=0.02, generator=generator)
             elif name == "proj_out.weight":
                 nn.init.zeros_(parameter)

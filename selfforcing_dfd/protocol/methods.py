@@ -49,12 +49,8 @@ from selfforcing_dfd.streaming.load import (
     text_cache,
     tiny_codec_file,
 )
-from selfforcing_dfd.streaming.session import (
-    StreamModel,
-    StreamSession,
-    StreamSettings,
-    TextEncoder,
-)
+from selfforcing_dfd.streaming.model import StreamModel, TextEncoder
+from selfforcing_dfd.streaming.session import StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import SPACE, TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, draw_factors, parse_caption, render, track

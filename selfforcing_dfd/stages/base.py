@@ -266,9 +266,13 @@ def cache_sizes(config: Config) -> dict[str, Any]:
 def drop_text(
     batch: Batch, draw: Draw, share: float, negative: Tensor | None = None
 ) -> Conditioning:
-    """The batch's text, with a share of samples left without caption, as guidance needs it."""
+    """What the batch asks for, with a share of samples without caption, as guidance needs it.
+
+    Pictures stay: guidance of image-to-video asks without caption, and never without the picture.
+    """
     keep = (draw.uniform("text_dropout") >= share).to(batch.text)[:, None, None]
-    return Conditioning(batch.text * keep + no_text(batch.text, negative) * (1 - keep))
+    text = batch.text * keep + no_text(batch.text, negative) * (1 - keep)
+    return replace(batch.conditioning, text=text)
 
 
 def no_text(text: Tensor, negative: Tensor | None = None) -> Tensor:

@@ -142,7 +142,7 @@ class DPDMDStage(MatchingStage):
         Every chunk's first step sees what it saw in the rollout.
         """
         start = self.rollout_noise(batch, draw)[0]
-        conditioning = Conditioning(batch.text)
+        conditioning = batch.conditioning
         level = torch.full_like(record.sigma_exit, self.ladder[0])
         first = replace(record, x_exit=start, sigma_exit=level)
         x0 = replay(self.trained["student"], first, conditioning)

@@ -6,7 +6,7 @@ It learns in the turns of the fake score. Losses are softplus, not saturating.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -92,7 +92,7 @@ class Gan:
                 self.discriminator.layers,
                 torch.cat(clips),
                 torch.cat([sigma] * len(clips)),
-                Conditioning(conditioning.text.repeat(len(clips), 1, 1)),
+                replace(conditioning, text=conditioning.text.repeat(len(clips), 1, 1)),
             )
         made, of_real, *moved = self.discriminator(features).chunk(len(clips))
         loss = softplus(made).mean(1) + softplus(-of_real).mean(1)

@@ -278,7 +278,7 @@ class MatchingStage(TrainingStage):
         loss = flow_matching(fake, x0, noise, level, conditioning, given=self.given)
         values = {"flow_loss": loss.detach(), "sigma": sigma}
         if self.gan:
-            asked = Conditioning(batch.text)
+            asked = batch.conditioning
             level = self.level(sigma, x0)
             other = self.gan.discriminator_loss(x0, batch.latents, noise, level, asked, draw)
             values["gan"] = other.detach()
@@ -286,7 +286,7 @@ class MatchingStage(TrainingStage):
         return StageLoss(loss.mean(), values)
 
     def student_loss(self, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
-        conditioning = Conditioning(batch.text)
+        conditioning = batch.conditioning
         coin = draw.coin("dfd", self.coin_shared_by)
         tied = forcing.tied_rows(coin, self.forcing, student_updates).to(batch.latents.device)
         exits = len(self.ladder) - self.first_exit
@@ -342,7 +342,7 @@ class MatchingStage(TrainingStage):
         return rollout(
             self.trained["student"],
             torch.cat([start[None], noise[1:]]),
-            Conditioning(batch.text),
+            batch.conditioning,
             KVCache(self.sink, self.window),
             self.ladder,
             self.chunks,

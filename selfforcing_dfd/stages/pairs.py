@@ -19,9 +19,19 @@ from tqdm import tqdm
 from selfforcing_dfd import rng
 from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.context import Conditioning
-from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, NOISE, TEXT, npy
+from selfforcing_dfd.data.format import (
+    LATENT,
+    NEGATIVE_NAME,
+    NOISE,
+    PICTURE,
+    PICTURE_TOKENS,
+    TEXT,
+    npy,
+)
+from selfforcing_dfd.data.order import picture_of
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.write import Job, PackSummary, Record, Refuse, Unfinished, write_folder
+from selfforcing_dfd.models.picture import conditioning_of
 from selfforcing_dfd.ode import sample
 from selfforcing_dfd.processes.shared_work import Share, work_together
 from selfforcing_dfd.stages.base import (
@@ -154,7 +164,9 @@ def make_pairs(
     if reader.negative is not None:
         negative = Conditioning(reader.negative.to(text).expand_as(text))
     shift = config.of(FlowConfig).shift
-    clips = sample(teacher, noise, Conditioning(text), pairs.steps, shift, pairs.guidance, negative)
+    shown = [each.picture for each in samples if each.picture is not None]
+    conditioning = conditioning_of(text, picture_of(shown).to(device) if shown else None)
+    clips = sample(teacher, noise, conditioning, pairs.steps, shift, pairs.guidance, negative)
     for number, of_caption, latents, start in zip(numbers, samples, clips, noise, strict=True):
         about = {
             "caption": of_caption.caption,
@@ -168,6 +180,8 @@ def make_pairs(
             TEXT: reader.text_bytes(number),
             "json": json.dumps(about, ensure_ascii=False).encode(),
         }
+        stored = reader.members(number)
+        members |= {name: stored[name] for name in (PICTURE, PICTURE_TOKENS) if name in stored}
         yield Record(number, of_caption.key, of_caption.caption, members)
 
 

@@ -177,7 +177,7 @@ class RegressionStage(TrainingStage):
 
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         student = self.trained[turn]
-        conditioning = Conditioning(batch.text)
+        conditioning = batch.conditioning
         steps_left = self.num_steps
         if self.target == "consistency":
             steps_left -= draw.choice("level", self.num_steps)
@@ -211,7 +211,7 @@ class RegressionStage(TrainingStage):
         sigma = torch.tensor(self.ladder, dtype=torch.float64)[step.long()]
         u = unshift_sigma(sigma, self.shift) * (steps_left / self.num_steps)
         sigma = sigma_by_frame(self.by_frame(shift_sigma(u, self.shift)), real, self.given)
-        contexts = self.contexts_of(self.trained["student"], real, Conditioning(batch.text))
+        contexts = self.contexts_of(self.trained["student"], real, batch.conditioning)
         return real, add_noise(real, noise, sigma), sigma, contexts
 
     def contexts_of(
@@ -229,7 +229,7 @@ class RegressionStage(TrainingStage):
         record = rollout(
             self.trained["student"],
             draw.normal("rollout", shape, batch.latents).transpose(0, 1),
-            Conditioning(batch.text),
+            batch.conditioning,
             KVCache(self.sink, self.window),
             self.ladder,
             self.chunks,

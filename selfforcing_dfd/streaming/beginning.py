@@ -8,14 +8,14 @@ from selfforcing_dfd.common import UserError
 
 
 def require_context(num_given: int) -> None:
-    """Raise UserError for a student that is trained with given frames, where nothing is given.
+    """Raise UserError for a student that needs the first frames of its video, where none are given.
 
     num_given: video frames.
     """
     if num_given:
         raise UserError(
-            f"this student does not make the first {num_given} video frame(s) of a video: name a "
-            "picture by --image or a clip by --video, or in Python by context="
+            f"this student needs the first {num_given} video frame(s) of a video: name a picture "
+            "by --image or a clip by --video, or in Python by context="
         )
 
 

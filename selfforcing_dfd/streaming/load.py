@@ -10,6 +10,7 @@ import logging
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from selfforcing_dfd.codecs.pictures import PictureEncoder, check_picture_encoder
 from selfforcing_dfd.codecs.text import WanText
 from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE, WanCodec
 from selfforcing_dfd.common import DTYPES, find_device, find_file, shipped
 from selfforcing_dfd.models.hub import require_student
 from selfforcing_dfd.models.identity import SELF_FORCING, Recipe, TrainingData, mark, recipe_of
+from selfforcing_dfd.models.picture import takes_picture
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.streaming.parts import LoadError, check_fit, check_parts
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
@@ -109,6 +112,11 @@ def check_tiny(student: Description, codec: TinyCodec) -> None:
     """Raise LoadError for a student that was not trained on the tiny world's latents and words."""
     cure = "real Wan needs --model WAN_FOLDER --weights FILE"
     data = student.data
+    if takes_picture(student.sizes):
+        raise LoadError(
+            f"{student.source} is an image-to-video student of Wan2.1 with an image encoder, which "
+            f"the tiny world does not have; {cure}"
+        )
     if data is not None and data.codec.startswith("wan-vae"):
         raise LoadError(
             f"{student.source} was trained on Wan's latents, not on the tiny world's; {cure}"
@@ -151,6 +159,8 @@ def load_wan_model(
     weights = read_weights(named or folder / "transformer")
     student_facts = describe(weights)
     check_fit(student_facts.sizes, student_facts.data, folder)
+    if takes_picture(student_facts.sizes):
+        check_picture_encoder(folder, student_facts.sizes["image_dim"])
     video_size = asked_size(size, student_facts.data)
     rows_columns = latent_size(video_size, WanCodec.strides, student_facts.sizes["patch_size"])
     run_on = find_device(device)
@@ -159,9 +169,14 @@ def load_wan_model(
     student = load_student(weights, run_on, weights_dtype, recipe=recipe)
     settled = student_recipe(student)
     on_gpu = decode_on.type == "cuda"
+    codec = WanCodec.from_pretrained(folder, decode_on, weights_dtype, channels_last=on_gpu)
+    see = None
+    if student.takes_picture:
+        encoder = PictureEncoder.from_pretrained(folder, codec, decode_on)
+        see = partial(encoder.encode, frames=settled.frames)
     return StreamModel(
         student=student,
-        codec=WanCodec.from_pretrained(folder, decode_on, weights_dtype, channels_last=on_gpu),
+        codec=codec,
         text=WanText.cached(folder, text_cache(), run_on, weights_dtype),
         ladder=settled.sigmas,
         keeps_noise=settled.keeps_noise,
@@ -169,6 +184,7 @@ def load_wan_model(
         chunk_frames=settled.chunk_frames,
         latent_size=rows_columns,
         decode_device=decode_on,
+        see=see,
     )
 
 

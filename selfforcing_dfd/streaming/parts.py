@@ -101,7 +101,7 @@ def check_fit(sizes: Mapping[str, Any], data: TrainingData | None, folder: Path)
             f"{folder}/vae cannot decode; stream it without --model, or export a student of Wan"
         )
     for part, key, own in (
-        ("vae", "z_dim", "in_channels"),
+        ("vae", "z_dim", "out_channels"),
         ("text_encoder", "d_model", "text_dim"),
     ):
         width = json.loads((folder / part / "config.json").read_text()).get(key)

@@ -104,6 +104,12 @@ class CausalWanPipeline(DiffusionPipeline):
     ) -> None:
         super().__init__()
         require_student(transformer.config, "the transformer")
+        if transformer.takes_picture:
+            raise UserError(
+                "the transformer is an image-to-video student of Wan2.1, and this pipeline has no "
+                "image encoder; stream it with `selfforcing-dfd stream --model WAN_I2V_FOLDER "
+                "--weights STUDENT --image FILE`"
+            )
         self.register_modules(
             transformer=transformer,
             vae=vae,

@@ -8,21 +8,23 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, Protocol, get_args
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.codecs.protocol import Decoder, StreamingCodec
+from selfforcing_dfd.codecs.protocol import Decoder
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.context import Conditioning
-from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.rollout import Ladder, commit_chunk, denoise_chunk
+from selfforcing_dfd.models.picture import Picture, conditioning_of
+from selfforcing_dfd.models.prepared import PreparedConditioning
+from selfforcing_dfd.rollout import commit_chunk, denoise_chunk
 from selfforcing_dfd.streaming.beginning import check_context, require_context, whole_chunks
 from selfforcing_dfd.streaming.latency import StageClock, Timings
+from selfforcing_dfd.streaming.model import StreamModel as StreamModel
 from selfforcing_dfd.streaming.output import FrameCopy
-from selfforcing_dfd.streaming.ring import KVShape, Positions, RingCache, RingState
+from selfforcing_dfd.streaming.ring import Positions, RingCache, RingState
 
 PromptMode = Literal["recache", "flush", "keep"]
 """What a new prompt does to the context. recache: the visible chunks are committed again under the
@@ -32,70 +34,6 @@ forgotten (arXiv 2511.20649). keep: the context stays, and the new prompt takes 
 
 CLEAN = 0.0
 """The noise level at which finished chunks are committed."""
-
-
-class TextEncoder(Protocol):
-    def encode(self, captions: list[str]) -> Tensor:
-        """[B, L, D_text], zeros past each prompt's end."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class StreamModel:
-    """What sessions share: weights and sizes.
-
-    latent_size: rows and columns of the latents. decode_device: the codec's device; None is the
-    student's. keeps_noise: whether the noise that a chunk starts from stays between its steps.
-    given: latent frames at the start of a video that the student does not make (1: a picture).
-    """
-
-    student: WanTransformer
-    codec: StreamingCodec
-    text: TextEncoder
-    ladder: Ladder
-    chunk_frames: int
-    latent_size: tuple[int, int]
-    decode_device: torch.device | None = None
-    keeps_noise: bool = False
-    given: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.student.patch_embedding.weight.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.student.patch_embedding.weight.dtype
-
-    @property
-    def video_size(self) -> tuple[int, int]:
-        """Height and width of a video frame."""
-        rows, columns = self.latent_size
-        _, row_stride, column_stride = self.codec.strides
-        return rows * row_stride, columns * column_stride
-
-    @property
-    def num_given_video_frames(self) -> int:
-        """Video frames of the latent frames that are given."""
-        return 1 + self.codec.strides[0] * (self.given - 1) if self.given else 0
-
-    def grey(self) -> Tensor | None:
-        """A grey beginning for a student that needs one: for measurements, where none is shown."""
-        size = (self.num_given_video_frames, *self.video_size, 3)
-        return torch.full(size, 0.5) if self.given else None
-
-    def kv_shape(self) -> KVShape:
-        """Sizes of the keys and values of one latent frame."""
-        rows, columns = self.latent_size
-        _, patch_rows, patch_columns = self.student.patch
-        config = self.student.config
-        return KVShape(
-            num_layers=config["num_layers"],
-            batch=1,
-            tokens=(rows // patch_rows) * (columns // patch_columns),
-            heads=self.student.own_heads,
-            head_dim=config["attention_head_dim"],
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +74,7 @@ class PromptChange:
     """A prompt that is encoded and takes effect at the next chunk."""
 
     prompt: str
-    conditioning: Conditioning
+    conditioning: PreparedConditioning
     mode: PromptMode
 
 
@@ -149,7 +87,7 @@ class Snapshot:
     history: tuple[tuple[int, Tensor], ...]
     pending: tuple[Tensor, Conditioning] | None
     given: Tensor | None
-    conditioning: Conditioning
+    conditioning: PreparedConditioning
     prompt: str
     change: PromptChange | None
     settings: StreamSettings
@@ -163,7 +101,8 @@ class StreamSession:
     image-to-video. `context_frames` holds its frames as the codec shows them; the chunks that
     follow begin after them. A student that is trained with given frames needs a context: as many
     frames as these are the first of chunk 0, which shows them, and `context_frames` is empty; a
-    longer clip is continued. Raises UserError for sizes that do not fit the model.
+    longer clip is continued. So it is with a student of Wan2.1-I2V, which sees the context's first
+    frame and makes it again. Raises UserError for sizes that do not fit the model.
     """
 
     def __init__(
@@ -186,6 +125,8 @@ class StreamSession:
         )
         self._clock = StageClock(model.device)
         self._given: Tensor | None = None
+        self._picture: Picture | None = None
+        self.prompt = prompt
         self.reset(prompt, context=context)
 
     def reset(
@@ -199,12 +140,15 @@ class StreamSession:
         if context is not None:
             stride = model.codec.strides[0]
             check_context(context, model.video_size, stride, model.num_given_video_frames)
-        elif self._given is None:
+        elif self._given is None and self._picture is None:
             require_context(model.num_given_video_frames)
         self._clock.take()
-        if prompt is not None:
-            self._conditioning = self._encode(prompt)
-            self.prompt = prompt
+        picture = self._see(context)
+        if prompt is not None or picture is not None:
+            wanted = self.prompt if prompt is None else prompt
+            self._conditioning = self._encode(wanted, picture)
+            self._picture = self._conditioning.picture
+            self.prompt = wanted
         if seed is not None:
             self.settings = replace(self.settings, seed=seed)
         self._ring.clear()
@@ -294,6 +238,7 @@ class StreamSession:
         self._history = list(snapshot.history)
         self._pending = snapshot.pending
         self._given = snapshot.given
+        self._picture = snapshot.conditioning.picture
         self._conditioning = snapshot.conditioning
         self.prompt = snapshot.prompt
         self._change = snapshot.change
@@ -301,11 +246,23 @@ class StreamSession:
         self.chunk_index = snapshot.chunk_index
         self._clock.take()
 
-    def _encode(self, prompt: str) -> Conditioning:
-        """The text with its cross-attention K/V and the ladder's noise levels, computed once."""
+    def _encode(self, prompt: str, picture: Picture | None = None) -> PreparedConditioning:
+        """Text and picture with cross-attention K/V and the ladder's noise levels, computed once.
+
+        picture: None is the stream's own, if it has one.
+        """
         with torch.inference_mode(), self._clock.stage("text"):
             text = self.model.text.encode([prompt]).to(self.model.device, self.model.dtype)
-            return self.model.student.prepare(Conditioning(text), (*self.model.ladder, CLEAN))
+            asked = conditioning_of(text, picture or self._picture)
+            return self.model.student.prepare(asked, (*self.model.ladder, CLEAN))
+
+    @torch.inference_mode()
+    def _see(self, context: Tensor | None) -> Picture | None:
+        """What a student of Wan2.1-I2V sees of a context; None for other students."""
+        if context is None or self.model.see is None:
+            return None
+        device = self.model.decode_device or self.model.device
+        return self.model.see(context[:1].to(device)).to(self.model.device)
 
     def _noise(self) -> Tensor:
         """[S, 1, f, C, h, w] float32, by seed, chunk and step; S = 1 if noise is kept."""
@@ -385,8 +342,8 @@ class StreamSession:
         latents = latents.to(self.model.device)
         if self.model.given:
             self._given = latents[:, : self.model.given]
-            if latents.shape[1] == self.model.given:
-                return
+        if latents.shape[1] == self.model.num_given_latent_frames:
+            return  # the first chunk shows all of it
         for x0 in whole_chunks(latents, self.model.chunk_frames):
             self._commit(x0, self._conditioning)
         self.context_frames = self._decode(latents).all()

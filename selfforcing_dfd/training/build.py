@@ -13,6 +13,7 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.common import DTYPES, find_device, find_file
 from selfforcing_dfd.config import Config, ConfigError, ModelConfig, NetworkConfig, as_dict, require
 from selfforcing_dfd.models.adapted import AdaptedNetwork, StageNetwork, adapt, base_of
+from selfforcing_dfd.models.picture import picture_arguments
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.processes.ranks import on_first_rank
 from selfforcing_dfd.processes.world import World, find_world
@@ -44,12 +45,12 @@ def build_network(size: NetworkConfig, device: torch.device | str = "cpu") -> Wa
     network = WanTransformer(
         num_attention_heads=size.num_heads,
         attention_head_dim=size.head_dim,
-        in_channels=size.channels,
         out_channels=size.channels,
         text_dim=size.text_dim,
         freq_dim=size.freq_dim,
         ffn_dim=size.ffn_dim,
         num_layers=size.num_layers,
+        **picture_arguments(size.channels, size.image_dim or None, size.num_heads * size.head_dim),
     )
     return place(network, device)
 

@@ -10,6 +10,7 @@ from selfforcing_dfd.common import find_file
 from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.data.order import SampleOrder
 from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.models.picture import takes_picture
 from selfforcing_dfd.stages import STAGES, stage_of
 
 BASIS = "assets/tiny/codec.safetensors"
@@ -68,10 +69,10 @@ def check_captions(config: Config, reader: ShardReader) -> None:
 
 
 def check_shapes(config: Config, reader: ShardReader, network: Mapping[str, Any]) -> None:
-    """ConfigError for latents or text of another shape than the network's; network: its config."""
+    """ConfigError for latents, text or pictures that do not fit `network`, a config of one."""
     shards = config.data.shards
     index = reader.index
-    wanted = (config.rollout.frames, network["in_channels"])
+    wanted = (config.rollout.frames, network["out_channels"])
     require(
         tuple(index.latent_shape[:2]) == wanted,
         f"{shards} holds latents {tuple(index.latent_shape)} [F, C, H, W], but rollout.frames is "
@@ -82,6 +83,34 @@ def check_shapes(config: Config, reader: ShardReader, network: Mapping[str, Any]
         index.text_shape[1] == network["text_dim"],
         f"{shards} holds text of width {index.text_shape[1]}, but the network's text width is "
         f"{network['text_dim']}; pack with the text encoder that belongs to the weights",
+    )
+    check_pictures(config, reader, network)
+
+
+def check_pictures(config: Config, reader: ShardReader, network: Mapping[str, Any]) -> None:
+    """ConfigError where an image-to-video network of Wan2.1 and the data do not fit each other."""
+    if not takes_picture(network):
+        return
+    shards = config.data.shards
+    given = config.rollout.given
+    require(
+        given == 0,
+        f"rollout.given is {given}, but this network takes its picture in further input channels "
+        "and makes every frame, as Wan2.1-I2V does; use rollout.given=0",
+    )
+    picture = reader[0].picture
+    command = f"`selfforcing-dfd images {shards} --model WAN_I2V_FOLDER`"
+    require(
+        picture is not None,
+        f"the network takes a picture (Wan2.1-I2V), but {shards} holds none; add them to its clips "
+        f"with {command}",
+    )
+    width = 0 if picture is None else picture[1].shape[-1]
+    require(
+        width == network["image_dim"],
+        f"{shards} holds pictures as states of width {width}, but the network's are "
+        f"{network['image_dim']} wide; make them again with {command}, naming the folder that "
+        "belongs to the weights",
     )
 
 

@@ -12,6 +12,7 @@ from functools import cache
 
 from selfforcing_dfd.config import Config, NetworkConfig
 from selfforcing_dfd.cost import network_flops, peak_tflops
+from selfforcing_dfd.models.picture import NUM_TOKENS
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.base import Pass, chunks_of
 from selfforcing_dfd.training.adapter_costs import adapter_flops
@@ -102,10 +103,11 @@ def clip_flops(size: NetworkConfig, clip: Clip, gradient: bool, checkpointing: b
 
 
 def attention_flops(size: NetworkConfig, clip: Clip) -> int:
-    """Of attention alone in one pass of one sample: to the clip and its past, and to the text."""
+    """Of attention alone in one pass of one sample: to clip, past, text and picture."""
     frame = clip.frame_tokens
     keys = [own * (own + before) for own, before in zip(clip.chunks, clip.past, strict=True)]
-    pairs = sum(keys) * frame * frame + clip.tokens * clip.text_tokens
+    asked = clip.text_tokens + (NUM_TOKENS if size.image_dim else 0)
+    pairs = sum(keys) * frame * frame + clip.tokens * asked
     return 4 * size.num_layers * size.num_heads * size.head_dim * pairs
 
 

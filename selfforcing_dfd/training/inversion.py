@@ -48,6 +48,11 @@ def build_inversion(config: Config, num_steps: int) -> Inversion:
     causal = bool(config.weights.causal)
     start = causal_start(config) if causal else teacher_start(config)
     network = load_frozen(config, start, device)
+    require(
+        not network.takes_picture,
+        f"{start.path} is an image-to-video network with further input channels; noise is found "
+        "for text-to-video networks alone",
+    )
 
     def by_chunks(latents: Tensor, noise: Tensor, text: Conditioning) -> Tensor:
         cache = KVCache(**cache_sizes(config))

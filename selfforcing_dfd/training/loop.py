@@ -324,7 +324,9 @@ class Trainer:
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
     noise = batch.noise.to(device) if batch.noise is not None else None
-    return replace(batch, latents=batch.latents.to(device), text=batch.text.to(device), noise=noise)
+    picture = batch.picture.to(device) if batch.picture is not None else None
+    latents = batch.latents.to(device)
+    return replace(batch, latents=latents, text=batch.text.to(device), noise=noise, picture=picture)
 
 
 def gradients(network: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -256,7 +256,8 @@ class Spread:
         inputs = size.num_layers * self.block_bytes(one.role, over)
         kept["inputs of checkpointed blocks"] = inputs
         if what == "selective":
-            kept["what attention gives, of all blocks"] = 2 * inputs  # to itself, to the text
+            attentions = 3 if size.image_dim else 2  # to itself, to the text, to a picture
+            kept["what attention gives, of all blocks"] = attentions * inputs
         return kept
 
     def saved_bytes(self, size: NetworkConfig, clip: Clip) -> int:
@@ -321,6 +322,7 @@ def saved_bytes(size: NetworkConfig, clip: Clip, width: int) -> int:
     """
     dim = size.num_heads * size.head_dim
     token = 64 * dim + 4 * size.ffn_dim if width == 2 else 85 * dim + 8 * size.ffn_dim
+    token += width * dim if size.image_dim else 0  # what attention to the picture gives
     seen = sum(own + before for own, before in zip(clip.chunks, clip.past, strict=True))
     joined = 2 * dim * seen * clip.frame_tokens * width if len(clip.chunks) > 1 else 0
     return clip.tokens * token + joined

@@ -19,6 +19,7 @@ from selfforcing_dfd.stages.config_files import training_configs
 from selfforcing_dfd.training.build_data import open_shards
 
 ENCODERS = "weights/Wan2.1-T2V-1.3B-Diffusers"  # VAE and text encoder; those of 14B are the same
+PICTURE_ENCODER = "weights/Wan2.1-I2V-14B-480P-Diffusers"
 DFD_DATA = "csusupergear/vipe_long_lmdb"
 DFD_FOLDER = "data/vipe_long_lmdb"
 # of Self-Forcing: prompts are all that DMD needs
@@ -29,8 +30,10 @@ COMMAND = "selfforcing-dfd"
 REPOSITORIES = {
     "Wan2.1-T2V-1.3B-Diffusers": "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
     "Wan2.1-T2V-14B-Diffusers": "Wan-AI/Wan2.1-T2V-14B-Diffusers",
+    "Wan2.1-I2V-14B-480P-Diffusers": "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers",
     "Wan2.1-T2V-1.3B": "Wan-AI/Wan2.1-T2V-1.3B",
     "Wan2.1-T2V-14B": "Wan-AI/Wan2.1-T2V-14B",
+    "Wan2.1-I2V-14B-480P": "Wan-AI/Wan2.1-I2V-14B-480P",
     "Self-Forcing": "gdhe17/Self-Forcing",
 }
 """Hub repositories by the name of the folder that a config expects them in."""
@@ -42,10 +45,13 @@ FILES = {
 """Hub repositories by the end of a file's path, whatever folder it was downloaded to."""
 
 
-def describe_needs(config: Config, prompts_do: bool, is_wan: bool) -> Iterator[str]:
-    """The weights, clips and noise that a run starts from, a line each; (MISSING) with its cure.
+def describe_needs(
+    config: Config, prompts_do: bool, is_wan: bool, takes_pictures: bool
+) -> Iterator[str]:
+    """Weights, clips, noise and pictures that a run starts from, a line each; (MISSING) with cure.
 
     prompts_do: captions without clips will do. is_wan: the networks are of Wan's text width.
+    takes_pictures: they are of Wan2.1-I2V.
     """
     yield from describe_starts(config)
     folder = config.data.shards
@@ -64,6 +70,11 @@ def describe_needs(config: Config, prompts_do: bool, is_wan: bool) -> Iterator[s
     if stage_of(config).needs_noise(config) and not tiny.noise_steps and not has_noise:
         yield f"  {'noise':<12}not in {folder} (MISSING)"
         yield f"{'':14}{COMMAND} invert {folder} --config CONFIG   # this one"
+    has_pictures = has_shards(config) and open_shards(config).has_pictures
+    if takes_pictures and not has_pictures:
+        yield f"  {'pictures':<12}not in {folder} (MISSING)"
+        yield f"{'':14}{how_to_get(PICTURE_ENCODER)}"
+        yield f"{'':14}{COMMAND} images {folder} --model {PICTURE_ENCODER}"
 
 
 def describe_starts(config: Config) -> Iterator[str]:

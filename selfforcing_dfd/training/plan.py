@@ -102,7 +102,8 @@ def plan_run(config: Config, prompts_do: bool = False) -> list[str]:
     lines += describe_published(config)
     lines += describe_updates(config)
     is_wan = any(size.text_dim == UMT5_WIDTH for size in sizes.values())
-    lines += describe_needs(config, prompts_do, is_wan)
+    takes_pictures = any(size.image_dim for size in sizes.values())
+    lines += describe_needs(config, prompts_do and not takes_pictures, is_wan, takes_pictures)
     return lines
 
 
@@ -142,6 +143,7 @@ def describe_shapes(config: Config, sizes: Mapping[str, NetworkConfig]) -> Itera
         f"  latents     [{config.batch.micro}, {rollout.frames}, {size.channels}, {height}, "
         f"{width}] in {len(chunks_of(config))} chunks of {rollout.chunk_frames} latent frames; "
         f"text [{text_tokens(config)}, {size.text_dim}]"
+        f"{'; with a picture for each clip' if size.image_dim else ''}"
     )
 
 

@@ -38,6 +38,7 @@ def size_of(config: Config, start: Start) -> NetworkConfig | None:
         return size_in(path, start.entry, start.head_dim, changed_ns)
     if is_published(start.path):
         name = "wan14b" if "14B" in start.path else "wan1.3b"
+        name = "wan14b_i2v" if "I2V" in start.path else name
         return from_arguments(PUBLISHED_SIZES[name])
     maker = maker_of_run(str(Path(start.path).parent))
     if not maker:
@@ -62,7 +63,8 @@ def from_arguments(sizes: Mapping[str, Any]) -> NetworkConfig:
         head_dim=sizes["attention_head_dim"],
         num_layers=sizes["num_layers"],
         ffn_dim=sizes["ffn_dim"],
-        channels=sizes["in_channels"],
+        channels=sizes["out_channels"],
         text_dim=sizes["text_dim"],
         freq_dim=sizes["freq_dim"],
+        image_dim=sizes["image_dim"] or 0,
     )

@@ -20,6 +20,10 @@ OUTER_MODULES = {
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
     "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
     "head.head": "proj_out",
 }
 BLOCK_MODULES = {
@@ -32,10 +36,15 @@ BLOCK_MODULES = {
     "cross_attn.k": "attn2.to_k",
     "cross_attn.v": "attn2.to_v",
     "cross_attn.o": "attn2.to_out.0",
+    "cross_attn.k_img": "attn2.add_k_proj",
+    "cross_attn.v_img": "attn2.add_v_proj",
     "ffn.0": "ffn.net.0.proj",
     "ffn.2": "ffn.net.2",
 }
-"""Modules with a weight and a bias: original Wan name -> diffusers name."""
+"""Modules with a weight and a bias: original Wan name -> diffusers name.
+
+Those of `img_emb`, `k_img` and `v_img` are in image-to-video models alone.
+"""
 
 TO_DIFFUSERS_OUTER = {
     **{
@@ -56,6 +65,7 @@ TO_DIFFUSERS_BLOCK = {
         for wan, name in (("self_attn", "attn1"), ("cross_attn", "attn2"))
         for part in "qk"
     },
+    "cross_attn.norm_k_img.weight": "attn2.norm_added_k.weight",
     "modulation": "scale_shift_table",
 }
 TO_WAN_OUTER = {name: wan for wan, name in TO_DIFFUSERS_OUTER.items()}
@@ -78,10 +88,17 @@ EXTRAS = (
     Extra(
         "image-to-video",
         re.compile(
-            r"(^|\.)(img_emb|k_img|v_img|norm_k_img|image_embedder|add_[kv]_proj|norm_added_k)\."
+            r"(^|\.)(img_emb\.proj|k_img|v_img|norm_k_img|image_embedder\.(norm|ff)"
+            r"|add_[kv]_proj|norm_added_k)"
         ),
-        "this is an image-to-video checkpoint, which is not supported; use a text-to-video one "
-        "(Wan2.1 T2V)",
+        "an image-to-video checkpoint (Wan2.1 I2V) has img_emb, k_img, v_img and norm_k_img and 36 "
+        "input channels; one of them is missing or of another size: fetch it again",
+    ),
+    Extra(
+        "first-and-last-frame",
+        re.compile(r"(^|\.)(img_emb\.emb_pos|image_embedder\.pos_embed)$"),
+        "this is a checkpoint that takes a first and a last picture (FLF2V), which is not "
+        "supported; use Wan2.1 I2V, which takes the first one",
     ),
     Extra(
         "GAN",
@@ -178,9 +195,13 @@ ANCHORS = {
     "proj_out.weight": 2,
 }
 """Tensors that a network's sizes follow from, with their number of dimensions."""
+IMAGE_NORM = "condition_embedder.image_embedder.norm1.weight"
+"""Of the width of an image encoder's states; only image-to-video models have it."""
 
 
-def sizes_of(shapes: Mapping[str, Shape]) -> tuple[int, dict[str, int | tuple[int, int, int]]]:
+def sizes_of(
+    shapes: Mapping[str, Shape],
+) -> tuple[int, dict[str, int | tuple[int, int, int] | None]]:
     """Width D and WanTransformer's arguments but heads and eps, from shapes by diffusers name.
 
     Raises KeyError for one of ANCHORS that is missing or has another number of dimensions.
@@ -190,6 +211,7 @@ def sizes_of(shapes: Mapping[str, Shape]) -> tuple[int, dict[str, int | tuple[in
             raise KeyError(name)
     width, in_channels, *patch = shapes["patch_embedding.weight"]
     blocks = {int(inside[1]) for name in shapes if (inside := BLOCK.fullmatch(name))}
+    image_dim = shapes[IMAGE_NORM][0] if shapes.get(IMAGE_NORM) else None
     return width, {
         "patch_size": (patch[0], patch[1], patch[2]),
         "in_channels": in_channels,
@@ -198,4 +220,6 @@ def sizes_of(shapes: Mapping[str, Shape]) -> tuple[int, dict[str, int | tuple[in
         "freq_dim": shapes["condition_embedder.time_embedder.linear_1.weight"][1],
         "ffn_dim": shapes["blocks.0.ffn.net.0.proj.weight"][0],
         "num_layers": max(blocks) + 1,
+        "image_dim": image_dim,
+        "added_kv_proj_dim": None if image_dim is None else width,
     }

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from selfforcing_dfd.models.identity import Recipe, Role, TrainingData
+from selfforcing_dfd.models.picture import further_channels, takes_picture
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.weights.names import Shape, sizes_of, to_wan
 from selfforcing_dfd.weights.sources import SIZES, StoredWeights, describe_extras
@@ -155,12 +156,7 @@ def network_sizes(weights: StoredWeights, head_dim: int = 0) -> dict[str, Any]:
         raise WeightsError(
             f"{weights.source}: {_shown(weights, name)} {wrong}{_advice(weights)}"
         ) from error
-    if sizes["in_channels"] != sizes["out_channels"]:
-        raise WeightsError(
-            f"{weights.source} takes {sizes['in_channels']} channels and gives "
-            f"{sizes['out_channels']}: a checkpoint for image-to-video or control, which is not "
-            "supported; use a text-to-video one (Wan2.1 T2V)"
-        )
+    _check_channels(weights, sizes)
     per_head = weights.config.get("attention_head_dim") or head_dim
     if not per_head and width in WAN_WIDTHS:
         logger.info(
@@ -180,6 +176,22 @@ def network_sizes(weights: StoredWeights, head_dim: int = 0) -> dict[str, Any]:
     found = {**sizes, **heads, "eps": weights.config.get("eps", 1e-6)}
     _check_config(weights, found)
     return found
+
+
+def _check_channels(weights: StoredWeights, sizes: Mapping[str, Any]) -> None:
+    """Raise WeightsError for further input channels that are not those of a picture."""
+    channels = sizes["out_channels"]
+    wanted = channels
+    what = "no tensors of an image encoder"
+    if takes_picture(sizes):
+        wanted += further_channels(channels)
+        what = "tensors of an image encoder"
+    if sizes["in_channels"] != wanted:
+        raise WeightsError(
+            f"{weights.source} takes {sizes['in_channels']} channels, gives {channels} and has "
+            f"{what}: a checkpoint for control, or of Wan2.2, which is not supported; use Wan2.1's "
+            "text-to-video or image-to-video"
+        )
 
 
 def _check_config(weights: StoredWeights, sizes: Mapping[str, Any]) -> None:

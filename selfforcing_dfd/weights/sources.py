@@ -62,12 +62,10 @@ ENTRY_ROLES: dict[str, Role] = {
 """Roles of the entries of Self-Forcing's files and of FastGen's."""
 FOLDERS = ("diffusers folder", "original Wan folder")
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-WAN_SETTINGS = {
-    "model_type": "t2v",
-    "window_size": [-1, -1],
-    "qk_norm": True,
-    "cross_attn_norm": True,
-}
+MODEL_TYPES = ("t2v", "i2v")
+WAN_IMAGE_DIM = 1280
+"""Width of the states of Wan's image encoder, which its own configs do not state."""
+WAN_SETTINGS = {"window_size": [-1, -1], "qk_norm": True, "cross_attn_norm": True}
 SIZES_IN_WAN = {
     "in_dim": "in_channels",
     "out_dim": "out_channels",
@@ -84,6 +82,8 @@ SIZES = (
     "ffn_dim",
     "num_layers",
     "eps",
+    "image_dim",
+    "added_kv_proj_dim",
 )
 """WanTransformer's arguments."""
 NUM_SHOWN = 8
@@ -295,24 +295,31 @@ def _stated_sizes(config: Mapping[str, Any], source: str) -> dict[str, Any]:
     is_wan = "dim" in config
     wanted = WAN_SETTINGS if is_wan else ARCHITECTURE
     other = {key: config[key] for key, value in wanted.items() if config.get(key, value) != value}
-    is_i2v = "i2v" in str(config.get("model_type"))
-    if is_i2v or config.get("image_dim") or config.get("added_kv_proj_dim"):
-        raise WeightsError(
-            f"{source}: {other}: image-to-video, which is not supported; use text-to-video "
-            "(Wan2.1 T2V)"
-        )
+    if config.get("model_type", "t2v") not in MODEL_TYPES:
+        other["model_type"] = config["model_type"]
     if other:
         raise WeightsError(
-            f"{source}: config.json says {other}; wanted text-to-video Wan2.1, that is {wanted}"
+            f"{source}: config.json says {other}; wanted Wan2.1 for text-to-video or "
+            f"image-to-video, that is {wanted}"
         )
     stated = dict(config)
     if is_wan:
         stated = {SIZES_IN_WAN.get(key, key): value for key, value in config.items()}
         if stated.get("num_attention_heads"):
             stated["attention_head_dim"] = config["dim"] // stated["num_attention_heads"]
+        stated |= _picture_sizes(config)
     if "patch_size" in stated:
         stated["patch_size"] = tuple(stated["patch_size"])
     return {key: stated[key] for key in SIZES if key in stated}
+
+
+def _picture_sizes(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What a model type of original Wan says about the parts for a picture."""
+    if "model_type" not in config:
+        return {}
+    if config["model_type"] != "i2v":
+        return {"image_dim": None, "added_kv_proj_dim": None}
+    return {"image_dim": config.get("image_dim", WAN_IMAGE_DIM), "added_kv_proj_dim": config["dim"]}
 
 
 def describe_extras(keys: Iterable[str]) -> str:

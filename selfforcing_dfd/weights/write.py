@@ -23,10 +23,11 @@ from selfforcing_dfd import __version__
 from selfforcing_dfd.common import atomic_file, atomic_folder
 from selfforcing_dfd.models.hub import ARCHITECTURE
 from selfforcing_dfd.models.identity import STUDENT_ROLES, Identity, Recipe, Role
+from selfforcing_dfd.models.picture import takes_picture
 from selfforcing_dfd.weights.names import to_wan
 from selfforcing_dfd.weights.read import meta_network
 from selfforcing_dfd.weights.recipes import settle_recipe
-from selfforcing_dfd.weights.sources import SIZES, StoredWeights, read_weights
+from selfforcing_dfd.weights.sources import SIZES, WAN_IMAGE_DIM, StoredWeights, read_weights
 from selfforcing_dfd.weights.stored import (
     DTYPES,
     INDEX,
@@ -223,7 +224,7 @@ def network_config(sizes: Mapping[str, Any], identity: Identity) -> dict[str, An
 def diffusers_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
     """config.json of diffusers' WanTransformer3DModel, from WanTransformer's arguments."""
     sizes = {**sizes, "patch_size": list(sizes["patch_size"])}
-    rest = {**ARCHITECTURE, "pos_embed_seq_len": None, "rope_max_seq_len": 1024}
+    rest = {**ARCHITECTURE, "rope_max_seq_len": 1024}
     return {
         "_class_name": "WanTransformer3DModel",
         "_diffusers_version": diffusers.__version__,
@@ -245,7 +246,7 @@ def wan_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
         "ffn_dim": sizes["ffn_dim"],
         "freq_dim": sizes["freq_dim"],
         "in_dim": sizes["in_channels"],
-        "model_type": "t2v",
+        "model_type": "i2v" if takes_picture(sizes) else "t2v",
         "num_heads": sizes["num_attention_heads"],
         "num_layers": sizes["num_layers"],
         "out_dim": sizes["out_channels"],
@@ -254,6 +255,7 @@ def wan_config(sizes: Mapping[str, Any]) -> dict[str, Any]:
     unusual = {
         "text_dim": (sizes["text_dim"], 4096),
         "patch_size": (list(sizes["patch_size"]), [1, 2, 2]),
+        "image_dim": (sizes["image_dim"] or WAN_IMAGE_DIM, WAN_IMAGE_DIM),
     }
     return config | {key: value for key, (value, usual) in unusual.items() if value != usual}
 

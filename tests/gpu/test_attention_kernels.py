@@ -10,8 +10,9 @@ from torch._dynamo.utils import counters
 from selfforcing_dfd import rng
 from selfforcing_dfd.models.attention import attend, fitting_kernels, installed_kernels, load_kernel
 from selfforcing_dfd.models.attention_operator import KernelAttention, Slots
+from selfforcing_dfd.models.block import WanBlock
+from selfforcing_dfd.models.prepared import Modulation
 from selfforcing_dfd.models.rope import positions_rotary
-from selfforcing_dfd.models.wan import Modulation, WanBlock
 
 pytestmark = pytest.mark.gpu
 HEAD_DIM = 128  # Wan's

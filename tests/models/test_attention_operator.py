@@ -20,7 +20,8 @@ from selfforcing_dfd.models.attention_operator import (
     attend_operator,
     loaded,
 )
-from selfforcing_dfd.models.wan import Modulation, WanBlock
+from selfforcing_dfd.models.block import WanBlock
+from selfforcing_dfd.models.prepared import Modulation
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText

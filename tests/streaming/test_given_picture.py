@@ -142,7 +142,7 @@ def test_a_longer_clip_is_continued_in_whole_chunks(model):
 
 def test_a_picture_that_is_missing_or_too_short_is_refused(model):
     """Catches a student that makes its first frame, which it has never learnt."""
-    with pytest.raises(UserError, match=r"first 1 video frame\(s\) .* picture by --image"):
+    with pytest.raises(UserError, match=r"first 1 video frame\(s\) .* by --image"):
         StreamSession(model, "a disc", WHOLE)
     longer = replace(model, chunk_frames=4, given=3)
     settings = replace(WHOLE, window_frames=8)

@@ -215,21 +215,25 @@ def test_the_config_must_agree_with_the_tensors(tmp_path):
     """Catches a config.json of another size, and guessed heads, which no shape shows."""
     with pytest.raises(WeightsError, match="num_layers 30 instead of 2"):
         load_network(wan_folder(tmp_path / "layers", wan_state(), num_layers=30))
-    with pytest.raises(WeightsError, match="image-to-video"):
-        read_weights(wan_folder(tmp_path / "i2v", wan_state(), model_type="i2v"))
+    with pytest.raises(WeightsError, match="image_dim 1280 instead of None"):
+        load_network(wan_folder(tmp_path / "i2v", wan_state(), model_type="i2v"))
+    with pytest.raises(WeightsError, match=r"'model_type': 'flf2v'.*or image-to-video"):
+        read_weights(wan_folder(tmp_path / "flf2v", wan_state(), model_type="flf2v"))
     save_file(wan_state(), tmp_path / "w.safetensors")
     with pytest.raises(WeightsError, match=r"width 32 and no word about heads; .* head_dim=N"):
         load_network(tmp_path / "w.safetensors")
 
 
 def test_extra_channels_are_refused(tmp_path):
-    """Catches an image-to-video model without tensors of its own.
+    """Catches further input channels of something other than a picture, as Wan2.2 has them.
 
-    It differs by 20 more input channels.
+    Such a checkpoint has no image encoder's tensors.
     """
-    save_file(wan_state(in_channels=36, out_channels=16), tmp_path / "fun.safetensors")
+    state = wan_state()
+    state["patch_embedding.weight"] = torch.ones(32, 12, 1, 2, 2)
+    save_file(state, tmp_path / "fun.safetensors")
     with pytest.raises(
-        WeightsError, match="takes 36 channels and gives 16: a checkpoint for image-to-video"
+        WeightsError, match="takes 12 channels, gives 4 and has no tensors of an image encoder"
     ):
         load_network(tmp_path / "fun.safetensors", head_dim=HEAD_DIM)
 

@@ -29,7 +29,7 @@ class Student:
 
     def facts(self) -> dict[str, Any]:
         """What the page shows of it. Raises UserError for settings that do not fit the model."""
-        if self.model.given:
+        if self.model.num_given_video_frames:
             raise UserError(
                 "this student begins with a given picture, and the page has none; use "
                 "`stream --image FILE` without --serve"

@@ -1,0 +1,88 @@
+"""What streams share: a student, its codec and text encoder, and their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from selfforcing_dfd.codecs.protocol import StreamingCodec
+from selfforcing_dfd.models.picture import Picture
+from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.rollout import Ladder
+from selfforcing_dfd.streaming.ring import KVShape
+
+
+class TextEncoder(Protocol):
+    def encode(self, captions: list[str]) -> Tensor:
+        """[B, L, D_text], zeros past each prompt's end."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StreamModel:
+    """What sessions share: weights and sizes.
+
+    latent_size: rows and columns of the latents. decode_device: the codec's device; None is the
+    student's. keeps_noise: whether the noise that a chunk starts from stays between its steps.
+    given: latent frames at the start of a video that the student does not make (1: a picture).
+    see: for a student of Wan2.1-I2V, what it sees of a picture [1, H, W, 3]; see `codecs.pictures`.
+    """
+
+    student: WanTransformer
+    codec: StreamingCodec
+    text: TextEncoder
+    ladder: Ladder
+    chunk_frames: int
+    latent_size: tuple[int, int]
+    decode_device: torch.device | None = None
+    keeps_noise: bool = False
+    given: int = 0
+    see: Callable[[Tensor], Picture] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.student.patch_embedding.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.student.patch_embedding.weight.dtype
+
+    @property
+    def video_size(self) -> tuple[int, int]:
+        """Height and width of a video frame."""
+        rows, columns = self.latent_size
+        _, row_stride, column_stride = self.codec.strides
+        return rows * row_stride, columns * column_stride
+
+    @property
+    def num_given_video_frames(self) -> int:
+        """Video frames that a stream cannot begin without."""
+        if self.student.takes_picture:
+            return 1
+        return 1 + self.codec.strides[0] * (self.given - 1) if self.given else 0
+
+    @property
+    def num_given_latent_frames(self) -> int:
+        return 1 if self.student.takes_picture else self.given
+
+    def grey(self) -> Tensor | None:
+        """A grey beginning for a student that needs one: for measurements, where none is shown."""
+        num_frames = self.num_given_video_frames
+        return torch.full((num_frames, *self.video_size, 3), 0.5) if num_frames else None
+
+    def kv_shape(self) -> KVShape:
+        """Sizes of the keys and values of one latent frame."""
+        rows, columns = self.latent_size
+        _, patch_rows, patch_columns = self.student.patch
+        config = self.student.config
+        return KVShape(
+            num_layers=config["num_layers"],
+            batch=1,
+            tokens=(rows // patch_rows) * (columns // patch_columns),
+            heads=self.student.own_heads,
+            head_dim=config["attention_head_dim"],
+        )
