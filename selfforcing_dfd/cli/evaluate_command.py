@@ -17,6 +17,11 @@ from selfforcing_dfd.cli.evaluate_features import (
     encoders_of,
     feature_table,
 )
+from selfforcing_dfd.cli.evaluate_i2v import (
+    add_i2v_subject,
+    add_picture_options,
+    check_picture_options,
+)
 from selfforcing_dfd.cli.options import Run, positive, rate
 from selfforcing_dfd.common import UserError
 
@@ -74,6 +79,7 @@ def evaluate(parser: argparse.ArgumentParser) -> Run:
         "--keep-going", action="store_true", help="leave damaged videos out and name them"
     )
     add_feature_options(parser)
+    add_picture_options(parser)
     add_calibration_options(parser)
 
     def run(args: argparse.Namespace) -> None:
@@ -108,6 +114,7 @@ def evaluate_videos(args: argparse.Namespace) -> None:
 
     out = args.out or Path("evaluation.json")
     check_feature_options(args)
+    check_picture_options(args)
     encoders = encoders_of(args)
     measured, refused = measure_all(args, find_videos(args.videos))
     if not measured:
@@ -123,8 +130,11 @@ def evaluate_videos(args: argparse.Namespace) -> None:
         add_features(content, args, [video.file for video in measured], encoders)
     if encoders or args.poses:
         add_cameras(content, args.poses, measured)
+    lines = [table(measured, content["means"])]
+    if args.images:
+        lines.append(add_i2v_subject(content, args, [video.file for video in measured]))
     write_evaluation(out, content)
-    print(table(measured, content["means"]))
+    print("\n".join(lines))
     if encoders:
         print(feature_table(content["features"]))
     if "camera" in content:

@@ -26,6 +26,7 @@ from selfforcing_dfd.cli import (
     run_commands,
     stream_commands,
     study_command,
+    vbench_command,
     weights_commands,
 )
 from selfforcing_dfd.cli.errors import EXIT_READER_GONE, end, guarded, reader_is_gone
@@ -46,7 +47,12 @@ GROUPS: dict[str, tuple[Command, ...]] = {
         run_commands.rebuild,
     ),
     "stream": (stream_commands.stream, stream_commands.benchmark),
-    "judge": (evaluate_command.evaluate, protocol_command.protocol, blind_command.blind),
+    "judge": (
+        evaluate_command.evaluate,
+        vbench_command.vbench,
+        protocol_command.protocol,
+        blind_command.blind,
+    ),
     "data": (
         data_commands.clips,
         curate_command.curate,

@@ -104,6 +104,11 @@ class DinoEncoder:
         states: Tensor = self.model(pixel_values=pixels).last_hidden_state
         return states[:, 0]
 
+    @torch.no_grad()
+    def features(self, pixels: Tensor) -> Tensor:
+        """Features [n, D] of prepared pictures [n, 3, h, w], float32 on the CPU."""
+        return self.encode(pixels.to(self.device)).float().cpu()
+
     def described(self) -> dict[str, Any]:
         return described(self.folder, self.name)
 

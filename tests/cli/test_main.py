@@ -33,7 +33,7 @@ SAME_MEANING = {
         "sample",
         "report",
     }
-    | {"picture", "rebuild", "distil"},
+    | {"picture", "rebuild", "distil", "vbench"},
     "--settings": {"stream", "benchmark"},
     "--size": {"stream", "benchmark", "pack", "prompts", "distil"},
     "--weights": {"stream", "benchmark"},
