@@ -113,7 +113,7 @@ def dimensions_of(args: argparse.Namespace) -> list[str]:
 
     if args.dimensions:
         return [name.strip() for name in args.dimensions.split(",")]
-    return [*USUAL, *OF_PICTURES] if args.images else [*USUAL]
+    return list(USUAL + OF_PICTURES) if args.images else list(USUAL)
 
 
 def command_of(args: argparse.Namespace) -> list[str]:

@@ -87,6 +87,11 @@ def inspect_checkpoint(
         raise JourneyError(
             f"{found.source} is a {str(known).replace('_', ' ')}; a journey begins with a {wanted}"
         )
+    if found.sizes["image_dim"]:
+        raise JourneyError(
+            f"{found.source} sees pictures (Wan2.1-I2V), for which `distil` has no recipe: see "
+            "docs/image_to_video.md"
+        )
     recipe = None
     if known == "causal_student":
         recipe = settle_recipe(found.recipe, {}, known, found.source)
