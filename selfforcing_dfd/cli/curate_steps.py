@@ -32,6 +32,7 @@ from selfforcing_dfd.cli.data_options import (
     add_form_options,
     add_intake_options,
     add_output_options,
+    add_processes,
     add_text_options,
 )
 from selfforcing_dfd.cli.options import DEVICE_HELP, Command, Run, positive
@@ -158,6 +159,7 @@ def pack(parser: argparse.ArgumentParser) -> Run:
     add_codec_options(parser)
     add_caption_options(parser)
     add_form_options(parser)
+    add_processes(parser)
     add_text_options(parser, "default: umt5 with --codec wan, tiny with tiny")
     add_output_options(parser)
     parser.add_argument(

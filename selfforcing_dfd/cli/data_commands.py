@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from selfforcing_dfd.cli.data_options import (
     add_form_options,
     add_intake_options,
     add_output_options,
+    add_processes,
     add_text_options,
     pack_options,
 )
@@ -71,6 +73,7 @@ def pack(parser: argparse.ArgumentParser) -> Run:
     add_intake_options(parser)
     add_caption_options(parser)
     add_form_options(parser)
+    add_processes(parser)
     add_text_options(parser, "default: umt5 with --codec wan, tiny with tiny")
     add_output_options(parser)
     parser.add_argument(
@@ -113,6 +116,7 @@ def pack_files(
 
     settings: more that a resumed run must share. more: writes further files into the folder.
     """
+    from selfforcing_dfd.data.elsewhere import Elsewhere
     from selfforcing_dfd.data.pack import check_early, pack
 
     options = replace(
@@ -122,14 +126,16 @@ def pack_files(
         settings={"codec_dtype": args.dtype, **settings},
     )
     check_early(source, out, options)
-    codec, save_basis = _load_codec(args, source)
+    codec, save_basis, load_again = _load_codec(args, source)
     writers = [each for each in (save_basis, more) if each is not None]
 
     def attach(folder: Path) -> None:
         for write in writers:
             write(folder)
 
-    return pack(source, out, codec, _load_text(args), replace(options, attach=attach))
+    elsewhere = None if args.processes is None else Elsewhere(args.processes, load_again)
+    options = replace(options, attach=attach, elsewhere=elsewhere)
+    return pack(source, out, codec, _load_text(args), options)
 
 
 def prompts(parser: argparse.ArgumentParser) -> Run:
@@ -331,17 +337,20 @@ def _out_folder(args: argparse.Namespace, source: Path) -> Path:
 
 def _load_codec(
     args: argparse.Namespace, source: FileSource
-) -> tuple[VideoCodec, Callable[[Path], None] | None]:
-    """The codec, and what writes its basis beside the shards."""
+) -> tuple[VideoCodec, Callable[[Path], None] | None, Callable[[], VideoCodec]]:
+    """The codec, what writes its basis beside the shards, and what loads it elsewhere."""
     from selfforcing_dfd.data import encoders
 
     if args.codec == "wan":
-        return encoders.load_wan_codec(args.model, args.device, args.dtype), None
+        load = partial(encoders.load_wan_codec, args.model, args.device, args.dtype)
+        return load(), None, load
     if args.fit:
         codec = encoders.fit_tiny_codec(source.read_video, len(source.clips))
     else:
         codec = encoders.load_tiny_codec(args.basis)
-    return codec.to(args.device), lambda out: codec.save(out / CODEC_FILE)
+    bases = (codec.first.numpy(), codec.rest.numpy(), codec.scale)
+    load_again = partial(encoders.tiny_codec_of, *bases, args.device)
+    return codec.to(args.device), lambda out: codec.save(out / CODEC_FILE), load_again
 
 
 def _load_text(args: argparse.Namespace) -> TextEncoder:

@@ -93,6 +93,20 @@ def add_form_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_processes(parser: argparse.ArgumentParser) -> None:
+    """Where videos are encoded."""
+    parser.add_argument(
+        "--engine", choices=("local",), default="local", help="processes of this machine"
+    )
+    parser.add_argument(
+        "--processes",
+        type=positive,
+        metavar="N",
+        help="decode and encode videos in N processes of one thread each, to the same bytes for any"
+        " N; each holds the codec (default: in this process, with all its threads)",
+    )
+
+
 def add_codec_options(parser: argparse.ArgumentParser) -> None:
     """What turns video into latents."""
     parser.add_argument(

@@ -16,7 +16,6 @@ from tqdm import tqdm
 
 from selfforcing_dfd.common import UserError, atomic_file, sha256_of, sync
 from selfforcing_dfd.config import ranged
-from selfforcing_dfd.curate.engine import each_in_order
 from selfforcing_dfd.curate.folder import (
     CLIPS,
     EMBED,
@@ -32,6 +31,7 @@ from selfforcing_dfd.data.sources.listing import Clip
 from selfforcing_dfd.data.sources.video import rate_of
 from selfforcing_dfd.metrics.feature_files import encoder_of
 from selfforcing_dfd.metrics.features import Encoder, Sampled, SamplePlan, unit
+from selfforcing_dfd.processes.local import each_in_order
 
 FILES_AT_ONCE = 32  # between two entries in the progress file, each of which waits for the disk
 BLACK = 64  # pixels, of the frames that tell how long a vector is

@@ -13,7 +13,6 @@ from tqdm import tqdm
 from selfforcing_dfd.common import UserError, atomic_file, is_as_sealed, sealed
 from selfforcing_dfd.config import ranged
 from selfforcing_dfd.curate.candidates import Candidate, even_ranks, look_at, pick_by_rule
-from selfforcing_dfd.curate.engine import each_in_order
 from selfforcing_dfd.curate.folder import (
     CANDIDATES,
     PICKS,
@@ -28,6 +27,7 @@ from selfforcing_dfd.curate.picks import Sheet, write_picks
 from selfforcing_dfd.curate.progress import ProgressFile
 from selfforcing_dfd.curate.sheets import LONGEST, write_sheet
 from selfforcing_dfd.data.sources.listing import Clip
+from selfforcing_dfd.processes.local import each_in_order
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
+
+from selfforcing_dfd.processes.local import results_in_order
 
 Given = TypeVar("Given")
 Made = TypeVar("Made")
@@ -28,16 +29,3 @@ def in_order(
         yield from results_in_order(pool, make, inputs, 2 * num_workers)
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def results_in_order(
-    pool: Executor, make: Callable[[Given], Made], inputs: Iterable[Given], ahead: int
-) -> Iterator[Made]:
-    """What a pool makes of each input, in their order; at most ahead + 1 results wait."""
-    waiting: deque[Future[Made]] = deque()
-    for one in inputs:
-        waiting.append(pool.submit(make, one))
-        if len(waiting) > ahead:
-            yield waiting.popleft().result()
-    while waiting:
-        yield waiting.popleft().result()

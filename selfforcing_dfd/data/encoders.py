@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,6 +64,13 @@ def load_tiny_codec(path: Path) -> TinyCodec:
             f"{path}: no codec basis; name one with --basis FILE or fit one to the clips with --fit"
         )
     return TinyCodec.load(path)
+
+
+def tiny_codec_of(
+    first: np.ndarray, rest: np.ndarray, scale: float, device: str = "cpu"
+) -> TinyCodec:
+    """The codec of these bases, which can be sent to another process."""
+    return TinyCodec(torch.from_numpy(first), torch.from_numpy(rest), scale).to(device)
 
 
 def fit_tiny_codec(read_video: Callable[[int], Tensor], num_clips: int) -> TinyCodec:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from selfforcing_dfd.codecs.protocol import TextEncoder, VideoCodec
 from selfforcing_dfd.data.ahead import in_order
+from selfforcing_dfd.data.elsewhere import Elsewhere, latents_of, read_item
 from selfforcing_dfd.data.format import LATENT, NEGATIVE_NAME, PackError, load_npy, npy, trim
 from selfforcing_dfd.data.levels import text_member
 from selfforcing_dfd.data.source import ClipError, DamagedClipError, Item, Latents, Source
@@ -52,6 +53,7 @@ class PackOptions:
     more for the index that a resumed run must share, such as the codec's dtype. strict: the first
     item that cannot be used is a PackError. overwrite: replaces an earlier folder. unfinished: see
     `write.Unfinished`. attach: writes further files, such as the codec's basis, into the folder.
+    elsewhere: where videos are encoded, if not here; then num_workers does not matter.
     """
 
     shard_size: int = 512
@@ -65,6 +67,7 @@ class PackOptions:
     overwrite: bool = False
     unfinished: Unfinished = "discard"
     attach: Callable[[Path], None] | None = None
+    elsewhere: Elsewhere | None = None
 
 
 DEFAULTS = PackOptions()
@@ -188,7 +191,7 @@ class _Packer:
     def records(self, first: int, refuse: Refuse) -> Iterator[Record]:
         """See `write.Records`."""
         positions = range(first, len(self.numbers))
-        items = in_order(self._read, positions, self.options.num_workers)
+        items = self._items(positions)
         bar = tqdm(
             zip(positions, items, strict=True),
             desc="packing",
@@ -213,12 +216,24 @@ class _Packer:
                 num_refused += 1
                 bar.set_postfix(refused=num_refused)
 
+    def _items(self, positions: Sequence[int]) -> Iterator[Item | ClipError]:
+        """The item of each position, or why there is none; read ahead."""
+        elsewhere = self.options.elsewhere
+        if elsewhere is None or self.codec is None:
+            return in_order(self._read, positions, self.options.num_workers)
+        numbers = [self.numbers[position] for position in positions]
+        codec = self.fingerprints["codec"]
+        found = elsewhere.items(self.source, numbers, codec, self.options.device)
+        return (self._checked(*pair) for pair in zip(positions, found, strict=True))
+
     def _read(self, position: int) -> Item | ClipError:
         """The item, or why not. An error is a result, so that threads that read ahead go on."""
-        try:
-            item = self.source.read(self.numbers[position])
-        except ClipError as error:
-            return error
+        return self._checked(position, read_item(self.source, self.numbers[position]))
+
+    def _checked(self, position: int, item: Item | ClipError) -> Item | ClipError:
+        """The item if it has the captions that are packed."""
+        if isinstance(item, ClipError):
+            return item
         if self.text and not item.caption:
             return ClipError(self.names[position], "no caption")
         missing = [level for level in self.source.levels if not item.captions.get(level)]
@@ -244,7 +259,7 @@ class _Packer:
             yield position, problems[0] if problems else self._record(position, item, texts)
 
     def _count_left(self, item: Item) -> None:
-        if item.video is not None and item.frames_left >= len(item.video):
+        if item.frames_left and item.frames_left >= _num_video_frames(item):
             self.left.update(files=1, frames=item.frames_left)
 
     def _embeddings(self, items: list[tuple[int, Item]], level: str) -> list[Tensor | ClipError]:
@@ -296,8 +311,7 @@ class _Packer:
     def _latents(self, item: Item) -> Tensor | None:
         if item.video is None:
             return item.latents
-        pixels = item.video.to(self.options.device)[None].float() / 255
-        return _needed(self.codec).encode(pixels)[0]
+        return latents_of(_needed(self.codec), item.video, self.options.device)
 
     def _latent_shape(self) -> tuple[int, ...]:
         """F, C, H, W of every sample; of video from a black clip.

@@ -24,7 +24,11 @@ class ClipError(UserError):
 
     def __init__(self, name: str, reason: str) -> None:
         super().__init__(f"{name}: {reason}")
+        self.name = name
         self.reason = reason
+
+    def __reduce__(self) -> tuple[type[ClipError], tuple[str, str]]:
+        return type(self), (self.name, self.reason)
 
 
 class DamagedClipError(ClipError):

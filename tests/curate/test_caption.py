@@ -5,12 +5,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-import multiprocessing
 import os
 import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from in_processes import run_until_killed
 from PIL import Image
 
 from selfforcing_dfd.cli.main import STEPS, main, parser_of
@@ -210,25 +211,19 @@ def test_a_killed_run_goes_on_where_it_was(clips: Path, tmp_path: Path) -> None:
     whole = tmp_path / "whole.jsonl"
     caption_clips(listed, Counting(), whole, LOOKS, num_workers=0)
     out = tmp_path / "a.jsonl"
-    partial = tmp_path / "a.jsonl.partial"
+    unfinished = tmp_path / "a.jsonl.partial"
     for asked, lines in ((3, 4), (2, 5)):
-        process = multiprocessing.get_context("fork").Process(
-            target=caption_clips,
-            args=(listed, Counting(asked), out, LOOKS),
-            kwargs={"num_workers": 0},
-        )
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
-        assert len(partial.read_text().splitlines()) == lines
-        partial.write_bytes(partial.read_bytes()[:-9])
+        describe = partial(caption_clips, num_workers=0)
+        run_until_killed(describe, listed, Counting(asked), out, LOOKS)
+        assert len(unfinished.read_text().splitlines()) == lines
+        unfinished.write_bytes(unfinished.read_bytes()[:-9])
     with pytest.raises(UserError, match="other settings or clips: longest was 512, is 64"):
         caption_clips(listed, Counting(), out, Looks(9, Fraction(16), 64))
     again = Counting()
     caption_clips(listed, again, out, LOOKS, num_workers=2)
     assert again.asked == NUM - 3
     assert out.read_bytes() == whole.read_bytes()
-    assert not partial.exists()
+    assert not unfinished.exists()
     with pytest.raises(UserError, match=r"a\.jsonl exists; .*--overwrite"):
         caption_clips(listed, again, out, LOOKS)
 

@@ -1,24 +1,17 @@
-"""The whole way from a folder of videos to shards, by commands, and the engine below them."""
+"""The whole way from a folder of videos to shards, by commands."""
 
 from __future__ import annotations
 
 import json
-import multiprocessing
-import os
-import signal
-import time
 from pathlib import Path
 
 import pytest
 import torch
 from clip_files import write_clip
-from in_processes import doubled
 
 from selfforcing_dfd.cli.main import main
-from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import ConfigError
 from selfforcing_dfd.curate.assemble import RECORD
-from selfforcing_dfd.curate.engine import each_in_order
 from selfforcing_dfd.curate.settings import Settings, load_settings
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.tiny.world import clip_number, render
@@ -39,13 +32,24 @@ def test_a_folder_of_videos_becomes_a_set(
     prompts = tmp_path / "prompts.txt"
     prompts.write_text((tiny_clips / "000003.long.txt").read_text())
     local = ("--processes", 1)
-    for name in ("one", "two"):
+    for name, elsewhere in (("one", ()), ("two", local)):
         folder = tiny_clips.parent / f"{tmp_path.name}-{name}"
         run("embed", tiny_clips, "--frames", 9, "--out", folder, *local)
         run("cluster", folder, "--clusters", 4)
         run("pick", folder, "--candidates", 6, "--pictures", 2, "--auto", 3, *local)
         ways = ("--levels", "short,medium,long", "--prompts", prompts, "--quota", 14)
-        run("pack", folder, "--codec", "tiny", *ways, "--duplicate", 1, "--out", tmp_path / name)
+        run(
+            "pack",
+            folder,
+            "--codec",
+            "tiny",
+            *ways,
+            "--duplicate",
+            1,
+            "--out",
+            tmp_path / name,
+            *elsewhere,
+        )
     said = capsys.readouterr().out
     assert "25 offered = 24 embedded + 1 left out" in said
     assert "left out bad.mp4: cannot be read as video" in said
@@ -124,59 +128,3 @@ def test_a_wrong_setting_is_named(tmp_path: Path, text: str, message: str) -> No
     with pytest.raises(ConfigError) as raised:
         load_settings(str(path))
     assert message in str(raised.value)
-
-
-def killed_at_five(number: int) -> int:
-    if number == 5:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return number
-
-
-def write_own_number(folder: Path) -> None:
-    (folder / str(os.getpid())).touch()
-    time.sleep(60)
-
-
-def work_for_ever(folder: Path) -> None:
-    list(each_in_order(write_own_number, [folder] * 2, 2, "fork"))
-
-
-def test_results_come_in_order_from_new_processes() -> None:
-    """Catches results in the order in which they end, and sums that depend on the machine."""
-    for processes in (1, 2):
-        found = list(each_in_order(doubled, range(9), processes))
-        assert found == [(2 * number, 1) for number in range(9)]
-
-
-def test_a_process_that_is_killed_is_named() -> None:
-    """Catches a wait without end where the memory ran out."""
-    results = each_in_order(killed_at_five, range(20), 2, "fork")
-    with pytest.raises(UserError, match="a process was killed, perhaps for want of memory"):
-        list(results)
-
-
-def is_alive(number: int) -> bool:
-    """Whether a process runs; one that only waits to be collected does not."""
-    try:
-        stat = Path(f"/proc/{number}/stat").read_text()
-    except FileNotFoundError:
-        return False
-    return stat.rpartition(")")[2].split()[0] not in "ZX"
-
-
-def test_processes_end_with_the_first_one(tmp_path: Path) -> None:
-    """Catches workers that wait for work for ever after kill -9 of their parent."""
-    parent = multiprocessing.get_context("fork").Process(target=work_for_ever, args=(tmp_path,))
-    parent.start()
-    deadline = time.monotonic() + 30
-    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    workers = [int(path.name) for path in tmp_path.iterdir()]
-    assert len(workers) == 2
-    assert all(map(is_alive, workers))
-    assert parent.pid is not None
-    os.kill(parent.pid, signal.SIGKILL)
-    parent.join()
-    while any(map(is_alive, workers)) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert not any(map(is_alive, workers))

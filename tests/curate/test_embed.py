@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from dataclasses import replace
@@ -15,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from clip_files import write_clip
+from in_processes import run_until_killed
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel
 
 from selfforcing_dfd.common import UserError
@@ -75,19 +75,14 @@ def test_a_killed_run_goes_on_and_processes_change_nothing(
     intake: Intake, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Catches rows that are lost, made twice or shifted by kill -9, and half a line at the end."""
-    monkeypatch.setattr(embed, "FILES_AT_ONCE", 4)
     clips = intake.clips()
     whole = tmp_path / "whole"
     embed_clips(intake, clips, whole, PIXELS)
+    monkeypatch.setattr(embed, "FILES_AT_ONCE", 4)
     folder = tmp_path / "killed"
     journal = folder / f"{EMBED}.partial"
     for vectors, lines in ((10, 3), (9, 5)):
-        process = multiprocessing.get_context("fork").Process(
-            target=embed_until_killed, args=(vectors, intake, folder)
-        )
-        process.start()
-        process.join()
-        assert process.exitcode == -signal.SIGKILL
+        run_until_killed(embed_until_killed, vectors, intake, folder)
         assert len(journal.read_text().splitlines()) == lines
     journal.write_bytes(journal.read_bytes()[:-9])
     with pytest.raises(UserError, match="pictures was 3, is 2"):

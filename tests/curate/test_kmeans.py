@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from in_processes import run_until_killed
 from scipy.optimize import linear_sum_assignment
 
 from selfforcing_dfd.common import UserError
@@ -103,12 +103,7 @@ def test_a_killed_run_goes_on_after_its_last_iteration(curation: Embedded) -> No
     folder = curation.folder
     before = {name: (folder / name).read_bytes() for name in (CLUSTERS, ASSIGNMENT)}
     settings = ClusterSettings(clusters=4)
-    process = multiprocessing.get_context("fork").Process(
-        target=cluster_until_killed, args=(curation, settings, 2)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    run_until_killed(cluster_until_killed, curation, settings, 2)
     with pytest.raises(UserError, match=r"has no clusters\.json"):
         read_clusters(curation)
     with pytest.raises(UserError, match="begun with other features or settings"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import signal
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from in_processes import run_until_killed
 from PIL import Image
 
 from selfforcing_dfd.common import UserError
@@ -207,12 +207,7 @@ def test_a_killed_run_goes_on_and_processes_change_nothing(curation: Embedded) -
         show_clusters(curation, clusters, SETTINGS)
     for path in (folder / CANDIDATES, folder / PICKS, *(folder / SHEETS).iterdir()):
         path.unlink()
-    process = multiprocessing.get_context("fork").Process(
-        target=show_until_killed, args=(curation, 3)
-    )
-    process.start()
-    process.join()
-    assert process.exitcode == -signal.SIGKILL
+    run_until_killed(show_until_killed, curation, 3)
     assert len((folder / f"{CANDIDATES}.partial").read_text().splitlines()) == 3
     show_clusters(curation, clusters, SETTINGS, num_processes=2, start_method="fork")
     assert contents(folder) == before

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from threading import Lock
+from typing import Any
 
 import av
 from torch import Tensor
@@ -49,6 +50,15 @@ class WindowReader:
         self._gather = gather
         self._num_frames = num_frames
         self._open: OrderedDict[Path, _OpenVideo] = OrderedDict()
+        self._lock = Lock()
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        """For another process, which opens videos of its own."""
+        return self._frames_of, self._gather, self._num_frames
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._frames_of, self._gather, self._num_frames = state
+        self._open = OrderedDict()
         self._lock = Lock()
 
     def read(self, path: Path, first: int) -> Tensor:

@@ -1,24 +1,25 @@
-"""One function on many clips, in processes of this machine; results come in the clips' order.
+"""One function on many inputs, in processes of this machine; results come in the inputs' order.
 
-The number of processes changes no byte: each clip is worked on by one process with one thread.
+The number of processes changes no byte: each input is worked on by one process with one thread.
 """
 
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import signal
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.data.ahead import results_in_order
 
 EXIT_ORPHAN = 1
 
@@ -37,13 +38,17 @@ def each_in_order(
     Other processes end when this one does, even by a kill. UserError where one of them is killed.
     """
     if num_processes == 1:
-        with one_thread():
-            yield from map(make, inputs)
+        for one in inputs:
+            with one_thread():
+                made = make(one)
+            yield made
         return
+    if start_method == "fork":
+        gc.collect()  # a fork that frees a video's decoder waits for threads that it has not
     context = multiprocessing.get_context(start_method)
-    pool = ProcessPoolExecutor(num_processes, context, begin)
+    pool = ProcessPoolExecutor(num_processes, context, begin, (make,))
     try:
-        yield from results_in_order(pool, make, inputs, 2 * num_processes)
+        yield from results_in_order(pool, work_on, inputs, 2 * num_processes)
     except BrokenProcessPool as error:
         raise UserError(
             "a process was killed, perhaps for want of memory. What is done is kept: run the same "
@@ -51,6 +56,19 @@ def each_in_order(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def results_in_order(
+    pool: Executor, make: Callable[[Given], Made], inputs: Iterable[Given], ahead: int
+) -> Iterator[Made]:
+    """What a pool makes of each input, in their order; at most ahead + 1 results wait."""
+    waiting: deque[Future[Made]] = deque()
+    for one in inputs:
+        waiting.append(pool.submit(make, one))
+        if len(waiting) > ahead:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 @contextmanager
@@ -64,8 +82,21 @@ def one_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def begin() -> None:
+_work: Callable[[Any], Any] | None = None
+"""In a process that was started: what it does with each input. It may hold much, so it is sent
+once.
+"""
+
+
+def work_on(one: Given) -> Any:
+    assert _work is not None
+    return _work(one)
+
+
+def begin(make: Callable[[Any], Any]) -> None:
     """In a new process: one thread, no answer to Ctrl-C, and an end when the first one ends."""
+    global _work
+    _work = make
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=end_with_parent, daemon=True).start()
