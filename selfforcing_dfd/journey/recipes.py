@@ -33,6 +33,7 @@ WAN_SIZE = (480, 832)
 SHARED_SECTIONS = ("model.", "batch.", "data.", "checkpoint.", "log.", "rollout.", "run.timeout_s")
 """Settings that hold for every run of a journey; others are the last run's alone."""
 RESERVED = ("run.out", "run.name", "run.device", "run.gpus", "data.shards", "weights.", "report.")
+REPORTING_SEED = 2000  # from here on seeds are kept for reporting
 MOST_FAKE_PER_CYCLE = 25  # a cycle ends in a checkpoint
 UNMOVED = 1e-30
 """Step of the student while its fake score warms up: too small to change a float32 weight."""
@@ -210,6 +211,7 @@ def common(request: Request, checkpoint: Checkpoint, name: str) -> list[str]:
         "data.tiny.clips=0",
         "report.clips=0",
         "report.every=0",
+        f"report.seed={REPORTING_SEED}",
         f"report.model={request.model or ''}",
     ]
     if checkpoint.recipe is not None:
