@@ -156,15 +156,16 @@ def test_dmd_trains_all_of_student_and_fake_score(wan, student):
 
 
 @pytest.mark.soak
-def test_the_causal_start_and_data_forcing_train_as_well(place, wan, shards, student):
-    """Catches a recipe of the chain that does not run after the one before it."""
+def test_the_causal_start_and_data_forcing_train_in_half_precision(place, wan, shards, student):
+    """Catches a recipe of the chain that does not run, and a picture in another dtype."""
     teacher = wan / "transformer"
-    init = train("init_i2v", place, shards, f"weights.student={teacher}")
+    half = "model.compute=bfloat16"
+    init = train("init_i2v", place, shards, f"weights.student={teacher}", half)
     check_moved(teacher, init / "student.safetensors")
     weights = [f"weights.{r}={student / f'{r}.safetensors'}" for r in ("student", "fake")]
     weights += [f"weights.teacher={teacher}", "score.fake_per_student=1", "ema.start=0"]
     one_arm = "arms={noised_real: [dfd.pairing=noised_real, dfd.p=1.0, dfd.p_start=1.0]}"
-    data_forced = train("dfd_i2v", place, shards, *weights, one_arm) / "noised_real"
+    data_forced = train("dfd_i2v", place, shards, *weights, one_arm, half) / "noised_real"
     check_moved(student / "student.safetensors", data_forced / "student.safetensors")
 
 

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 from gloo import in_processes
 from tiny_models import CHUNK, FRAMES, LADDER, conditioning, ladder_noise, latents, tiny_network
+from tiny_pictures import asked, picture_sizes
 from torch import Tensor
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.context import KVCache
+from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.models.sequence_parallel import SequenceParallel
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.rollout import plan_chunks, replay, rollout
@@ -26,7 +28,7 @@ HEADS = 6  # shared by 2, 3 and 6 processes, as are the 2 x 3 tokens of a latent
 ROUNDING = 1e-12  # sums in another order, in float64, of values of about 1
 
 
-def network(shared: bool, **sizes: int) -> WanTransformer:
+def network(shared: bool, **sizes: Any) -> WanTransformer:
     made = tiny_network(num_attention_heads=HEADS, attention_head_dim=12, **sizes)
     if shared:
         made.share_sequence(SequenceParallel())
@@ -39,16 +41,26 @@ def close(got: Tensor, wanted: Tensor) -> None:
 
 def whole_clips() -> None:
     """The bidirectional network, and its gradient: the sum of what the processes have."""
+    same_flow_and_gradient(conditioning())
+
+
+def pictures() -> None:
+    """The same with a picture, to which the tokens of every process attend."""
+    sizes = {**picture_sizes(), "added_kv_proj_dim": HEADS * 12}
+    same_flow_and_gradient(asked(FRAMES), **sizes)
+
+
+def same_flow_and_gradient(given: Conditioning, **sizes: Any) -> None:
     x_t = latents("x_t")
     sigma = torch.rand(2, FRAMES, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     weight = latents("weight")
     flows = []
     grads = []
     for shared in (True, False):
-        own = network(shared)
+        own = network(shared, **sizes)
         if shared:
             own.enable_gradient_checkpointing()  # which exchanges again in the backward pass
-        flow = own(x_t, sigma, conditioning()).flow
+        flow = own(x_t, sigma, given).flow
         (flow * weight).sum().backward()
         flows.append(flow.detach())
         grads.append({name: p.grad for name, p in own.named_parameters() if p.grad is not None})
@@ -121,7 +133,7 @@ def refused(action: Callable[[], object], message: str) -> None:
 
 def act() -> None:
     """All of it, in one of several processes."""
-    for part in (whole_clips, rollouts, streams, refusals):
+    for part in (whole_clips, pictures, rollouts, streams, refusals):
         part()
 
 

@@ -72,3 +72,11 @@ def test_what_fits_eight_gpus_of_80_gigabytes(recipe: str, gpus: int, fits: bool
     text = plan(load_config(recipe, [f"run.gpus={gpus}"]))
     for in_all in re.findall(r"([\d.]+) GB  in all", text):
         assert (float(in_all) < 80) == fits, text
+
+
+def test_an_adapter_of_an_image_to_video_network_has_layers_for_the_picture():
+    """Catches costs of text-to-video for a network whose blocks have two more linear layers."""
+    size = replace(SMALL, image_dim=20)
+    adapted = adapt(build_network(size).requires_grad_(False), "student", RANK, seed=0)
+    values = sum(parameter.numel() for parameter in adapted.parameters())
+    assert adapter_values(size, RANK) == values
