@@ -80,8 +80,8 @@ def made_by(prepared: Prepared, result: Result) -> list[dict[str, Any]]:
         if prepared.is_made_here(cell.method):
             record = read_json(prepared.folder.record(cell))
         own = dict(record["made"])
-        for name in ("prompt", "seed"):
-            del own[name]
+        for name in ("prompt", "seed", "image"):
+            own.pop(name, None)
         about = {"set": cell.prompt.set, **own}
         about |= {name: value for name, value in record.items() if name != "made"}
         if about not in found:

@@ -73,13 +73,15 @@ class Protocol:
 
     about: str = ""
     out: str  # everything that is made
-    # a file of one prompt a line, or set -> file, or the prompts themselves
+    # a file of one prompt a line, or set -> file, or the prompts themselves; a picture that videos
+    # begin with stands behind the prompt, after a tab
     prompts: Any
     extended: bool = False  # whether a language model has made the prompts longer
     seeds: list[int]
     latent_frames: int  # of each video
     chunk_frames: int = 3  # latent frames of a chunk, for seams, whoever made the video
     fps: int = 16
+    crf: int = 10  # loss of the video files: 0 for none, 18 for what the eye takes for none
     size: list[int] = field(default_factory=list)  # height and width; empty: the model's
     methods: dict[str, MethodPlan]
     teacher: str  # the two references, by the names of their methods
@@ -94,11 +96,12 @@ class Protocol:
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """number: counted over all sets from 0."""
+    """number: counted over all sets from 0. image: what its videos begin with; may be empty."""
 
     number: int
     text: str
     set: str = ONE_SET
+    image: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +169,7 @@ def check(protocol: Protocol) -> None:
     )
     for name, value in (("latent_frames", protocol.latent_frames), ("fps", protocol.fps)):
         require(value >= 1, f"{name} is {value}; it must be at least 1")
+    require(0 <= protocol.crf <= 51, f"crf is {protocol.crf}; use 0 to 51")
     require(len(protocol.size) in (0, 2), f"size is {protocol.size}; use [height, width] or []")
     require(protocol.window_s >= 0, f"window_s is {protocol.window_s}; use seconds, or 0")
     for name, plan in protocol.methods.items():
@@ -223,10 +227,11 @@ def prompts_of(protocol: Protocol) -> list[Prompt]:
     for name, source in sets.items():
         texts = list(source) if isinstance(source, list) else lines_of(str(source))
         require(bool(texts), f"prompts of {name}: {source} is empty; give one prompt a line")
-        for text in texts:
-            found.append(Prompt(len(found), " ".join(str(text).split()), str(name)))
-    texts = [prompt.text for prompt in found]
-    twice = sorted({text for text in texts if texts.count(text) > 1})
+        for line in texts:
+            text, _, image = str(line).partition("\t")
+            found.append(Prompt(len(found), " ".join(text.split()), str(name), image.strip()))
+    seen = [(prompt.text, prompt.image) for prompt in found]
+    twice = sorted({text for text, image in seen if seen.count((text, image)) > 1})
     require(not twice, f"the prompt {twice[:1]} is there twice; each counts once")
     return found
 
@@ -247,6 +252,7 @@ def missing_prompts(protocol: Protocol) -> str:
 
 
 def hash_of(prompts: Sequence[Prompt]) -> str:
-    """SHA-256 of all prompts with their sets, in order."""
-    content = json.dumps([[prompt.set, prompt.text] for prompt in prompts], ensure_ascii=False)
+    """SHA-256 of all prompts with their sets and the names of their pictures, in order."""
+    words = [[prompt.set, prompt.text, Path(prompt.image).name] for prompt in prompts]
+    content = json.dumps(words, ensure_ascii=False)
     return hashlib.sha256(content.encode()).hexdigest()

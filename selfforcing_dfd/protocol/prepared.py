@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from selfforcing_dfd.common import find_file
-from selfforcing_dfd.live.writers import ENCODER
 from selfforcing_dfd.metrics.video import METRICS_VERSION
 from selfforcing_dfd.protocol.folder import Folder
 from selfforcing_dfd.protocol.methods import Method
@@ -20,6 +19,7 @@ from selfforcing_dfd.protocol.plan import (
     missing_prompts,
     prompts_of,
 )
+from selfforcing_dfd.protocol.videos import encoder_of
 from selfforcing_dfd.streaming.load import tiny_codec_file
 from selfforcing_dfd.tiny.codec import TIME
 
@@ -89,9 +89,12 @@ class Prepared:
                 about["weights"] = self.folder.hash_of(find_file(method.weights))
                 about["codec"] = self.folder.hash_of(codec_of(method))
             if self.is_made_here(cell.method):
-                about["encoder"] = dict(ENCODER)
+                about["encoder"] = encoder_of(self.protocol.crf)
             self.described[key] = about
-        return {**self.described[key], "prompt": cell.prompt.text, "seed": cell.seed}
+        own: dict[str, Any] = {"prompt": cell.prompt.text, "seed": cell.seed}
+        if cell.prompt.image:
+            own["image"] = self.folder.hash_of(find_file(cell.prompt.image))
+        return self.described[key] | own
 
     def measuring(self) -> dict[str, Any]:
         """All that the numbers of a video depend on, beside the video."""

@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 import selfforcing_dfd
 from selfforcing_dfd.common import UserError, atomic_file, find_device
-from selfforcing_dfd.live.writers import Mp4Writer
 from selfforcing_dfd.metrics.feature_files import encoder_of
 from selfforcing_dfd.metrics.features import Encoder
 from selfforcing_dfd.protocol.folder import read_json, refuse_other, tidy, write_json
+from selfforcing_dfd.protocol.makers import Make
 from selfforcing_dfd.protocol.measure import measure_features, measure_numbers
-from selfforcing_dfd.protocol.methods import Make
 from selfforcing_dfd.protocol.plan import Cell
 from selfforcing_dfd.protocol.prepared import Prepared
+from selfforcing_dfd.protocol.videos import write_video
 from selfforcing_dfd.training.exclusive import ExclusiveError, lock_folders
 
 Do = Literal["all", "videos", "numbers"]
@@ -132,9 +132,8 @@ class Worker:
         for stale in [folder.numbers(cell), *self._features(cell)]:
             stale.unlink(missing_ok=True)  # of a video that was deleted
         with atomic_file(folder.video(cell)) as partial_file:
-            with Mp4Writer(partial_file, self.prepared.protocol.fps) as writer:
-                for frames in self._loaded[1](cell):
-                    writer.write(frames)
+            protocol = self.prepared.protocol
+            write_video(partial_file, self._loaded[1](cell), protocol.fps, protocol.crf)
             folder.prompt(cell).write_text(cell.prompt.text + "\n", encoding="utf-8")
             write_json(folder.record(cell), {"made": self.prepared.made(cell), **self.software()})
 

@@ -265,7 +265,7 @@ def test_numbers_say_what_made_them(finished: tuple[Path, str]):
     assert made["weights"] == sha256_of(plan.parent / "one.safetensors")
     assert made["sampler"]["ladder"] == [1000, 750, 500, 250]
     assert made["recipe_stated"] is False
-    assert (made["fps"], made["encoder"]["crf"], made["device"]) == (16, "18", "cpu")
+    assert (made["fps"], made["encoder"]["crf"], made["device"]) == (16, 10, "cpu")
     assert made["torch"] == torch.__version__
     assert made["stream"]["window_frames"] == 6
     assert found["methods"]["teacher"]["made"][0]["sampler"]["steps"] == 1
