@@ -24,8 +24,13 @@ def protocol(parser: argparse.ArgumentParser) -> Run:
         "--do",
         choices=DO,
         default="all",
-        help="videos: make them; numbers: measure those that are there or come; report: write it "
-        "from what is measured so far (default: %(default)s, one after the other)",
+        help="videos: make them; numbers: measure those that are there; report: write it from what "
+        "is measured so far (default: %(default)s, one after the other)",
+    )
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="with --do numbers: wait until another process has made all videos",
     )
     parser.add_argument(
         "--only", nargs="+", default=[], metavar="METHOD", help="make and measure these alone"
@@ -33,6 +38,8 @@ def protocol(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
 
     def run(args: argparse.Namespace) -> None:
+        if args.wait and args.do != "numbers":
+            raise UserError("--wait has an effect with --do numbers alone; add it, or drop --wait")
         from selfforcing_dfd.protocol.prepared import prepare
         from selfforcing_dfd.protocol.report import write_report
         from selfforcing_dfd.protocol.work import Worker, run_tasks
@@ -44,7 +51,8 @@ def protocol(parser: argparse.ArgumentParser) -> Run:
             raise UserError(f"--only names {', '.join(unknown)}; the methods are {known}")
         failures: list[str] = []
         if args.do != "report":
-            failures = run_tasks(Worker(prepared, args.device).tasks(args.do, args.only))
+            tasks = Worker(prepared, args.device).tasks(args.do, args.only)
+            failures = run_tasks(tasks, args.wait)
         if args.do != "videos":
             print(write_report(prepared))
         if failures:

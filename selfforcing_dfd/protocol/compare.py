@@ -14,6 +14,8 @@ from selfforcing_dfd.protocol.plan import Protocol
 from selfforcing_dfd.protocol.results import Result, by_unit
 from selfforcing_dfd.tiny.bootstrap import Resamples, Score
 
+FEW_UNITS = 20
+
 
 @dataclass(frozen=True, slots=True)
 class Difference:
@@ -106,8 +108,10 @@ def power_note(protocol: Protocol, differences: Sequence[Difference]) -> list[st
     )
     notes.append(
         "`smallest` is the mean difference that so many units of this spread would show in four of "
-        "five repetitions. A smaller one is neither shown nor excluded."
+        "five repetitions. One that is smaller and has no star is neither shown nor excluded."
     )
+    if units < FEW_UNITS:
+        notes.append(f"Bootstrap intervals of fewer than {FEW_UNITS} units are too narrow.")
     if protocol.unit == "pair":
         notes.append("Seeds of one prompt hang together, so these p are smaller than they should.")
     return notes

@@ -64,10 +64,14 @@ class Folder:
 
 
 def weights_in(folder: Path) -> list[Path]:
-    """Files of weights, of the transformer where the folder is that of a whole pipeline."""
+    """Files of weights, of the transformer where the folder is that of a whole pipeline.
+
+    All files of a folder of another kind, such as a training checkpoint.
+    """
     inside = folder / "transformer"
     where = inside if inside.is_dir() else folder
-    return sorted(file for file in where.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    found = sorted(file for file in where.iterdir() if file.suffix in WEIGHT_SUFFIXES)
+    return found or sorted(file for file in where.rglob("*") if file.is_file())
 
 
 def refuse_other(path: Path, made: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -64,8 +64,9 @@ def shown_scores(protocol: Protocol, results: Mapping[str, Result]) -> list[str]
     if protocol.show:
         return list(protocol.show)
     known = all_scores(results)
-    from_features = [name for name in known if "." in name and not name.startswith("camera.")]
-    return [name for name in SHOWN if name in known] + from_features
+    # of features, poses and changes over time; `camera.` has its own choice in SHOWN
+    others = [name for name in known if "." in name and not name.startswith("camera.")]
+    return [name for name in SHOWN if name in known] + others
 
 
 def all_scores(results: Mapping[str, Result]) -> list[str]:

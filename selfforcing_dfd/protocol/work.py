@@ -31,7 +31,7 @@ from selfforcing_dfd.training.exclusive import ExclusiveError, lock_folders
 
 Do = Literal["all", "videos", "numbers"]
 POLL_S = 1.0
-IDLE_POLLS = 3  # between one video of another process and its next there is a moment
+IDLE_POLLS = 3  # between the end of a task that others wait for and their start is a moment
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,10 +161,11 @@ class Worker:
         }
 
 
-def run_tasks(tasks: Sequence[Task]) -> list[str]:
+def run_tasks(tasks: Sequence[Task], wait: bool = False) -> list[str]:
     """Do every task that is not done; returns what failed, one line each.
 
-    Raises UserError for results that were made in another way, before any work. A task that another
+    wait: for files that tasks need and that nobody has made yet, however long it takes. Raises
+    UserError for results that were made in another way, before any work. A task that another
     process holds is waited for, and taken over if that process dies.
     """
     done = [task for task in tasks if task.is_done()]
@@ -185,7 +186,7 @@ def run_tasks(tasks: Sequence[Task]) -> list[str]:
                 bar.set_postfix_str(task.name, refresh=False)
                 made += attempt(task, failed)
                 bar.update(len(tasks) - len(left) + made - bar.n)
-            idle = 0 if ready else idle + 1
+            idle = 0 if ready or wait else idle + 1
             if not made:
                 time.sleep(POLL_S)
     return list(failed.values())

@@ -74,6 +74,7 @@ def test_power_note_says_what_cannot_be_shown(finished: tuple[Path, str]):
     assert "With fewer than 6 a sign test cannot fall below 0.05" in notes
     assert re.search(r"\d+ differences are tested; about \d+ would have p < 0.05 by chance", notes)
     assert notes.split(".")[0] in printed
+    assert "intervals of fewer than 20 units are too narrow" in notes
     assert power_note(prepared.protocol, []) == []
 
 
@@ -174,7 +175,7 @@ def test_shipped_protocols_can_be_read():
     """Catches a protocol that was written and never loaded."""
     folder = shipped(PROTOCOL_CONFIGS)
     names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
-    assert {*TABLES, "tiny", "long", "wan_ar", "wan_long"} == set(names)
+    assert {*TABLES, "tiny", "long", "wan_ar", "wan_i2v", "wan_long"} == set(names)
     for name in names:
         protocol = load_protocol(name)
         assert protocol.out == f"runs/protocol/{name}"

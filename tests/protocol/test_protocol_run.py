@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import multiprocessing
+import os
 import signal
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from selfforcing_dfd.metrics.files import frames_of, measure_file
 from selfforcing_dfd.protocol import work
 from selfforcing_dfd.protocol.plan import Cell
 from selfforcing_dfd.protocol.prepared import Prepared, prepare
+from selfforcing_dfd.protocol.results import gather
 from selfforcing_dfd.protocol.work import Task, Worker, run_tasks
 from selfforcing_dfd.training.exclusive import lock_folders
 
@@ -96,6 +99,7 @@ def test_what_is_there_is_not_made_again(finished: tuple[Path, str]):
     tasks = [replace(task, make=fail) for task in worker.tasks("all")]
     assert len(tasks) == 24 * 3
     assert run_tasks(tasks) == []
+    assert not work.attempt(tasks[0], {}), "another process was quicker"
     assert files_in(plan.parent / "out") == before
 
 
@@ -203,6 +207,41 @@ def wait_and_make(begin: Any, task: Task) -> None:
     begin.wait(60)
     work.POLL_S = 0.05
     assert run_tasks([task]) == []
+
+
+def test_a_video_that_changed_after_it_was_measured_is_named(plan: Path):
+    """Catches numbers of one video beside another, and a copied folder that counts as changed."""
+    prepared = prepare(str(plan))
+    tasks = Worker(prepared, "cpu").tasks("all", ["data"])
+    assert run_tasks([*tasks[:2], *tasks[6:8]]) == []
+    one, other = [prepared.video(cell) for cell in prepared.cells("data")[:2]]
+    os.utime(one, (0, 0))
+    assert len(gather(prepared)["data"].cells) == 2
+    one.write_bytes(other.read_bytes())
+    with pytest.raises(UserError, match=r"000-1\.mp4 has changed since it was measured"):
+        gather(prepared)
+
+
+def test_numbers_wait_for_videos_if_asked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Catches measuring that ends because the other process is still loading its network."""
+    monkeypatch.setattr(work, "POLL_S", 0.001)
+    video = tmp_path / "video"
+    polls = []
+
+    def sleep(seconds: float) -> None:
+        polls.append(seconds)
+        if len(polls) == 3 * work.IDLE_POLLS:
+            video.write_text("there")
+
+    monkeypatch.setattr(time, "sleep", sleep)
+    result = tmp_path / "result"
+    make = partial(result.write_text, "measured")
+    task = Task("one", result, tmp_path / "lock", make, needs=video)  # type: ignore[arg-type]
+    assert run_tasks([task]) == []
+    assert not result.exists()
+    assert len(polls) == work.IDLE_POLLS
+    assert run_tasks([task], wait=True) == []
+    assert result.read_text() == "measured"
 
 
 def test_a_video_that_cannot_be_measured_is_named_and_the_rest_is_done(

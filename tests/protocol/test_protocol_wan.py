@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import imageio.v2 as imageio
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from selfforcing_dfd.common import UserError, sha256_of
 from selfforcing_dfd.models.identity import Identity, Recipe
+from selfforcing_dfd.protocol.makers import CausalTeacher, Teacher
 from selfforcing_dfd.protocol.prepared import Prepared, prepare
 from selfforcing_dfd.protocol.work import Worker, run_tasks
 from selfforcing_dfd.weights.tensors import save_weights
@@ -26,6 +28,7 @@ size: [{height}, {width}]
 methods:
   data: {{kind: videos, files: "{folder}/{{set}}-{{number}}-{{seed}}.mp4"}}
   teacher: {{kind: teacher, weights: {folder}/wan, model: {folder}/wan, steps: 1, guidance: 2.0}}
+  causal: {{kind: causal, weights: {folder}/first.safetensors, model: {folder}/wan, steps: 1}}
   student: {{kind: student, weights: "{folder}/{{set}}.safetensors", model: {folder}/wan}}
   whole: {{kind: student, weights: {folder}/whole.safetensors, model: {folder}/wan}}
 teacher: teacher
@@ -98,6 +101,11 @@ def test_a_teacher_is_guided_away_from_wans_negative_prompt(prepared: Prepared, 
     made = prepared.made(prepared.cells("teacher")[0])["sampler"]
     assert made["guidance"] == 2
     assert made["negative"].startswith("色调艳丽")
+    cell = prepared.cells("teacher")[0]
+    make = prepared.method("teacher", "first").load("cpu")
+    assert isinstance(make, Teacher)
+    without = replace(make, sampler=replace(make.sampler, negative=""))
+    assert not torch.equal(torch.cat(list(without(cell))), guided)
     text = (folder / "plan.yaml").read_text()
     plain = folder / "plain.yaml"
     plain.write_text(text.replace("guidance: 2.0", "guidance: 1.0"))
@@ -123,6 +131,20 @@ def test_videos_begin_with_the_picture_of_their_prompt(prepared: Prepared, folde
     missing = prepare(str(folder / "plan.yaml")).not_run["teacher"]
     (folder / "other.png").rename(folder / "grey.png")
     assert "1 of 1 pictures are not there" in missing
+
+
+def test_a_causal_teacher_is_given_its_first_frame_once(prepared: Prepared, folder: Path):
+    """Catches a picture that every chunk begins with."""
+    (folder / "first.txt").write_text(f"a red disc moves\t{folder}/grey.png\n")
+    given = prepare(str(folder / "plan.yaml"))
+    make = given.method("causal", "first").load("cpu")
+    assert isinstance(make, CausalTeacher)
+    cell = given._cells("causal")[0]
+    picture = make.parts.given(cell)
+    first, second = make.latents(cell)
+    assert picture is not None
+    assert torch.equal(first[:, :1], picture)
+    assert not torch.allclose(second[:, :1], picture, atol=0.01)
 
 
 def test_a_first_frame_that_is_given_is_shown(prepared: Prepared, folder: Path):
