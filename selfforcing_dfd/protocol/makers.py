@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.codecs.pictures import PictureEncoder
 from selfforcing_dfd.codecs.protocol import StreamingCodec
 from selfforcing_dfd.codecs.text import WanText
 from selfforcing_dfd.codecs.wan_vae import WanCodec
@@ -22,6 +24,7 @@ from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.data.sources.video import read_last_frames
 from selfforcing_dfd.evaluation.generate import ODESteps
 from selfforcing_dfd.evaluation.pictures import to_uint8
+from selfforcing_dfd.models.picture import Picture, conditioning_of
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.ode import sample
 from selfforcing_dfd.protocol.plan import Cell
@@ -76,32 +79,49 @@ class Student:
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """A network with its codec and text. latent_size: rows and columns of the latents."""
+    """A network with its codec and text.
+
+    latent_size: rows and columns of the latents. see: for Wan2.1-I2V, what it sees of a picture.
+    """
 
     network: WanTransformer
     codec: StreamingCodec
     text: TextEncoder
     latent_size: tuple[int, int]
+    see: Callable[[Tensor], Picture] | None = None
 
     @property
     def device(self) -> torch.device:
         return next(self.network.parameters()).device
 
-    def conditioning(self, prompt: str) -> Conditioning:
+    def conditioning(self, prompt: str, picture: Tensor | None = None) -> Conditioning:
+        """Text, and for Wan2.1-I2V what it sees of a picture [1, H, W, 3]."""
         weight = next(self.network.parameters())
-        return Conditioning(self.text.encode([prompt]).to(weight))
+        text = self.text.encode([prompt]).to(weight)
+        if self.see is None or picture is None:
+            return Conditioning(text)
+        return conditioning_of(text, self.see(picture.to(self.device)))
+
+    def picture(self, cell: Cell) -> Tensor | None:
+        """What a prompt's videos begin with. UserError where Wan2.1-I2V is given none."""
+        _, down, across = self.codec.strides
+        rows, columns = self.latent_size
+        found = picture_of(cell, (rows * down, columns * across))
+        if found is None and self.see is not None:
+            raise UserError(
+                f"prompt {cell.prompt.text!r} has no picture, without which Wan2.1-I2V makes no "
+                "video; write one behind it, after a tab"
+            )
+        return found
 
     def noise(self, seed: int, chunk: int, frames: int) -> Tensor:
         """[1, f, C, h, w] float32: what a student's chunk starts from."""
         shape = (1, frames, self.codec.channels, *self.latent_size)
         return rng.normal(shape, seed, "stream noise", chunk, 0).to(self.device)
 
-    def given(self, cell: Cell) -> Tensor | None:
-        """Clean latents [1, 1, C, h, w] of the picture that a prompt's videos begin with."""
-        _, down, across = self.codec.strides
-        rows, columns = self.latent_size
-        picture = picture_of(cell, (rows * down, columns * across))
-        if picture is None:
+    def given(self, picture: Tensor | None) -> Tensor | None:
+        """Clean latents [1, 1, C, h, w] that a video begins with; none where it is only seen."""
+        if picture is None or self.see is not None:
             return None
         latents = self.codec.start_encoding().encode(picture[None].to(self.device))
         return latents.float().to(self.device)
@@ -123,16 +143,24 @@ def tiny_parts(weights: Path, device: torch.device) -> Parts:
 
 
 def wan_parts(
-    weights: Path, folder: Path, size: tuple[int | None, int | None], device: torch.device
+    weights: Path,
+    folder: Path,
+    size: tuple[int | None, int | None],
+    device: torch.device,
+    latent_frames: int,
 ) -> Parts:
-    """A network of Wan, with the VAE and the text encoder of a folder."""
+    """A network of Wan, with the VAE, the text and the image encoder of a folder."""
     dtype = default_dtype(device)
     network = load_network(weights, device=device, dtype=dtype)
     video_size = asked_size(size, describe(weights).data)
     rows_columns = latent_size(video_size, WanCodec.strides, network.patch)
     vae = WanCodec.from_pretrained(folder, device, dtype, channels_last=device.type == "cuda")
     text = WanText.cached(folder, text_cache(), device, dtype)
-    return Parts(network, vae, text, rows_columns)
+    see = None
+    if network.takes_picture:
+        encoder = PictureEncoder.from_pretrained(folder, vae, device)
+        see = partial(encoder.encode, frames=latent_frames)
+    return Parts(network, vae, text, rows_columns, see)
 
 
 @dataclass(frozen=True, slots=True)
@@ -160,16 +188,17 @@ class Teacher:
         noise = [
             parts.noise(cell.seed, number, chunk.frames) for number, chunk in enumerate(self.chunks)
         ]
+        picture = parts.picture(cell)
         negative = parts.conditioning(sampler.negative) if sampler.negative else None
         latents = sample(
             parts.network,
             torch.cat(noise, dim=1),
-            parts.conditioning(cell.prompt.text),
+            parts.conditioning(cell.prompt.text, picture),
             sampler.steps,
             sampler.shift,
             sampler.guidance,
             negative,
-            parts.given(cell),
+            parts.given(picture),
         )
         yield from parts.decoded(chunk.of(latents) for chunk in self.chunks)
 
@@ -195,9 +224,10 @@ class CausalTeacher:
         """Chunks [1, f, C, h, w]."""
         network = self.parts.network
         cache = KVCache(0, self.window)
-        conditioning = self.parts.conditioning(cell.prompt.text)
+        picture = self.parts.picture(cell)
+        conditioning = self.parts.conditioning(cell.prompt.text, picture)
         make = ODESteps(self.sampler.steps, self.sampler.shift)
-        given = self.parts.given(cell)
+        given = self.parts.given(picture)
         for number, chunk in enumerate(self.chunks):
             noise = self.parts.noise(cell.seed, number, chunk.frames)[None]
             x0 = make(network, noise, conditioning, cache.read(chunk.frames), given)

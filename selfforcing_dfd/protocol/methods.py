@@ -139,7 +139,8 @@ class Method:
         weights = find_file(self.weights)
         run_on = find_device(device)
         if self.plan.model:
-            parts = wan_parts(weights, find_file(self.plan.model), self.size, run_on)
+            model = find_file(self.plan.model)
+            parts = wan_parts(weights, model, self.size, run_on, self.latent_frames)
         else:
             parts = tiny_parts(weights, run_on)
         chunks = chunks_of(self.latent_frames, self.protocol.chunk_frames)

@@ -8,6 +8,7 @@ from pathlib import Path
 import imageio.v2 as imageio
 import pytest
 import torch
+from tiny_pictures import save_picture_folder
 from tiny_wan import HEIGHT, RECIPE, WIDTH, save_wan_folder, tiny_student
 from torch import Tensor
 
@@ -140,7 +141,7 @@ def test_a_causal_teacher_is_given_its_first_frame_once(prepared: Prepared, fold
     make = given.method("causal", "first").load("cpu")
     assert isinstance(make, CausalTeacher)
     cell = given._cells("causal")[0]
-    picture = make.parts.given(cell)
+    picture = make.parts.given(make.parts.picture(cell))
     first, second = make.latents(cell)
     assert picture is not None
     assert torch.equal(first[:, :1], picture)
@@ -176,3 +177,24 @@ def test_files_are_the_same_however_frames_come(prepared: Prepared, tmp_path: Pa
     assert run_tasks(tasks[:1]) == []
     cell = prepared.cells("whole")[0]
     assert prepared.folder.prompt(cell).read_text() == "a red disc moves\n"
+
+
+def test_a_teacher_of_wan_i2v_sees_the_picture(prepared: Prepared, folder: Path):
+    """Catches a picture that such a teacher is not shown, or one that it is given as a frame."""
+    save_picture_folder(folder / "wan_i2v")
+    (folder / "first.txt").write_text(
+        f"a red disc moves\t{folder}/grey.png\na red disc moves\t{folder}/white.png\n"
+    )
+    imageio.imwrite(folder / "white.png", torch.full((8, 8, 3), 255, dtype=torch.uint8).numpy())
+    text = (folder / "plan.yaml").read_text()
+    (folder / "i2v.yaml").write_text(text.replace(f"{folder}/wan,", f"{folder}/wan_i2v,"))
+    shown = prepare(str(folder / "i2v.yaml"))
+    grey, white, nothing = shown._cells("teacher")
+    make = shown.method("teacher", "first").load("cpu")
+    assert isinstance(make, Teacher)
+    first, second = (torch.cat(list(make(cell))) for cell in (grey, white))
+    assert first.shape == (21, HEIGHT, WIDTH, 3)
+    assert not torch.equal(first, second)
+    assert make.parts.given(make.parts.picture(grey)) is None
+    with pytest.raises(UserError, match=r"has no picture, without which Wan2\.1-I2V"):
+        list(make(nothing))
