@@ -161,7 +161,7 @@ def pack(parser: argparse.ArgumentParser) -> Run:
     add_form_options(parser)
     add_processes(parser)
     add_text_options(parser, "default: umt5 with --codec wan, tiny with tiny")
-    add_output_options(parser)
+    add_output_options(parser, resumes=True)
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="where the shards go (default: FOLDER-shards)"
     )
@@ -186,11 +186,12 @@ def pack_set(args: argparse.Namespace, embedded: Embedded) -> None:
     args.frames = intake.num_frames
     args.cut = ""
     args.part = (1, 1)
+    args.resume = not args.overwrite
     set_codec_defaults(args)
     training = assembled(args, embedded)
     print_set(training)
     source = file_source(args, training.names)
-    out = args.out or args.folder.with_name(f"{args.folder.name}-shards")
+    out = args.out or args.folder.resolve().with_name(f"{args.folder.resolve().name}-shards")
     record = {"curation": str(training.record["sha256"])}
     summary = pack_files(args, source, out, record, training.write)
     print_summary(summary, f", {CODEC_FILE}" if args.codec == "tiny" else "")

@@ -160,7 +160,8 @@ def add_text_options(parser: argparse.ArgumentParser, default: str) -> None:
     )
 
 
-def add_output_options(parser: argparse.ArgumentParser) -> None:
+def add_output_options(parser: argparse.ArgumentParser, resumes: bool = False) -> None:
+    """How shards are written. resumes: an interrupted run is continued without being asked."""
     parser.add_argument(
         "--shard-size",
         type=positive,
@@ -171,9 +172,10 @@ def add_output_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--strict", action="store_true", help="stop at the first clip or prompt that cannot be used"
     )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue an interrupted run after its last shard"
-    )
+    if not resumes:
+        parser.add_argument(
+            "--resume", action="store_true", help="continue an interrupted run after its last shard"
+        )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace earlier shards in the same place"
     )

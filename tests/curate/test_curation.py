@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from clip_files import write_clip
+from in_processes import run_until_killed
+from torch import Tensor
 
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.config import ConfigError
 from selfforcing_dfd.curate.assemble import RECORD
+from selfforcing_dfd.curate.folder import Embedded
 from selfforcing_dfd.curate.settings import Settings, load_settings
 from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.world import clip_number, render
 
 
@@ -64,6 +70,37 @@ def test_a_folder_of_videos_becomes_a_set(
     words = [(tiny_clips / name).with_suffix(".medium.txt").read_text().strip() for name in chosen]
     assert reader.captions == words
     assert reader.index.about["settings"]["curation"] == record["sha256"]
+
+
+def pack_until_killed(folder: Path, out: Path) -> None:
+    whole = TinyCodec.encode
+    encoded = 0
+
+    def dying(self: TinyCodec, videos: Tensor) -> Tensor:
+        nonlocal encoded
+        encoded += 1
+        if encoded == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return whole(self, videos)
+
+    TinyCodec.encode = dying  # type: ignore[method-assign]
+    pack_set(folder, out)
+
+
+def pack_set(folder: Path, out: Path) -> None:
+    run("pack", folder, "--codec", "tiny", "--levels", "long", "--shard-size", 2, "--out", out)
+
+
+def test_the_same_command_goes_on_after_a_kill(curation: Embedded, tmp_path: Path) -> None:
+    """Catches the one step that has to be told to go on, and shards that are packed twice."""
+    pack_set(curation.folder, tmp_path / "whole")
+    out = tmp_path / "killed"
+    run_until_killed(pack_until_killed, curation.folder, out)
+    assert len(list((tmp_path / "killed.partial").glob("*.tar"))) == 3
+    assert not out.exists()
+    pack_set(curation.folder, out)
+    assert shards(out) == shards(tmp_path / "whole")
+    pack_set(curation.folder, out)
 
 
 def test_windows_are_captioned_curated_and_packed_one_by_one(

@@ -148,7 +148,7 @@ def chosen_clips(clips: Sequence[Clip], names: Sequence[str]) -> list[Clip]:
         elif file in by_name and first.isdecimal():
             found.append(window_of(by_name[file], int(first)))
         else:
-            raise PackError(f"{name} was chosen and is not among the clips; choose again")
+            raise PackError(f"{name} is not among the clips any more; put it back or choose again")
     keys = keys_of(map(name_for_key, found))
     return [replace(clip, key=key) for clip, key in zip(found, keys, strict=True)]
 
