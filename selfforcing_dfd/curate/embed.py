@@ -77,7 +77,7 @@ class FileEmbedder:
                 plan = SamplePlan(at, self.looks.num_frames, self._rate(clip))
                 reader = reader or FrameReader(self.looks, plan.wanted)
                 frames = dict(zip(plan.wanted, reader.read(clip), strict=True))
-                found.append(vector_of(encoder, plan.take(frames)))
+                found.append(vector_of(encoder, clip.name, plan.take(frames)))
             except ClipError as error:
                 found.append(error.reason)
         return found
@@ -89,9 +89,17 @@ class FileEmbedder:
         return float(rate)
 
 
-def vector_of(encoder: Encoder, clip: Sampled) -> np.ndarray:
-    """[D] float32: the mean of the frames' features, as they are, brought to length 1."""
-    vector = unit(encoder(clip).float().mean(dim=0))
+def vector_of(encoder: Encoder, name: str, clip: Sampled) -> np.ndarray:
+    """[D] float32: the mean of the frames' features, as they are, brought to length 1.
+
+    ClipError for a clip that the encoder cannot take, such as one that is too small.
+    """
+    try:
+        vector = unit(encoder(clip).float().mean(dim=0))
+    except ValueError as error:
+        raise ClipError(name, f"{error}; leave it out") from error
+    if not vector.isfinite().all():
+        raise ClipError(name, "its features are not finite; ask for more --frames or leave it out")
     return np.asarray(vector.numpy(), dtype=np.float32)
 
 

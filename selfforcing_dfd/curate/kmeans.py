@@ -18,7 +18,7 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.common import UserError
 
 CHUNK = 16384  # rows that are in memory at once
-SAMPLED = 256  # rows for each centre, of which the first centres are drawn
+SAMPLED = 64  # rows for each centre, of which the first centres are drawn
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,17 +107,20 @@ class KMeans:
         """k rows; each is drawn with probability as its squared distance to those before it."""
         order = torch.randperm(len(self.rows), generator=rng.generator(seed, "k-means sample"))
         some = self.rows[order[: k * SAMPLED].sort().values.numpy()]
-        points = torch.from_numpy(self.features[some])
+        points = torch.from_numpy(self.features[some]).to(self.device)
+        lengths = points.square().sum(dim=1)
         draws = rng.uniform((k,), seed, "k-means start")
         chosen = [int(draws[0] * len(points))]
-        squares = torch.full((len(points),), torch.inf, dtype=torch.float64)
+        squares = torch.full_like(lengths, torch.inf)
         for draw in draws[1:]:
-            newest = points[chosen[-1]]
-            squares = squares.minimum((points - newest).square().sum(dim=1).double())
-            reached = squares.cumsum(0)
+            newest = chosen[-1]
+            products = points @ points[newest]
+            found = lengths + lengths[newest] - 2 * products
+            squares = squares.minimum(found.clamp_min(0))
+            reached = squares.double().cpu().cumsum(0)
             place = int(torch.searchsorted(reached, draw * reached[-1], right=True))
             chosen.append(min(place, len(points) - 1))
-        return points[chosen].clone()
+        return points[chosen].cpu()
 
 
 def refill(found: Assignment, k: int) -> int:

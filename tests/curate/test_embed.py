@@ -134,6 +134,21 @@ def test_windows_of_a_long_file_have_rows_of_their_own(tmp_path: Path) -> None:
     assert [clip.first for clip in embedded.clips()] == [0, 9]
 
 
+def test_a_clip_that_the_encoder_cannot_take_is_left_out(tmp_path: Path) -> None:
+    """Catches one tiny picture that ends a run over a million clips, and rows of NaN."""
+    films = tmp_path / "films"
+    films.mkdir()
+    write_clip(films / "small.mp4", torch.zeros(9, 16, 16, 3, dtype=torch.uint8))
+    write_clip(films / "usual.mp4", (255 * torch.rand(9, 64, 64, 3)).to(torch.uint8))
+    intake = Intake(films, 9, Fraction(16))
+    embedded = embed_clips(intake, intake.clips(), tmp_path / "f", EmbedSettings())
+    assert list(embedded.problems) == ["small.mp4"]
+    assert "are smaller than a block" in embedded.problems["small.mp4"]
+    alone = replace(intake, num_frames=1)
+    with pytest.raises(UserError, match=r"can be used; the first: .*its features are not finite"):
+        embed_clips(alone, alone.clips()[1:], tmp_path / "g", EmbedSettings("motion"))
+
+
 def test_clip_is_read_from_a_folder(intake: Intake, tmp_path: Path) -> None:
     """Catches an encoder that works in `evaluate` alone, and weights that nothing records."""
     tower = {"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2}
