@@ -152,9 +152,9 @@ def export(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--model",
         type=Path,
-        required=True,
         metavar="DIR",
-        help="diffusers folder of Wan2.1: VAE, text encoder, tokenizer",
+        help="diffusers folder of Wan2.1: VAE, text encoder, tokenizer (default: the student is of "
+        "the tiny world, whose codec comes with the run)",
     )
     parser.add_argument(
         "--dtype",
@@ -182,6 +182,9 @@ def export(parser: argparse.ArgumentParser) -> Run:
             args.overwrite,
         )
         following = f"selfforcing-dfd stream --model {args.destination} --prompt '...'"
+        if args.model is None:
+            weights = args.destination / "transformer" / "diffusion_pytorch_model.safetensors"
+            following = f"selfforcing-dfd stream --weights {weights}"
         print(f"wrote {args.destination}; try it: {following}")
 
     return run

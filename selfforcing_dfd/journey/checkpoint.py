@@ -10,6 +10,7 @@ from selfforcing_dfd.common import UserError, find_file
 from selfforcing_dfd.config import NetworkConfig
 from selfforcing_dfd.models.identity import Recipe, Role
 from selfforcing_dfd.streaming.load import check_tiny, tiny_codec_file
+from selfforcing_dfd.streaming.parts import check_parts
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.training.sizes import from_arguments
 from selfforcing_dfd.weights.card import parameter_count
@@ -101,7 +102,9 @@ def inspect_checkpoint(
             "recipe for such students: see docs/image_to_video.md"
         )
     world: World = "wan"
-    if model is None:
+    if model is not None:
+        check_parts(model, find_file(path))
+    else:
         check_tiny(found, TinyCodec.load(tiny_codec_file(find_file(path))))
         world = "tiny"
     return Checkpoint(path, entry, found, known, recipe, world)

@@ -10,9 +10,15 @@ from typing import Any
 
 import torch
 
-from selfforcing_dfd.streaming.load import check_tiny, load_student, student_recipe, tiny_codec_file
+from selfforcing_dfd.streaming.load import (
+    CODEC_FILE,
+    check_tiny,
+    load_student,
+    student_recipe,
+    tiny_codec_file,
+)
 from selfforcing_dfd.streaming.open_export import open_tiny_to_diffusers
-from selfforcing_dfd.streaming.parts import LoadError
+from selfforcing_dfd.streaming.parts import LoadError, check_parts
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
 from selfforcing_dfd.streaming.tiny_codec_for_diffusers import TinyWorldCodec
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -69,6 +75,8 @@ def export_run(
     if wan is None:
         save_tiny(weights, folder, dtype, dataclasses.replace(facts, base_model=base_model))
         return
+    if wan.is_absolute():  # else it may be a repository on the Hub
+        check_parts(wan, weights)
     pipeline = CausalWanPipeline.from_pretrained(wan, student=weights, dtype=dtype)
     pipeline.save_pretrained(
         folder, dataclasses.replace(facts, base_model=base_model or facts.base_model)
@@ -81,6 +89,7 @@ def save_tiny(weights: Path, folder: Path, dtype: torch.dtype, facts: ModelFacts
     check_tiny(describe(weights), codec)
     student = load_student(weights, "cpu", dtype)
     student.save_pretrained(folder / "transformer")
+    codec.save(folder / "transformer" / CODEC_FILE)  # for streams, which look beside the weights
     TinyWorldCodec.of(codec).save_pretrained(folder / "codec")
     open_tiny_to_diffusers(folder)
     known = dataclasses.replace(

@@ -120,6 +120,7 @@ def test_settings_reach_the_runs_that_they_are_for(tmp_path):
         ((STUDENT, "v", "--role", "teacher"), "says that it is a causal_student; leave --role"),
         ((STUDENT, "v", "--push-to-hub", "a/b/c"), "want NAME or OWNER/NAME"),
         ((STUDENT, "v", "--causal", "lost.pt"), "weights.causal is lost.pt, which does not exist"),
+        ((STUDENT, "v", "--model", "nowhere"), "hf download Wan-AI/Wan2.1-T2V-1.3B-Diffusers"),
         ((STUDENT, "nowhere"), "nowhere: no such folder"),
     ],
 )

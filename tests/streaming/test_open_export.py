@@ -18,7 +18,12 @@ from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.rollout import plan_chunks, rollout
 from selfforcing_dfd.streaming import for_diffusers
 from selfforcing_dfd.streaming.export import save_tiny
-from selfforcing_dfd.streaming.load import TINY_STUDENT, load_stream_model, student_recipe
+from selfforcing_dfd.streaming.load import (
+    TINY_STUDENT,
+    load_stream_model,
+    student_recipe,
+    tiny_codec_file,
+)
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
 from selfforcing_dfd.weights.card import ModelFacts
 
@@ -94,6 +99,9 @@ def test_more_than_a_training_clip_is_refused(tmp_path):
 def test_the_tiny_students_export_is_opened_too(tmp_path):
     """Catches words, codec or steps of the tiny world that get lost in an export."""
     save_tiny(TINY_STUDENT, tmp_path, torch.float32, ModelFacts("tiny", base_model=""))
+    weights = tmp_path / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert load_stream_model(checkpoint=str(weights), device="cpu").keeps_noise
+    assert tiny_codec_file(weights).parent == weights.parent
     theirs = opened(tmp_path, "tiny_pipeline")
     assert type(theirs.transformer).__module__.startswith("diffusers.")
     model = load_stream_model(checkpoint=str(TINY_STUDENT), device="cpu")
