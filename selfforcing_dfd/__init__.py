@@ -5,7 +5,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from selfforcing_dfd.models.wan import WanTransformer
-    from selfforcing_dfd.streaming.load import load_stream_model, load_wan_model
+    from selfforcing_dfd.streaming.load import load_stream_model
+    from selfforcing_dfd.streaming.load_wan import load_wan_model
     from selfforcing_dfd.streaming.pipeline import CausalWanPipeline
     from selfforcing_dfd.streaming.session import StreamSession, StreamSettings
 
@@ -25,7 +26,7 @@ HOMES = {
     "StreamSettings": "selfforcing_dfd.streaming.session",
     "WanTransformer": "selfforcing_dfd.models.wan",
     "load_stream_model": "selfforcing_dfd.streaming.load",
-    "load_wan_model": "selfforcing_dfd.streaming.load",
+    "load_wan_model": "selfforcing_dfd.streaming.load_wan",
 }
 """The module of each public name. It is imported with the name's first use: torch takes seconds."""
 

@@ -28,7 +28,8 @@ from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.models.picture import PictureConditioning
 from selfforcing_dfd.rollout import plan_chunks, rollout
 from selfforcing_dfd.stages import load_config
-from selfforcing_dfd.streaming.load import LoadError, load_stream_model, load_wan_model
+from selfforcing_dfd.streaming.load import LoadError, load_stream_model
+from selfforcing_dfd.streaming.load_wan import load_wan_model
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.weights.read import describe, load_network
 

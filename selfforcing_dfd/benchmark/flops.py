@@ -5,12 +5,11 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 
 import torch
-from diffusers import AutoencoderKLWan
 
 from selfforcing_dfd.codecs.protocol import StreamingCodec
-from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.cost import decode_flops, network_flops, peak_tflops
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
+from selfforcing_dfd.tiny.codec import TinyCodec
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +48,12 @@ def chunk_flops(model: StreamModel, settings: StreamSettings, text_tokens: int) 
 
 def on_meta(codec: StreamingCodec) -> StreamingCodec:
     """A codec of the same sizes without memory. The tiny codec follows its latents by itself."""
+    if isinstance(codec, TinyCodec):
+        return codec
+    from diffusers import AutoencoderKLWan
+
+    from selfforcing_dfd.codecs.wan_vae import WanCodec
+
     if not isinstance(codec, WanCodec):
         return codec
     with torch.device("meta"):

@@ -20,12 +20,11 @@ from selfforcing_dfd.benchmark.table import (
     table,
 )
 from selfforcing_dfd.benchmark.verdict import comparison, differences, ratios, verdict
-from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.common import DTYPES, UserError, find_device
 from selfforcing_dfd.models.fp8 import use_fp8
 from selfforcing_dfd.streaming.load import choose_kernel, load_settings, load_stream_model
-from selfforcing_dfd.streaming.random_model import random_stream_model
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
+from selfforcing_dfd.tiny.codec import TinyCodec
 
 PROMPTS = ("a disc moves", "a square moves")
 
@@ -43,6 +42,8 @@ def build_model(options: argparse.Namespace, settings: StreamSettings) -> Stream
             raise UserError(
                 "--random-weights goes without --run and --weights; drop it, or drop them"
             )
+        from selfforcing_dfd.streaming.random_model import random_stream_model
+
         model = random_stream_model(options.random_weights, options.device, dtype)
     else:
         model = load_stream_model(options.run, options.weights, options.device)
@@ -73,11 +74,17 @@ def latent_size(options: argparse.Namespace, model: StreamModel) -> tuple[int, i
 def decode_on(model: StreamModel, device: torch.device) -> StreamModel:
     """The same model with its codec on another device."""
     codec: Any = model.codec
-    if isinstance(codec, WanCodec):
-        moved: Any = WanCodec(codec.vae.to(device), channels_last=device.type == "cuda")
-    else:
-        moved = codec.to(device)
-    return replace(model, codec=moved, decode_device=device)
+    return replace(model, codec=moved(codec, device), decode_device=device)
+
+
+def moved(codec: Any, device: torch.device) -> Any:
+    """A codec on another device."""
+    if not isinstance(codec, TinyCodec):
+        from selfforcing_dfd.codecs.wan_vae import WanCodec
+
+        if isinstance(codec, WanCodec):
+            return WanCodec(codec.vae.to(device), channels_last=device.type == "cuda")
+    return codec.to(device)
 
 
 def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:

@@ -233,7 +233,6 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         if args.out and args.out.suffix == ".html":
             raise UserError("--out names the JSON; the page is written beside it as .html")
-        from selfforcing_dfd.benchmark.page import render
         from selfforcing_dfd.benchmark.run import benchmark, compare
 
         text, result = compare(*args.compare) if args.compare else benchmark(args)
@@ -243,6 +242,8 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
             args.out.write_text(line + "\n")
             print(f"wrote {args.out}")
         if args.out and not args.compare:
+            from selfforcing_dfd.benchmark.page import render
+
             page = args.out.with_suffix(".html")
             page.write_text(render(result))
             print(f"wrote {page}")

@@ -32,7 +32,6 @@ from selfforcing_dfd.streaming.load import (
     choose_kernel,
     load_settings,
     load_stream_model,
-    load_wan_model,
 )
 from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.weights.recipes import asked_settings
@@ -303,6 +302,8 @@ def load_model(options: argparse.Namespace) -> StreamModel:
     dtype = options.dtype or "auto"
     vae_device = options.vae_device or ""
     size = options.size or (None, None)
+    from selfforcing_dfd.streaming.load_wan import load_wan_model
+
     return load_wan_model(
         options.model, options.weights, options.device, dtype, vae_device, size, recipe
     )

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from typing import TextIO, TypeVar
 
 from selfforcing_dfd.common import UserError
+from selfforcing_dfd.models.network import WanNetwork
 from selfforcing_dfd.models.sequence_parallel import SequenceParallel
-from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.processes.failure import ending_together, launched
 from selfforcing_dfd.processes.ranks import are_many, is_first, on_first_rank
 
@@ -32,7 +32,7 @@ class StreamRanks:
     is_first: bool = True
     is_shared: bool = False
 
-    def share(self, student: WanTransformer) -> None:
+    def share(self, student: WanNetwork) -> None:
         """Spread the student's sequences over all processes.
 
         Raises UserError for a number of processes that does not divide the heads.

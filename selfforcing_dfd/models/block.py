@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from selfforcing_dfd.context import Context
@@ -13,6 +12,7 @@ from selfforcing_dfd.models.layers import (
     WanAttention,
     add_gated,
     modulate,
+    start_values,
 )
 from selfforcing_dfd.models.picture import KeysValues, PictureAttention
 from selfforcing_dfd.models.prepared import Modulation
@@ -38,7 +38,7 @@ class WanBlock(nn.Module):
         self.attend = KernelAttention()
         self.is_compiled = False
         self.sequence_parallel: SequenceParallel | None = None  # None: this process has all tokens
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(start_values(1, 6, dim))
 
     def forward(
         self,

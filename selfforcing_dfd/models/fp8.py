@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn.functional import ScalingType, scaled_mm
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.models.wan import WanBlock, WanTransformer
+from selfforcing_dfd.models.block import WanBlock
+from selfforcing_dfd.models.network import WanNetwork
 
 LARGEST = 448.0  # of e4m3
 SMALLEST_SCALE = 1e-12  # a row of zeros must not be divided by zero
@@ -72,7 +73,7 @@ class Fp8Linear(nn.Module):
         return out.unflatten(0, x.shape[:-1]).type_as(x)
 
 
-def use_fp8(network: WanTransformer) -> int:
+def use_fp8(network: WanNetwork) -> int:
     """Convert the blocks' linear layers in place and return how many they are.
 
     Embedders, head and the text's keys and values stay as they are. Raises Fp8Error, before

@@ -12,6 +12,16 @@ from torch.nn.functional import gelu, layer_norm, silu
 from selfforcing_dfd.flow import expand_sigma
 
 
+def start_values(*shape: int) -> Tensor:
+    """Standard normal values over the square root of the width, which is last.
+
+    On the meta device, where no values are, there is no arithmetic either: the first one there
+    makes torch import its compiler, for a second.
+    """
+    table = torch.empty(shape)
+    return table if table.is_meta else torch.randn(shape) / shape[-1] ** 0.5
+
+
 def full_precision(x: Tensor) -> Tensor:
     """Half types as float32; float32 and float64 as they are."""
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x

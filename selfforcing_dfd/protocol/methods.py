@@ -31,7 +31,8 @@ from selfforcing_dfd.protocol.plan import (
     MethodPlan,
     Protocol,
 )
-from selfforcing_dfd.streaming.load import load_settings, load_stream_model, load_wan_model
+from selfforcing_dfd.streaming.load import load_settings, load_stream_model
+from selfforcing_dfd.streaming.load_wan import load_wan_model
 from selfforcing_dfd.streaming.model import StreamModel
 from selfforcing_dfd.streaming.session import StreamSettings
 from selfforcing_dfd.tiny.codec import TIME

@@ -1,40 +1,45 @@
-"""From weights to a model that streams: the tiny world's, or a student of real Wan with its folder.
+"""From weights to a model that streams: the tiny world's. Real Wan's are in `load_wan`.
 
-Sizes and recipe come from the student's file; nothing of the trainer is imported.
+Sizes and recipe come from the student's file; nothing of the trainer is imported, and neither is
+diffusers, so that a stream of the tiny world starts at once.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from selfforcing_dfd.codecs.pictures import PictureEncoder, check_picture_encoder
-from selfforcing_dfd.codecs.text import WanText
-from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE, WanCodec
-from selfforcing_dfd.common import DTYPES, find_device, find_file, shipped
+from selfforcing_dfd.common import find_device, find_file, shipped
 from selfforcing_dfd.models.hub import require_student
-from selfforcing_dfd.models.identity import SELF_FORCING, Recipe, TrainingData, mark, recipe_of
+from selfforcing_dfd.models.identity import SELF_FORCING, Recipe, mark, recipe_of
+from selfforcing_dfd.models.network import WanNetwork
 from selfforcing_dfd.models.picture import takes_picture
-from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.streaming.parts import LoadError, check_fit, check_parts
+from selfforcing_dfd.streaming.parts import LoadError
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 from selfforcing_dfd.tiny.codec import SPACE, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, parse_caption
-from selfforcing_dfd.weights.read import Description, describe, load_network, read_weights
+from selfforcing_dfd.weights.read import (
+    Description,
+    describe,
+    load_network,
+    load_plain,
+    read_weights,
+)
 from selfforcing_dfd.weights.recipes import settle_recipe
 from selfforcing_dfd.weights.runs import student_of
 from selfforcing_dfd.weights.sources import StoredWeights
+
+if TYPE_CHECKING:
+    from selfforcing_dfd.models.wan import WanTransformer
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +88,9 @@ def load_stream_model(
     weights = read_weights(path)
     check_tiny(describe(weights), codec)
     run_on = find_device(device)
-    student = load_student(weights, run_on, recipe=recipe)
-    settled = student_recipe(student)
+    settled = settle_student(weights, recipe)
+    student = load_plain(weights, run_on, torch.float32).requires_grad_(False)
+    mark(student, "causal_student", settled, weights.identity.data)
     return StreamModel(
         student=student,
         codec=codec.to(run_on),
@@ -134,60 +140,6 @@ def check_tiny(student: Description, codec: TinyCodec) -> None:
         )
 
 
-def load_wan_model(
-    folder: Path,
-    checkpoint: str = "",
-    device: str = "auto",
-    dtype: str = "auto",
-    vae_device: str = "",
-    size: tuple[int | None, int | None] = (None, None),
-    recipe: Mapping[str, Any] | None = None,
-) -> StreamModel:
-    """A student of real Wan2.1 with the VAE and text encoder of `folder`.
-
-    folder: a diffusers folder of Wan, or an export of ours. checkpoint: the student, in any format
-    of `weights/read.py`; empty takes the folder's transformer if that is one. dtype: auto is
-    bfloat16 on a GPU and float32 elsewhere. size: height and width of the video; None is the size
-    that the student was trained at, else Wan's. recipe: settings that replace those of the
-    student's file. Embeddings of prompts are kept on disk, so the text encoder is loaded for new
-    prompts only. Raises UserError with the cure for what is missing.
-    """
-    if dtype not in ("auto", *DTYPES):
-        raise LoadError(f"dtype is {dtype!r}; use auto, {', '.join(DTYPES)}")
-    named = find_weights(checkpoint) if checkpoint else None
-    check_parts(folder, named)
-    weights = read_weights(named or folder / "transformer")
-    student_facts = describe(weights)
-    check_fit(student_facts.sizes, student_facts.data, folder)
-    if takes_picture(student_facts.sizes):
-        check_picture_encoder(folder, student_facts.sizes["image_dim"])
-    video_size = asked_size(size, student_facts.data)
-    rows_columns = latent_size(video_size, WanCodec.strides, student_facts.sizes["patch_size"])
-    run_on = find_device(device)
-    decode_on = find_device(vae_device) if vae_device else run_on
-    weights_dtype = DTYPES.get(dtype) or default_dtype(run_on)
-    student = load_student(weights, run_on, weights_dtype, recipe=recipe)
-    settled = student_recipe(student)
-    on_gpu = decode_on.type == "cuda"
-    codec = WanCodec.from_pretrained(folder, decode_on, weights_dtype, channels_last=on_gpu)
-    see = None
-    if student.takes_picture:
-        encoder = PictureEncoder.from_pretrained(folder, codec, decode_on)
-        see = partial(encoder.encode, frames=settled.frames)
-    return StreamModel(
-        student=student,
-        codec=codec,
-        text=WanText.cached(folder, text_cache(), run_on, weights_dtype),
-        ladder=settled.sigmas,
-        keeps_noise=settled.keeps_noise,
-        given=settled.given,
-        chunk_frames=settled.chunk_frames,
-        latent_size=rows_columns,
-        decode_device=decode_on,
-        see=see,
-    )
-
-
 def default_dtype(device: torch.device) -> torch.dtype:
     """bfloat16 on a GPU, float32 elsewhere."""
     return torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -207,6 +159,14 @@ def load_student(
     WeightsError for what cannot be read.
     """
     weights = source if isinstance(source, StoredWeights) else read_weights(source, entry)
+    settled = settle_student(weights, recipe)
+    student = load_network(weights, device=device, dtype=dtype)
+    mark(student, "causal_student", settled, weights.identity.data)
+    return student.requires_grad_(False)
+
+
+def settle_student(weights: StoredWeights, recipe: Mapping[str, Any] | None = None) -> Recipe:
+    """The recipe by which some weights stream; arguments and errors as for `load_student`."""
     if weights.role is not None or weights.is_folder:
         require_student(weights.identity.notes(), weights.source)
     settled = settle_recipe(weights.recipe, recipe or {}, "causal_student", weights.source)
@@ -217,30 +177,16 @@ def load_student(
             "streams run all chunks with the same steps: use a student whose recipe has no "
             "first_ladder"
         )
-    student = load_network(weights, device=device, dtype=dtype)
-    mark(student, "causal_student", settled, weights.identity.data)
-    return student.requires_grad_(False)
+    return settled
 
 
 def _steps(ladder: tuple[float, ...]) -> str:
     return ",".join(f"{timestep:g}" for timestep in ladder)
 
 
-def student_recipe(student: WanTransformer) -> Recipe:
+def student_recipe(student: WanNetwork) -> Recipe:
     """The recipe in a student's config; Self-Forcing's where the config has none."""
     return recipe_of(student.config) or SELF_FORCING
-
-
-def asked_size(size: tuple[int | None, int | None], data: TrainingData | None) -> tuple[int, int]:
-    """Height and width of Wan's video; None is the training data's if it is known, else Wan's."""
-    height, width = VIDEO_SIZE if data is None else trained_size(data)
-    return (height if size[0] is None else size[0]), (width if size[1] is None else size[1])
-
-
-def trained_size(data: TrainingData) -> tuple[int, int]:
-    """Height and width of the video that Wan's VAE made the training latents of."""
-    rows, columns = data.latent_size
-    return rows * WanCodec.strides[1], columns * WanCodec.strides[2]
 
 
 def latent_size(
@@ -257,12 +203,6 @@ def latent_size(
                 f"{lower + unit}"
             )
     return size[0] // strides[1], size[1] // strides[2]
-
-
-def text_cache() -> Path:
-    """Where embeddings of prompts are kept: XDG_CACHE_HOME (default ~/.cache), then our name."""
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(cache) / "selfforcing_dfd" / "text"
 
 
 def choose_kernel(model: StreamModel, settings: StreamSettings, name: str) -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.codecs.protocol import StreamingCodec
+from selfforcing_dfd.models.network import WanNetwork
 from selfforcing_dfd.models.picture import Picture
-from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.rollout import Ladder
 from selfforcing_dfd.streaming.ring import KVShape
 
@@ -32,7 +32,7 @@ class StreamModel:
     see: for a student of Wan2.1-I2V, what it sees of a picture [1, H, W, 3]; see `codecs.pictures`.
     """
 
-    student: WanTransformer
+    student: WanNetwork
     codec: StreamingCodec
     text: TextEncoder
     ladder: Ladder

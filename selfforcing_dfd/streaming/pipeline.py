@@ -28,13 +28,8 @@ from selfforcing_dfd.common import UserError
 from selfforcing_dfd.models.hub import LOCATION, require_student
 from selfforcing_dfd.models.identity import Recipe, identity_of
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.streaming.load import (
-    asked_size,
-    latent_size,
-    load_student,
-    student_recipe,
-    trained_size,
-)
+from selfforcing_dfd.streaming.load import latent_size, load_student, student_recipe
+from selfforcing_dfd.streaming.load_wan import asked_size, trained_size
 from selfforcing_dfd.streaming.open_export import open_to_diffusers
 from selfforcing_dfd.streaming.parts import check_fit, check_parts
 from selfforcing_dfd.streaming.session import (

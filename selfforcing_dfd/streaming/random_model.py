@@ -5,15 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKLWan
 from torch import nn
 
 from selfforcing_dfd.codecs.prompts import MAX_LENGTH
-from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE, WanCodec
 from selfforcing_dfd.common import find_device
 from selfforcing_dfd.models.identity import SELF_FORCING
+from selfforcing_dfd.models.network import PlainWan, WanNetwork
 from selfforcing_dfd.models.sizes import PUBLISHED_SIZES
-from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.streaming.load import TINY_STUDENT, default_dtype, latent_size, tiny_codec_file
 from selfforcing_dfd.streaming.parts import LoadError
 from selfforcing_dfd.streaming.session import StreamModel
@@ -39,7 +37,7 @@ def random_stream_model(
     dtype = dtype or default_dtype(run_on)
     torch.manual_seed(seed)
     with torch.device(run_on):
-        student = randomise(WanTransformer(**network_sizes(size)))
+        student = randomise(PlainWan(**network_sizes(size)))
         nn.Module.to(student.requires_grad_(False), dtype)
         codec, video_size = _codec(size, run_on, dtype)
     text_dim = student.config["text_dim"]
@@ -64,12 +62,16 @@ def _codec(size: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, tu
     """The codec that belongs to a size, and the height and width of its usual video."""
     if size == "tiny":
         return TinyCodec.load(tiny_codec_file(TINY_STUDENT)).to(device), (SIDE, SIDE)
+    from diffusers import AutoencoderKLWan
+
+    from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE, WanCodec
+
     vae: Any = AutoencoderKLWan()
     return WanCodec(vae.to(dtype), channels_last=device.type == "cuda"), VIDEO_SIZE
 
 
 @torch.no_grad()
-def randomise(network: WanTransformer) -> WanTransformer:
+def randomise(network: WanNetwork) -> WanNetwork:
     """Random weights under which values stay finite however long a stream runs."""
     for parameter in network.parameters():
         if parameter.ndim > 1:

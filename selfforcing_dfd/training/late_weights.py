@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from selfforcing_dfd.common import find_file
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.stages.base import Start
-from selfforcing_dfd.weights.read import meta_network, read_finite
+from selfforcing_dfd.weights.read import read_finite, transformer_on_meta
 from selfforcing_dfd.weights.sources import StoredWeights, read_weights
 from selfforcing_dfd.weights.tensors import add_to_fingerprint
 
@@ -37,7 +37,7 @@ class WholeWeights:
 def without_memory(start: Start, dtype: torch.dtype) -> WanTransformer:
     """The network of some weights on the meta device, to be filled later. Raises WeightsError."""
     weights = stored_weights(start)
-    network = meta_network(weights, start.head_dim)
+    network = transformer_on_meta(weights, start.head_dim)
     network.register_to_config(**weights.identity.notes())
     nn.Module.to(network, dtype)
     return network

@@ -30,10 +30,10 @@ from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 from torch.distributed.checkpoint.state_dict_saver import save as dcp_save
 
 from selfforcing_dfd.common import SEAL, is_as_sealed
+from selfforcing_dfd.weights.stored import META_FILE as META_FILE
 from selfforcing_dfd.weights.stored import StoredTensor, WeightsError, not_finite_in
 
 FORMAT_VERSION = 2
-META_FILE = "meta.json"
 FIELDS = {
     "student_update": int,
     "config_yaml": str,
@@ -248,10 +248,6 @@ def describe_files(paths: list[Path]) -> dict[str, dict[str, Any]]:
     with ThreadPool() as pool:
         described = pool.map(one, paths)
     return {path.name: entry for path, entry in zip(paths, described, strict=True)}
-
-
-def is_training_checkpoint(folder: Path) -> bool:
-    return (folder / META_FILE).is_file()
 
 
 def read_training_checkpoint(

@@ -18,19 +18,24 @@ import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
 from selfforcing_dfd.models.identity import Recipe, Role, TrainingData
+from selfforcing_dfd.models.network import PlainWan, WanNetwork
 from selfforcing_dfd.models.picture import further_channels, takes_picture
-from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.weights.names import Shape, sizes_of, to_wan
 from selfforcing_dfd.weights.sources import SIZES, StoredWeights, describe_extras
 from selfforcing_dfd.weights.sources import read_weights as read_weights
 from selfforcing_dfd.weights.stored import WeightsError as WeightsError
 
+if TYPE_CHECKING:
+    from selfforcing_dfd.models.wan import WanTransformer
+
 logger = logging.getLogger(__name__)
+
+Network = TypeVar("Network", bound=WanNetwork)
 
 HEAD_DIM = 128
 WAN_WIDTHS = (1536, 3072, 5120)
@@ -77,7 +82,7 @@ def describe(source: Path | str | StoredWeights, entry: str = "", head_dim: int 
     Raises WeightsError for what cannot be read, and unless the tensors are exactly a network's.
     """
     weights = source if isinstance(source, StoredWeights) else read_weights(source, entry)
-    network = meta_network(weights, head_dim)
+    network = meta_network(weights, head_dim, PlainWan)
     return Description(
         weights.source,
         weights.format,
@@ -107,11 +112,30 @@ def load_network(
     weights = source
     if not isinstance(weights, StoredWeights):
         weights = read_weights(weights, entry, drop_gan_heads)
-    network = meta_network(weights, head_dim)
+    network = transformer_on_meta(weights, head_dim)
+    fill(network, weights, device, dtype)
+    return network
+
+
+def load_plain(
+    weights: StoredWeights, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> PlainWan:
+    """`load_network` without diffusers, which takes seconds to import."""
+    network = meta_network(weights, 0, PlainWan)
+    fill(network, weights, device, dtype)
+    return network
+
+
+def fill(
+    network: WanTransformer | PlainWan,
+    weights: StoredWeights,
+    device: torch.device | str,
+    dtype: torch.dtype | None,
+) -> None:
+    """Give a network on the meta device its tensors, role and recipe."""
     tensors = {name: read_finite(weights, name).to(device, dtype) for name in weights.tensors}
     network.load_state_dict(tensors, strict=True, assign=True)
     network.register_to_config(**weights.identity.notes())
-    return network
 
 
 def read_finite(weights: StoredWeights, name: str) -> torch.Tensor:
@@ -127,14 +151,21 @@ def read_finite(weights: StoredWeights, name: str) -> torch.Tensor:
     return tensor
 
 
-def meta_network(weights: StoredWeights, head_dim: int = 0) -> WanTransformer:
+def transformer_on_meta(weights: StoredWeights, head_dim: int = 0) -> WanTransformer:
+    """`meta_network` with diffusers' methods."""
+    from selfforcing_dfd.models.wan import WanTransformer
+
+    return meta_network(weights, head_dim, WanTransformer)
+
+
+def meta_network(weights: StoredWeights, head_dim: int, kind: type[Network]) -> Network:
     """The network of some weights on the meta device, without memory.
 
     Raises WeightsError unless the weights are all of its tensors and no others.
     """
     sizes = network_sizes(weights, head_dim)
     with torch.device("meta"):
-        network = WanTransformer(**sizes)
+        network = kind(**sizes)
     _check_tensors(
         weights, {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
     )

@@ -22,10 +22,6 @@ from selfforcing_dfd.models.identity import (
     Role,
     identity_of,
 )
-from selfforcing_dfd.weights.checkpoint_files import (
-    is_training_checkpoint,
-    read_training_checkpoint,
-)
 from selfforcing_dfd.weights.eight_bits import from_8_bits
 from selfforcing_dfd.weights.names import (
     Layout,
@@ -41,6 +37,7 @@ from selfforcing_dfd.weights.stored import (
     StoredTensor,
     WeightsError,
     is_torch_file,
+    is_training_checkpoint,
     models_in,
     read_folder,
     read_safetensors,
@@ -211,6 +208,9 @@ def _read_torch(path: Path, entry: str, drop_gan_heads: bool) -> StoredWeights:
 
 def _read_checkpoint(folder: Path, entry: str) -> StoredWeights:
     """One of our training checkpoints; its settings hold each network's config."""
+    # torch's checkpoints take a second to import
+    from selfforcing_dfd.weights.checkpoint_files import read_training_checkpoint
+
     models, settings = read_training_checkpoint(folder)
     name, entries = _choose(folder, entry, tuple(models))
     networks = settings.get("networks", {})

@@ -37,6 +37,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 """safetensors' names of the dtypes that are met in checkpoints."""
+META_FILE = "meta.json"  # of a training checkpoint
 WEIGHTS = "diffusion_pytorch_model"
 INDEX = f"{WEIGHTS}.safetensors.index.json"
 # first bytes of files
@@ -75,6 +76,11 @@ class StoredTensor:
     @property
     def num_bytes(self) -> int:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def is_training_checkpoint(folder: Path) -> bool:
+    """Whether a folder is one of this package's own checkpoints."""
+    return (folder / META_FILE).is_file()
 
 
 def stored(key: str, tensor: Tensor) -> StoredTensor:

@@ -25,7 +25,7 @@ from selfforcing_dfd.models.hub import ARCHITECTURE
 from selfforcing_dfd.models.identity import STUDENT_ROLES, Identity, Recipe, Role
 from selfforcing_dfd.models.picture import takes_picture
 from selfforcing_dfd.weights.names import to_wan
-from selfforcing_dfd.weights.read import meta_network
+from selfforcing_dfd.weights.read import transformer_on_meta
 from selfforcing_dfd.weights.recipes import settle_recipe
 from selfforcing_dfd.weights.sources import SIZES, WAN_IMAGE_DIM, StoredWeights, read_weights
 from selfforcing_dfd.weights.stored import (
@@ -97,7 +97,7 @@ def convert(
     if not isinstance(found, StoredWeights):
         found = read_weights(found, entry, drop_gan_heads)
     weights = _with_role(found, role, recipe or {})
-    network = meta_network(weights, head_dim)
+    network = transformer_on_meta(weights, head_dim)
     sizes = {name: network.config[name] for name in SIZES}
     named = dict(weights.tensors)
     if to in ("wan", "self-forcing"):

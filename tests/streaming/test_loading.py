@@ -16,7 +16,8 @@ from y4m import y4m
 from selfforcing_dfd.cli.main import main as command_line
 from selfforcing_dfd.models.hub import HubError
 from selfforcing_dfd.models.identity import SELF_FORCING, Recipe, mark, recipe_of, role_of
-from selfforcing_dfd.streaming.load import load_settings, load_student, load_wan_model
+from selfforcing_dfd.streaming.load import load_settings, load_student
+from selfforcing_dfd.streaming.load_wan import load_wan_model
 from selfforcing_dfd.streaming.parts import LoadError, missing_files
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline, export_scheduler
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession

@@ -19,7 +19,7 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.models.hub import HubError
 from selfforcing_dfd.models.identity import TrainingData, mark
 from selfforcing_dfd.models.wan import WanTransformer
-from selfforcing_dfd.streaming.load import load_wan_model
+from selfforcing_dfd.streaming.load_wan import load_wan_model
 from selfforcing_dfd.streaming.parts import LoadError
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline, export_scheduler
 
