@@ -13,7 +13,7 @@ from selfforcing_dfd.models.network import WanNetwork
 
 
 class WanTransformer(  # type: ignore[misc]
-    HubMixin, LoraMixin, ModelMixin, ConfigMixin, PeftAdapterMixin, WanNetwork
+    HubMixin, LoraMixin, WanNetwork, ModelMixin, ConfigMixin, PeftAdapterMixin
 ):
     """Flow-predicting transformer over latents [B, F, C, H, W]."""
 
