@@ -29,14 +29,8 @@ from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.ode import sample
 from selfforcing_dfd.protocol.plan import Cell
 from selfforcing_dfd.rollout import Chunks, commit_chunk, plan_chunks
-from selfforcing_dfd.streaming.load import (
-    TinyPrompts,
-    asked_size,
-    default_dtype,
-    latent_size,
-    text_cache,
-    tiny_codec_file,
-)
+from selfforcing_dfd.streaming.load import TinyPrompts, default_dtype, latent_size, tiny_codec_file
+from selfforcing_dfd.streaming.load_wan import asked_size, text_cache
 from selfforcing_dfd.streaming.model import StreamModel, TextEncoder
 from selfforcing_dfd.streaming.session import StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import SPACE, TinyCodec
