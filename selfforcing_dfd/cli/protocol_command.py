@@ -17,25 +17,7 @@ def protocol(parser: argparse.ArgumentParser) -> Run:
     processes, on one machine or on several that share the folder, may run it at once. Protocols lie
     in configs/protocol: tiny (a minute on a CPU), long, and the DFD paper's tables (paper/table1).
     """
-    parser.add_argument(
-        "plan", metavar="NAME", help="a protocol in configs/protocol, such as tiny, or a YAML file"
-    )
-    parser.add_argument(
-        "--do",
-        choices=DO,
-        default="all",
-        help="videos: make them; numbers: measure those that are there; report: write it from what "
-        "is measured so far (default: %(default)s, one after the other)",
-    )
-    parser.add_argument(
-        "--wait",
-        action="store_true",
-        help="with --do numbers: wait until another process has made all videos",
-    )
-    parser.add_argument(
-        "--only", nargs="+", default=[], metavar="METHOD", help="make and measure these alone"
-    )
-    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    add_options(parser)
 
     def run(args: argparse.Namespace) -> None:
         if args.wait and args.do != "numbers":
@@ -60,3 +42,25 @@ def protocol(parser: argparse.ArgumentParser) -> Run:
             raise UserError(f"{count} results failed, the first: {failures[0]}")
 
     return run
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "plan", metavar="NAME", help="a protocol in configs/protocol, such as tiny, or a YAML file"
+    )
+    parser.add_argument(
+        "--do",
+        choices=DO,
+        default="all",
+        help="videos: make them; numbers: measure those that are there; report: write it from what "
+        "is measured so far (default: %(default)s, one after the other)",
+    )
+    parser.add_argument(
+        "--wait",
+        action="store_true",
+        help="with --do numbers: wait until another process has made all videos",
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], metavar="METHOD", help="make and measure these alone"
+    )
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)

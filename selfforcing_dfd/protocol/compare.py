@@ -48,9 +48,13 @@ class Difference:
 
 def compared(score: str, one: Result, other: Result, unit: str) -> Difference | None:
     """A score of two methods; None where they share no unit."""
-    mine = by_unit(one.values.get(score, {}), unit)
-    theirs = by_unit(other.values.get(score, {}), unit)
-    shared = sorted(mine.keys() & theirs.keys())
+    ours = one.values.get(score, {})
+    others = other.values.get(score, {})
+    # a seed that one method lacks would make a prompt's two means of different seeds
+    common = sorted(ours.keys() & others.keys())
+    mine = by_unit({key: ours[key] for key in common}, unit)
+    theirs = by_unit({key: others[key] for key in common}, unit)
+    shared = sorted(mine)
     if not shared:
         return None
     differences = [mine[key] - theirs[key] for key in shared]

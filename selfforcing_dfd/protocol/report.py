@@ -120,7 +120,7 @@ def render(
     scores = all_scores(results)
     other = [each for each in differences if each.other != protocol.control]
     return environment.get_template("protocol.html").render(
-        name=prepared.name,
+        name=Path(prepared.name).stem,
         protocol=protocol,
         num_prompts=len(prepared.prompts),
         style=Markup(style.read_text(encoding="utf-8")),
