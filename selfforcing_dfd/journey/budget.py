@@ -45,8 +45,9 @@ STORED_BYTES = 2  # of a value in shards
 UMT5_TOKENS = 512
 EXPORT_BYTES = 4  # of a weight in an export, float32
 VIDEO_BYTES = 0.1  # of a pixel in a sample's mp4, a rough bound
-SOON = 0.05  # in hours; shorter times are told in minutes
-CAPTION_TOKENS = 128  # of a usual long caption, for the text encoder's operations
+SOON_HOURS = 2  # shorter times are told in minutes
+LONG_HOURS = 24 * 30  # longer ones are not told
+CAPTION_TOKENS = 128  # of a usual long caption; its padding is not stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +164,7 @@ def pack_cost(request: Request, plan: Plan, intake: Intake) -> Cost:
     clip = estimate_of(plan, plan.student).clip
     size = plan.checkpoint.size
     latent = sum(clip.chunks) * size.channels * clip.latent_size[0] * clip.latent_size[1]
-    text = clip.text_tokens * size.text_dim
+    text = min(clip.text_tokens, CAPTION_TOKENS) * size.text_dim
     disk = STORED_BYTES * intake.clips * (latent + text)
     if request.model is None:
         return Cost(disk=disk)
@@ -244,12 +245,15 @@ def table(budget: Budget, gpus: int) -> list[str]:
 
 def row_of(name: str, cost: Cost, flops_per_second: float) -> str:
     hours = amount(gpu_hours(cost.flops, GPUS[0])) if cost.flops else "-"
-    here = "-"
-    if cost.flops:
-        own = cost.flops / flops_per_second / 3600
-        here = f"{amount(own)} h" if own >= SOON * 40 else f"{60 * own:,.1f} min"
+    here = time_here(cost.flops / flops_per_second / 3600) if cost.flops else "-"
     memory = "-" if cost.memory is None else amount(cost.memory / GIGA)
     return f"{name:12}{hours:>12}{here:>12}{memory:>12}{amount(cost.disk / GIGA):>12}"
+
+
+def time_here(hours: float) -> str:
+    if hours >= LONG_HOURS:
+        return "> 30 days"
+    return f"{hours:,.1f} h" if hours >= SOON_HOURS else f"{60 * hours:,.1f} min"
 
 
 def amount(value: float) -> str:
