@@ -41,6 +41,7 @@ from selfforcing_dfd.common import find_device
 if TYPE_CHECKING:
     from selfforcing_dfd.curate.assemble import TrainingSet
     from selfforcing_dfd.curate.folder import Clusters, Embedded
+    from selfforcing_dfd.curate.intake import Intake
     from selfforcing_dfd.data.sources.listing import Clip
 
 MODEL_FRAMES = 81
@@ -178,15 +179,8 @@ SET_STEPS: Sequence[Command] = (embed, cluster, pick, pack)
 
 
 def pack_set(args: argparse.Namespace, embedded: Embedded) -> None:
-    """Choose the set and pack it. Clips are cut as they were embedded."""
-    intake = embedded.intake
-    args.source = intake.source
-    args.recursive = intake.recursive
-    args.fps = intake.fps
-    args.frames = intake.num_frames
-    args.cut = ""
-    args.part = (1, 1)
-    args.resume = not args.overwrite
+    """Choose the set and pack it."""
+    args = as_for_pack(args, embedded.intake)
     set_codec_defaults(args)
     training = assembled(args, embedded)
     print_set(training)
@@ -195,6 +189,20 @@ def pack_set(args: argparse.Namespace, embedded: Embedded) -> None:
     record = {"curation": str(training.record["sha256"])}
     summary = pack_files(args, source, out, record, training.write)
     print_summary(summary, f", {CODEC_FILE}" if args.codec == "tiny" else "")
+
+
+def as_for_pack(args: argparse.Namespace, intake: Intake) -> argparse.Namespace:
+    """The options of the command `pack` for clips that are taken as they were embedded."""
+    more = {
+        "source": intake.source,
+        "recursive": intake.recursive,
+        "fps": intake.fps,
+        "frames": intake.num_frames,
+        "cut": "",
+        "part": (1, 1),
+        "resume": not args.overwrite,
+    }
+    return argparse.Namespace(**vars(args), **more)
 
 
 def assembled(args: argparse.Namespace, embedded: Embedded) -> TrainingSet:

@@ -46,7 +46,9 @@ class Excluded:
 
 @dataclass(frozen=True, slots=True)
 class TrainingSet:
-    """chosen: in the order of clusters. dropped: picks that were excluded. record: for a file."""
+    """chosen: in the order of the source, so that long files are decoded once. dropped: picks that
+    were excluded. record: for a file.
+    """
 
     chosen: Sequence[Chosen]
     excluded: Sequence[Excluded]
@@ -93,7 +95,7 @@ def assemble(
     excluded = excluded_clips(clips, kept_out, Gate(prompts, settings.near))
     rows = {one.row: one for one in excluded}
     limits = Limits(settings.quota, settings.duplicate, rows.keys())
-    chosen = choose(embedded, clusters, sheets, picks, limits)
+    chosen = sorted(choose(embedded, clusters, sheets, picks, limits), key=lambda one: one.row)
     if not chosen:
         raise UserError("no pick may be in the set: each is held out, leaks or has no caption")
     dropped = [rows[row] for row in picked_rows(sheets, picks) if row in rows]

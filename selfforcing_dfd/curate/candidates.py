@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.curate.intake import FrameReader, Looks
+from selfforcing_dfd.curate.intake import FrameReader
 from selfforcing_dfd.data.source import ClipError
 from selfforcing_dfd.data.sources.listing import Clip
 from selfforcing_dfd.metrics.appearance import luma
@@ -69,10 +69,10 @@ class Shown:
     pictures: Tensor | None
 
 
-def look_at(clip: Clip, candidate: Candidate, looks: Looks, num_pictures: int) -> Shown:
+def look_at(reader: FrameReader, clip: Clip, candidate: Candidate, num_pictures: int) -> Shown:
     """Read a candidate's frames; see `Candidate` for what is measured."""
     try:
-        frames = FrameReader(looks, range(looks.num_frames)).read(clip)
+        frames = reader.read(clip)
     except ClipError as error:
         fields = {**candidate.to_fields(), "problem": error.reason}
         return Shown(Candidate(**fields), None)

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from selfforcing_dfd.common import UserError, atomic_file, is_as_sealed, sealed
 from selfforcing_dfd.config import ranged
-from selfforcing_dfd.curate.candidates import Candidate, even_ranks, look_at, pick_by_rule
+from selfforcing_dfd.curate.candidates import Candidate, Shown, even_ranks, look_at, pick_by_rule
 from selfforcing_dfd.curate.folder import (
     CANDIDATES,
     PICKS,
@@ -22,7 +22,7 @@ from selfforcing_dfd.curate.folder import (
     again,
     missing,
 )
-from selfforcing_dfd.curate.intake import Looks
+from selfforcing_dfd.curate.intake import FrameReader, Looks
 from selfforcing_dfd.curate.picks import Sheet, write_picks
 from selfforcing_dfd.curate.progress import ProgressFile
 from selfforcing_dfd.curate.sheets import LONGEST, write_sheet
@@ -62,8 +62,7 @@ class SheetMaker:
     pictures: int
 
     def __call__(self, task: Task) -> Sheet:
-        pairs = zip(task.clips, task.candidates, strict=True)
-        shown = [look_at(clip, one, self.looks, self.pictures) for clip, one in pairs]
+        shown = self.looked_at(task)
         title = (
             f"cluster {task.cluster}: {task.size} clips, mean distance {task.mean_distance:.3f}; "
             "the nearest to the centre first"
@@ -71,6 +70,14 @@ class SheetMaker:
         write_sheet(sheet_path(self.folder, task.cluster), title, shown, self.pictures)
         looked_at = tuple(one.candidate for one in shown)
         return Sheet(task.cluster, task.size, task.mean_distance, looked_at)
+
+    def looked_at(self, task: Task) -> list[Shown]:
+        """The candidates in order. Windows of one file are read one after the other."""
+        reader = FrameReader(self.looks, range(self.looks.num_frames))
+        pairs = list(zip(task.clips, task.candidates, strict=True))
+        pairs.sort(key=lambda pair: (pair[0].path, pair[0].first or 0))
+        shown = [look_at(reader, clip, one, self.pictures) for clip, one in pairs]
+        return sorted(shown, key=lambda one: one.candidate.number)
 
 
 def sheet_path(folder: Path, cluster: int) -> Path:

@@ -115,7 +115,7 @@ def test_a_set_is_a_function_of_picks_and_gates(curation: Embedded) -> None:
     before = assembled(curation, settings)
     assert len(before.names) == len(set(before.names)) == 14
     assert before.num_picked == sum(map(len, before.record["picks"].values())) > 8
-    assert [one.cluster for one in before.chosen] == sorted(one.cluster for one in before.chosen)
+    assert [one.row for one in before.chosen] == sorted(one.row for one in before.chosen)
     assert assembled(curation, settings).record == before.record
     assert before.reasons == {"problem": 1}
     picked = before.names[0]
