@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.metrics.camera import (
     PoseError,
     aligned,
@@ -19,7 +20,7 @@ from selfforcing_dfd.metrics.camera import (
     read_poses,
     spreads,
 )
-from selfforcing_dfd.metrics.diversity import by_prompt, diversity
+from selfforcing_dfd.metrics.diversity import diversity
 from selfforcing_dfd.metrics.feature_files import FEWEST, Encoded, set_scores
 from selfforcing_dfd.metrics.features import pooled
 from selfforcing_dfd.protocol.measure import (
@@ -72,6 +73,18 @@ class Result:
     def names(self) -> list[str]:
         return [*self.values, *self.sets]
 
+    def add(self, name: str, unit: Unit, value: float) -> None:
+        """Note the value of a score that can be compared in pairs."""
+        self.values.setdefault(name, {})[unit] = value
+
+
+def by_number(cells: list[Cell]) -> dict[int, list[int]]:
+    """The places of each prompt's videos, for prompts that have at least two."""
+    groups: dict[int, list[int]] = defaultdict(list)
+    for place, cell in enumerate(cells):
+        groups[cell.prompt.number].append(place)
+    return {prompt: places for prompt, places in groups.items() if len(places) > 1}
+
 
 def by_unit(values: Mapping[Unit, float], unit: str) -> dict[Unit, float]:
     """One value for each unit: with `prompt` the mean over its seeds."""
@@ -101,6 +114,7 @@ def gather(prepared: Prepared) -> dict[str, Result]:
         else:
             features[name] = {}
         found[name] = result
+    refuse_two_versions(found)
     return {name: found[name] for name in prepared.protocol.methods}
 
 
@@ -140,7 +154,7 @@ def add_cameras(prepared: Prepared, result: Result) -> None:
             result.failures.append(str(error))
             continue
         for name, value in magnitudes(poses).items():
-            result.values.setdefault(f"poses.{name}", {})[cell.key] = value
+            result.add(f"poses.{name}", cell.key, value)
         paths.append(aligned(poses)[:, :3, 3])
         cells.append(cell)
     add_spreads(result, "poses", paths, cells)
@@ -149,11 +163,12 @@ def add_cameras(prepared: Prepared, result: Result) -> None:
 
 def add_spreads(result: Result, name: str, tracks: list[torch.Tensor], cells: list[Cell]) -> None:
     """How unlike the paths of a prompt's videos are, for prompts whose paths have one length."""
-    for prompt, places in by_prompt([cell.prompt.number for cell in cells]).items():
+    for prompt, places in by_number(cells).items():
         group = [tracks[place] for place in places]
-        if len({len(track) for track in group}) == 1:
-            for score, value in spreads(torch.stack(group)).items():
-                result.values.setdefault(f"{name}.{score}", {})[(int(str(prompt)),)] = value
+        if len({len(track) for track in group}) > 1:
+            continue
+        for score, value in spreads(torch.stack(group)).items():
+            result.add(f"{name}.{score}", (prompt,), value)
 
 
 def features_of(prepared: Prepared, result: Result) -> dict[str, Encoded]:
@@ -170,7 +185,7 @@ def features_of(prepared: Prepared, result: Result) -> dict[str, Encoded]:
         for cell, file in zip(result.cells, files, strict=True):
             alignment = read_alignment(file)
             if alignment is not None:
-                result.values.setdefault(f"{name}.text_alignment", {})[cell.key] = alignment
+                result.add(f"{name}.text_alignment", cell.key, alignment)
     return found
 
 
@@ -178,21 +193,36 @@ def add_features(
     result: Result, features: Mapping[str, Encoded], reference: Mapping[str, Encoded]
 ) -> None:
     """Diversity of each prompt, and scores of all videos against those of the data."""
-    groups = by_prompt([cell.prompt.number for cell in result.cells])
     texts = [cell.prompt.text for cell in result.cells]
     for name, encoded in features.items():
-        kinds = {"": encoded.frames, "_standardised": encoded.standardised}
-        for prompt, places in groups.items():
-            unit = (int(str(prompt)),)
-            for ending, frames in kinds.items():
-                own = frames[places]
-                mean = float(diversity(pooled(own)))
-                result.values.setdefault(f"{name}.diversity_mean{ending}", {})[unit] = mean
-                by_frame = float(diversity(own))
-                result.values.setdefault(f"{name}.diversity_frames{ending}", {})[unit] = by_frame
+        add_diversity(result, name, encoded.frames, "")
+        add_diversity(result, name, encoded.standardised, "_standardised")
         other = reference.get(name)
         enough = other is not None and min(len(encoded.files), len(other.files)) >= FEWEST
         scores, _ = set_scores(encoded, texts, other if enough else None)
         for score, value in scores.items():
-            if not score.startswith("diversity"):
+            # diversity is known by prompt, and the data's own Vendi score stands in their column
+            if not score.startswith("diversity") and score != "vendi_reference":
                 result.sets[f"{name}.{score}"] = value
+
+
+def add_diversity(result: Result, name: str, frames: torch.Tensor, ending: str) -> None:
+    """How unlike the videos of each prompt are; frames: unit vectors [N, K, D] of all videos."""
+    for prompt, places in by_number(result.cells).items():
+        own = frames[places]
+        mean = float(diversity(pooled(own)))
+        result.add(f"{name}.diversity_mean{ending}", (prompt,), mean)
+        result.add(f"{name}.diversity_frames{ending}", (prompt,), float(diversity(own)))
+
+
+def refuse_two_versions(results: Mapping[str, Result]) -> None:
+    """Raise UserError where an encoder has seen two methods' videos in two versions of it."""
+    seen: dict[str, tuple[str, dict[str, Any]]] = {}
+    for result in results.values():
+        for name, described in result.encoders.items():
+            method, before = seen.setdefault(name, (result.method, described))
+            if described != before:
+                raise UserError(
+                    f"features {name} of {method} are by {before}, those of {result.method} by "
+                    f"{described}; delete those of one method and run the protocol again"
+                )
