@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +55,7 @@ def build_model(options: argparse.Namespace, settings: StreamSettings) -> Stream
     if options.fp8:
         use_fp8(model.student)
     if options.compile:
-        model.student.compile_blocks()
+        model.compile()
     return model
 
 
@@ -138,6 +138,20 @@ def plan_of(options: argparse.Namespace, model: StreamModel) -> Plan:
         peak_tflops=options.peak_tflops or device_peak(model),
         dit_only=options.dit_only,
     )
+
+
+def count_decoder(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """Operators and bytes of Wan's decoder for a latent frame, beside diffusers'."""
+    from selfforcing_dfd.benchmark.operators import decoder_work
+    from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE
+
+    size = options.size or VIDEO_SIZE
+    dtype = DTYPES[options.dtype or "bfloat16"]
+    found = decoder_work(size, dtype)
+    lines = [f"a latent frame of Wan's VAE, {size[0]}x{size[1]}, {dtype}, uncompiled, on CUDA"]
+    for name, work in found.items():
+        lines.append(f"{name:10} {work.operators:5} operators {work.num_bytes / 1e9:7.1f} GB moved")
+    return "\n".join(lines), {name: asdict(work) for name, work in found.items()}
 
 
 def compare(first: Path, second: Path) -> tuple[str, dict[str, Any]]:

@@ -161,7 +161,7 @@ def _add_kernel_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--compile",
         action="store_true",
-        help="torch.compile the blocks: slow to start, faster afterwards",
+        help="torch.compile the blocks and Wan's VAE decoder: slow to start, faster afterwards",
     )
 
 
@@ -229,19 +229,28 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
         metavar=("A", "B"),
         help="measure nothing; compare two results, with a verdict",
     )
+    result.add_argument(
+        "--count-decoder",
+        action="store_true",
+        help="measure nothing; count operators and bytes of Wan's VAE decoder at --size and "
+        "--dtype, without a GPU",
+    )
 
     def run(args: argparse.Namespace) -> None:
         if args.out and args.out.suffix == ".html":
             raise UserError("--out names the JSON; the page is written beside it as .html")
-        from selfforcing_dfd.benchmark.run import benchmark, compare
+        from selfforcing_dfd.benchmark.run import benchmark, compare, count_decoder
 
-        text, result = compare(*args.compare) if args.compare else benchmark(args)
+        if args.count_decoder:
+            text, result = count_decoder(args)
+        else:
+            text, result = compare(*args.compare) if args.compare else benchmark(args)
         line = json.dumps(result, allow_nan=False)
         print(text)
         if args.out:
             args.out.write_text(line + "\n")
             print(f"wrote {args.out}")
-        if args.out and not args.compare:
+        if args.out and not (args.compare or args.count_decoder):
             from selfforcing_dfd.benchmark.page import render
 
             page = args.out.with_suffix(".html")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol, Self
+from typing import Any, Protocol, Self, runtime_checkable
 
 from torch import Tensor
 
@@ -47,6 +47,15 @@ class StreamingCodec(Protocol):
     def start_decoding(self) -> Decoder: ...
 
     def start_encoding(self) -> Encoder: ...
+
+
+@runtime_checkable
+class Compilable(Protocol):
+    """A codec whose decoder is worth compiling."""
+
+    def compile_decoding(self, **options: Any) -> None:
+        """Compile the decoder for those who start decoding from now on, by torch.compile."""
+        ...
 
 
 class VideoCodec(Protocol):

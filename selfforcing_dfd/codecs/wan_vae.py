@@ -7,6 +7,8 @@ convolution. Latents are the transformer's, normalised by the VAE config's means
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,7 +16,7 @@ import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
 
-from selfforcing_dfd.codecs.wan_decode import StreamingDecoder
+from selfforcing_dfd.codecs.wan_decode import Programs, StreamingDecoder, pointwise
 from selfforcing_dfd.common import UserError
 
 TIME = 4
@@ -53,6 +55,7 @@ class WanCodec:
             )
         vae.requires_grad_(False).eval()
         self.vae = vae
+        self.programs = Programs()
         self.memory_format = torch.contiguous_format
         if channels_last:
             self.memory_format = torch.channels_last_3d
@@ -116,6 +119,14 @@ class WanCodec:
         """[B, F, 16, h, w] -> [B, 1 + 4 (F - 1), 8 h, 8 w, 3] float32, clamped to [0, 1]."""
         return self.start_decoding().decode(latents)
 
+    def compile_decoding(self, **options: Any) -> None:
+        """Compile the decoder for those who start decoding from now on.
+
+        One program for a video's first latent frame, another for all others; both compile again for
+        another size of video. options: of torch.compile.
+        """
+        self.programs = Programs().compiled(**options)
+
     def start_decoding(self) -> WanDecoder:
         return WanDecoder(self)
 
@@ -128,7 +139,9 @@ class WanDecoder:
 
     def __init__(self, codec: WanCodec, stream: StreamingDecoder | None = None) -> None:
         self.codec = codec
-        self.stream = stream or StreamingDecoder(codec.vae.decoder, codec.memory_format)
+        self.stream = stream or StreamingDecoder(
+            codec.vae.decoder, codec.memory_format, codec.programs
+        )
 
     @property
     def num_bytes(self) -> int:
@@ -151,13 +164,32 @@ class WanDecoder:
                 f"latents are {tuple(latents.shape)}; want [B, F, {codec.channels}, h, w], F one "
                 "or more"
             )
-        z = (latents.transpose(1, 2).float() * codec.deviation + codec.mean).to(codec.dtype)
-        parts = []
-        for frame in z.split(1, dim=2):
-            given = frame.contiguous(memory_format=codec.memory_format)
-            parts.append(self.stream(codec.vae.post_quant_conv(given)))
-        video = torch.cat(parts, dim=2).float().clamp(-1, 1)
-        return (video.permute(0, 2, 3, 4, 1) + 1) / 2
+        with tuned_convolutions(codec.device):
+            parts = [self._decode_frame(frame) for frame in latents.split(1, dim=1)]
+        return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
+
+    def _decode_frame(self, latent: Tensor) -> Tensor:
+        """[B, 1, 16, h, w] -> [B, 1 or 4, 8 h, 8 w, 3] float32 in [0, 1]."""
+        codec = self.codec
+        z = latent.transpose(1, 2).float() * codec.deviation + codec.mean
+        given = z.to(codec.dtype, memory_format=codec.memory_format)
+        video = self.stream(pointwise(codec.vae.post_quant_conv, given))
+        return (video.float().clamp(-1, 1).permute(0, 2, 3, 4, 1) + 1) / 2
+
+
+@contextmanager
+def tuned_convolutions(device: torch.device) -> Iterator[None]:
+    """On a GPU, let cuDNN try its kernels for each new shape, and keep the fastest.
+
+    Not where `torch.backends.cudnn.deterministic` asks for the same bits in every process.
+    """
+    cudnn = torch.backends.cudnn
+    before = cudnn.benchmark
+    cudnn.benchmark = before or (device.type == "cuda" and not cudnn.deterministic)
+    try:
+        yield
+    finally:
+        cudnn.benchmark = before
 
 
 class WanEncoder:

@@ -264,7 +264,7 @@ def prepare(
     choose_kernel(model, settings, options.attention)
     ranks.share(model.student)
     if options.compile:
-        model.student.compile_blocks()
+        model.compile()
         warm_up(model, settings, examples(options)[0])
     return model, settings
 

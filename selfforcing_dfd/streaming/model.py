@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from selfforcing_dfd.codecs.protocol import StreamingCodec
+from selfforcing_dfd.codecs.protocol import Compilable, StreamingCodec
 from selfforcing_dfd.models.network import WanNetwork
 from selfforcing_dfd.models.picture import Picture
 from selfforcing_dfd.rollout import Ladder
@@ -68,6 +68,12 @@ class StreamModel:
     @property
     def num_given_latent_frames(self) -> int:
         return 1 if self.student.takes_picture else self.given
+
+    def compile(self, **options: Any) -> None:
+        """Compile the student's blocks, and the decoder of Wan's VAE. options: of torch.compile."""
+        self.student.compile_blocks(**options)
+        if isinstance(self.codec, Compilable):
+            self.codec.compile_decoding(**options)
 
     def grey(self) -> Tensor | None:
         """A grey beginning for a student that needs one: for measurements, where none is shown."""

@@ -1,0 +1,110 @@
+"""Operators and bytes of the VAE's decoder, counted on shapes; and the counter, by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+import pytest
+import torch
+from inductor_plan import Plan, planned, use_fake_weights
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import rms_norm
+
+from selfforcing_dfd.benchmark.operators import Work, decoder_work, meta_codec, work_of
+from selfforcing_dfd.cli.main import main
+from selfforcing_dfd.codecs.wan_decode import Programs, build_rooms
+from selfforcing_dfd.common import DTYPES
+
+SIZE = (480, 832)
+BEFORE = Work(442, 92_163_469_888)
+"""Of a latent frame in bfloat16, by this counter, before the decoder was made leaner."""
+SMALL = {"base_dim": 16, "dim_mult": [1, 2], "num_res_blocks": 0, "temperal_downsample": [True]}
+
+
+def test_the_counter_by_hand():
+    """Catches views that count, outputs counted twice, and products whose bytes count."""
+    x = torch.empty(4, 6, device="meta")
+    size = x.nbytes
+    column = torch.empty(4, 1, device="meta")
+    cases = [
+        (lambda: x.T.unsqueeze(0), Work(0, 0)),
+        (lambda: torch.empty_like(x), Work(0, 0)),
+        (lambda: x + 1, Work(1, 2 * size)),
+        (lambda: x + column.expand(4, 6), Work(1, 2 * size + column.nbytes)),
+        (lambda: x.neg_(), Work(1, 2 * size)),
+        (lambda: x[:2].copy_(x[2:]), Work(1, size)),
+        (lambda: torch.ops.aten.silu.out(x, out=torch.empty_like(x)), Work(1, 2 * size)),
+        (lambda: torch._foreach_copy_([x, x], [x, x]), Work(1, 4 * size)),
+        (lambda: x @ x.T, Work(1, 0)),
+        (lambda: rms_norm(x, (6,)), Work(1, 2 * size)),
+        (lambda: (x + 1).mul(2), Work(2, 4 * size)),
+    ]
+    for call, expected in cases:
+        assert work_of(call) == expected
+
+
+def test_a_latent_frame_costs_a_third_of_what_it_did():
+    """Catches a norm taken apart again, frames copied between caches and rooms, and float32."""
+    work = decoder_work(SIZE, torch.bfloat16)
+    assert 3 * work["ours"].operators <= BEFORE.operators
+    assert 3 * work["ours"].num_bytes <= BEFORE.num_bytes
+    assert work["diffusers"].operators >= BEFORE.operators
+    assert work["diffusers"].num_bytes >= BEFORE.num_bytes
+
+
+def test_the_command_counts_at_any_size(capsys):
+    """Catches a size or a dtype that the command does not pass on, and a model that is loaded."""
+    for size, dtype in (("480x832", "bfloat16"), ("16x32", "float32")):
+        assert main(["benchmark", "--count-decoder", "--size", size, "--dtype", dtype]) == 0
+        result = json.loads(capsys.readouterr().out.splitlines()[-1])
+        height, width = map(int, size.split("x"))
+        expected = decoder_work((height, width), DTYPES[dtype])
+        assert result["ours"] == asdict(expected["ours"])
+
+
+def compiled(size: tuple[int, int], config: dict[str, object]) -> Plan:
+    """Of a later latent frame after compilation, in bfloat16 and channels_last."""
+    codec = meta_codec(torch.bfloat16, config)
+    decoder = codec.vae.decoder
+    with FakeTensorMode(), torch.no_grad():
+        use_fake_weights(decoder)
+        x: Tensor = torch.empty(1, codec.channels, 1, *size, dtype=codec.dtype)
+        rooms = build_rooms(decoder, x, codec.memory_format)
+        return planned(lambda: Programs().compiled().later(decoder, x, rooms))
+
+
+def around_a_program() -> Work:
+    """What a later latent frame costs outside of its compiled graph."""
+    codec = meta_codec(torch.bfloat16)
+
+    def program(decoder: object, x: Tensor, rooms: list[Tensor]) -> Tensor:
+        return x.new_empty(1, 3, 4, *SIZE)
+
+    codec.programs = Programs(first=program, later=program)
+    decoder = codec.start_decoding()
+    latents = torch.empty(1, 1, codec.channels, 60, 104, device="meta")
+    decoder.decode(latents)
+    return work_of(lambda: decoder.decode(latents))
+
+
+def test_compilation_fuses_norm_silu_and_the_store_into_a_room():
+    """Catches code that inductor cannot fuse: a room copied whole, a norm of several kernels.
+
+    Written by inductor: nine times norm, SiLU and store; the norm before attention; two stores
+    without norm; frames doubled together with rows. Called: twelve convolutions, attention and its
+    two linear layers.
+    """
+    plan = compiled((8, 8), SMALL)
+    assert plan.written.operators <= 9 + 1 + 2 + 1
+    assert plan.called <= 12 + 3
+
+
+@pytest.mark.soak
+def test_a_compiled_latent_frame_costs_a_quarter():
+    """Catches the same at true size, where inductor could decide otherwise."""
+    plan = compiled((60, 104), {})
+    work = plan.written + around_a_program()
+    assert 4 * (work.operators + plan.called) <= BEFORE.operators
+    assert 4 * work.num_bytes <= BEFORE.num_bytes

@@ -1,0 +1,140 @@
+"""Wan's VAE in 16 bits and compiled: no worse than diffusers', and two graphs for any stream."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from tiny_models import LADDER, tiny_network
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+
+from selfforcing_dfd import rng
+from selfforcing_dfd.codecs.wan_decode import Programs
+from selfforcing_dfd.codecs.wan_vae import WanCodec, tuned_convolutions
+from selfforcing_dfd.streaming.model import StreamModel
+from selfforcing_dfd.tiny.text import TinyText
+
+SMALL = {"base_dim": 8, "dim_mult": [1, 2, 2], "num_res_blocks": 0}
+GROWTH = {"temperal_downsample": [False, True]}
+STREAM = (3, 3, 1, 2, 3)
+"""Latent frames of each chunk."""
+
+
+def small_codec(dtype: torch.dtype, channels_last: bool = False, **config: Any) -> WanCodec:
+    torch.manual_seed(0)
+    vae: Any = AutoencoderKLWan(**{**SMALL, **GROWTH, **config})
+    return WanCodec(nn.Module.to(vae, dtype), channels_last)
+
+
+@pytest.fixture(scope="module")
+def latents() -> Tensor:
+    return rng.normal((1, sum(STREAM), 16, 4, 6), 0, "latents").float()
+
+
+def streamed(codec: WanCodec, latents: Tensor) -> Tensor:
+    decoder = codec.start_decoding()
+    return torch.cat([decoder.decode(part) for part in latents.split(STREAM, dim=1)], dim=1)
+
+
+def by_diffusers(codec: WanCodec, latents: Tensor) -> Tensor:
+    z = (latents.transpose(1, 2) * codec.deviation + codec.mean).to(codec.dtype)
+    with torch.no_grad():
+        video: Tensor = codec.vae.decode(z).sample.float()
+    return (video.permute(0, 2, 3, 4, 1) + 1) / 2
+
+
+def psnr(video: Tensor, wanted: Tensor) -> float:
+    return float(-10 * (video - wanted).square().mean().log10())
+
+
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_bfloat16_is_no_worse_than_diffusers(latents, channels_last):
+    """Catches a norm that rounds too early, and padding, rows or frames out of place.
+
+    PSNR against float32; fewer roundings must not make it smaller.
+    """
+    wanted = streamed(small_codec(torch.float32, num_res_blocks=1), latents)
+    codec = small_codec(torch.bfloat16, channels_last, num_res_blocks=1)
+    assert psnr(streamed(codec, latents), wanted) >= psnr(by_diffusers(codec, latents), wanted)
+
+
+def test_a_norm_of_nothing_is_nothing():
+    """Catches a division by zero where all channels of a place are zero."""
+    codec = small_codec(torch.bfloat16)
+    codec.vae.decoder.conv_in.weight.data.zero_()
+    codec.vae.decoder.conv_in.bias.data.zero_()
+    assert codec.decode(torch.zeros(1, 2, 16, 4, 6)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.bfloat16, pytest.param(torch.float32, marks=pytest.mark.soak)]
+)
+def test_a_stream_compiles_twice_and_never_again(latents, dtype):
+    """Catches a program that depends on the chunk, the stream or the clone.
+
+    Two graphs, one for a video's first latent frame and one for all others, whole, as all shapes
+    are known. AOT autograd runs the operators of the graph as they are, so the bits stay.
+    """
+    torch._dynamo.reset()
+    counters.clear()
+    codec = small_codec(dtype, channels_last=True)
+    wanted = streamed(codec, latents)
+    codec.compile_decoding(backend="aot_eager")
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(streamed(codec, latents), wanted)
+        decoder = codec.start_decoding()
+        first = decoder.decode(latents[:, :5])
+        rest = decoder.clone().decode(latents[:, 5:])
+        assert torch.equal(torch.cat([first, rest], dim=1), wanted)
+    assert counters["stats"]["unique_graphs"] == 2
+    assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+def test_a_model_compiles_its_codec():
+    """Catches `--compile` that leaves the decoder out, of which the tiny world has none."""
+    codec = small_codec(torch.float32)
+    student = tiny_network(dtype=torch.float32, in_channels=16, out_channels=16)
+    StreamModel(student, codec, TinyText(12), LADDER, 3, (4, 6)).compile(backend="eager")
+    assert codec.start_decoding().stream.programs != Programs()
+
+
+@pytest.mark.soak
+def test_inductors_video_is_as_good(latents):
+    """Catches a graph that is right until inductor fuses it: rooms written too early or late."""
+    wanted = streamed(small_codec(torch.float32), latents)
+    codec = small_codec(torch.bfloat16, channels_last=True)
+    eager = psnr(streamed(codec, latents), wanted)
+    torch._dynamo.reset()
+    codec.compile_decoding()
+    assert psnr(streamed(codec, latents), wanted) > eager - 0.5
+
+
+def test_a_clone_holds_the_past_alone(latents):
+    """Catches snapshots as large as the decoder: two frames of each room, of up to six."""
+    codec = small_codec(torch.bfloat16)
+    decoder = codec.start_decoding()
+    decoder.decode(latents[:, :2])
+    copy = decoder.clone()
+    assert copy.num_bytes < 0.6 * decoder.num_bytes
+    assert copy.clone().num_bytes == copy.num_bytes
+    copy.decode(latents[:, 2:3])
+    assert copy.num_bytes == decoder.num_bytes
+
+
+def test_cudnn_tries_its_kernels_on_a_gpu_alone():
+    """Catches a switch that stays on for others, or overrules those who want the same bits."""
+    cudnn = torch.backends.cudnn
+    for device, expected in (("cuda", True), ("cpu", False)):
+        with tuned_convolutions(torch.device(device)):
+            assert cudnn.benchmark is expected
+        assert cudnn.benchmark is False
+    cudnn.deterministic = True
+    try:
+        with tuned_convolutions(torch.device("cuda")):
+            assert cudnn.benchmark is False
+    finally:
+        cudnn.deterministic = False
