@@ -217,24 +217,7 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     add_past_options(past, "default: default")
     past.add_argument("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
     _add_measure_options(parser.add_argument_group("what is measured"))
-    result = parser.add_argument_group("the result")
-    result.add_argument(
-        "--out", type=Path, metavar="FILE", help="write the JSON there, and beside it FILE.html"
-    )
-    result.add_argument("--full", action="store_true", help="print all figures")
-    result.add_argument(
-        "--compare",
-        type=Path,
-        nargs=2,
-        metavar=("A", "B"),
-        help="measure nothing; compare two results, with a verdict",
-    )
-    result.add_argument(
-        "--count-decoder",
-        action="store_true",
-        help="measure nothing; count operators and bytes of Wan's VAE decoder at --size and "
-        "--dtype, without a GPU",
-    )
+    _add_result_options(parser.add_argument_group("the result"))
 
     def run(args: argparse.Namespace) -> None:
         if args.out and args.out.suffix == ".html":
@@ -260,6 +243,26 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
             print(line)
 
     return run
+
+
+def _add_result_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--out", type=Path, metavar="FILE", help="write the JSON there, and beside it FILE.html"
+    )
+    group.add_argument("--full", action="store_true", help="print all figures")
+    group.add_argument(
+        "--compare",
+        type=Path,
+        nargs=2,
+        metavar=("A", "B"),
+        help="measure nothing; compare two results, with a verdict",
+    )
+    group.add_argument(
+        "--count-decoder",
+        action="store_true",
+        help="measure nothing; count operators and bytes of Wan's VAE decoder at --size and "
+        "--dtype, without a GPU",
+    )
 
 
 def _add_measure_options(group: argparse._ArgumentGroup) -> None:
