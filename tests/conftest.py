@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from tiny_clips import Clips
 
+from selfforcing_dfd.processes.ranks import forget_groups
 from selfforcing_dfd.rng import generator
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.readout import read
@@ -31,6 +33,20 @@ def pytest_collection_finish() -> None:
     """What has been imported stays, so the collector need not look at it during the tests."""
     gc.freeze()
     gc.enable()
+
+
+@pytest.fixture(autouse=True)
+def no_group_is_left() -> Iterator[None]:
+    """A run in 16 bits makes a process group of one; every test begins without."""
+    leave_group()
+    yield
+    leave_group()
+
+
+def leave_group() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+        forget_groups()
 
 
 @pytest.fixture(scope="session")

@@ -357,3 +357,10 @@ def test_nothing_is_left_for_later_or_left_out():
         f"{short(path)}: {sign}" for path in texts() for sign in signs if sign in path.read_text()
     ]
     assert found == []
+
+
+def test_files_of_tests_have_names_of_their_own():
+    """Catches two files of one name: pytest imports one of them only, and leaves out the other."""
+    names = [path.name for path in Path(__file__).parent.rglob("test_*.py")]
+    twice = {name for name in names if names.count(name) > 1}
+    assert not twice

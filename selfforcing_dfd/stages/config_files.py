@@ -135,7 +135,7 @@ def training_configs() -> dict[str, Path]:
     """The shipped configs of training runs, by the name that `--config` takes."""
     configs = shipped("configs")
     files = {path.relative_to(configs).as_posix(): path for path in sorted(configs.rglob("*.yaml"))}
-    others = ("curate/", "stream/", "study/")
+    others = ("curate/", "protocol/", "stream/", "study/")
     return {name: files[name] for name in files if not name.startswith(others)}
 
 

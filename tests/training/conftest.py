@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
-import torch.distributed as dist
 
 from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import shipped
@@ -22,19 +21,6 @@ from tests.tiny_models import fill_weights, save_network
 
 MODEL = NetworkConfig(num_heads=2, head_dim=8, num_layers=1, ffn_dim=32, freq_dim=16)
 SMALL = [f"network.{name}={value}" for name, value in asdict(MODEL).items()]
-
-
-@pytest.fixture(autouse=True)
-def no_group_is_left() -> Iterator[None]:
-    """A run in 16 bits makes a process group of one; every test begins without."""
-    leave_group()
-    yield
-    leave_group()
-
-
-def leave_group() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="session")
