@@ -54,6 +54,8 @@ def test_every_method_has_a_video_for_each_prompt_and_seed(finished: tuple[Path,
             video = prepared.video(cell)
             assert [frame.shape for frame in frames_of(video)] == 9 * [(64, 64, 3)]
             assert rate_of(video) == 16
+            prompt = prepared.folder.prompt(cell).read_text()
+            assert prompt == f"{cell.prompt.text}\n"
     assert prepared.cells("absent") == []
     out = finished[0].parent / "out"
     assert not list(out.rglob(".tmp-*"))
