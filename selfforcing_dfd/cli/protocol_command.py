@@ -15,7 +15,7 @@ def protocol(parser: argparse.ArgumentParser) -> Run:
 
     What is there already is kept, so the same command goes on after a stop. Any number of
     processes, on one machine or on several that share the folder, may run it at once. Protocols lie
-    in configs/protocol: tiny (a minute on a CPU), long, and the DFD paper's tables (paper/table1).
+    in configs/protocol: tiny (half a minute on a CPU), long, the DFD paper's tables (paper/table1).
     """
     add_options(parser)
 
