@@ -86,7 +86,7 @@ def test_a_stream_compiles_twice_and_never_again(latents, dtype):
     codec = small_codec(dtype, channels_last=True)
     wanted = streamed(codec, latents)
     codec.compile_decoding(backend="aot_eager")
-    with torch._dynamo.config.patch(error_on_recompile=True):
+    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
         assert torch.equal(streamed(codec, latents), wanted)
         decoder = codec.start_decoding()
         first = decoder.decode(latents[:, :5])
