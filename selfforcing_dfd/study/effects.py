@@ -133,9 +133,11 @@ def effect_section(study: Study) -> Iterator[str]:
 
 
 def signed(value: Mean, digits: int) -> str:
-    """`+0.12 [-0.03 +0.20]`."""
+    """`+0.12 [-0.03 +0.20]`; the range is left out for a single pair."""
     if math.isnan(value.value):
         return "-"
+    if value.num_runs == 1:
+        return f"{value.value:+.{digits}f}"
     return f"{value.value:+.{digits}f} [{value.low:+.{digits}f} {value.high:+.{digits}f}]"
 
 
@@ -146,8 +148,11 @@ def in_words(effect: Effect) -> str:
         for key in DIFFERENCES
         if effect.is_change(key)
     ]
-    line = f"- `{effect.arm}` against `{effect.control}`: {', '.join(changes) or 'no clear change'}"
-    return f"{line}. The paper: {effect.paper}." if effect.paper else f"{line}."
+    found = ", ".join(changes) or "no clear change"
+    if effect.differences["coverage"].num_runs < 2:
+        found = "one pair of runs, too few to say"
+    line = f"- `{effect.arm}` against `{effect.control}`: {found}."
+    return f"{line} The paper: {effect.paper}." if effect.paper else line
 
 
 def order_section(study: Study) -> Iterator[str]:

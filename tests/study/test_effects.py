@@ -86,6 +86,8 @@ def test_the_page_and_the_plot_show_them():
     """Catches arms that are left out, and a section in studies that have no such arms."""
     page = "\n".join(effect_section(with_own_controls()))
     assert "| image | image_control | 0.100 |" in page
+    alone = [effect for effect in effects(with_own_controls(), "a") if effect.arm == "image"]
+    assert in_words(alone[0]).startswith("- `image` against `image_control`: one pair of runs")
     assert "-1.00" in page
     assert not list(effect_section(STUDY))
     figure = Figure()
