@@ -238,14 +238,16 @@ def work(tasks: Sequence[Task], show: bool) -> list[str]:
 def prepare(plan: Plan) -> None:
     """Make the clips, and their noise if some arm starts from it; the cost of noise is noted.
 
-    All arms count, whichever are asked for: shards should not change between two runs.
+    All arms count, whichever are asked for: shards should not change between two runs. An arm may
+    have shards of its own; rows that no arm trains are measured beside those of the base.
     """
     runs = runs_of(plan)
     needing = [run.config for run in runs if stage_of(run.config).needs_noise(run.config)]
     some = runs[0].config
     beside = noise_file(some).parent
     with waiting_for(beside):
-        prepare_data(change(some, ["data.tiny.noise_steps=0"]))
+        for config in (some, reference_config(plan, runs[0].start)):
+            prepare_data(change(config, ["data.tiny.noise_steps=0"]))
         if needing and not build_reader(change(some, ["run.stage=dmd"])).has_noise:
             started = time.process_time()
             prepare_data(needing[0])

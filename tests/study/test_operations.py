@@ -50,3 +50,13 @@ def test_training_costs_by_its_updates(plan: Path):
     missing = change(config, [f"weights.teacher={plan.parent}/none.safetensors"])
     with pytest.raises(UserError, match=r"none\.safetensors"):
         training_gflop(missing, [1])
+
+
+def test_shards_of_the_base_are_made_too(plan: Path):
+    """Catches rows of data and teacher that fail where every arm has other shards."""
+    own = f"data.shards={plan.parent}/own"
+    for stage in ("run.stage=dmd", "dfd.pairing=prefix"):
+        plan.write_text(plan.read_text().replace(f"set: [{stage}]", f"set: [{stage}, {own}]"))
+    prepare(load_plan(str(plan)))
+    assert ShardReader(plan.parent / "own").has_noise
+    assert len(ShardReader(plan.parent / "shards")) == 8
