@@ -9,7 +9,10 @@ from selfforcing_dfd.benchmark.statistics import MEGABYTE
 
 
 def headline(result: dict[str, Any]) -> list[str]:
-    """Pace, chunks, first frame, prompt to picture, memory: a line each."""
+    """Pace, chunks, first frame, prompt to picture, memory: a line each.
+
+    One more where diffusers' loop was timed too.
+    """
     chunk = result["chunk_latency_ms"]
     photon = result["prompt_to_photon_ms"]
     kind, peak_bytes = peak_memory(result)
@@ -24,7 +27,20 @@ def headline(result: dict[str, Any]) -> list[str]:
         f"{time_of(result['ttff_cold_ms'])} cold",
         f"prompt to picture  {shown}",
         f"memory             {size_of(peak_bytes)} at most ({kind})",
+        *baseline_line(result.get("baseline")),
     ]
+
+
+def baseline_line(baseline: dict[str, Any] | None) -> Iterator[str]:
+    """A clip by diffusers' loop and by the stream, first frames included; nothing without one."""
+    if baseline is not None:
+        ours = baseline["stream"]
+        theirs = baseline["diffusers"]
+        yield (
+            f"diffusers' loop    {rate_of(theirs['fps'])} frames a second of a clip of "
+            f"{baseline['video_frames']}, first frame {time_of(theirs['first_frame_ms'])}; "
+            f"the stream {rate_of(ours['fps'])}, {time_of(ours['first_frame_ms'])}"
+        )
 
 
 def figures(result: dict[str, Any]) -> Iterator[tuple[str, float | None, bool]]:

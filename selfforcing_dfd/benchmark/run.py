@@ -89,6 +89,7 @@ def moved(codec: Any, device: torch.device) -> Any:
 
 def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     """What is printed, and the result. Raises UserError for options that cannot be."""
+    check_baseline(options)
     if options.threads:
         torch.set_num_threads(options.threads)
     settings = load_settings(
@@ -109,8 +110,36 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     )
     timings = dict(model.student.attention.timings_ms)
     figures = measure(model, settings, PROMPTS, plan_of(options, model))
-    result = {"environment": facts, "attention_timings_ms": timings, **figures}
+    baseline = against_diffusers(options, model, settings) if options.baseline else None
+    result = {
+        "environment": facts,
+        "attention_timings_ms": timings,
+        **figures,
+        "baseline": baseline,
+    }
     return summary(result, options.full), result
+
+
+def check_baseline(options: argparse.Namespace) -> None:
+    """Raise UserError for models that diffusers has no loop for, before anything is measured."""
+    if options.baseline and not (options.random_weights or "").startswith("wan"):
+        raise UserError(
+            "--baseline is diffusers' pipeline of Wan, which has no tiny world; "
+            "add --random-weights wan1.3b, or drop it"
+        )
+
+
+def against_diffusers(
+    options: argparse.Namespace, model: StreamModel, settings: StreamSettings
+) -> dict[str, Any]:
+    """A clip by this model's stream and by diffusers' loop, one after the other."""
+    from selfforcing_dfd.benchmark.baseline import compare_with_diffusers
+    from selfforcing_dfd.streaming.random_model import random_stream_model
+
+    # built anew from the same seed: the other one may be compiled, or in 8 bits
+    plain = random_stream_model(options.random_weights, options.device, model.dtype)
+    plain = replace(plain, latent_size=model.latent_size)
+    return compare_with_diffusers(model, plain, settings, options.compile)
 
 
 def summary(result: dict[str, Any], full: bool) -> str:

@@ -103,6 +103,7 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
     yield from pace_rows(result)
     yield from memory_rows(result)
     yield from work_rows(result)
+    yield from baseline_rows(result.get("baseline") or {})
     for name, value in result["stages_ms"].items():
         yield f"stage {name}", value, "ms"
 
@@ -147,6 +148,14 @@ def work_rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
     for part, use in result["utilisation"].items():
         yield f"TFLOP/s, {part}", use["tflops_per_s"], ""
         yield f"MFU, {part}", None if use["mfu"] is None else 100 * use["mfu"], "%"
+
+
+def baseline_rows(baseline: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
+    """A clip from its first frame to its last, by the stream and by diffusers' loop."""
+    for side in ("stream", "diffusers"):
+        figures = baseline.get(side, {})
+        yield f"clip by {side}, FPS", figures.get("fps"), "fps"
+        yield f"clip by {side}, first frame", figures.get("first_frame_ms"), "ms"
 
 
 def table(result: dict[str, Any]) -> str:

@@ -20,7 +20,7 @@ from selfforcing_dfd.cli.options import (
 )
 from selfforcing_dfd.common import UserError
 
-MODEL_SIZES = ("tiny", "wan1.3b", "wan14b")
+MODEL_SIZES = ("tiny", "wan-tiny", "wan1.3b", "wan14b")
 NOT_WITH_SERVE = ("prompt", "prompts", "chunks", "image", "video", "out", "overwrite")
 ONLY_WITH_SERVE = ("port", "beside")
 STREAM_DEFAULTS = {"chunks": 20, "out": "stream.mp4", "port": 8000}
@@ -298,4 +298,9 @@ def _add_measure_options(group: argparse._ArgumentGroup) -> None:
         help="for MFU (default: the GPU's dense bf16 peak)",
     )
     group.add_argument("--dit-only", action="store_true", help="also a stream that decodes nothing")
+    group.add_argument(
+        "--baseline",
+        action="store_true",
+        help="also a clip by diffusers' own Wan pipeline (with --random-weights wan...)",
+    )
     group.add_argument("--quick", action="store_true", help="a few chunks: does it run?")

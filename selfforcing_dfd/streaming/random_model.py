@@ -20,16 +20,29 @@ from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE
 from selfforcing_dfd.weights.read import describe
 
-SIZES = ("tiny", "wan1.3b", "wan14b")
+SIZES = ("tiny", "wan-tiny", "wan1.3b", "wan14b")
+WAN_TINY: dict[str, Any] = {
+    **PUBLISHED_SIZES["wan1.3b"],
+    "num_attention_heads": 4,
+    "attention_head_dim": 32,
+    "text_dim": 32,
+    "freq_dim": 64,
+    "ffn_dim": 256,
+    "num_layers": 2,
+}
+"""Wan's classes, so small that a CPU can rehearse what a GPU is to do."""
+TINY_VAE: dict[str, Any] = {"base_dim": 8, "num_res_blocks": 1}
+TINY_VIDEO_SIZE = (32, 48)
 
 
 def random_stream_model(
     size: str, device: str = "auto", dtype: torch.dtype | None = None, seed: int = 0
 ) -> StreamModel:
-    """A model with random weights. size: tiny, as the shipped student, or wan1.3b or wan14b.
+    """A model with random weights.
 
-    dtype: bfloat16 on a GPU and float32 elsewhere unless given. Raises LoadError for an unknown
-    size.
+    size: tiny, as the shipped student; wan1.3b or wan14b, as published; wan-tiny, Wan's classes at
+    a size for a CPU. dtype: bfloat16 on a GPU and float32 elsewhere unless given. Raises LoadError
+    for an unknown size.
     """
     if size not in SIZES:
         raise LoadError(f"size is {size!r}; use one of {', '.join(SIZES)}")
@@ -55,6 +68,8 @@ def network_sizes(size: str) -> dict[str, Any]:
     """WanTransformer's arguments for one of SIZES; the tiny ones come from the shipped student."""
     if size == "tiny":
         return dict(describe(TINY_STUDENT).sizes)
+    if size == "wan-tiny":
+        return dict(WAN_TINY)
     return dict(PUBLISHED_SIZES[size])
 
 
@@ -66,8 +81,10 @@ def _codec(size: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, tu
 
     from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE, WanCodec
 
-    vae: Any = AutoencoderKLWan()
-    return WanCodec(vae.to(dtype), channels_last=device.type == "cuda"), VIDEO_SIZE
+    is_tiny = size == "wan-tiny"
+    vae: Any = AutoencoderKLWan(**(TINY_VAE if is_tiny else {}))
+    codec = WanCodec(vae.to(dtype), channels_last=device.type == "cuda")
+    return codec, TINY_VIDEO_SIZE if is_tiny else VIDEO_SIZE
 
 
 @torch.no_grad()
