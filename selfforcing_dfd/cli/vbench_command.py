@@ -5,9 +5,13 @@ from __future__ import annotations
 import argparse
 import subprocess
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from selfforcing_dfd.cli.options import Run
 from selfforcing_dfd.common import UserError
+
+if TYPE_CHECKING:
+    from selfforcing_dfd.protocol.prepared import Prepared
 
 IMAGE = "vbench:0.1.5"  # as docs/vbench/Dockerfile is built
 
@@ -17,9 +21,13 @@ def vbench(parser: argparse.ArgumentParser) -> Run:
 
     Writes a folder for its mode custom_input, with the program that calls it. With --docker or
     --python the tool is run; else run it yourself, and give the same command again. Its numbers
-    are added to the file that `evaluate` wrote for the same videos.
+    are added to the file that `evaluate` wrote for the same videos. With --protocol the videos are
+    those of all its methods, and its report has the numbers.
     """
-    parser.add_argument("videos", nargs="+", type=Path, metavar="PATH", help="videos, or folders")
+    parser.add_argument("videos", nargs="*", type=Path, metavar="PATH", help="videos, or folders")
+    parser.add_argument(
+        "--protocol", metavar="NAME", help="in place of videos: those that this protocol has made"
+    )
     parser.add_argument(
         "--out", type=Path, default=Path("vbench"), metavar="DIR", help="default: %(default)s"
     )
@@ -41,6 +49,7 @@ def vbench(parser: argparse.ArgumentParser) -> Run:
         metavar="DIR",
         help="pictures that the videos begin with, each called as its video",
     )
+    parser.set_defaults(prompts=[])  # of --protocol; other videos have theirs beside them
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
         "--docker",
@@ -54,26 +63,82 @@ def vbench(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.metrics.vbench import has_results
-
-        if not is_written(args):
-            write(args)
-        command = command_of(args)
-        if command:
-            finished = subprocess.run(command, cwd=args.out, check=False)
-            if finished.returncode:
-                raise UserError(
-                    f"VBench ended with {finished.returncode}; its own words are above. The same "
-                    "command tries again"
-                )
-        if not has_results(args.out):
-            print(f"wrote {args.out}; next, with VBench's own Python:")
-            print(f"  cd {args.out} && python run_vbench.py")
-            print("and this command again; or --docker, or --python FILE")
-            return
-        read(args)
+        if bool(args.videos) == bool(args.protocol):
+            raise UserError("want videos or --protocol, and not both")
+        if args.protocol:
+            run_for_protocol(args)
+        elif has_run(args):
+            read(args)
 
     return run
+
+
+def has_run(args: argparse.Namespace) -> bool:
+    """Write what the tool reads, and run it where that is asked for; whether it has results."""
+    from selfforcing_dfd.metrics.vbench import has_results
+
+    if not is_written(args):
+        write(args)
+    command = command_of(args)
+    if command:
+        finished = subprocess.run(command, cwd=args.out, check=False)
+        if finished.returncode:
+            raise UserError(
+                f"VBench ended with {finished.returncode}; its own words are above. The same "
+                "command tries again"
+            )
+    if has_results(args.out):
+        return True
+    print(f"wrote {args.out}; next, with VBench's own Python:")
+    print(f"  cd {args.out} && python run_vbench.py")
+    print("and this command again; or --docker, or --python FILE")
+    return False
+
+
+def run_for_protocol(args: argparse.Namespace) -> None:
+    """The tool for every method whose videos are complete. UserError where none is."""
+    from selfforcing_dfd.metrics.vbench import read_results
+    from selfforcing_dfd.protocol.prepared import prepare
+
+    prepared = prepare(args.protocol)
+    done = 0
+    for method in prepared.protocol.methods:
+        cells = prepared.cells(method)
+        files = [prepared.video(cell) for cell in cells]
+        absent = [file for file in files if not file.exists()]
+        if absent or not files:
+            why = f"{absent[0]} is not there" if absent else prepared.not_run.get(method, "")
+            print(f"{method}: left out, {why}")
+            continue
+        own = argparse.Namespace(**vars(args))
+        own.videos = files
+        own.prompts = [cell.prompt.text for cell in cells]
+        own.out = prepared.folder.vbench(method)
+        own.images = args.images or given_pictures(prepared, method)
+        if has_run(own):
+            read_results(own.out)
+        done += 1
+    if not done:
+        raise UserError(
+            f"no method of {args.protocol} has all its videos; make them first: selfforcing-dfd "
+            f"protocol {args.protocol}"
+        )
+    print(f"selfforcing-dfd protocol {args.protocol}   # reports what the tool has found")
+
+
+def given_pictures(prepared: Prepared, method: str) -> Path | None:
+    """A folder of the pictures that videos begin with, each called as its video; None for none."""
+    from selfforcing_dfd.common import find_file
+    from selfforcing_dfd.metrics.vbench import copy
+
+    cells = prepared.cells(method)
+    if not all(cell.prompt.image for cell in cells):
+        return None
+    folder = prepared.folder.vbench(method) / "given"
+    for cell in cells:
+        picture = find_file(cell.prompt.image)
+        copy(picture, folder / f"{prepared.video(cell).stem}{picture.suffix}")
+    return folder
 
 
 def is_written(args: argparse.Namespace) -> bool:
@@ -104,7 +169,7 @@ def write(args: argparse.Namespace) -> None:
     from selfforcing_dfd.metrics.vbench import write_layout
 
     files = find_videos(args.videos)
-    prompts, _ = prompts_of(files)
+    prompts = args.prompts or prompts_of(files)[0]
     write_layout(args.out, files, prompts, dimensions_of(args), args.images)
 
 

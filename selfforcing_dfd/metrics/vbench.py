@@ -36,6 +36,8 @@ LAYOUT_FILE = "layout.json"
 PROGRAM_FILE = "run_vbench.py"
 PROGRAM = Path(__file__).with_name("run_vbench_template.py")
 RESULTS_ENDING = "_eval_results.json"
+TOOL = "vbench 0.1.5, custom_input"
+OF_A_HUNDRED = 100
 PICTURE_PROBLEM = (
     "{names} compare a video with the picture that it begins with; name a folder of pictures, "
     "each called as its video, with --images DIR"
@@ -187,6 +189,20 @@ def check_complete(
         )
 
 
+def as_shares(results: Results) -> list[dict[str, float]]:
+    """The values of each video on the scale of the tool's own score of their dimension.
+
+    Imaging quality is a share there, and a number of 0 to 100 for each video.
+    """
+    scale = {}
+    for dimension, value in results.values.items():
+        mean = sum(video[dimension] for video in results.videos.values()) / len(results.videos)
+        is_percent = value and math.isclose(mean, OF_A_HUNDRED * value, rel_tol=0.01)
+        scale[dimension] = OF_A_HUNDRED if is_percent else 1
+    in_order = [results.videos[number] for number in sorted(results.videos)]
+    return [{name: value / scale[name] for name, value in video.items()} for video in in_order]
+
+
 def add_results(content: dict[str, Any], layout: Mapping[str, Any], results: Results) -> None:
     """Add the tool's scores to the content of evaluation.json, each video's by its hash.
 
@@ -199,10 +215,6 @@ def add_results(content: dict[str, Any], layout: Mapping[str, Any], results: Res
             f"evaluation.json has no {lost[0]} as VBench saw it; measure the same videos first: "
             "selfforcing-dfd evaluate VIDEOS"
         )
-    content["vbench"] = {
-        "tool": "vbench 0.1.5, custom_input",
-        "file": results.file,
-        "values": dict(results.values),
-    }
+    content["vbench"] = {"tool": TOOL, "file": results.file, "values": dict(results.values)}
     for number, entry in enumerate(layout["videos"]):
         by_hash[entry["sha256"]]["vbench"] = dict(results.videos[number])

@@ -43,6 +43,10 @@ class Folder:
         plain = "".join(letter if letter.isalnum() else "_" for letter in encoder)
         return self.root / "features" / plain / cell.method / f"{cell.name}.safetensors"
 
+    def vbench(self, method: str) -> Path:
+        """Where VBench's tool is run for a method's videos."""
+        return self.root / "vbench" / method
+
     def lock(self, cell: Cell, what: str) -> Path:
         return self.root / "locks" / what / cell.method / cell.name
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from selfforcing_dfd.evaluation.curves import PALETTE, figure, svg
-from selfforcing_dfd.protocol.results import Result, Unit, by_unit
+from selfforcing_dfd.protocol.results import CHANGE, Result, Unit, by_unit
 from selfforcing_dfd.tiny.bootstrap import Resamples, Score
 
 CURVES = (
@@ -22,7 +22,6 @@ CURVES = (
     "seam_excess",
     "frozen",
 )
-CHANGE = "change."  # the last stretch of a video less its first
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,20 +18,30 @@ from selfforcing_dfd.metrics.feature_files import Encoded, encode_files
 from selfforcing_dfd.metrics.features import Encoder
 from selfforcing_dfd.metrics.files import measure_file, stated
 from selfforcing_dfd.metrics.windows import Window, WindowMeter
+from selfforcing_dfd.protocol.exact import StretchReader
 from selfforcing_dfd.protocol.folder import read_json, write_json
+from selfforcing_dfd.tiny.codec import TIME
 
 
 def measure_numbers(video: Path, result: Path, settings: Mapping[str, Any]) -> None:
-    """All metrics of a video, of the whole and, with `window_s`, of each stretch of it."""
+    """All metrics of a video, of the whole and, with `window_s`, of each stretch of it.
+
+    With `exact` what the tiny world's reading finds, in stretches of a clip's length.
+    """
     fps = float(settings["fps"])
     length = max(round(fps * settings["window_s"]), 2) if settings["window_s"] else 0
     windows = WindowMeter(fps, length, settings["chunk"], settings["first_chunk"])
 
+    stretches = StretchReader(settings["chunk"] // TIME)
+
     def look(frame: Tensor) -> None:
         if length:
             windows.add(frame)
+        if settings["exact"]:
+            stretches.add(frame)
 
     found = measure_file(video, fps, settings["chunk"], settings["first_chunk"], look)
+    seen = windows.windows() if length else []
     content = {
         "settings": dict(settings),
         "video": sha256_of(video),
@@ -41,7 +51,8 @@ def measure_numbers(video: Path, result: Path, settings: Mapping[str, Any]) -> N
         "speed": round(found.speed, 3),
         "numbers": json_of(found.numbers),
         "track": found.track.tolist(),
-        "windows": [window_as_json(window) for window in windows.windows()] if length else [],
+        "windows": [window_as_json(window) for window in seen],
+        "exact": stretches.found() if settings["exact"] else [],
     }
     write_json(result, content)
 

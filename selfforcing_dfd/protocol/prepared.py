@@ -8,6 +8,7 @@ from typing import Any
 
 from selfforcing_dfd.common import find_file
 from selfforcing_dfd.metrics.video import METRICS_VERSION
+from selfforcing_dfd.protocol.exact import is_exact
 from selfforcing_dfd.protocol.folder import Folder
 from selfforcing_dfd.protocol.methods import Method
 from selfforcing_dfd.protocol.plan import (
@@ -105,6 +106,7 @@ class Prepared:
             "chunk": TIME * frames,
             "first_chunk": 1 + TIME * (frames - 1),
             "window_s": self.protocol.window_s,
+            "exact": is_exact(self.protocol),
         }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from selfforcing_dfd.common import UserError
+from selfforcing_dfd.metrics import vbench
 from selfforcing_dfd.metrics.camera import (
     PoseError,
     aligned,
@@ -23,6 +24,7 @@ from selfforcing_dfd.metrics.camera import (
 from selfforcing_dfd.metrics.diversity import diversity
 from selfforcing_dfd.metrics.feature_files import FEWEST, Encoded, set_scores
 from selfforcing_dfd.metrics.features import pooled
+from selfforcing_dfd.protocol import exact
 from selfforcing_dfd.protocol.measure import (
     read_alignment,
     read_encoder,
@@ -33,6 +35,7 @@ from selfforcing_dfd.protocol.plan import Cell
 from selfforcing_dfd.protocol.prepared import Prepared
 from selfforcing_dfd.tiny.bootstrap import Resamples, Score
 
+CHANGE = "change."  # the last stretch of a video less its first
 Unit = tuple[int, ...]
 """(prompt,) or (prompt, seed): what has one value of a score."""
 
@@ -107,7 +110,9 @@ def gather(prepared: Prepared) -> dict[str, Result]:
     for name in dict.fromkeys(names):
         result = numbers_of(prepared, name)
         if result.cells:
+            add_exact(result)
             add_cameras(prepared, result)
+            add_vbench(prepared, result)
             features[name] = features_of(prepared, result)
             reference = features[prepared.protocol.data] if name != prepared.protocol.data else {}
             add_features(result, features[name], reference)
@@ -137,6 +142,20 @@ def numbers_of(prepared: Prepared, method: str) -> Result:
     return result
 
 
+def add_exact(result: Result) -> None:
+    """The tiny world's counts, where videos were read."""
+    stretches = [[exact.from_json(each) for each in found["exact"]] for found in result.numbers]
+    if not all(stretches):
+        return
+    captions = [cell.prompt.text for cell in result.cells]
+    for cell, readings in zip(result.cells, stretches, strict=True):
+        for name, value in exact.of_video(readings, cell.prompt.text).items():
+            result.add(name, cell.key, value)
+        for name, value in exact.change_of_video(readings, cell.prompt.text).items():
+            result.add(f"{CHANGE}{name}", cell.key, value)
+    result.sets |= exact.counts([readings[0] for readings in stretches], captions)
+
+
 def add_cameras(prepared: Prepared, result: Result) -> None:
     """Numbers between the seeds of a prompt: of the picture and, where there are some, of poses."""
     tracks = [torch.tensor(each["track"]) for each in result.numbers]
@@ -159,6 +178,26 @@ def add_cameras(prepared: Prepared, result: Result) -> None:
         cells.append(cell)
     add_spreads(result, "poses", paths, cells)
     result.sets["poses.failure_rate"] = 1 - len(cells) / len(files)
+
+
+def add_vbench(prepared: Prepared, result: Result) -> None:
+    """The numbers of VBench's tool, where it has run. UserError for results of other videos."""
+    folder = prepared.folder.vbench(result.method)
+    if not vbench.has_results(folder):
+        return
+    found = vbench.read_results(folder)
+    numbers = vbench.as_shares(found)
+    entries = vbench.read_layout(folder)["videos"]
+    places = {entry["sha256"]: place for place, entry in enumerate(entries)}
+    for cell, measured in zip(result.cells, result.numbers, strict=True):
+        if measured["video"] not in places:
+            raise UserError(
+                f"{folder} has no results of {prepared.video(cell)} as it is now; remove it and "
+                f"run selfforcing-dfd vbench --protocol {prepared.name} again"
+            )
+        for dimension, value in numbers[places[measured["video"]]].items():
+            result.add(f"vbench.{dimension}", cell.key, value)
+    result.encoders["vbench"] = {"tool": vbench.TOOL}
 
 
 def add_spreads(result: Result, name: str, tracks: list[torch.Tensor], cells: list[Cell]) -> None:

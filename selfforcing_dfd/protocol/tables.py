@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from selfforcing_dfd.protocol.compare import Difference
+from selfforcing_dfd.protocol.exact import EXACT
+from selfforcing_dfd.protocol.exact import SHOWN as EXACT_SHOWN
 from selfforcing_dfd.protocol.plan import AVERAGE, PaperPlan, Protocol
 from selfforcing_dfd.protocol.results import Result
 from selfforcing_dfd.tiny.bootstrap import Score
@@ -25,6 +27,7 @@ SHOWN = (
     "drift_contrast",
     "camera.endpoint_distance",
     "camera.trajectory_distance",
+    *(f"{EXACT}{name}" for name in EXACT_SHOWN),
 )
 """Of all scores those of the first table, beside all that features give."""
 NOT_RUN = "not run"
@@ -64,8 +67,9 @@ def shown_scores(protocol: Protocol, results: Mapping[str, Result]) -> list[str]
     if protocol.show:
         return list(protocol.show)
     known = all_scores(results)
-    # of features, poses and changes over time; `camera.` has its own choice in SHOWN
-    others = [name for name in known if "." in name and not name.startswith("camera.")]
+    # of features, poses, VBench and changes over time; others have their own choice in SHOWN
+    chosen = ("camera.", EXACT)
+    others = [name for name in known if "." in name and not name.startswith(chosen)]
     return [name for name in SHOWN if name in known] + others
 
 

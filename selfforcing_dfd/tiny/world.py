@@ -29,6 +29,7 @@ Levels = Level | Literal["all"]
 
 SIDE = 64  # pixels; the torus is SIDE x SIDE
 FPS = 16
+CLIP_FRAMES = 33  # video frames of a clip
 BACKGROUND = 0.35
 VALUE = 0.9  # HSV value of the shape's colour
 # scale of the logistic edge; the slope of its middle would cross from 0 to 1 in 4 times this
@@ -180,7 +181,7 @@ def paint(alpha: Tensor, colours: Tensor, background: Tensor | float = BACKGROUN
     return ground[:, None, None, None] + alpha[..., None] * (colours - ground)[:, None, None, None]
 
 
-def render(factors: Factors, num_frames: int = 33) -> Tensor:
+def render(factors: Factors, num_frames: int = CLIP_FRAMES) -> Tensor:
     """The clips of these factors, float32 [B, T, SIDE, SIDE, 3] in [0, 1]."""
     if num_frames < 1:
         raise ValueError(f"num_frames is {num_frames}, want at least 1")
@@ -235,7 +236,11 @@ def clip_number(clip: int, seed: int, level: Level) -> tuple[Factors, str]:
 
 
 def write_clips(
-    folder: Path | str, num_clips: int, seed: int, level: Levels = "short", num_frames: int = 33
+    folder: Path | str,
+    num_clips: int,
+    seed: int,
+    level: Levels = "short",
+    num_frames: int = CLIP_FRAMES,
 ) -> list[Path]:
     """Write `000000.mp4` and `000000.txt` and so on; the paths of the videos.
 
