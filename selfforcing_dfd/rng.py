@@ -29,9 +29,11 @@ def generator(seed: int, name: str, *counters: int) -> torch.Generator:
     return torch.Generator().manual_seed(stream_seed(seed, name, *counters))
 
 
-def normal(shape: tuple[int, ...], seed: int, name: str, *counters: int) -> Tensor:
-    """Standard normal float32 tensor of `shape`."""
-    return torch.randn(shape, generator=generator(seed, name, *counters))
+def normal(
+    shape: tuple[int, ...], seed: int, name: str, *counters: int, pinned: bool = False
+) -> Tensor:
+    """Standard normal float32 tensor of `shape`; pinned: in memory that a GPU can copy from."""
+    return torch.randn(shape, generator=generator(seed, name, *counters), pin_memory=pinned)
 
 
 def uniform(shape: tuple[int, ...], seed: int, name: str, *counters: int) -> Tensor:

@@ -4,7 +4,7 @@ Training and streaming share `denoise_chunk` and `commit_chunk`. Only exit steps
 `rollout` records what entered them, and `replay` repeats those of all chunks in one pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -70,7 +70,7 @@ def plan_chunks(num_frames: int, chunk_frames: int) -> Chunks:
 @torch.no_grad()
 def denoise_chunk(
     student: Network,
-    noise: Tensor,
+    noise: Sequence[Tensor] | Tensor,
     conditioning: Conditioning,
     context: Context,
     ladder: Ladder,

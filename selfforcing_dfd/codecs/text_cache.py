@@ -60,6 +60,11 @@ class CachedText:
             )
         return loaded
 
+    def load(self) -> None:
+        """Make the encoder now and not at the first new prompt. Raises as `encoder` does."""
+        with self._lock:
+            _ = self.encoder
+
     def encode(self, captions: list[str]) -> Tensor:
         """[B, L, D_text] float32 on the CPU, zeros past each prompt's end."""
         check_captions(captions)

@@ -7,21 +7,27 @@ import math
 import signal
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
+from selfforcing_dfd.codecs.text_ahead import TextAhead
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.data.sources.video import read_last_frames
 from selfforcing_dfd.live import control as commands
 from selfforcing_dfd.live.background import BackgroundWriter
 from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
 from selfforcing_dfd.live.ranks import ALONE, StreamRanks, refuse_ranks, shown_by, stream_ranks
+from selfforcing_dfd.live.ready import (
+    can_be_told,
+    is_warmed_up,
+    load_text,
+    readable_stdin,
+    warm_up_aloud,
+)
 from selfforcing_dfd.live.status import StatusLine
 from selfforcing_dfd.live.web import shared as page
 from selfforcing_dfd.live.writers import ReaderGone, Writer, open_writer
@@ -161,8 +167,13 @@ def stream(options: argparse.Namespace) -> None:
 def stream_on(ranks: StreamRanks, options: argparse.Namespace) -> None:
     """`stream` for one of the processes that make it together."""
     model, settings = prepare(options, ranks)
-    schedule = plan_prompts(options, model)
-    session = StreamSession(model, schedule.first, settings, read_context(options, model))
+    schedule, model = plan_prompts(options, model)
+    if ranks.agree(can_be_told(readable_stdin())):
+        load_text(model)
+    context = read_context(options, model)
+    session = StreamSession(model, schedule.first, settings, context)
+    if is_warmed_up(options, model):
+        warm_up_aloud(session, context)
     with ExitStack() as stack:
         shown = stack.enter_context(shown_by(ranks, sys.stderr))
         stack.enter_context(_reader_may_leave())
@@ -190,21 +201,18 @@ def listen(player: Player) -> None:
             player.status.say(commands.HELP)
 
 
-def readable_stdin() -> TextIO | None:
-    """stdin, be it a terminal, a pipe or a file; None where it is closed or replaced."""
-    try:
-        sys.stdin.fileno()
-    except (AttributeError, OSError, ValueError):  # None, replaced, closed
-        return None
-    return sys.stdin
-
-
 def serve(options: argparse.Namespace) -> None:
     """The web page, until Ctrl-C."""
     refuse_ranks("the web page")
     from selfforcing_dfd.live import server
 
     students = load_students(options)
+    for student in students.values():
+        load_text(student.model)
+        if is_warmed_up(options, student.model):
+            grey = student.model.grey()
+            prompt = examples(options)[0]
+            warm_up_aloud(StreamSession(student.model, prompt, student.settings, grey), grey)
     app = server.create_app(students, fps=options.fps, examples=examples(options))
     lines = [describe_model(name, student.model) for name, student in students.items()]
     lines.append(f"open http://127.0.0.1:{options.port} (Ctrl-C ends it)")
@@ -265,19 +273,7 @@ def prepare(
     ranks.share(model.student)
     if options.compile:
         model.compile()
-        warm_up(model, settings, examples(options)[0])
     return model, settings
-
-
-def warm_up(model: StreamModel, settings: StreamSettings, prompt: str) -> None:
-    """Compile everything that a stream runs. Two chunks of a discarded stream use every program."""
-    started = time.perf_counter()
-    sys.stderr.write("compiling the blocks ...")
-    sys.stderr.flush()
-    session = StreamSession(model, prompt, settings, model.grey())
-    session.next_chunk()
-    session.next_chunk()
-    sys.stderr.write(f" {time.perf_counter() - started:.0f} s\n")
 
 
 def load_model(options: argparse.Namespace) -> StreamModel:
@@ -314,10 +310,12 @@ def examples(options: argparse.Namespace) -> tuple[str, ...]:
     return WAN_EXAMPLES if options.model else EXAMPLES
 
 
-def plan_prompts(options: argparse.Namespace, model: StreamModel) -> PromptSchedule:
-    """The schedule of a file, or the one prompt.
+def plan_prompts(
+    options: argparse.Namespace, model: StreamModel
+) -> tuple[PromptSchedule, StreamModel]:
+    """The schedule of a file, or the one prompt, and the model, which knows all of them.
 
-    Every prompt is encoded once, so that an error does not come hours later.
+    Every prompt is encoded now: the stream does not wait for it, and no error comes hours later.
     """
     if options.prompt is not None and options.prompts is not None:
         raise UserError("both --prompt and --prompts are given; drop one of them")
@@ -329,9 +327,9 @@ def plan_prompts(options: argparse.Namespace, model: StreamModel) -> PromptSched
         goes_on = bool(options.video or (options.image and not model.num_given_video_frames))
         clock = ChunkClock(model.chunk_frames, model.codec.strides[0], after_context=goes_on)
         schedule = PromptSchedule.read(options.prompts, options.fps, clock)
-    for _, prompt in schedule.prompts:
-        model.text.encode([prompt])
-    return schedule
+    text = TextAhead(model.text)
+    text.prefetch(prompt for _, prompt in schedule.prompts)
+    return schedule, replace(model, text=text)
 
 
 def read_context(options: argparse.Namespace, model: StreamModel) -> torch.Tensor | None:

@@ -18,35 +18,45 @@ def to_uint8(video: Tensor) -> Tensor:
 class FrameCopy:
     """The frames of one chunk on their way to the host.
 
-    A GPU copies each part while it decodes the next one. Pinned memory comes from torch's pool,
-    which takes it back when the caller drops the frames: no later chunk writes over it, and after
-    two chunks nothing is allocated.
+    num_frames: how many there are at most. A GPU copies each part while it decodes the next one.
+    All parts lie in one piece of pinned memory, so that they need not be joined. It comes from
+    torch's pool, which takes it back when the caller drops the frames: no later chunk writes over
+    it, and after two chunks nothing is allocated.
     """
 
-    _parts: list[Tensor] = field(default_factory=list)
+    num_frames: int
+    _host: Tensor | None = None
+    _ends: list[int] = field(default_factory=list)  # of each part
     _events: list[torch.cuda.Event] = field(default_factory=list)
 
     def add(self, video: Tensor) -> None:
         """Start copying the next video frames [T, H, W, 3] in [0, 1]."""
         frames = to_uint8(video)
-        if frames.device.type != "cuda":
-            self._parts.append(frames)
-            return
-        host = torch.empty(frames.shape, dtype=torch.uint8, pin_memory=True)
-        host.copy_(frames, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record(torch.cuda.current_stream(frames.device))
-        self._parts.append(host)
-        self._events.append(event)
+        on_gpu = frames.device.type == "cuda"
+        if self._host is None:
+            shape = (self.num_frames, *frames.shape[1:])
+            with torch.inference_mode(False):  # the frames are the caller's own, to be drawn on
+                self._host = torch.empty(shape, dtype=torch.uint8, pin_memory=on_gpu)
+        start = self._ends[-1] if self._ends else 0
+        self._ends.append(start + len(frames))
+        self._host[start : self._ends[-1]].copy_(frames, non_blocking=True)
+        if on_gpu:
+            event = torch.cuda.Event()
+            event.record(torch.cuda.current_stream(frames.device))
+            self._events.append(event)
 
     def first(self) -> tuple[Tensor, float]:
         """The first part, and when it could be shown (seconds of `time.perf_counter`)."""
         if self._events:
             self._events[0].synchronize()
-        return self._parts[0], time.perf_counter()
+        return self._frames(self._ends[0]), time.perf_counter()
 
     def all(self) -> Tensor:
         """[T, H, W, 3] uint8 on the host. Waits for the last copy and for nothing else."""
         if self._events:
             self._events[-1].synchronize()
-        return torch.cat(self._parts)
+        return self._frames(self._ends[-1])
+
+    def _frames(self, stop: int) -> Tensor:
+        assert self._host is not None, "add() comes first"
+        return self._host[:stop]

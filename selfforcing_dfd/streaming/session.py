@@ -13,7 +13,6 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from selfforcing_dfd import rng
 from selfforcing_dfd.codecs.protocol import Decoder
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.context import Conditioning
@@ -23,6 +22,7 @@ from selfforcing_dfd.rollout import commit_chunk, denoise_chunk
 from selfforcing_dfd.streaming.beginning import check_context, require_context, whole_chunks
 from selfforcing_dfd.streaming.latency import StageClock, Timings
 from selfforcing_dfd.streaming.model import StreamModel as StreamModel
+from selfforcing_dfd.streaming.noise import ChunkNoise
 from selfforcing_dfd.streaming.output import FrameCopy
 from selfforcing_dfd.streaming.ring import Positions, RingCache, RingState
 
@@ -124,6 +124,8 @@ class StreamSession:
             device=model.device,
         )
         self._clock = StageClock(model.device)
+        self._host_runs_ahead = model.device.type == "cuda"  # what it queues is done later
+        self._ahead: ChunkNoise | None = None
         self._given: Tensor | None = None
         self._picture: Picture | None = None
         self.prompt = prompt
@@ -207,13 +209,16 @@ class StreamSession:
         self._commit_pending()
         self._apply_change()
         with self._clock.stage("noise"):
-            noise = self._noise()
+            noise = self._noise(self.chunk_index)
+            noise.draw(1 if self._host_runs_ahead else None)  # the rest beside the steps
         with self._clock.stage("denoise"):
             x0 = self._denoise(noise)
         copy = self._decode(x0)
         self._pending = (x0, self._conditioning)
-        if self.model.device.type == "cuda":
+        if self._host_runs_ahead:
             self._commit_pending()
+            self._ahead = self._noise(self.chunk_index + 1)
+            self._ahead.draw()
         return copy
 
     def snapshot(self) -> Snapshot:
@@ -264,16 +269,17 @@ class StreamSession:
         device = self.model.decode_device or self.model.device
         return self.model.see(context[:1].to(device)).to(self.model.device)
 
-    def _noise(self) -> Tensor:
-        """[S, 1, f, C, h, w] float32, by seed, chunk and step; S = 1 if noise is kept."""
+    def _noise(self, chunk_index: int) -> ChunkNoise:
+        """The noise of a chunk: a draw for each step, or one if it is kept; maybe drawn already."""
         model = self.model
+        num_draws = 1 if model.keeps_noise else len(model.ladder)
+        seed = self.settings.seed
+        if self._ahead is not None and self._ahead.is_for(seed, chunk_index, num_draws):
+            return self._ahead
         shape = (1, model.chunk_frames, model.codec.channels, *model.latent_size)
-        key = (self.settings.seed, "stream noise", self.chunk_index)
-        steps = range(1 if model.keeps_noise else len(model.ladder))
-        draws = [rng.normal(shape, *key, step) for step in steps]
-        return torch.stack(draws).to(model.device, non_blocking=True)
+        return ChunkNoise(seed, chunk_index, shape, num_draws, model.device)
 
-    def _denoise(self, noise: Tensor) -> Tensor:
+    def _denoise(self, noise: ChunkNoise) -> Tensor:
         is_first = self._ring.next_frame == 0
         x0, _ = denoise_chunk(
             self.model.student,
@@ -287,7 +293,7 @@ class StreamSession:
 
     def _decode(self, x0: Tensor) -> FrameCopy:
         """Decode latent frame by latent frame, so that the first video frames leave early."""
-        copy = FrameCopy()
+        copy = FrameCopy(x0.shape[1] * self.model.codec.strides[0])
         with self._clock.stage("decode"):
             latents = x0.to(self.model.decode_device or x0.device, non_blocking=True)
             for frame in range(latents.shape[1]):

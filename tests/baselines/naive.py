@@ -214,7 +214,7 @@ class NaiveSession:
         x0, _ = denoise_chunk(
             self._network, self._noise(), self._conditioning, past, self.model.ladder
         )
-        copy = FrameCopy()
+        copy = FrameCopy(x0.shape[1] * self.model.codec.strides[0])
         latents = x0.to(self.model.decode_device or x0.device)
         for frame in range(latents.shape[1]):
             copy.add(self._decoder.decode(latents[:, frame : frame + 1])[0])

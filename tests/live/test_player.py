@@ -7,9 +7,8 @@ from typing import TextIO
 
 import numpy as np
 import torch
-from torch._dynamo.testing import CompileCounter
 
-from selfforcing_dfd.live.play import Player, warm_up
+from selfforcing_dfd.live.play import Player
 from selfforcing_dfd.live.prompts import PromptSchedule
 from selfforcing_dfd.live.status import StatusLine
 from selfforcing_dfd.live.writers import Frames, Writer
@@ -80,20 +79,3 @@ def test_a_prompt_is_answered_by_the_model():
 def test_the_stream_ends_when_it_is_told():
     """Catches a quit that waits for the last chunk."""
     assert len(play("0: a disc moves\n", {2: "/quit"}, 100)) == 2
-
-
-def test_warming_up_leaves_nothing_to_compile(capsys):
-    """Catches a compiled stream that compiles during its first seconds, while a viewer waits."""
-    torch._dynamo.reset()
-    counter = CompileCounter()
-    model = load_stream_model()
-    model.student.compile_blocks(backend=counter)
-    settings = load_settings("tiny")
-    warm_up(model, settings, "a disc moves")
-    compiled = counter.frame_count
-    assert compiled > 0
-    session = StreamSession(model, "a cross moves", settings)
-    for _ in range(5):
-        session.next_chunk()
-    assert counter.frame_count == compiled
-    assert "compiling the blocks" in capsys.readouterr().err

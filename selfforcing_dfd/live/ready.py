@@ -1,0 +1,53 @@
+"""What is done before a stream begins, so that nothing of it is left for its middle."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+import sys
+import time
+from typing import TextIO
+
+from torch import Tensor
+
+from selfforcing_dfd.codecs.text_ahead import LoadsLater
+from selfforcing_dfd.streaming.model import StreamModel
+from selfforcing_dfd.streaming.session import StreamSession
+from selfforcing_dfd.streaming.warm_up import warm_up
+
+
+def readable_stdin() -> TextIO | None:
+    """stdin, be it a terminal, a pipe or a file; None where it is closed or replaced."""
+    try:
+        sys.stdin.fileno()
+    except (AttributeError, OSError, ValueError):  # None, replaced, closed
+        return None
+    return sys.stdin
+
+
+def can_be_told(stdin: TextIO | None) -> bool:
+    """Whether prompts may come from there: from a terminal, pipe or file, and not from a device."""
+    if stdin is None:
+        return False
+    return stdin.isatty() or not stat.S_ISCHR(os.fstat(stdin.fileno()).st_mode)
+
+
+def load_text(model: StreamModel) -> None:
+    """Read the text encoder now, for prompts that come later: never within a stream."""
+    if isinstance(model.text, LoadsLater):
+        model.text.load()
+
+
+def is_warmed_up(options: argparse.Namespace, model: StreamModel) -> bool:
+    """Whether a stream plans or compiles when it first meets a shape; else it starts at once."""
+    return bool(options.compile) or model.device.type == "cuda"
+
+
+def warm_up_aloud(session: StreamSession, context: Tensor | None = None) -> None:
+    """`warm_up`, which may take minutes, with a line about it."""
+    started = time.perf_counter()
+    sys.stderr.write("warming up every shape of the stream ...")
+    sys.stderr.flush()
+    warm_up(session, context)
+    sys.stderr.write(f" {time.perf_counter() - started:.0f} s\n")
