@@ -10,13 +10,10 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
@@ -29,9 +26,9 @@ from selfforcing_dfd.benchmark.statistics import (
     steady_state,
     summary,
 )
-from selfforcing_dfd.codecs.protocol import Decoder, Encoder, StreamingCodec
+from selfforcing_dfd.benchmark.timed import NoCodec, TimedCodec, timed_calls
+from selfforcing_dfd.codecs.text_ahead import TextAhead
 from selfforcing_dfd.common import UserError, peak_resident_bytes, resident_bytes
-from selfforcing_dfd.rollout import Ladder
 from selfforcing_dfd.streaming.latency import StageClock
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 
@@ -75,105 +72,6 @@ class Plan:
 
 
 @dataclass(slots=True)
-class TimedDecoder:
-    """A decoder whose calls are stages of a clock: `vae_first` for a video's first, then `vae`."""
-
-    decoder: Decoder
-    clock: StageClock
-    started: bool = False
-
-    def decode(self, latents: Tensor) -> Tensor:
-        name = "vae" if self.started else "vae_first"
-        self.started = True
-        with self.clock.stage(name):
-            return self.decoder.decode(latents)
-
-    def clone(self) -> TimedDecoder:
-        return TimedDecoder(self.decoder.clone(), self.clock, self.started)
-
-
-@dataclass(frozen=True, slots=True)
-class TimedCodec:
-    """A codec whose decoders are timed."""
-
-    codec: StreamingCodec
-    clock: StageClock
-
-    @property
-    def channels(self) -> int:
-        return self.codec.channels
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        return self.codec.strides
-
-    def start_decoding(self) -> Decoder:
-        return TimedDecoder(self.codec.start_decoding(), self.clock)
-
-    def start_encoding(self) -> Encoder:
-        return self.codec.start_encoding()
-
-
-@dataclass(frozen=True, slots=True)
-class NoDecoder:
-    """Frames of one pixel without any work, so that a chunk is the DiT alone."""
-
-    time_stride: int
-
-    def decode(self, latents: Tensor) -> Tensor:
-        return latents.new_zeros(latents.shape[0], latents.shape[1] * self.time_stride, 1, 1, 3)
-
-    def clone(self) -> NoDecoder:
-        return self
-
-
-@dataclass(frozen=True, slots=True)
-class NoCodec:
-    """A codec that decodes nothing."""
-
-    codec: StreamingCodec
-
-    @property
-    def channels(self) -> int:
-        return self.codec.channels
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        return self.codec.strides
-
-    def start_decoding(self) -> Decoder:
-        return NoDecoder(self.strides[0])
-
-    def start_encoding(self) -> Encoder:
-        return self.codec.start_encoding()
-
-
-@contextmanager
-def timed_calls(student: nn.Module, clock: StageClock, ladder: Ladder) -> Iterator[None]:
-    """Make each call of the student a stage: `dit_step_1` and so on, or `commit_pass`."""
-    running: list[AbstractContextManager[None]] = []
-
-    def begin(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        stage = clock.stage(call_name(inputs[1], ladder))
-        stage.__enter__()
-        running.append(stage)
-
-    def end(module: nn.Module, inputs: tuple[Any, ...], output: object) -> None:
-        running.pop().__exit__(None, None, None)
-
-    hooks = (student.register_forward_pre_hook(begin), student.register_forward_hook(end))
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
-def call_name(sigma: float, ladder: Ladder) -> str:
-    return f"dit_step_{ladder.index(sigma) + 1}" if sigma in ladder else "commit_pass"
-
-
-@dataclass(slots=True)
 class Bench:
     """One session of a model whose decoder and calls are timed."""
 
@@ -183,8 +81,10 @@ class Bench:
     plan: Plan
     # of the student's device, of the codec's
     clocks: tuple[StageClock, StageClock] = field(init=False)
+    text: TextAhead = field(init=False)
 
     def __post_init__(self) -> None:
+        self.text = TextAhead(self.model.text)
         decode_device = self.model.decode_device or self.model.device
         self.clocks = (StageClock(self.model.device), StageClock(decode_device))
 
@@ -196,7 +96,8 @@ class Bench:
     def start(self) -> tuple[StreamSession, dict[str, Any]]:
         """A session and its first chunk, timed from the call that makes it."""
         started = time.perf_counter()
-        model = replace(self.model, codec=TimedCodec(self.model.codec, self.clocks[1]))
+        codec = TimedCodec(self.model.codec, self.clocks[1])
+        model = replace(self.model, codec=codec, text=self.text)
         session = StreamSession(model, self.prompts[0], self.settings, model.grey())
         return session, self._first_frame(session, started)
 
@@ -204,6 +105,16 @@ class Bench:
         started = time.perf_counter()
         session.reset(prompt)
         return self._first_frame(session, started)
+
+    def restarts(self, session: StreamSession) -> dict[str, Any]:
+        """Warm first frames of new streams: their text encoded, and then known already."""
+        encoded = [
+            self.restart(session, self.prompts[i % 2]) for i in range(self.plan.num_restarts)
+        ]
+        self.text.prefetch(self.prompts)
+        known = [self.restart(session, self.prompts[i % 2]) for i in range(self.plan.num_restarts)]
+        self.text.known.clear()
+        return {"warm": encoded, "cached": known}
 
     def _first_frame(self, session: StreamSession, started: float) -> dict[str, Any]:
         self._take()
@@ -280,7 +191,7 @@ def measure(
         session, cold = bench.start()
         for _ in range(max(plan.num_warmup, bench.ramp + 1)):
             session.next_chunk()
-        warm = [bench.restart(session, prompts[i % 2]) for i in range(plan.num_restarts)]
+        starts = bench.restarts(session)
         session.reset(prompts[0])
         recording = bench.run(session, plan.num_chunks)
         waits = bench.prompt_to_photon_ms(session)
@@ -288,7 +199,7 @@ def measure(
     flops = chunk_flops(model, settings, model.text.encode([prompts[0]]).shape[1])
     return {
         "num_steady_chunks": plan.num_chunks,
-        **first_frames(cold, warm),
+        **first_frames(cold, **starts),
         **steady_state(recording, plan.playback_fps, plan.buffer_chunks),
         "prompt_to_photon_ms": {"trials": len(waits), "mode": settings.on_prompt, **summary(waits)}
         if waits

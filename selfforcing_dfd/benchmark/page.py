@@ -68,7 +68,7 @@ def charts(result: dict[str, Any]) -> list[Chart]:
             stages,
         )
     ]
-    for kind in ("warm", "cold"):
+    for kind in ("warm", "cached", "cold"):
         total = time_of(result[f"ttff_{kind}_ms"])
         parts = result[f"ttff_split_{kind}_ms"]
         found.append(chart(f"The first frame, {kind}", f"Together {total}.", parts))

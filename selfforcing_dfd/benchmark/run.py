@@ -49,6 +49,12 @@ def build_model(options: argparse.Namespace, settings: StreamSettings) -> Stream
         model = load_stream_model(options.run, options.weights, options.device)
         torch.nn.Module.to(model.student, dtype or model.dtype)
     model = replace(model, latent_size=latent_size(options, model))
+    if options.text_encoder:
+        from selfforcing_dfd.benchmark.text_encoder import random_text
+
+        text_dim = model.student.config["text_dim"]
+        text = random_text(options.text_encoder, text_dim, model.device, model.dtype)
+        model = replace(model, text=text)
     if options.vae_device:
         model = decode_on(model, find_device(options.vae_device))
     choose_kernel(model, settings, options.attention)
@@ -107,6 +113,7 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         size=options.random_weights or "tiny",
         weights="random" if options.random_weights else "trained",
         fp8=options.fp8,
+        text_encoder=options.text_encoder or type(model.text).__name__,
     )
     timings = dict(model.student.attention.timings_ms)
     figures = measure(model, settings, PROMPTS, plan_of(options, model))

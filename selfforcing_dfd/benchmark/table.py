@@ -109,7 +109,7 @@ def rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
 
 
 def start_rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
-    for kind in ("cold", "warm"):
+    for kind in ("cold", "warm", "cached"):
         yield f"time to first frame, {kind}", result[f"ttff_{kind}_ms"], "ms"
         for name, value in result[f"ttff_split_{kind}_ms"].items():
             yield f"  {kind} {name.replace('_', ' ')}", value, "ms"

@@ -21,6 +21,7 @@ from selfforcing_dfd.cli.options import (
 from selfforcing_dfd.common import UserError
 
 MODEL_SIZES = ("tiny", "wan-tiny", "wan1.3b", "wan14b")
+TEXT_ENCODERS = ("umt5", "umt5-small")
 NOT_WITH_SERVE = ("prompt", "prompts", "chunks", "image", "video", "out", "overwrite")
 ONLY_WITH_SERVE = ("port", "beside")
 STREAM_DEFAULTS = {"chunks": 20, "out": "stream.mp4", "port": 8000}
@@ -209,6 +210,12 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     )
     model.add_argument(
         "--vae-device", metavar="DEVICE", help="decode there, such as cuda:1 (default: as --device)"
+    )
+    model.add_argument(
+        "--text-encoder",
+        choices=TEXT_ENCODERS,
+        help="a random one of this shape before the first frame: umt5 is Wan's, 11.4 GB "
+        "(default: the tiny world's words)",
     )
     model.add_argument(
         "--threads", type=positive, metavar="N", help="CPU threads (default: what torch takes)"

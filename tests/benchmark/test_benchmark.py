@@ -15,10 +15,11 @@ from tiny_models import LADDER, tiny_network
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.benchmark.headline import headline
-from selfforcing_dfd.benchmark.measure import Bench, Plan, measure, timed_calls
+from selfforcing_dfd.benchmark.measure import Bench, Plan, measure
 from selfforcing_dfd.benchmark.page import render
 from selfforcing_dfd.benchmark.statistics import Recording, stage_breakdown, steady_state
 from selfforcing_dfd.benchmark.table import read_result
+from selfforcing_dfd.benchmark.timed import timed_calls
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -48,6 +49,7 @@ KEYS = {
         "size",
     },
     "ttff_split_cold_ms": {"text", "noise", "dit", "vae", "copy_and_rest"},
+    "ttff_split_cached_ms": {"text", "noise", "dit", "vae", "copy_and_rest"},
     "ttff_split_warm_ms": {"text", "noise", "dit", "vae", "copy_and_rest"},
     "chunk_latency_ms": {"p50", "p95", "p99", "max"},
     "chunk_interval_ms": {"p50", "p95", "p99"},
@@ -71,6 +73,7 @@ KEYS = {
 PLAIN = {
     "ttff_cold_ms",
     "ttff_warm_ms",
+    "ttff_cached_ms",
     "ttfc_cold_ms",
     "ttfc_warm_ms",
     "num_steady_chunks",
