@@ -106,6 +106,7 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         positions=options.positions,
     )
     model = build_model(options, settings)
+    text_encoder = options.text_encoder or type(model.text).__name__
     facts = environment(
         model,
         settings,
@@ -113,7 +114,7 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         size=options.random_weights or "tiny",
         weights="random" if options.random_weights else "trained",
         fp8=options.fp8,
-        text_encoder=options.text_encoder or type(model.text).__name__,
+        text_encoder=text_encoder,
     )
     timings = dict(model.student.attention.timings_ms)
     figures = measure(model, settings, PROMPTS, plan_of(options, model))
