@@ -23,11 +23,11 @@ class ScaledAttention(Protocol):
     def __call__(self, q: Tensor, k: Tensor, v: Tensor, **scales: Tensor) -> Tensor: ...
 
 
-def in_eight_bits(kernel: ScaledAttention) -> Attention:
-    """The kernel over e4m3; over FEW_KEYS or fewer it runs in the tensors' own dtype."""
+def in_eight_bits(kernel: ScaledAttention, few_keys: int | None = None) -> Attention:
+    """The kernel over e4m3; over few keys, None for FEW_KEYS, it runs in the tensors' own dtype."""
 
     def run(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        if k.shape[1] <= FEW_KEYS:
+        if k.shape[1] <= (FEW_KEYS if few_keys is None else few_keys):
             return kernel(q, k, v)
         rounded = {"q": round_to_e4m3(q), "k": round_to_e4m3(k), "v": round_to_e4m3(v)}
         inputs = {name: values for name, (values, _) in rounded.items()}

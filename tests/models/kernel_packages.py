@@ -15,6 +15,7 @@ from torch import Tensor
 
 from selfforcing_dfd.models.attention import attend
 from selfforcing_dfd.models.attention_operator import loaded
+from selfforcing_dfd.models.fp8_emulated import emulated_attention
 
 MODULES = {"fa2": "flash_attn", "fa3": "flash_attn_interface", "fa4": "flash_attn.cute"}
 
@@ -58,10 +59,12 @@ def fa3(
     torch._dynamo.graph_break()
     if q.dtype != torch.float8_e4m3fn:
         return attend(q, k, v)
-    assert q_descale is not None
-    assert k_descale is not None
-    assert v_descale is not None
-    return emulated_fp8(scaled(q, q_descale), scaled(k, k_descale), scaled(v, v_descale))
+    scales = {"q_descale": q_descale, "k_descale": k_descale, "v_descale": v_descale}
+    for x, scale in zip((q, k, v), scales.values(), strict=True):
+        assert scale is not None
+        assert scale.shape == (x.shape[0], x.shape[2])
+        assert scale.dtype == torch.float32
+    return emulated_attention(q, k, v, **scales)
 
 
 def fa4(
@@ -80,25 +83,6 @@ def fa4(
 ) -> tuple[Tensor, Tensor | None]:
     torch._dynamo.graph_break()
     return attend(q, k, v), None
-
-
-def scaled(x: Tensor, descale: Tensor) -> Tensor:
-    """What 8-bit values [B, tokens, heads, head_dim] stand for; descale: [B, heads]."""
-    assert descale.shape == (x.shape[0], x.shape[2])
-    assert descale.dtype == torch.float32
-    return x.float() * descale[:, None, :, None]
-
-
-def emulated_fp8(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention in bfloat16 as FlashAttention 3 computes it in e4m3, but not by its blocks.
-
-    Products and sums are exact; the weights, the largest of a row being 256, are rounded to e4m3.
-    """
-    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-    weights = 256 * (scores - scores.amax(-1, keepdim=True)).exp()
-    rounded = weights.to(torch.float8_e4m3fn).float()
-    attended = torch.einsum("bhqk,bkhd->bhqd", rounded, v) / weights.sum(-1, keepdim=True)
-    return attended.transpose(1, 2).bfloat16()
 
 
 def install(monkeypatch: pytest.MonkeyPatch, *names: str) -> None:
