@@ -34,6 +34,7 @@ from selfforcing_dfd.models.layers import (
     sigma_per_frame,
     start_values,
 )
+from selfforcing_dfd.models.offload import BlockGroups
 from selfforcing_dfd.models.picture import (
     KeysValues,
     check_picture_sizes,
@@ -42,7 +43,7 @@ from selfforcing_dfd.models.picture import (
     picture_without_content,
     takes_picture,
 )
-from selfforcing_dfd.models.prepared import NoiseLevel, PreparedConditioning
+from selfforcing_dfd.models.prepared import Modulation, NoiseLevel, PreparedConditioning
 from selfforcing_dfd.models.rope import positions_rotary
 from selfforcing_dfd.models.sequence_parallel import SequenceParallel
 
@@ -86,6 +87,7 @@ class WanNetwork(nn.Module):
         self.gradient_checkpointing = False
         self.attention = Choice()
         self.sequence_parallel: SequenceParallel | None = None
+        self.groups: BlockGroups | None = None  # None: all blocks are where the network is
         self.adapter = ""  # which adapters work in the present call, see models/adapted.py
 
     def set_attention(
@@ -120,6 +122,24 @@ class WanNetwork(nn.Module):
         self.sequence_parallel = sequence_parallel
         for block in self.wan_blocks():
             block.sequence_parallel = sequence_parallel
+
+    def offload_blocks(self, device: torch.device, group_size: int = 1) -> BlockGroups:
+        """From now on the network computes on `device`, which its blocks visit in groups.
+
+        For inference only: blocks on the host are neither trained nor moved by `to`. Raises
+        OffloadError where this saves no memory.
+        """
+        self.groups = BlockGroups(self.wan_blocks(), device, group_size)
+        for module in self.children():
+            if module is not self.blocks:
+                module.to(device)
+        self.scale_shift_table.data = self.scale_shift_table.data.to(device)
+        return self.groups
+
+    def bring(self, layer: int) -> None:
+        """Have a block's weights where it computes, if they are not always there."""
+        if self.groups is not None:
+            self.groups.need(layer)
 
     @property
     def own_heads(self) -> int:
@@ -168,6 +188,7 @@ class WanNetwork(nn.Module):
         layers = []
         for layer, block in enumerate(self.blocks):
             asked = (text[layer], picture[layer], level.blocks[layer])
+            self.bring(layer)
             tokens, k, v = self.run_block(block, tokens, *asked, rotary, context, layer, frames)
             if context.wants_kv:
                 layers.append((k, v))
@@ -233,16 +254,26 @@ class WanNetwork(nn.Module):
     ) -> PreparedConditioning:
         """The same conditioning, with the text's K/V and these noise levels computed once."""
         text = self.embed_text(conditioning)
-        noise_levels = {}
-        for sigma in sigmas:
-            (embedding, *_), head = self.level_of(sigma, text, Conditioning(conditioning.text))
-            modulations = tuple(block.modulation(embedding) for block in self.wan_blocks())
-            noise_levels[sigma] = NoiseLevel(modulations, head)
-        text_kv = tuple(block.attn2.keys_values(text) for block in self.wan_blocks())
+        only_text = Conditioning(conditioning.text)
+        levels = {sigma: self.level_of(sigma, text, only_text) for sigma in sigmas}
         picture = picture_in(conditioning) if self.takes_picture else None
-        pictures = zip(self.wan_blocks(), self.picture_of(conditioning), strict=True)
-        picture_kv = tuple(block.picture_kv(embedded) for block, embedded in pictures)
-        return PreparedConditioning(conditioning.text, picture, text_kv, picture_kv, noise_levels)
+        pictures = self.picture_of(conditioning)
+        text_kv = []
+        picture_kv = []
+        modulations: dict[float, list[Modulation]] = {sigma: [] for sigma in levels}
+        for layer, block in enumerate(self.wan_blocks()):
+            self.bring(layer)
+            text_kv.append(block.attn2.keys_values(text))
+            picture_kv.append(block.picture_kv(pictures[layer]))
+            for sigma, level in levels.items():
+                modulations[sigma].append(block.modulation(level.blocks[layer]))
+        noise_levels = {
+            sigma: NoiseLevel(tuple(modulations[sigma]), level.head)
+            for sigma, level in levels.items()
+        }
+        return PreparedConditioning(
+            conditioning.text, picture, tuple(text_kv), tuple(picture_kv), noise_levels
+        )
 
     def run_block(self, block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor, Tensor]:
         """One block; with gradient checkpointing it runs again in the backward pass.
