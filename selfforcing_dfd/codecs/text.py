@@ -134,6 +134,7 @@ class WanText:
         """
         ids, mask = self.tokenize(captions)
         states = self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state.float()
+        mask = mask.to(states.device)  # accelerate's hooks may have moved the encoder
         if not states[mask.bool()].isfinite().all():
             raise TextError(
                 f"the text encoder gives NaN or infinity in {self.encoder.dtype}; use bfloat16 or "

@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import torch
 from diffusers import AutoencoderKLWan
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from torch import Tensor, nn
 
 from selfforcing_dfd.codecs.wan_decode import Programs, StreamingDecoder, pointwise
@@ -43,8 +44,11 @@ class WanCodec:
 
     strides = (TIME, SPACE, SPACE)
 
-    def __init__(self, vae: Any, channels_last: bool = False) -> None:
-        """vae: an AutoencoderKLWan (which type checkers misread).
+    def __init__(
+        self, vae: Any, channels_last: bool = False, device: torch.device | None = None
+    ) -> None:
+        """vae: an AutoencoderKLWan (which type checkers misread). device: where it computes, if it
+        comes there by accelerate's hooks; None: where it is.
 
         Raises CodecError for the VAE of Wan2.2 5B, which has another architecture.
         """
@@ -62,7 +66,7 @@ class WanCodec:
             use_channels_last(vae)
         weight = next(vae.parameters())
         self.dtype = weight.dtype
-        self.device = weight.device
+        self.device = device or weight.device
         shape = (1, -1, 1, 1, 1)
         self.mean, self.deviation = (
             torch.tensor(vae.config[name], device=self.device).view(shape)
@@ -75,7 +79,7 @@ class WanCodec:
         folder: Path | str,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
-        **options: bool,
+        channels_last: bool = False,
     ) -> Self:
         """From a diffusers folder of Wan, or its subfolder `vae`. Raises CodecError without one."""
         found = [
@@ -89,7 +93,7 @@ class WanCodec:
                 "subfolder vae"
             )
         vae: Any = AutoencoderKLWan.from_pretrained(found[0], torch_dtype=dtype)
-        return cls(vae.to(device), **options)
+        return cls(vae.to(device), channels_last)
 
     @property
     def channels(self) -> int:
@@ -164,6 +168,7 @@ class WanDecoder:
                 f"latents are {tuple(latents.shape)}; want [B, F, {codec.channels}, h, w], F one "
                 "or more"
             )
+        bring(codec.vae)
         with tuned_convolutions(codec.device):
             parts = [self._decode_frame(frame) for frame in latents.split(1, dim=1)]
         return torch.cat(parts, dim=1) if len(parts) > 1 else parts[0]
@@ -175,6 +180,14 @@ class WanDecoder:
         given = z.to(codec.dtype, memory_format=codec.memory_format)
         video = self.stream(pointwise(codec.vae.post_quant_conv, given))
         return (video.float().clamp(-1, 1).permute(0, 2, 3, 4, 1) + 1) / 2
+
+
+@apply_forward_hook
+def bring(vae: Any) -> None:
+    """Have accelerate's hook, where there is one, move the VAE to the device that it computes on.
+
+    A call of the VAE would do so; its layers are called here.
+    """
 
 
 @contextmanager
@@ -228,6 +241,7 @@ class WanEncoder:
         x = (2 * videos.float() - 1).permute(0, 4, 1, 2, 3).to(codec.dtype)
         lone = frames % TIME
         pieces = x.split([lone, *[TIME] * (frames // TIME)] if lone else TIME, dim=2)
+        bring(codec.vae)
         encoder = codec.vae.encoder
         parts = []
         self.features = self.features or [

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from accelerate.hooks import CpuOffload
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.utils.accelerate_utils import apply_forward_hook
+from torch import nn
 
+from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.models.block import WanBlock as WanBlock
 from selfforcing_dfd.models.hub import HubMixin
 from selfforcing_dfd.models.lora import LoraMixin
 from selfforcing_dfd.models.network import WanNetwork
+from selfforcing_dfd.models.prepared import PreparedConditioning
 
 
 class WanTransformer(  # type: ignore[misc]
@@ -43,3 +48,18 @@ class WanTransformer(  # type: ignore[misc]
         """
         super().__init__()
         self.build()
+
+    @apply_forward_hook
+    def prepare(
+        self, conditioning: Conditioning, sigmas: tuple[float, ...] = ()
+    ) -> PreparedConditioning:
+        """As `WanNetwork.prepare`. accelerate's hook, where there is one, moves the weights first.
+
+        A call of the network would do so; this is none.
+        """
+        return super().prepare(conditioning, sigmas)
+
+
+def is_offloaded(part: nn.Module) -> bool:
+    """Whether accelerate moves a part of a pipeline to the device that it computes on, and back."""
+    return isinstance(vars(part).get("_hf_hook"), CpuOffload)

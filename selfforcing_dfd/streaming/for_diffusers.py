@@ -134,7 +134,8 @@ class Student:
         _, patch_rows, patch_columns = self.transformer.config.patch_size
         tokens = frames * (rows // patch_rows) * (columns // patch_columns)
         cos, sin = self.transformer.rope(so_far)
-        self.past.rotary = (cos[:, -tokens:], sin[:, -tokens:])
+        # of a transformer that is offloaded, the tables may still be on the CPU
+        self.past.rotary = (cos[:, -tokens:].to(like.device), sin[:, -tokens:].to(like.device))
 
     def remember(self, x0: Tensor) -> None:
         """Run the finished chunk once more, clean, and keep its keys and values."""
@@ -200,6 +201,7 @@ class CausalStudentPipeline(WanPipeline):
     video_processor: Any
     encode_prompt: Any
     _execution_device: Any
+    maybe_free_model_hooks: Any
 
     @torch.no_grad()
     def __call__(
@@ -237,6 +239,7 @@ class CausalStudentPipeline(WanPipeline):
         video: Any = latents
         if output_type != "latent":
             video = self.decode(latents, num_frames, output_type)
+        self.maybe_free_model_hooks()
         return WanPipelineOutput(frames=video) if return_dict else (video,)
 
     def latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:

@@ -26,8 +26,9 @@ class TextEncoder(Protocol):
 class StreamModel:
     """What sessions share: weights and sizes.
 
-    latent_size: rows and columns of the latents. decode_device: the codec's device; None is the
-    student's. keeps_noise: whether the noise that a chunk starts from stays between its steps.
+    latent_size: rows and columns of the latents. run_device: where the student computes; None is
+    where its weights are. decode_device: the codec's device; None is the student's. keeps_noise:
+    whether the noise that a chunk starts from stays between its steps.
     given: latent frames at the start of a video that the student does not make (1: a picture).
     see: for a student of Wan2.1-I2V, what it sees of a picture [1, H, W, 3]; see `codecs.pictures`.
     """
@@ -42,10 +43,11 @@ class StreamModel:
     keeps_noise: bool = False
     given: int = 0
     see: Callable[[Tensor], Picture] | None = None
+    run_device: torch.device | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.student.patch_embedding.weight.device
+        return self.run_device or self.student.patch_embedding.weight.device
 
     @property
     def dtype(self) -> torch.dtype:

@@ -27,7 +27,7 @@ from selfforcing_dfd.codecs.wan_vae import TIME, WanCodec
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.models.hub import LOCATION, require_student
 from selfforcing_dfd.models.identity import Recipe, identity_of
-from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.models.wan import WanTransformer, is_offloaded
 from selfforcing_dfd.streaming.load import latent_size, load_student, student_recipe
 from selfforcing_dfd.streaming.load_wan import asked_size, trained_size
 from selfforcing_dfd.streaming.open_export import open_to_diffusers
@@ -78,10 +78,12 @@ class CausalWanPipeline(DiffusionPipeline):
     """The parts of a pipeline around a causal student.
 
     transformer: marked as a causal student (`models.identity.mark`), else HubError. scheduler: not
-    used here; for others who read the export. LoRA's other methods are on `transformer`. diffusers'
-    offloading does not work, because its hooks do not see how the parts are called; `.to(device)`
-    works, and `vae` and `text_encoder` may be on other devices than the transformer.
+    used here; for others who read the export. LoRA's other methods are on `transformer`. Of
+    diffusers' ways of offloading `enable_model_cpu_offload` works. So does `.to(device)`, and `vae`
+    and `text_encoder` may be on other devices than the transformer.
     """
+
+    model_cpu_offload_seq = "text_encoder->transformer->vae"  # type: ignore[assignment]
 
     transformer: WanTransformer
     vae: Any  # AutoencoderKLWan, which type checkers misread
@@ -248,6 +250,7 @@ class CausalWanPipeline(DiffusionPipeline):
                 videos.append(video[:num_frames])
                 if self._interrupt:
                     break
+        self.maybe_free_model_hooks()
         frames = as_output(videos, output_type)
         return CausalWanOutput(frames=frames) if return_dict else (frames,)
 
@@ -285,7 +288,9 @@ class CausalWanPipeline(DiffusionPipeline):
 
     def stream_model(self, height: int | None = None, width: int | None = None) -> StreamModel:
         """The parts as a session takes them. Raises LoadError for sizes that do not fit."""
-        codec = WanCodec(self.vae, channels_last=self.vae.device.type == "cuda")
+        offloaded = self._execution_device if is_offloaded(self.transformer) else None
+        decode_on = offloaded or self.vae.device
+        codec = WanCodec(self.vae, channels_last=decode_on.type == "cuda", device=decode_on)
         size = asked_size((height, width), identity_of(self.transformer.config).data)
         recipe = self.recipe
         return StreamModel(
@@ -298,6 +303,7 @@ class CausalWanPipeline(DiffusionPipeline):
             chunk_frames=recipe.chunk_frames,
             latent_size=latent_size(size, codec.strides, self.transformer.patch),
             decode_device=codec.device,
+            run_device=offloaded,
         )
 
     def _num_chunks(self, num_frames: int) -> int:
