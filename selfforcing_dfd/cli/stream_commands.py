@@ -229,18 +229,18 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         if args.out and args.out.suffix == ".html":
             raise UserError("--out names the JSON; the page is written beside it as .html")
-        from selfforcing_dfd.benchmark.run import benchmark, compare, count_decoder
+        counted = other_figures(args)
+        if counted is None:
+            from selfforcing_dfd.benchmark.run import benchmark
 
-        if args.count_decoder:
-            text, result = count_decoder(args)
-        else:
-            text, result = compare(*args.compare) if args.compare else benchmark(args)
+            counted = benchmark(args)
+        text, result = counted
         line = json.dumps(result, allow_nan=False)
         print(text)
         if args.out:
             args.out.write_text(line + "\n")
             print(f"wrote {args.out}")
-        if args.out and not (args.compare or args.count_decoder):
+        if args.out and other_figures is None:
             from selfforcing_dfd.benchmark.page import render
 
             page = args.out.with_suffix(".html")

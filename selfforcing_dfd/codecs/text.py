@@ -98,11 +98,18 @@ class WanText:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.bfloat16,
         max_length: int = MAX_LENGTH,
+        keeps: bool = True,
     ) -> CachedText:
-        """`from_pretrained` behind a cache: the weights are read at the first new prompt."""
+        """`from_pretrained` behind a cache: the weights are read at the first new prompt.
+
+        keeps: or at every new prompt, and forgotten after it.
+        """
         fingerprint = folder_fingerprint(folder, dtype, max_length)
         return CachedText(
-            lambda: cls.from_pretrained(folder, device, dtype, max_length), cache, fingerprint
+            lambda: cls.from_pretrained(folder, device, dtype, max_length),
+            cache,
+            fingerprint,
+            keeps,
         )
 
     @property

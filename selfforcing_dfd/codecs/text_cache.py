@@ -35,11 +35,14 @@ class CachedText:
         encoder: TextEncoder | Callable[[], TextEncoder],
         folder: Path | str,
         fingerprint: str = "",
+        keeps: bool = True,
     ) -> None:
         """encoder: or a function that makes it, called for the first prompt that has no file.
 
-        fingerprint: of an encoder that is made later; TextError if it is missing.
+        fingerprint: of an encoder that is made later; TextError if it is missing. keeps: whether
+        such an encoder stays in memory, or is made anew for the next prompt that has no file.
         """
+        self._keeps = keeps
         self._load = encoder if callable(encoder) else lambda: encoder
         self._lock = threading.Lock()
         self.folder = Path(folder)
@@ -86,7 +89,15 @@ class CachedText:
         with self._lock:  # one thread encodes and writes at a time
             states = self.encoder.encode([caption])[0].float().cpu()
             write_entry(self.path(prompt), states, prompt)
+            if not self._keeps:
+                self._free()
         return states
+
+    def _free(self) -> None:
+        """Forget the encoder, and give its memory on a GPU back to whoever needs it."""
+        del self.encoder  # as a cached property has it
+        if torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
 
 
 def read_entry(path: Path, prompt: str) -> Tensor | None:

@@ -7,7 +7,7 @@ Clips of one student differ in nothing but arithmetic: captions, noise and weigh
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -94,7 +94,9 @@ class Precision:
 
 def measure_precision(num_clips: int) -> Iterator[Precision]:
     """Each shipped student in each format, on the same captions and noise."""
-    config = load_config(CONFIG, [f"report.clips={num_clips}", "data.shards=none"])
+    config = load_config(CONFIG, ["data.shards=none"])
+    follow_clips = min(config.report.follow_clips, num_clips)
+    config = replace(config, report=replace(config.report, follow_clips=follow_clips))
     evaluation = TINY.draw(config, num_clips)
     for student, weights in STUDENTS.items():
         reference: list[Tensor] = []

@@ -27,15 +27,16 @@ class Fp8Error(UserError):
     """A device, package or layer that 8-bit products cannot run with; the message says why."""
 
 
-def use_fp8(network: WanNetwork) -> int:
+def use_fp8(network: WanNetwork, device: torch.device | None = None) -> int:
     """Convert the blocks' linear layers in place and return how many they are.
 
-    Embedders, head and the text's keys and values stay as they are. Raises Fp8Error, before
-    anything is changed, without torchao, on a GPU older than compute capability 8.9, and for
-    layers and weights that do not fit.
+    device: where the network will run; None is where it is. Embedders, head and the text's keys and
+    values stay as they are. Raises Fp8Error, before anything is changed, without torchao, for a GPU
+    older than compute capability 8.9, and for layers and weights that do not fit.
     """
     check_package()
-    check_device(network.patch_embedding.weight)
+    weight = network.patch_embedding.weight
+    check_device(device or weight.device, weight.dtype)
     layers = linear_layers(network)
     for layer in layers:
         layer.weight = nn.Parameter(rounded_weight(layer.weight.detach()), requires_grad=False)
@@ -77,19 +78,19 @@ def check_package() -> None:
         )
 
 
-def check_device(weight: Tensor) -> None:
-    """Raise Fp8Error for a GPU, or for weights on one, that 8-bit products do not run with."""
-    if not weight.is_cuda:
+def check_device(device: torch.device, dtype: torch.dtype) -> None:
+    """Raise Fp8Error for a GPU, or for a model's dtype on one, that 8-bit products do not take."""
+    if device.type != "cuda":
         return
-    if torch.cuda.get_device_capability(weight.device) < FIRST_CAPABILITY:
-        found = ".".join(map(str, torch.cuda.get_device_capability(weight.device)))
+    if torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
+        found = ".".join(map(str, torch.cuda.get_device_capability(device)))
         raise Fp8Error(
             f"8-bit products need compute capability 8.9 or later, this is {found}; leave --fp8 out"
         )
-    if weight.dtype != torch.bfloat16:
+    if dtype != torch.bfloat16:
         raise Fp8Error(
-            f"8-bit products with a scale a row give bfloat16 on a GPU, the model is "
-            f"{weight.dtype}; use --dtype bfloat16, or leave --fp8 out"
+            f"8-bit products with a scale for each row give bfloat16 on a GPU, the model is "
+            f"{dtype}; use --dtype bfloat16, or leave --fp8 out"
         )
 
 

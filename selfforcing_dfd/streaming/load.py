@@ -23,6 +23,7 @@ from selfforcing_dfd.models.identity import SELF_FORCING, Recipe, mark, recipe_o
 from selfforcing_dfd.models.network import WanNetwork
 from selfforcing_dfd.models.picture import takes_picture
 from selfforcing_dfd.streaming.parts import LoadError
+from selfforcing_dfd.streaming.saving import NOTHING_SAVED, Saving
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 from selfforcing_dfd.tiny.codec import SPACE, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
@@ -72,12 +73,13 @@ def load_stream_model(
     checkpoint: str = "",
     device: str = "auto",
     recipe: Mapping[str, Any] | None = None,
+    saving: Saving = NOTHING_SAVED,
 ) -> StreamModel:
     """A student of the tiny world: of a run, of a weights file, or the shipped one.
 
-    recipe: settings that replace those of the student's file. The codec is the one that lies beside
-    the weights, else the shipped one. Raises UserError where files are missing or hold another
-    model.
+    recipe: settings that replace those of the student's file. saving: of memory. The codec is the
+    one that lies beside the weights, else the shipped one. Raises UserError where files are missing
+    or hold another model.
     """
     if run is not None and checkpoint:
         raise LoadError("both a run and weights are given; drop --run or --weights")
@@ -90,6 +92,7 @@ def load_stream_model(
     run_on = find_device(device)
     settled = settle_student(weights, recipe)
     student = load_plain(weights, run_on, torch.float32).requires_grad_(False)
+    saving.place(student, run_on)
     mark(student, "causal_student", settled, weights.identity.data)
     return StreamModel(
         student=student,

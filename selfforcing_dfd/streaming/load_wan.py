@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from selfforcing_dfd.codecs.pictures import PictureEncoder, check_picture_encoder
 from selfforcing_dfd.codecs.text import WanText
 from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE, WanCodec
@@ -22,6 +24,7 @@ from selfforcing_dfd.streaming.load import (
     student_recipe,
 )
 from selfforcing_dfd.streaming.parts import LoadError, check_fit, check_parts
+from selfforcing_dfd.streaming.saving import NOTHING_SAVED, Saving
 from selfforcing_dfd.streaming.session import StreamModel
 from selfforcing_dfd.weights.read import describe, read_weights
 
@@ -34,6 +37,7 @@ def load_wan_model(
     vae_device: str = "",
     size: tuple[int | None, int | None] = (None, None),
     recipe: Mapping[str, Any] | None = None,
+    saving: Saving = NOTHING_SAVED,
 ) -> StreamModel:
     """A student of real Wan2.1 with the VAE and text encoder of `folder`.
 
@@ -41,8 +45,8 @@ def load_wan_model(
     of `weights/read.py`; empty takes the folder's transformer if that is one. dtype: auto is
     bfloat16 on a GPU and float32 elsewhere. size: height and width of the video; None is the size
     that the student was trained at, else Wan's. recipe: settings that replace those of the
-    student's file. Embeddings of prompts are kept on disk, so the text encoder is loaded for new
-    prompts only. Raises UserError with the cure for what is missing.
+    student's file. saving: of memory. Embeddings of prompts are kept on disk, so the text encoder
+    is loaded for new prompts only. Raises UserError with the cure for what is missing.
     """
     if dtype not in ("auto", *DTYPES):
         raise LoadError(f"dtype is {dtype!r}; use auto, {', '.join(DTYPES)}")
@@ -58,7 +62,9 @@ def load_wan_model(
     run_on = find_device(device)
     decode_on = find_device(vae_device) if vae_device else run_on
     weights_dtype = DTYPES.get(dtype) or default_dtype(run_on)
-    student = load_student(weights, run_on, weights_dtype, recipe=recipe)
+    first_device = saving.first_device(run_on)
+    student = load_student(weights, first_device, weights_dtype, recipe=recipe)
+    saving.place(student, run_on)
     settled = student_recipe(student)
     on_gpu = decode_on.type == "cuda"
     codec = WanCodec.from_pretrained(folder, decode_on, weights_dtype, channels_last=on_gpu)
@@ -66,10 +72,12 @@ def load_wan_model(
     if student.takes_picture:
         encoder = PictureEncoder.from_pretrained(folder, codec, decode_on)
         see = partial(encoder.encode, frames=settled.frames)
+    encode_on = torch.device("cpu") if saving.text_encoder == "cpu" else run_on
+    keeps = saving.text_encoder != "free"
     return StreamModel(
         student=student,
         codec=codec,
-        text=WanText.cached(folder, text_cache(), run_on, weights_dtype),
+        text=WanText.cached(folder, text_cache(), encode_on, weights_dtype, keeps=keeps),
         ladder=settled.sigmas,
         keeps_noise=settled.keeps_noise,
         given=settled.given,

@@ -136,14 +136,11 @@ def test_what_cannot_be_converted_is_refused_whole(monkeypatch):
 def test_a_gpu_that_cannot_is_refused(monkeypatch):
     """Catches an error of CUDA in the midst of a stream, in place of a word before it."""
 
-    class OnGpu(torch.Tensor):
-        is_cuda = True
-
-    weight = torch.zeros(1).as_subclass(OnGpu)
+    gpu = torch.device("cuda", 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
     with pytest.raises(Fp8Error, match=r"this is 8\.6"):
-        check_device(weight)
+        use_fp8(tiny_network(dtype=torch.bfloat16), gpu)  # is on the CPU, and will run there
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.raises(Fp8Error, match=r"the model is torch\.float32"):
-        check_device(weight)
-    check_device(weight.bfloat16().as_subclass(OnGpu))
+        use_fp8(tiny_network(dtype=torch.float32), gpu)
+    check_device(gpu, torch.bfloat16)
