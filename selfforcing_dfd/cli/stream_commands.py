@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 from selfforcing_dfd.cli.options import (
     ATTENTION_NAMES,
@@ -22,6 +23,7 @@ from selfforcing_dfd.common import UserError
 
 MODEL_SIZES = ("tiny", "wan-tiny", "wan1.3b", "wan14b")
 TEXT_ENCODERS = ("umt5", "umt5-small")
+TEXT_MEMORY = ("keep", "cpu", "free")
 NOT_WITH_SERVE = ("prompt", "prompts", "chunks", "image", "video", "out", "overwrite")
 ONLY_WITH_SERVE = ("port", "beside")
 STREAM_DEFAULTS = {"chunks": 20, "out": "stream.mp4", "port": 8000}
@@ -34,6 +36,7 @@ def stream(parser: argparse.ArgumentParser) -> Run:
     """
     _add_content_options(parser.add_argument_group("what to show"))
     _add_model_options(parser.add_argument_group("with which model"))
+    add_memory_options(parser.add_argument_group("how it saves memory"))
     past = parser.add_argument_group("how far it looks back (latent frames)")
     add_past_options(past, "default: tiny, or default with --model")
     past.add_argument(
@@ -166,6 +169,34 @@ def _add_kernel_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
+def add_memory_options(group: argparse._ArgumentGroup) -> None:
+    """What of a student, and of what belongs to it, is not on the GPU as a whole."""
+    _add_fp8_option(group)
+    group.add_argument(
+        "--offload",
+        type=positive,
+        nargs="?",
+        const=1,
+        metavar="N",
+        help="blocks stay in the host's memory and visit the GPU in groups of N (default: 1), the "
+        "next group while one runs",
+    )
+    group.add_argument(
+        "--text-memory",
+        choices=TEXT_MEMORY,
+        help="with --model: keep the text encoder on the GPU, run it on the cpu, or free the GPU "
+        "of it after each new prompt (default: keep)",
+    )
+
+
+def _add_fp8_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fp8",
+        action="store_true",
+        help="the blocks' linear layers in 8-bit floats (with --compile)",
+    )
+
+
 def _add_target_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--out", metavar="FILE|-", help=".mp4 or .y4m; - is y4m on stdout (default: stream.mp4)"
@@ -203,11 +234,7 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
         help="height x width of the video (default: the model's, 480x832 for Wan)",
     )
     _add_kernel_options(model)
-    model.add_argument(
-        "--fp8",
-        action="store_true",
-        help="the blocks' linear layers in 8-bit floats (with --compile)",
-    )
+    _add_fp8_option(model)
     model.add_argument(
         "--vae-device", metavar="DEVICE", help="decode there, such as cuda:1 (default: as --device)"
     )
@@ -229,18 +256,14 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         if args.out and args.out.suffix == ".html":
             raise UserError("--out names the JSON; the page is written beside it as .html")
-        counted = other_figures(args)
-        if counted is None:
-            from selfforcing_dfd.benchmark.run import benchmark
-
-            counted = benchmark(args)
-        text, result = counted
+        is_timed = not (args.compare or args.count_decoder or args.precision)
+        text, result = timed(args) if is_timed else untimed(args)
         line = json.dumps(result, allow_nan=False)
         print(text)
         if args.out:
             args.out.write_text(line + "\n")
             print(f"wrote {args.out}")
-        if args.out and other_figures is None:
+        if args.out and is_timed:
             from selfforcing_dfd.benchmark.page import render
 
             page = args.out.with_suffix(".html")
@@ -250,6 +273,24 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
             print(line)
 
     return run
+
+
+def timed(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """What is printed, and the result, of a benchmark."""
+    from selfforcing_dfd.benchmark.run import benchmark
+
+    return benchmark(args)
+
+
+def untimed(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
+    """The same of what is computed or counted without a clock."""
+    if args.precision:
+        from selfforcing_dfd.evaluation.precision import precision
+
+        return precision(args.precision)
+    from selfforcing_dfd.benchmark.run import compare, count_decoder
+
+    return count_decoder(args) if args.count_decoder else compare(*args.compare)
 
 
 def _add_result_options(group: argparse._ArgumentGroup) -> None:
@@ -269,6 +310,15 @@ def _add_result_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="measure nothing; count operators and bytes of Wan's VAE decoder at --size and "
         "--dtype, without a GPU",
+    )
+    group.add_argument(
+        "--precision",
+        type=positive,
+        nargs="?",
+        const=256,
+        metavar="N",
+        help="measure no time; score N clips (default: 256) of each shipped student in each number "
+        "format, 8 bits emulated",
     )
 
 

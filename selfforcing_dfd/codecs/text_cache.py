@@ -64,9 +64,12 @@ class CachedText:
         return loaded
 
     def load(self) -> None:
-        """Make the encoder now and not at the first new prompt. Raises as `encoder` does."""
+        """Make the encoder now and not at the first new prompt. Raises as `encoder` does.
+
+        Does nothing where it would not stay.
+        """
         with self._lock:
-            _ = self.encoder
+            _ = self.encoder if self._keeps else None
 
     def encode(self, captions: list[str]) -> Tensor:
         """[B, L, D_text] float32 on the CPU, zeros past each prompt's end."""

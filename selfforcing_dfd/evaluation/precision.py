@@ -6,6 +6,7 @@ Clips of one student differ in nothing but arithmetic: captions, noise and weigh
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -89,7 +90,17 @@ class Precision:
     psnr_db: tuple[float, float] | None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """For JSON, which has no word for what is not a number."""
+        values = asdict(self)
+        for score in values["scores"].values():
+            score.update({k: None for k, v in score.items() if not math.isfinite(v)})
+        return values
+
+
+def precision(num_clips: int) -> tuple[str, dict[str, Any]]:
+    """A table in Markdown, and all scores."""
+    rows = list(measure_precision(num_clips))
+    return precision_table(rows), {"num_clips": num_clips, "rows": [row.as_dict() for row in rows]}
 
 
 def measure_precision(num_clips: int) -> Iterator[Precision]:

@@ -22,6 +22,7 @@ from selfforcing_dfd.live.background import BackgroundWriter
 from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
 from selfforcing_dfd.live.ranks import ALONE, StreamRanks, refuse_ranks, shown_by, stream_ranks
 from selfforcing_dfd.live.ready import (
+    ask_saving,
     can_be_told,
     is_warmed_up,
     load_text,
@@ -31,7 +32,7 @@ from selfforcing_dfd.live.ready import (
 from selfforcing_dfd.live.status import StatusLine
 from selfforcing_dfd.live.web import shared as page
 from selfforcing_dfd.live.writers import ReaderGone, Writer, open_writer
-from selfforcing_dfd.models.identity import recipe_of
+from selfforcing_dfd.models.identity import Recipe, recipe_of
 from selfforcing_dfd.streaming.load import (
     TINY_DMD_STUDENT,
     TINY_STUDENT,
@@ -259,16 +260,7 @@ def prepare(
 ) -> tuple[StreamModel, StreamSettings]:
     """Model and settings that the options ask for; the model is shared by the ranks."""
     model = load_model(options)
-    settings = load_settings(
-        options.settings or "",
-        default="default" if options.model else "tiny",
-        recipe=recipe_of(model.student.config),
-        seed=options.seed,
-        window_frames=options.window,
-        sink_frames=options.sink,
-        positions=options.positions,
-        on_prompt=options.on_prompt,
-    )
+    settings = ask_settings(options, recipe_of(model.student.config))
     choose_kernel(model, settings, options.attention)
     ranks.share(model.student)
     if options.compile:
@@ -276,21 +268,37 @@ def prepare(
     return model, settings
 
 
+def ask_settings(options: argparse.Namespace, recipe: Recipe | None) -> StreamSettings:
+    """Settings of a student with this recipe."""
+    return load_settings(
+        options.settings or "",
+        default="default" if options.model else "tiny",
+        recipe=recipe,
+        seed=options.seed,
+        window_frames=options.window,
+        sink_frames=options.sink,
+        positions=options.positions,
+        on_prompt=options.on_prompt,
+    )
+
+
 def load_model(options: argparse.Namespace) -> StreamModel:
     """Real Wan for --model, else the tiny world. Raises UserError for contradicting options."""
     recipe = asked_settings(options.ladder, shift=options.shift, chunk_frames=options.chunk_frames)
+    saving = ask_saving(options)
     if options.model is None:
         only_with_model = {
             "--size": options.size,
             "--dtype": options.dtype,
             "--vae-device": options.vae_device,
+            "--text-memory": options.text_memory,
         }
         given = [name for name, value in only_with_model.items() if value]
         if given:
             raise UserError(
                 f"{', '.join(given)} without --model: the tiny world has one size; add --model DIR"
             )
-        return load_stream_model(options.run, options.weights, options.device, recipe)
+        return load_stream_model(options.run, options.weights, options.device, recipe, saving)
     if options.run is not None:
         raise UserError(
             "both --model and --run are given; name the run's student by --weights instead of --run"
@@ -301,7 +309,7 @@ def load_model(options: argparse.Namespace) -> StreamModel:
     from selfforcing_dfd.streaming.load_wan import load_wan_model
 
     return load_wan_model(
-        options.model, options.weights, options.device, dtype, vae_device, size, recipe
+        options.model, options.weights, options.device, dtype, vae_device, size, recipe, saving
     )
 
 

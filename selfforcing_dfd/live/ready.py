@@ -13,8 +13,14 @@ from torch import Tensor
 
 from selfforcing_dfd.codecs.text_ahead import LoadsLater
 from selfforcing_dfd.streaming.model import StreamModel
+from selfforcing_dfd.streaming.saving import Saving
 from selfforcing_dfd.streaming.session import StreamSession
 from selfforcing_dfd.streaming.warm_up import warm_up
+
+
+def ask_saving(options: argparse.Namespace) -> Saving:
+    """What of its memory a stream is asked to save."""
+    return Saving(options.fp8, options.offload or 0, options.text_memory or "keep")
 
 
 def readable_stdin() -> TextIO | None:

@@ -72,8 +72,8 @@ def load_wan_model(
     if student.takes_picture:
         encoder = PictureEncoder.from_pretrained(folder, codec, decode_on)
         see = partial(encoder.encode, frames=settled.frames)
-    encode_on = torch.device("cpu") if saving.text_encoder == "cpu" else run_on
-    keeps = saving.text_encoder != "free"
+    encode_on = torch.device("cpu") if saving.text == "cpu" else run_on
+    keeps = saving.text != "free"
     return StreamModel(
         student=student,
         codec=codec,

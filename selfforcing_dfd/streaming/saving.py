@@ -20,19 +20,19 @@ new prompt reads its weights again.
 
 @dataclass(frozen=True, slots=True)
 class Saving:
-    """What is saved. fp8: linear layers in 8 bits. group_size: blocks of a group that visit the
-    device, of which two are there; 0 for all blocks. Raises LoadError for an unknown text_encoder.
+    """What is saved.
+
+    fp8: linear layers in 8 bits. group_size: blocks of a group, of which two are on the device at a
+    time; 0: all blocks are. text: where the text encoder is. Raises LoadError for another place.
     """
 
     fp8: bool = False
     group_size: int = 0
-    text_encoder: TextPlace = "keep"
+    text: TextPlace = "keep"
 
     def __post_init__(self) -> None:
-        if self.text_encoder not in get_args(TextPlace):
-            raise LoadError(
-                f"text_encoder is {self.text_encoder!r}; use {', '.join(get_args(TextPlace))}"
-            )
+        if self.text not in get_args(TextPlace):
+            raise LoadError(f"text is {self.text!r}; use {', '.join(get_args(TextPlace))}")
 
     def first_device(self, device: torch.device) -> torch.device:
         """Where to load a student that is to run on `device`, which may not hold it as it is."""
