@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: help demo study study-quick test wheel-test lint attack soak rebuild clean
+.PHONY: help demo study study-quick test wheel-test ray-test lint attack soak rebuild clean
 .DEFAULT_GOAL := help
 
 help:
@@ -12,6 +12,7 @@ help:
 	@echo "make study-quick     one start and one draw of it, on two cores (a quarter of an hour)"
 	@echo "make test            install, run the tests"
 	@echo "make wheel-test      build the wheel, install it elsewhere, train and stream with it"
+	@echo "make ray-test        install Ray, curate on a cluster of two nodes of this machine"
 	@echo "make lint            ruff and the type checker"
 	@echo "make attack          harm everything that is read, at random, for ten minutes"
 	@echo "make soak            the long tests"
@@ -33,10 +34,14 @@ study-quick: $(VENV)/.installed
 	$(BIN)/selfforcing-dfd study --plan quick --jobs 2
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not soak and not gpu and not wheel"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not soak and not gpu and not wheel and not ray"
 
 wheel-test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m wheel
+
+ray-test: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[ray]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

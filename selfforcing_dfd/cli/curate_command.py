@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from selfforcing_dfd.cli.curate_options import intake_of
 from selfforcing_dfd.cli.curate_steps import MODEL_FRAMES, SET_STEPS
-from selfforcing_dfd.cli.data_options import add_intake_options
+from selfforcing_dfd.cli.data_options import add_engine_options, add_intake_options, engine_of
 from selfforcing_dfd.cli.options import Command, Run, positive
 from selfforcing_dfd.common import UserError
 
@@ -52,6 +52,7 @@ def caption(parser: argparse.ArgumentParser) -> Run:
     )
     add_model_options(parser)
     add_picture_options(parser)
+    add_engine_options(parser, "1; a server's answer is waited for by --workers threads of each")
 
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.curate.caption import caption_clips
@@ -67,6 +68,7 @@ def caption(parser: argparse.ArgumentParser) -> Run:
             Looks(args.frames, args.fps, args.longest),
             seed=args.seed,
             num_workers=args.workers,
+            engine=engine_of(args, 1),
             overwrite=args.overwrite,
         )
         _print_captions(summary)
@@ -92,7 +94,7 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=16,
         metavar="N",
-        help="clips that are described at once (default: %(default)s)",
+        help="clips that each process describes at once (default: %(default)s)",
     )
 
 

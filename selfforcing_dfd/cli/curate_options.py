@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,8 +10,6 @@ from selfforcing_dfd.cli.options import positive
 
 if TYPE_CHECKING:
     from selfforcing_dfd.curate.intake import Intake
-
-MOST_PROCESSES = 8  # where nobody says how many: each may hold a model
 
 
 def add_feature_options(parser: argparse.ArgumentParser) -> None:
@@ -96,23 +93,6 @@ def add_set_option(parser: argparse.ArgumentParser) -> None:
         default="",
         metavar="NAME",
         help="settings of a whole set: mix, animation, or a .yaml file; options come before them",
-    )
-
-
-def add_engine_options(parser: argparse.ArgumentParser) -> None:
-    """Where the work on single clips is done."""
-    parser.add_argument(
-        "--engine",
-        choices=("local",),
-        default="local",
-        help="local: processes of this machine (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--processes",
-        type=positive,
-        default=min(len(os.sched_getaffinity(0)), MOST_PROCESSES),
-        metavar="N",
-        help="of the engine; the result does not depend on it (default: one a core, 8 at most)",
     )
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfforcing_dfd.cli.curate_options import (
     add_candidate_options,
-    add_engine_options,
     add_feature_options,
     add_folder,
     add_gate_options,
@@ -27,13 +27,15 @@ from selfforcing_dfd.cli.data_commands import (
 )
 from selfforcing_dfd.cli.data_options import (
     CODEC_FILE,
+    PACK_HERE,
     add_caption_options,
     add_codec_options,
+    add_engine_options,
     add_form_options,
     add_intake_options,
     add_output_options,
-    add_processes,
     add_text_options,
+    engine_of,
 )
 from selfforcing_dfd.cli.options import DEVICE_HELP, Command, Run, positive
 from selfforcing_dfd.common import find_device
@@ -46,6 +48,12 @@ if TYPE_CHECKING:
 
 MODEL_FRAMES = 81
 NUM_PRINTED = 20
+MOST_PROCESSES = 8  # where nobody says how many: each may hold a model
+
+
+def own_processes() -> int:
+    """Of this machine, where nobody says how many."""
+    return min(len(os.sched_getaffinity(0)), MOST_PROCESSES)
 
 
 def embed(parser: argparse.ArgumentParser) -> Run:
@@ -63,7 +71,7 @@ def embed(parser: argparse.ArgumentParser) -> Run:
     add_set_option(parser)
     add_feature_options(parser)
     parser.add_argument("--device", default="cpu", help=f"of CLIP and DINO: {DEVICE_HELP}")
-    add_engine_options(parser)
+    add_engine_options(parser, "one a core, 8 at most")
     add_overwrite(parser, "the features")
 
     def run(args: argparse.Namespace) -> None:
@@ -74,11 +82,11 @@ def embed(parser: argparse.ArgumentParser) -> Run:
         name = source.name if source.is_dir() else source.stem
         embedded = embed_clips(
             intake,
-            intake.clips(args.processes),
+            intake.clips(args.processes or own_processes()),
             args.out or source.with_name(f"{name}-curation"),
             section_of(args, "embed", "features", "pictures"),
             device=str(find_device(args.device, "--device")),
-            num_processes=args.processes,
+            engine=engine_of(args, own_processes()),
             overwrite=args.overwrite,
         )
         print_features(embedded)
@@ -120,7 +128,7 @@ def pick(parser: argparse.ArgumentParser) -> Run:
     add_folder(parser)
     add_set_option(parser)
     add_candidate_options(parser)
-    add_engine_options(parser)
+    add_engine_options(parser, "one a core, 8 at most")
     add_overwrite(parser, "the picks, which may be somebody's work")
 
     def run(args: argparse.Namespace) -> None:
@@ -135,7 +143,7 @@ def pick(parser: argparse.ArgumentParser) -> Run:
             embedded,
             read_clusters(embedded),
             settings,
-            num_processes=args.processes,
+            engine=engine_of(args, own_processes()),
             overwrite=args.overwrite,
         )
         if args.fiftyone is not None:
@@ -160,7 +168,7 @@ def pack(parser: argparse.ArgumentParser) -> Run:
     add_codec_options(parser)
     add_caption_options(parser)
     add_form_options(parser)
-    add_processes(parser)
+    add_engine_options(parser, PACK_HERE)
     add_text_options(parser, "default: umt5 with --codec wan, tiny with tiny")
     add_output_options(parser, resumes=True)
     parser.add_argument(

@@ -12,13 +12,15 @@ from typing import TYPE_CHECKING, Any
 
 from selfforcing_dfd.cli.data_options import (
     CODEC_FILE,
+    PACK_HERE,
     add_caption_options,
     add_codec_options,
+    add_engine_options,
     add_form_options,
     add_intake_options,
     add_output_options,
-    add_processes,
     add_text_options,
+    engine_of,
     pack_options,
 )
 from selfforcing_dfd.cli.options import Run, part, positive, shape, size
@@ -73,7 +75,7 @@ def pack(parser: argparse.ArgumentParser) -> Run:
     add_intake_options(parser)
     add_caption_options(parser)
     add_form_options(parser)
-    add_processes(parser)
+    add_engine_options(parser, PACK_HERE)
     add_text_options(parser, "default: umt5 with --codec wan, tiny with tiny")
     add_output_options(parser)
     parser.add_argument(
@@ -133,7 +135,8 @@ def pack_files(
         for write in writers:
             write(folder)
 
-    elsewhere = None if args.processes is None else Elsewhere(args.processes, load_again)
+    is_here = args.engine == "local" and args.processes is None
+    elsewhere = None if is_here else Elsewhere(engine_of(args, 1), load_again)
     options = replace(options, attach=attach, elsewhere=elsewhere)
     return pack(source, out, codec, _load_text(args), options)
 

@@ -7,12 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from selfforcing_dfd.cli.options import DTYPE_NAMES, MODEL_FPS, levels, positive, rate_or_all, size
-from selfforcing_dfd.common import shipped
+from selfforcing_dfd.common import UserError, shipped
 
 if TYPE_CHECKING:
     from selfforcing_dfd.data.pack import PackOptions
+    from selfforcing_dfd.processes.engine import Engine
 
 CODEC_FILE = "codec.safetensors"
+PACK_HERE = "in this process, with all its threads"
 
 
 def add_intake_options(
@@ -93,18 +95,43 @@ def add_form_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_processes(parser: argparse.ArgumentParser) -> None:
-    """Where videos are encoded."""
+def add_engine_options(parser: argparse.ArgumentParser, processes: str) -> None:
+    """Where the work on single clips is done. processes: what is so without --processes."""
     parser.add_argument(
-        "--engine", choices=("local",), default="local", help="processes of this machine"
+        "--engine",
+        choices=("local", "ray"),
+        default="local",
+        help="local: processes of this machine; ray: a Ray cluster, pip install '.[ray]' (default: "
+        "%(default)s)",
     )
     parser.add_argument(
         "--processes",
         type=positive,
         metavar="N",
-        help="decode and encode videos in N processes of one thread each, to the same bytes for any"
-        " N; each holds the codec (default: in this process, with all its threads)",
+        help="of the engine, of one thread each; the result does not depend on it (default: "
+        f"{processes}; with ray as many as the cluster has room for)",
     )
+    parser.add_argument(
+        "--address",
+        default="",
+        metavar="HOST:PORT",
+        help="with --engine ray: of a running cluster, or auto (default: one of this machine)",
+    )
+
+
+def engine_of(args: argparse.Namespace, processes: int) -> Engine:
+    """The engine that options name. processes: of this machine, without --processes."""
+    from selfforcing_dfd.processes.engine import Engine
+
+    device = vars(args).get("device", "cpu")
+    if args.engine == "local":
+        if args.address:
+            raise UserError("--address is of a Ray cluster; add --engine ray, or drop it")
+        return Engine("local", args.processes or processes)
+    if device.startswith("cuda:"):
+        raise UserError(f"--device is {device}; each process of a cluster gets a GPU: use cuda")
+    gpus = 1.0 if device == "cuda" else 0.0
+    return Engine("ray", args.processes, args.address, gpus)
 
 
 def add_codec_options(parser: argparse.ArgumentParser) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +18,17 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.common import UserError, atomic_file
 from selfforcing_dfd.curate.captioners import Captioner, Reply
 from selfforcing_dfd.curate.intake import FrameReader, Looks
-from selfforcing_dfd.curate.progress import ProgressFile, names_hash
+from selfforcing_dfd.curate.progress import ProgressFile, batches, names_hash
 from selfforcing_dfd.curate.replies import Parsed, parse
 from selfforcing_dfd.data.ahead import in_order
 from selfforcing_dfd.data.levels import LEVELS, Level
 from selfforcing_dfd.data.source import ClipError
 from selfforcing_dfd.data.sources.listing import Clip
+from selfforcing_dfd.processes.engine import HERE, Engine
 
 MOST_MADE_UP = 0.05  # share of captions of one level, beyond which something is wrong
 ASKED = 2  # times, where a reply holds no text
+PORTION = 2  # clips that another process gets at once, for each of its threads
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +52,15 @@ def caption_clips(
     *,
     seed: int = 0,
     num_workers: int = 4,
+    engine: Engine = HERE,
     overwrite: bool = False,
 ) -> CaptionSummary:
     """Write the table `out`: a row of `video`, `short`, `medium`, `long` for each clip.
 
     Rows are kept in OUT.partial as they come, and the same call goes on with them; a finished table
-    of the same job is left as it is. num_workers: clips that are described at once, which changes
-    nothing else. Raises UserError for a table of another job, and if nothing can answer.
+    of the same job is left as it is. num_workers: clips that each process of the engine describes
+    at once. Neither changes a byte. Raises UserError for a table of another job, and if nothing can
+    answer.
     """
     partial = out.with_name(f"{out.name}.partial")
     if overwrite:
@@ -66,13 +70,10 @@ def caption_clips(
     progress = ProgressFile(partial, job_of(clips, captioner, looks, seed))
     first = len(progress.done)
     reader = FrameReader(looks, places_shown(looks, captioner.num_pictures))
-
-    def describe(clip: Clip) -> dict[str, Any]:
-        return row_of(clip, captioner, reader, seed)
-
+    describer = Describer(captioner, reader, seed, num_workers)
     bar = tqdm(total=len(clips), initial=first, desc="captions", unit="clip", disable=None)
     with bar:
-        for row in in_order(describe, clips[first:], num_workers):
+        for row in rows_of(describer, clips[first:], engine):
             progress.add(row)
             bar.update()
     with atomic_file(out) as file:
@@ -80,6 +81,37 @@ def caption_clips(
         file.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     partial.unlink()
     return summary_of(out, progress.done)
+
+
+@dataclass(frozen=True)
+class Describer:
+    """Describes clips, some at once. It can be sent to another process, where it opens videos
+    anew.
+    """
+
+    captioner: Captioner
+    reader: FrameReader
+    seed: int
+    num_workers: int
+
+    def __call__(self, clips: Sequence[Clip]) -> list[dict[str, Any]]:
+        """The table's rows of the clips."""
+        return list(in_order(self.row, clips, self.num_workers))
+
+    def row(self, clip: Clip) -> dict[str, Any]:
+        return row_of(clip, self.captioner, self.reader, self.seed)
+
+
+def rows_of(
+    describer: Describer, clips: Sequence[Clip], engine: Engine
+) -> Iterator[dict[str, Any]]:
+    """The table's rows in order: one by one where they are made here, else in portions."""
+    if engine.is_here:
+        yield from in_order(describer.row, clips, describer.num_workers)
+        return
+    size = PORTION * max(describer.num_workers, 1)
+    for rows in engine.each_in_order(describer, batches(iter(clips), size)):
+        yield from rows
 
 
 def job_of(clips: Sequence[Clip], captioner: Captioner, looks: Looks, seed: int) -> dict[str, Any]:

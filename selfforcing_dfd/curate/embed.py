@@ -31,7 +31,7 @@ from selfforcing_dfd.data.sources.listing import Clip
 from selfforcing_dfd.data.sources.video import rate_of
 from selfforcing_dfd.metrics.feature_files import encoder_of
 from selfforcing_dfd.metrics.features import Encoder, Sampled, SamplePlan, unit
-from selfforcing_dfd.processes.local import each_in_order
+from selfforcing_dfd.processes.engine import HERE, Engine
 
 FILES_AT_ONCE = 32  # between two entries in the progress file, each of which waits for the disk
 BLACK = 64  # pixels, of the frames that tell how long a vector is
@@ -116,14 +116,13 @@ def embed_clips(
     settings: EmbedSettings,
     *,
     device: str = "cpu",
-    num_processes: int = 1,
-    start_method: str = "spawn",
+    engine: Engine = HERE,
     overwrite: bool = False,
 ) -> Embedded:
     """Write features of all clips into a curation folder.
 
     Rows are on disk as they come, and the same call goes on after a kill. Neither that nor the
-    number of processes changes a byte. Raises UserError for a folder with features, and for one
+    engine changes a byte. Raises UserError for a folder with features, and for one
     that was begun with other settings.
     """
     unfinished = Unfinished(folder)
@@ -142,7 +141,7 @@ def embed_clips(
     rows = unfinished.open_rows((len(clips), dim), new=not progress.done)
     files = by_file(clips)[sum(line["files"] for line in progress.done) :]
     make = FileEmbedder(settings, Looks(intake.num_frames, intake.fps, 0), device)
-    fill(rows, progress, each_in_order(make, files, num_processes, start_method))
+    fill(rows, progress, engine.each_in_order(make, files))
     problems = {int(row): text for line in progress.done for row, text in line["problems"].items()}
     if len(problems) == len(clips):
         raise UserError(f"no clip of {intake.source} can be used; the first: {problems[0]}")

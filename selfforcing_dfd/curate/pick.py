@@ -27,7 +27,7 @@ from selfforcing_dfd.curate.picks import Sheet, write_picks
 from selfforcing_dfd.curate.progress import ProgressFile
 from selfforcing_dfd.curate.sheets import LONGEST, write_sheet
 from selfforcing_dfd.data.sources.listing import Clip
-from selfforcing_dfd.processes.local import each_in_order
+from selfforcing_dfd.processes.engine import HERE, Engine
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,8 +89,7 @@ def show_clusters(
     clusters: Clusters,
     settings: PickSettings,
     *,
-    num_processes: int = 1,
-    start_method: str = "spawn",
+    engine: Engine = HERE,
     overwrite: bool = False,
 ) -> list[Sheet]:
     """Write sheets, candidates.jsonl and picks.csv into the curation folder.
@@ -113,7 +112,7 @@ def show_clusters(
     looks = Looks(embedded.intake.num_frames, embedded.intake.fps, LONGEST)
     make = SheetMaker(folder, looks, settings.pictures)
     with tqdm(total=len(tasks), initial=len(tasks) - len(left), desc="sheets", disable=None) as bar:
-        for sheet in each_in_order(make, left, num_processes, start_method):
+        for sheet in engine.each_in_order(make, left):
             progress.add(asdict(sheet))
             bar.update()
     sheets = [sheet_of(line) for line in progress.done]

@@ -26,6 +26,6 @@ def in_order(
         return
     pool = ThreadPoolExecutor(num_workers, thread_name_prefix="batches")
     try:
-        yield from results_in_order(pool, make, inputs, 2 * num_workers)
+        yield from results_in_order(lambda one: pool.submit(make, one), inputs, 2 * num_workers)
     finally:
         pool.shutdown(cancel_futures=True)

@@ -13,19 +13,18 @@ from torch import Tensor
 from selfforcing_dfd.codecs.protocol import VideoCodec
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.data.source import ClipError, Item, Source
-from selfforcing_dfd.processes.local import each_in_order
+from selfforcing_dfd.processes.engine import Engine
 
 
 @dataclass(frozen=True, slots=True)
 class Elsewhere:
     """Processes that read and encode videos, each with one thread; captions are encoded here.
 
-    The bytes are the same for any number of processes. load_codec: picklable.
+    The bytes are the same for any engine. load_codec: picklable.
     """
 
-    num_processes: int
+    engine: Engine
     load_codec: Callable[[], VideoCodec]
-    start_method: str = "spawn"
 
     def items(
         self, source: Source, numbers: Sequence[int], codec: str, device: torch.device | str
@@ -35,7 +34,7 @@ class Elsewhere:
         codec: the fingerprint that theirs must have, or UserError is raised.
         """
         make = EncodeItem(source, self.load_codec, codec, device)
-        found = each_in_order(make, numbers, self.num_processes, self.start_method)
+        found = self.engine.each_in_order(make, numbers)
         for item, latents in found:
             if isinstance(item, ClipError) or latents is None:
                 yield item

@@ -12,7 +12,7 @@ import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -48,7 +48,9 @@ def each_in_order(
     context = multiprocessing.get_context(start_method)
     pool = ProcessPoolExecutor(num_processes, context, begin, (make,))
     try:
-        yield from results_in_order(pool, work_on, inputs, 2 * num_processes)
+        yield from results_in_order(
+            lambda one: pool.submit(work_on, one), inputs, 2 * num_processes
+        )
     except BrokenProcessPool as error:
         raise UserError(
             "a process was killed, perhaps for want of memory. What is done is kept: run the same "
@@ -59,12 +61,12 @@ def each_in_order(
 
 
 def results_in_order(
-    pool: Executor, make: Callable[[Given], Made], inputs: Iterable[Given], ahead: int
+    submit: Callable[[Given], Future[Made]], inputs: Iterable[Given], ahead: int
 ) -> Iterator[Made]:
-    """What a pool makes of each input, in their order; at most ahead + 1 results wait."""
+    """What becomes of each input that is submitted, in order; at most ahead + 1 results wait."""
     waiting: deque[Future[Made]] = deque()
     for one in inputs:
-        waiting.append(pool.submit(make, one))
+        waiting.append(submit(one))
         if len(waiting) > ahead:
             yield waiting.popleft().result()
     while waiting:

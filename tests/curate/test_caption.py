@@ -18,16 +18,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from clip_files import write_clip
 from in_processes import run_until_killed
 from PIL import Image
 
 from selfforcing_dfd.cli.main import STEPS, main, parser_of
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.curate.caption import CaptionSummary, caption_clips
-from selfforcing_dfd.curate.captioners import HttpCaptioner, Reply
+from selfforcing_dfd.curate.captioners import HttpCaptioner, Reply, TinyCaptioner
 from selfforcing_dfd.curate.intake import Intake, Looks
+from selfforcing_dfd.curate.progress import ProgressFile
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.sources.listing import Clip
+from selfforcing_dfd.processes.engine import in_processes
 from selfforcing_dfd.tiny import world
 
 NUM = 6
@@ -226,6 +230,51 @@ def test_a_killed_run_goes_on_where_it_was(clips: Path, tmp_path: Path) -> None:
     assert not unfinished.exists()
     with pytest.raises(UserError, match=r"a\.jsonl exists; .*--overwrite"):
         caption_clips(listed, again, out, LOOKS)
+
+
+def described_until_killed(clips: list[Clip], out: Path, lines: int) -> None:
+    """In two processes more, until so many captions are on disk."""
+    whole = ProgressFile.add
+
+    def dying(self: ProgressFile, line: dict[str, Any]) -> None:
+        whole(self, line)
+        if len(self.done) == lines:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    ProgressFile.add = dying  # type: ignore[method-assign,assignment]
+    caption_clips(clips, Counting(), out, LOOKS, num_workers=1, engine=in_processes(2, "fork"))
+
+
+def test_windows_are_captioned_alike_in_any_number_of_processes(tmp_path: Path) -> None:
+    """Catches windows of a film with each other's captions, and captions that a kill doubles."""
+    films = tmp_path / "films"
+    films.mkdir()
+    for film in range(2):
+        parts = [
+            world.render(world.clip_number(5 * film + part, 0, "long")[0], 9)[0]
+            for part in range(5)
+        ]
+        write_clip(films / f"{film}.mp4", (255 * torch.cat(parts)).round().to(torch.uint8))
+    listed = Intake(films, 9, Fraction(16), cut="windows").clips()
+    wanted = [world.clip_number(number, 0, "long")[1] for number in range(10)]
+    tables = []
+    for number in (1, 2, 3):
+        out = tmp_path / f"{number}.jsonl"
+        engine = in_processes(number, "fork")
+        caption_clips(listed, TinyCaptioner(), out, LOOKS, num_workers=1, engine=engine)
+        assert [row["long"] for row in rows_of(out)] == wanted
+        tables.append(out.read_bytes())
+    assert len(set(tables)) == 1
+    whole = tmp_path / "whole.jsonl"
+    caption_clips(listed, Counting(), whole, LOOKS, num_workers=0)
+    killed = tmp_path / "killed.jsonl"
+    for lines in (3, 7):
+        run_until_killed(described_until_killed, listed, killed, lines)
+        assert not killed.exists()
+        assert len((tmp_path / "killed.jsonl.partial").read_text().splitlines()) == 1 + lines
+    engine = in_processes(2, "fork")
+    caption_clips(listed, Counting(), killed, LOOKS, num_workers=2, engine=engine)
+    assert killed.read_bytes() == whole.read_bytes()
 
 
 def test_clips_that_cannot_be_seen_are_left_out_by_name(clips: Path, tmp_path: Path) -> None:

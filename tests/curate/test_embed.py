@@ -23,6 +23,7 @@ from selfforcing_dfd.curate.embed import EmbedSettings, embed_clips, key_frames
 from selfforcing_dfd.curate.folder import CLIPS, EMBED, FEATURES, read_embedded
 from selfforcing_dfd.curate.intake import Intake
 from selfforcing_dfd.metrics.features import PixelEncoder, Sampled, unit
+from selfforcing_dfd.processes.engine import in_processes
 from selfforcing_dfd.tiny.world import clip_number, render
 
 PIXELS = EmbedSettings("pixels")
@@ -87,7 +88,7 @@ def test_a_killed_run_goes_on_and_processes_change_nothing(
     journal.write_bytes(journal.read_bytes()[:-9])
     with pytest.raises(UserError, match="pictures was 3, is 2"):
         embed_clips(intake, clips, folder, replace(PIXELS, pictures=2))
-    embed_clips(intake, clips, folder, PIXELS, num_processes=2, start_method="fork")
+    embed_clips(intake, clips, folder, PIXELS, engine=in_processes(2, "fork"))
     assert contents(folder) == contents(whole)
     assert sorted(path.name for path in folder.iterdir()) == sorted((EMBED, FEATURES, CLIPS))
     with pytest.raises(UserError, match="holds features; choose another --out"):

@@ -23,6 +23,7 @@ from selfforcing_dfd.curate.folder import CANDIDATES, PICKS, SHEETS, Embedded, r
 from selfforcing_dfd.curate.pick import PickSettings, read_sheets, show_clusters
 from selfforcing_dfd.curate.picks import Sheet, read_picks, write_picks
 from selfforcing_dfd.curate.sheets import GAP, HEIGHT, MARGIN, TITLE, draw_sheet
+from selfforcing_dfd.processes.engine import in_processes
 from selfforcing_dfd.rng import normal
 
 SETTINGS = PickSettings(candidates=5, pictures=2, picks=3)
@@ -209,7 +210,7 @@ def test_a_killed_run_goes_on_and_processes_change_nothing(curation: Embedded) -
         path.unlink()
     run_until_killed(show_until_killed, curation, 3)
     assert len((folder / f"{CANDIDATES}.partial").read_text().splitlines()) == 3
-    show_clusters(curation, clusters, SETTINGS, num_processes=2, start_method="fork")
+    show_clusters(curation, clusters, SETTINGS, engine=in_processes(2, "fork"))
     assert contents(folder) == before
     assert not (folder / f"{CANDIDATES}.partial").exists()
 

@@ -19,6 +19,7 @@ from selfforcing_dfd.data.encoders import tiny_codec_of
 from selfforcing_dfd.data.pack import PackOptions, pack
 from selfforcing_dfd.data.sources.files import FileSource
 from selfforcing_dfd.metrics.scenes import scene_finder
+from selfforcing_dfd.processes.engine import HERE, in_processes
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import clip_number, render, write_clips
@@ -36,9 +37,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def in_processes(number: int, codec: TinyCodec) -> Elsewhere:
+def elsewhere_of(number: int, codec: TinyCodec) -> Elsewhere:
     bases = (codec.first.numpy(), codec.rest.numpy(), codec.scale)
-    return Elsewhere(number, partial(tiny_codec_of, *bases), "fork")
+    return Elsewhere(in_processes(number, "fork"), partial(tiny_codec_of, *bases))
 
 
 def test_processes_change_no_byte(folder: Path, tmp_path: Path, codec: TinyCodec) -> None:
@@ -47,7 +48,7 @@ def test_processes_change_no_byte(folder: Path, tmp_path: Path, codec: TinyCodec
     assert [refusal.file for refusal in here.refused] == ["000001.mp4", "000002.mp4"]
     for number in (1, 2):
         out = tmp_path / str(number)
-        elsewhere = in_processes(number, codec)
+        elsewhere = elsewhere_of(number, codec)
         assert pack_tiny(folder, out, codec, elsewhere=elsewhere).account == here.account
         assert contents(out) == contents(tmp_path / "here")
 
@@ -60,7 +61,7 @@ def test_windows_are_read_in_processes(tmp_path: Path, codec: TinyCodec) -> None
     write_clip(films / "film.mp4", (255 * torch.cat(parts)).round().to(torch.uint8))
     (films / "film.txt").write_text("a film")
     found = []
-    for elsewhere in (in_processes(2, codec), None):
+    for elsewhere in (elsewhere_of(2, codec), None):
         source = FileSource(
             films, 9, (64, 64), cut=scene_finder("windows", None), cut_name="windows"
         )
@@ -73,7 +74,7 @@ def test_windows_are_read_in_processes(tmp_path: Path, codec: TinyCodec) -> None
 def test_frames_that_are_left_are_counted(tmp_path: Path, codec: TinyCodec) -> None:
     """Catches a long file of which nobody hears that most of it is not used."""
     write_clips(tmp_path / "clips", 1, 0, "short", 33)
-    for elsewhere in (None, in_processes(1, codec)):
+    for elsewhere in (None, elsewhere_of(1, codec)):
         out = tmp_path / ("here" if elsewhere is None else "there")
         summary = pack_tiny(tmp_path / "clips", out, codec, elsewhere=elsewhere)
         assert (summary.longer, summary.frames_left) == (1, 24)
@@ -89,13 +90,15 @@ def test_a_killed_process_is_named(folder: Path, tmp_path: Path, codec: TinyCode
     """Catches a pack that waits for ever, or that counts the clips of a killed process as bad."""
     with pytest.raises(UserError, match="a process was killed, perhaps for want of memory"):
         load = partial(Deadly, codec.first, codec.rest, codec.scale)
-        pack_tiny(folder, tmp_path / "out", codec, elsewhere=Elsewhere(2, load, "fork"))
+        pack_tiny(
+            folder, tmp_path / "out", codec, elsewhere=Elsewhere(in_processes(2, "fork"), load)
+        )
 
 
 def test_processes_have_the_codec_that_the_index_names(
     folder: Path, tmp_path: Path, codec: TinyCodec
 ) -> None:
     """Catches latents of a codec that was changed or mistaken while others were at work."""
-    other = Elsewhere(1, partial(TinyCodec.load, SHIPPED))
+    other = Elsewhere(HERE, partial(TinyCodec.load, SHIPPED))
     with pytest.raises(UserError, match="another codec was loaded in a process: tiny-codec-"):
         pack_tiny(folder, tmp_path / "out", codec, elsewhere=other)
