@@ -160,8 +160,8 @@ def teacher_value(study: Study, key: str) -> float:
 
 
 def along(study: Study, arm: str, key: str) -> list[tuple[int, Mean]]:
-    """A score of an arm at each of its points, over all its runs that have the point."""
-    trained = study.runs_of(arm)
+    """A score of an arm at each of its points, over all its runs that have point and score."""
+    trained = [run for run in study.runs_of(arm) if key in run.scores]
     found = []
     for update in sorted({update for run in trained for update in run.updates}):
         at = [

@@ -54,7 +54,7 @@ def effects(study: Study, start: str = "") -> list[Effect]:
         pairs = pairs_of(study, arm, facts.control, start) if facts.control else []
         if not pairs:
             continue
-        gaps = [at(study, own, own.logged["gap"]) for own, _ in pairs if "gap" in own.logged]
+        gaps = [at(study, own, own.logged.get("gap")) for own, _ in pairs]
         known = [gap for gap in gaps if gap is not None]
         differences = {key: difference(study, pairs, key) for key in DIFFERENCES}
         noise = {key: spread(study, [control for _, control in pairs], key) for key in DIFFERENCES}
@@ -81,16 +81,20 @@ def pairs_of(
     ]
 
 
-def at(study: Study, run: Trajectory, values: list[float | None]) -> float | None:
-    """A run's value at equal updates."""
+def at(study: Study, run: Trajectory, values: list[float | None] | None) -> float | None:
+    """A run's value at equal updates; None where it has no such values."""
     index = index_at(study, run, "updates")
-    return None if index is None else values[index]
+    return None if index is None or values is None else values[index]
 
 
 def difference(study: Study, pairs: list[tuple[Trajectory, Trajectory]], key: str) -> Mean:
     """Run less control, over the pairs that state it."""
-    both = [(at(study, a, a.scores[key]), at(study, b, b.scores[key])) for a, b in pairs]
-    known = [own - other for own, other in both if own is not None and other is not None]
+    known = []
+    for run, control in pairs:
+        own = at(study, run, run.scores.get(key))
+        other = at(study, control, control.scores.get(key))
+        if own is not None and other is not None:
+            known.append(own - other)
     if not known:
         return Mean(math.nan, math.nan, math.nan, 0)
     return Mean(mean(known), min(known), max(known), len(known))
@@ -98,7 +102,7 @@ def difference(study: Study, pairs: list[tuple[Trajectory, Trajectory]], key: st
 
 def spread(study: Study, runs: list[Trajectory], key: str) -> float:
     """Largest difference between these runs; NaN for a single one."""
-    found = [at(study, run, run.scores[key]) for run in runs]
+    found = [at(study, run, run.scores.get(key)) for run in runs]
     known = [each for each in found if each is not None]
     return max(known) - min(known) if len(known) > 1 else math.nan
 
@@ -123,13 +127,19 @@ def effect_section(study: Study) -> Iterator[str]:
         "the smallest and the largest. A line of words names what all pairs changed the same way, "
         "by more than the control's own runs differ from each other."
     )
-    table = [["arm", "control", "gap", *(COLUMNS[key][0] for key in DIFFERENCES)]]
+    known = [key for key in DIFFERENCES if any(each.differences[key].num_runs for each in found)]
+    table = [["arm", "control", "gap", *(COLUMNS[key][0] for key in known)]]
     for each in found:
-        cells = [signed(each.differences[key], COLUMNS[key][1]) for key in DIFFERENCES]
+        cells = [signed(each.differences[key], COLUMNS[key][1]) for key in known]
         table.append([each.arm, each.control, number(each.gap, 3), *cells])
     yield markdown(table)
-    yield "\n".join(in_words(each) for each in found)
+    yield lines_of_words(study)
     yield from order_section(study)
+
+
+def lines_of_words(study: Study) -> str:
+    """What every arm showed against its own control, a line each."""
+    return "\n".join(in_words(each) for each in effects(study))
 
 
 def signed(value: Mean, digits: int) -> str:

@@ -40,7 +40,15 @@ from selfforcing_dfd.stages.base import (
 )
 from selfforcing_dfd.streaming.load import load_settings, load_stream_model
 from selfforcing_dfd.streaming.session import StreamSession
-from selfforcing_dfd.study.plan import CAUSAL, CAUSAL_FEW, IDEAL_STEPS, IDEALS, Plan, StudyRun
+from selfforcing_dfd.study.plan import (
+    CAUSAL,
+    CAUSAL_FEW,
+    IDEAL_STEPS,
+    IDEALS,
+    Plan,
+    StudyRun,
+    is_bidirectional,
+)
 from selfforcing_dfd.tiny.codec import TIME
 from selfforcing_dfd.tiny.metrics import summarise
 from selfforcing_dfd.tiny.readout import read
@@ -123,6 +131,8 @@ def causal_references(config: Config) -> dict[str, Source]:
     """The rows of a start's causal teacher; none where it has none."""
     found: dict[str, Source] = {}
     causal = causal_start(config)
+    if is_bidirectional(config):
+        return found
     if causal.path and find_file(causal.path).exists():
         steps = config.report.teacher_steps
         ode = ODESteps(steps, config.of(FlowConfig).shift)
@@ -143,10 +153,12 @@ def measure_reference(config: Config, source: Source, roles: Sequence[str]) -> d
 
 
 def measure_start(plan: Plan, config: Config) -> dict[str, Any]:
-    """The student that a start's runs begin from."""
+    """The student that a start's runs begin from, and its free streams if it can go on."""
     start = student_start(config)
     source = student_source(START, "the student that training began from", config, start)
     result = measure_reference(config, source, START_ROLES)
+    if is_bidirectional(config):
+        return result | {"stream": []}
     return result | {"stream": stream_scores(plan, config, find_file(start.path))}
 
 

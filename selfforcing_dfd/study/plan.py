@@ -88,6 +88,7 @@ class Plan:
     controls: list[str]  # what every other arm is compared with
     arms: dict[str, ArmPlan]
     fixed: dict[str, FixedPoint] = field(default_factory=dict)
+    goal: bool = True  # whether arms are judged by the study's goal
     long: int = 10
     stream: StreamPlan = field(default_factory=StreamPlan)
 
@@ -188,6 +189,11 @@ def runs_of(plan: Plan, only: Sequence[str] = ()) -> list[StudyRun]:
     return found
 
 
+def is_bidirectional(config: Config) -> bool:
+    """Whether its student makes a clip at once, and so has no past and cannot go on."""
+    return config.rollout.chunk_frames == config.rollout.frames
+
+
 def configs_of_arm(plan: Plan, base: Config, name: str) -> dict[str, Config]:
     """Settings of an arm and of its lengthened twin, if it has one, for no start and draw yet."""
     arm = plan.arms[name]
@@ -195,6 +201,10 @@ def configs_of_arm(plan: Plan, base: Config, name: str) -> dict[str, Config]:
     own = [*common_settings(plan), f"checkpoint.every={every}", *settings_of_arm(plan, name)]
     named = replace(base, run=replace(base.run, name=f"arm {name}"))  # as errors call it
     config = checked(change(named, own), f"arm {name}")
+    require(
+        not (arm.stream and is_bidirectional(config)),
+        f"arm {name} has stream: true, but makes a clip at once and cannot go on; leave it out",
+    )
     configs = {name: config}
     if arm.long:
         lengthened = [

@@ -121,6 +121,7 @@ class Study:
     missing: int  # runs of the plan without a result
     commits: list[str]
     noise_core_seconds: float | None  # of finding clips' noise, 0 if not needed, None if not known
+    goal: bool = True
 
     def runs_of(self, arm: str) -> list[Trajectory]:
         return [run for run in self.runs if run.arm == arm]
@@ -189,6 +190,7 @@ def collect(name: str, plan: Plan) -> Study:
         missing=len(runs) - len(found),
         commits=sorted(commits),
         noise_core_seconds=noise,
+        goal=plan.goal,
     )
 
 

@@ -27,7 +27,7 @@ from selfforcing_dfd.study.compare import (
     verdicts,
     with_rows,
 )
-from selfforcing_dfd.study.effects import effect_section
+from selfforcing_dfd.study.effects import effect_section, lines_of_words
 from selfforcing_dfd.study.goal import GOAL, Criterion, criteria
 from selfforcing_dfd.study.plan import CAUSAL, CAUSAL_FEW, CAUSAL_ROWS, LONG
 from selfforcing_dfd.study.results import Study
@@ -87,24 +87,27 @@ def sections(study: Study) -> Iterator[str]:
     yield " ".join([study.about, *facts(study)]).strip()
     if has_families(study):
         yield from choices(study)
-    else:
+    elif study.goal:
         yield from (GOAL, RULE)
         yield "## What it found"
         yield from verdict_on_goal(study)
+    if not study.goal:
+        yield from effect_section(study)
     for alignment, title in ALIGNMENTS.items():
         yield f"## {title}"
         yield about_alignment(study, alignment)
         if alignment == "compute":
             yield from rows_of_the_causal_teacher(study)
         yield markdown(score_table(study, alignment))
-    if not has_families(study):
+    if study.goal and not has_families(study):
         yield from pairs_of_runs(study)
     yield from doses(study)
     yield from the_front(study)
     yield from long_runs(study)
     yield from streams(study)
     yield from gap_section(study)
-    yield from effect_section(study)
+    if study.goal:
+        yield from effect_section(study)
     yield "## Arms"
     yield markdown(arms_table(study))
 
@@ -350,8 +353,13 @@ def arms_table(study: Study) -> Table:
 
 
 def summary(study: Study) -> str:
-    """What a terminal shows: the verdict on the goal and the table at equal compute."""
-    found = chosen_in_words(study) if has_families(study) else next(verdict_on_goal(study))
+    """What a terminal shows: the table at equal compute, and the verdict or what arms showed."""
+    if not study.goal:
+        found = lines_of_words(study)
+    elif has_families(study):
+        found = chosen_in_words(study)
+    else:
+        found = next(verdict_on_goal(study))
     first = found.replace("**", "")
     rows = score_table(study, "compute")
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -83,7 +83,8 @@ def long_runs(study: Study) -> Iterator[str]:
 
 def streams(study: Study) -> Iterator[str]:
     """Free streams at 1, 4 and 16 training lengths."""
-    by_arm: dict[str, list[list[Scores]]] = {START: list(study.start_streams.values())}
+    of_starts = [stream for stream in study.start_streams.values() if stream]
+    by_arm: dict[str, list[list[Scores]]] = {START: of_starts}
     for run in study.runs:
         if run.stream:
             by_arm.setdefault(run.arm, []).append(run.stream)
