@@ -40,14 +40,26 @@ def study(parser: argparse.ArgumentParser) -> Run:
         help="write the page and the plots from the numbers that are there",
     )
 
+    parser.add_argument(
+        "--known",
+        action="store_true",
+        help="take the runs that the page's numbers hold, where settings, weights and clips are "
+        "the same, and make only the others",
+    )
+
     def run(args: argparse.Namespace) -> None:
-        if args.tables_only and (args.only or args.measure_only):
-            raise UserError("--tables-only measures nothing; drop --only and --measure-only")
-        from selfforcing_dfd.study.report import write_study
+        if args.tables_only and (args.only or args.measure_only or args.known):
+            raise UserError(
+                "--tables-only measures nothing; drop --only, --measure-only and --known"
+            )
+        from selfforcing_dfd.study.report import take_from_page, write_study
         from selfforcing_dfd.study.work import run_study
 
         failure = ""
         if not args.tables_only:
+            if args.known:
+                for line in take_from_page(args.plan):
+                    print(line)
             failure = run_study(args.plan, args.only, args.jobs, args.measure_only)
         print(write_study(args.plan))
         if failure:

@@ -272,6 +272,14 @@ def stale(
     return "" if result["data"] == now["data"] else "the shards hold other clips"
 
 
+def in_short(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What a result was made with: settings that are not the defaults, weights, data and code."""
+    defaults = default_settings()
+    settings = result["settings"]
+    own = {key: value for key, value in settings.items() if defaults.get(key, key) != value}
+    return {"settings": own} | {key: result[key] for key in ("weights", "data", "commit")}
+
+
 def about_run(config: Config) -> str:
     """How a run trained its student, in words."""
     return f"{stage_of(config).about(config)}; {config.run.student_updates} student updates"

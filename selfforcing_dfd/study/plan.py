@@ -19,7 +19,7 @@ from selfforcing_dfd.weights.runs import FAKE_FILE, STUDENT_FILE
 
 STUDY_CONFIGS = "configs/study"
 FOLDER = "START"  # stands for a start's folder in settings of an arm
-BASE = "base"  # the file there that is no plan
+BASE = "base"  # how the names of files there begin that are no plans
 CAUSAL = "causal"  # the causal teacher's row
 CAUSAL_FILE = "causal.safetensors"
 # its ODE at each step of a student's ladder: what a student without error would be
@@ -115,7 +115,7 @@ def find_plan(name: str) -> Path:
     path = Path(name) if name.endswith(".yaml") else shipped(STUDY_CONFIGS) / f"{name}.yaml"
     if not path.is_file():
         files = sorted(shipped(STUDY_CONFIGS).glob("*.yaml"))
-        known = ", ".join(file.stem for file in files if file.stem != BASE)
+        known = ", ".join(file.stem for file in files if not file.stem.startswith(BASE))
         raise ConfigError(f"there is no plan {name}; use one of {known}, or a path to a .yaml file")
     return path
 

@@ -14,7 +14,7 @@ from selfforcing_dfd.common import UserError, atomic_file
 from selfforcing_dfd.evaluation.tables import DATA, START, TEACHER, Row
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.dfd import DFDStage
-from selfforcing_dfd.study.measure import GUARDS, about_run
+from selfforcing_dfd.study.measure import GUARDS, about_run, in_short
 from selfforcing_dfd.study.operations import noise_gflop, training_gflop
 from selfforcing_dfd.study.plan import (
     CAUSAL_ROWS,
@@ -66,7 +66,8 @@ class Trajectory:
     core_seconds, gflop: time and counted operations of training up to the point, with what was
     spent before on noise for the run.
     logged: means of the gap and of the guards' ratios since the point before.
-    stream: scores of free streams, one training length after the other.
+    stream: scores of free streams, one training length after the other. made: settings that are not
+    the defaults, hashes of weights and data, and the commit.
     """
 
     start: str
@@ -78,6 +79,7 @@ class Trajectory:
     scores: dict[str, list[float | None]]
     logged: dict[str, list[float | None]] = field(default_factory=dict)
     stream: list[Scores] = field(default_factory=list)
+    made: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -247,6 +249,7 @@ def trajectory(run: StudyRun, result: Mapping[str, Any], noise_core_seconds: flo
         scores={key: [each[key] for each in scores] for key in scores[0]},
         logged=logged,
         stream=result.get("stream", []),
+        made=in_short(result),
     )
 
 

@@ -11,7 +11,8 @@ from selfforcing_dfd.config import ConfigError
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.study.plan import BASE, load_plan, runs_of
 
-PLANS = sorted(path.stem for path in shipped("configs/study").glob("*.yaml") if path.stem != BASE)
+NAMES = sorted(path.stem for path in shipped("configs/study").glob("*.yaml"))
+PLANS = [name for name in NAMES if not name.startswith(BASE)]
 
 
 @pytest.mark.parametrize("name", PLANS)
