@@ -12,7 +12,7 @@ from selfforcing_dfd.processes.world import World, find_world, joined
 from selfforcing_dfd.stages import arms_of, stage_of
 from selfforcing_dfd.stages.base import ShardStage
 from selfforcing_dfd.training.agreement import require_agreement
-from selfforcing_dfd.training.build import build_networks, check_start
+from selfforcing_dfd.training.build import build_networks
 from selfforcing_dfd.training.build_data import build_reader
 from selfforcing_dfd.training.exclusive import lock_folders
 from selfforcing_dfd.training.folders import run_folder
@@ -21,6 +21,7 @@ from selfforcing_dfd.training.needs import has_shards
 from selfforcing_dfd.training.one_run import prepare_data, train
 from selfforcing_dfd.training.same_run import config_fingerprint
 from selfforcing_dfd.training.sequences import in_groups, share_sequences
+from selfforcing_dfd.training.starts import check_start
 from selfforcing_dfd.weights.tensors import model_fingerprint
 
 

@@ -7,7 +7,17 @@ from collections.abc import Iterator, Sequence
 
 from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.models.identity import check_given
-from selfforcing_dfd.stages import causal, dfd, dmd, dp_dmd, init, pairs, regression, teacher
+from selfforcing_dfd.stages import (
+    causal,
+    decoder,
+    dfd,
+    dmd,
+    dp_dmd,
+    init,
+    pairs,
+    regression,
+    teacher,
+)
 from selfforcing_dfd.stages import config_files as settings
 from selfforcing_dfd.stages.base import STAGES, Stage, stage_of
 from selfforcing_dfd.stages.presets import SETTING, expanded, settings_of
@@ -18,6 +28,7 @@ __all__ = [
     "arms_of",
     "causal",
     "change",
+    "decoder",
     "dfd",
     "dmd",
     "dp_dmd",

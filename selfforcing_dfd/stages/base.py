@@ -23,6 +23,11 @@ from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import Chunks, plan_chunks
 
 
+Makes = Literal["teacher", "causal_teacher", "causal_student", "decoder", "shards"]
+Latents = Literal["", "tiny", "wan"]
+"""Whose latents a stage takes; empty where its networks tell."""
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class FlowConfig:
     """Flow matching on data."""
@@ -85,9 +90,9 @@ class Stage:
     takes_given: ClassVar[bool] = True  # whether it knows of frames that are given
     # whether it goes on from a finished student, which the report then shows beside its own
     continues_student: ClassVar[bool] = False
-    makes: ClassVar[Literal["teacher", "causal_teacher", "causal_student", "shards"]] = (
-        "causal_student"
-    )
+    # else the stage makes what it trains by `further_networks`
+    trains_transformers: ClassVar[bool] = True
+    makes: ClassVar[Makes] = "causal_student"
 
     @classmethod
     def check(cls, config: Config) -> None:
@@ -97,6 +102,21 @@ class Stage:
     def starts(cls, config: Config) -> dict[str, Start]:
         """What each network starts from, by role."""
         return {"student": student_start(config)}
+
+    @classmethod
+    def reads(cls, config: Config) -> dict[str, str]:
+        """Files and folders that it reads beside those of `starts`, by their settings."""
+        return {}
+
+    @classmethod
+    def latents(cls, config: Config) -> Latents:
+        """Whose latents it takes."""
+        return ""
+
+    @classmethod
+    def own_flops(cls, config: Config, latent_size: tuple[int, int]) -> dict[str, int]:
+        """Operations of an update for one sample, by what they are for, without transformers."""
+        return {}
 
     @classmethod
     def uses_clips(cls, config: Config) -> str:
@@ -169,6 +189,15 @@ class TrainingStage(Stage, ABC):
 
         networks: the transformers, by role.
         """
+        return {}
+
+    @classmethod
+    def check_shards(cls, config: Config, reader: ShardReader) -> None:
+        """Raise ConfigError for shards that do not fit what is no transformer."""
+
+    @classmethod
+    def metadata(cls, config: Config, reader: ShardReader) -> dict[str, str]:
+        """What the exported file of what is no transformer says of it."""
         return {}
 
     def learners_of(self, turn: str) -> tuple[str, ...]:

@@ -48,7 +48,7 @@ from selfforcing_dfd.study.plan import (
     reference_config,
     runs_of,
 )
-from selfforcing_dfd.training.build import check_start
+from selfforcing_dfd.training.starts import check_start
 from selfforcing_dfd.training.build_data import build_reader
 from selfforcing_dfd.training.exclusive import ExclusiveError, lock_folders
 from selfforcing_dfd.training.folders import run_folder

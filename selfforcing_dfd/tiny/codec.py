@@ -13,11 +13,15 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from selfforcing_dfd.common import find_file
+
 TIME = 4  # video frames of a latent frame
 SPACE = 8  # pixels of a latent pixel, in height and in width
 CHANNELS = 16
 GREY = 0.35  # the tiny world's background, about which both bases are taken
 FINGERPRINT = "tiny-codec-"  # how the fingerprints of tiny codecs begin
+CODEC_FILE = "codec.safetensors"
+BASIS = f"assets/tiny/{CODEC_FILE}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,6 +173,12 @@ class TinyEncoder:
         latents = self.codec.encode_part(videos, not self.started)
         self.started = True
         return latents
+
+
+def codec_beside(shards: Path) -> Path:
+    """The basis beside shards if the packer refitted it, else the shipped one."""
+    beside = shards / CODEC_FILE
+    return beside if beside.exists() else find_file(BASIS)
 
 
 def num_video_frames(num_latent_frames: int, first: bool) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.common import DTYPES, find_device, find_file
+from selfforcing_dfd.common import DTYPES, find_file
 from selfforcing_dfd.config import Config, ConfigError, ModelConfig, NetworkConfig, as_dict, require
 from selfforcing_dfd.models.adapted import AdaptedNetwork, StageNetwork, adapt, base_of
 from selfforcing_dfd.models.picture import picture_arguments
@@ -34,7 +34,7 @@ from selfforcing_dfd.training.same_run import MAY_CHANGE, check_config, config_f
 from selfforcing_dfd.training.saving import Saver
 from selfforcing_dfd.training.sequences import in_groups, share_sequences
 from selfforcing_dfd.training.sharding import Sharding
-from selfforcing_dfd.training.tracking import Tracker, check_trackers
+from selfforcing_dfd.training.tracking import Tracker
 from selfforcing_dfd.weights.adapters import read_adapter
 from selfforcing_dfd.weights.read import load_network
 from selfforcing_dfd.weights.tensors import model_fingerprint
@@ -189,47 +189,6 @@ def check_networks(networks: Mapping[str, StageNetwork]) -> None:
         )
 
 
-def check_start(config: Config) -> None:
-    """UserError for a device, trackers or weights that are not there, before anything is made."""
-    check_trackers(config.log.trackers)
-    find_device(config.run.device, "run.device")
-    check_adapters(config)
-    starts = stage_of(config).starts(config).values()
-    used = {start.path for start in starts} | {start.adapter for start in starts}
-    for role, name in (
-        ("student", config.weights.student),
-        ("teacher", config.weights.teacher),
-        ("fake", config.weights.fake),
-        ("causal", config.weights.causal),
-        ("student_adapter", config.weights.student_adapter),
-        ("fake_adapter", config.weights.fake_adapter),
-    ):
-        if name in used and name and not find_file(name).exists():
-            raise ConfigError(
-                f"weights.{role} is {name}, which does not exist; "
-                "train it first, or correct the path"
-            )
-
-
-def check_adapters(config: Config) -> None:
-    """ConfigError for adapters that would not be used, or not over the weights they belong to."""
-    weights = config.weights
-    for role, adapter, own in (
-        ("student", weights.student_adapter, weights.student),
-        ("fake", weights.fake_adapter, weights.fake),
-    ):
-        require(
-            not adapter or config.model.lora_rank > 0,
-            f"weights.{role}_adapter is {adapter}, but model.lora_rank is 0, so no adapter is "
-            "trained; set model.lora_rank to the rank of that one",
-        )
-        require(
-            not (adapter and own),
-            f"weights.{role}_adapter and weights.{role} are both set; the adapter is over the "
-            f"teacher's weights: use weights.{role}=",
-        )
-
-
 def training_stage_of(config: Config) -> type[TrainingStage]:
     """The config's stage, which must be one that trains."""
     stage = stage_of(config)
@@ -252,7 +211,10 @@ def build_trainer(
     check_batch(config, world)
     reader = build_reader(config)
     networks = build_networks(config, world.device, late=world.size > 1)
-    check_shapes(config, reader, networks["student"].config)
+    training_stage = training_stage_of(config)
+    training_stage.check_shards(config, reader)
+    if training_stage.trains_transformers:
+        check_shapes(config, reader, networks["student"].config)
     folder = run_folder(config)
     fixed = fixed_fingerprints(networks)
     further = build_further(config, world, networks)
@@ -264,7 +226,7 @@ def build_trainer(
     share_sequences(world, bases, (rows, columns), config.run.timeout_s)
     facts = {**models, "settings": config_fingerprint(settings)}
     models |= spread(config, world, modules, facts)
-    stage = training_stage_of(config).build(config, modules, reader.negative)
+    stage = training_stage.build(config, modules, reader.negative)
     checkpoints = CheckpointManager(
         folder / CHECKPOINTS, config.checkpoint.keep, config=settings, models=models
     )
@@ -274,7 +236,7 @@ def build_trainer(
     trainer = Trainer(
         stage=stage,
         learners=build_learners(config, stage),
-        ema=EMA(networks["student"], config.ema.decay, config.ema.start),
+        ema=EMA(modules["student"], config.ema.decay, config.ema.start),
         reader=reader,
         order=build_order(config, reader, aside or {}),
         batch_size=config.batch.size,

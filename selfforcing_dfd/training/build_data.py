@@ -6,14 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from selfforcing_dfd.common import find_file
 from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.data.order import SampleOrder
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.models.picture import takes_picture
 from selfforcing_dfd.stages import STAGES, stage_of
-
-BASIS = "assets/tiny/codec.safetensors"
+from selfforcing_dfd.tiny.codec import codec_beside
 
 
 def build_reader(config: Config) -> ShardReader:
@@ -116,8 +114,7 @@ def check_pictures(config: Config, reader: ShardReader, network: Mapping[str, An
 
 def codec_file(config: Config) -> Path:
     """The basis beside the shards if the packer refitted it, else the shipped one."""
-    beside = Path(config.data.shards) / "codec.safetensors"
-    return beside if beside.exists() else find_file(BASIS)
+    return codec_beside(Path(config.data.shards))
 
 
 def build_order(config: Config, reader: ShardReader, aside: Mapping[str, int]) -> SampleOrder:

@@ -37,7 +37,7 @@ def identities(config: Config, reader: ShardReader) -> dict[str, Identity]:
     _, _, rows, columns = index.latent_shape
     data = TrainingData(index.fingerprints["codec"], index.fingerprints["text"], (rows, columns))
     makes = stage_of(config).makes
-    role: Role = "causal_student" if makes == "shards" else makes
+    role: Role = "causal_student" if makes in ("shards", "decoder") else makes
     recipe = recipe_of_rollout(asdict(config.rollout)) if role == "causal_student" else None
     return {"student": Identity(role, recipe, data), "fake": Identity("fake_score", None, data)}
 
@@ -81,8 +81,12 @@ def export(trainer: Trainer, folder: Path, config: Config) -> None:
         else:
             save_weights(folder / FAKE_FILE, fake, about | own, dtype)
     student: Any = trainer.learners["student"].network
+    stage = trainer.stage
     with trainer.ema.swap(student):
-        own = file_metadata(student.config, stated["student"])
+        if stage.trains_transformers:
+            own = file_metadata(student.config, stated["student"])
+        else:
+            own = stage.metadata(config, trainer.reader)
         whole_student = student
         if isinstance(student, AdaptedNetwork):
             save_adapter(folder / STUDENT_ADAPTER_FILE, student, about, dtype)

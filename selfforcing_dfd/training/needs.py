@@ -92,6 +92,12 @@ def describe_starts(config: Config) -> Iterator[str]:
         else:
             yield f"{text} (MISSING)"
             yield f"{'':14}{how_to_get(start.path)}"
+    for setting, path in stage_of(config).reads(config).items():
+        text = f"  {'reads':<12}{setting}: {path}"
+        there = find_file(path).exists()
+        yield text if there else f"{text} (MISSING)"
+        if not there:
+            yield f"{'':14}{how_to_get(path)}"
     if not roles_of:
         yield f"  {'start':<12}nothing: fresh weights from run.seed"
 

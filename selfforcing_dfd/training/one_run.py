@@ -20,9 +20,9 @@ from selfforcing_dfd.processes.ranks import add_up, on_first_rank
 from selfforcing_dfd.processes.world import find_world
 from selfforcing_dfd.stages import stage_of
 from selfforcing_dfd.stages.config_files import to_yaml
-from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.codec import BASIS, TinyCodec
 from selfforcing_dfd.training.build import build_trainer
-from selfforcing_dfd.training.build_data import BASIS, codec_file
+from selfforcing_dfd.training.build_data import codec_file
 from selfforcing_dfd.training.clock import Clock
 from selfforcing_dfd.training.exports import CODEC_FILE, export
 from selfforcing_dfd.training.finite import NonFiniteError

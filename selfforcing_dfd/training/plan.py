@@ -90,18 +90,21 @@ def plan_run(config: Config, prompts_do: bool = False) -> list[str]:
     device = find_device(config.run.device, "run.device")
     checkpointing = config.model.activation_checkpointing
     sizes = known_sizes(config)
-    lines = [
-        f"{run_folder(config)}: stage {config.run.stage} on {device}, seed {config.run.seed}",
-        f"  parameters  {describe_parameters(config)}",
+    lines = [f"{run_folder(config)}: stage {config.run.stage} on {device}, seed {config.run.seed}"]
+    if sizes:
+        lines.append(f"  parameters  {describe_parameters(config)}")
+    lines += [
         f"  compute     {config.model.compute}, activation checkpointing {checkpointing}",
         *describe_processes(config),
         *describe_shapes(config, sizes),
-        f"  no caption  {describe_negative(config)}",
     ]
+    if stage_of(config).trains_transformers:
+        lines.append(f"  no caption  {describe_negative(config)}")
     lines += [f"  {name:<12}{text}" for name, text in stage_of(config).describe(config)]
     lines += describe_published(config)
     lines += describe_updates(config)
     is_wan = any(size.text_dim == UMT5_WIDTH for size in sizes.values())
+    is_wan = is_wan or stage_of(config).latents(config) == "wan"
     takes_pictures = any(size.image_dim for size in sizes.values())
     lines += describe_needs(config, prompts_do and not takes_pictures, is_wan, takes_pictures)
     return lines
@@ -171,7 +174,9 @@ def describe_negative(config: Config) -> str:
 
 
 def estimate_of(config: Config) -> Estimate | None:
-    """The costs of a run; None while the size of one of its networks is unknown."""
+    """The costs of a run's transformers; None while the size of one of them is unknown."""
+    if not stage_of(config).trains_transformers:
+        return None
     sizes = known_sizes(config)
     if set(sizes) != set(stage_of(config).starts(config)):
         return None
@@ -180,6 +185,9 @@ def estimate_of(config: Config) -> Estimate | None:
 
 def plan_cost(config: Config) -> list[str]:
     """Memory of a GPU, operations of an update and hours, as a table."""
+    own = stage_of(config).own_flops(config, latent_size(config))
+    if own:
+        return [*table_of_flops("student update, one sample", own), *describe_own_hours(config)]
     estimate = estimate_of(config)
     gpus = config.run.gpus
     if estimate is None:
@@ -218,6 +226,10 @@ def run_flops(config: Config, again: bool = True) -> int:
 
     again: with what activation checkpointing makes again.
     """
+    own = stage_of(config).own_flops(config, latent_size(config))
+    if own:
+        samples = config.run.student_updates * config.batch.size
+        return samples * sum(own.values())
     estimate = estimate_of(config)
     num_items = len(open_shards(config)) if has_shards(config) else 0
     if estimate is None:
@@ -243,6 +255,16 @@ def describe_hours(estimate: Estimate) -> Iterator[str]:
     here = flops / measured_flops_per_second(estimate) / 3600
     if here < LONG_RUN_HOURS:
         yield f"  time here   {describe_time(here)}, from a short timing of matrix products"
+
+
+def describe_own_hours(config: Config) -> Iterator[str]:
+    """Of a stage without transformers; no utilisation of a GPU was ever measured for one."""
+    flops = run_flops(config)
+    if max(gpu_hours(flops, gpu) for gpu in GPUS) < LEAST_HOURS:
+        return
+    yield f"  GPU-hours   of the whole run at {UTILISATION:.0%} of the bf16 peak, a guess"
+    for gpu in GPUS:
+        yield f"{hours(gpu_hours(flops, gpu)):>14} h  {gpu.name}"
 
 
 def utilisation_of(config: Config, device: torch.device) -> Utilisation | None:

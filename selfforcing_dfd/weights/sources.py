@@ -83,6 +83,8 @@ SIZES = (
     "added_kv_proj_dim",
 )
 """WanTransformer's arguments."""
+DECODER_CLASS = "SmallDecoder"
+"""Class in the config of a small decoder's file, which `decoders` reads."""
 NUM_SHOWN = 8
 FILE_KEYS = ("format", "selfforcing_dfd", "config")  # metadata that every file of ours has
 FETCH = (
@@ -182,6 +184,10 @@ def _read_file(path: Path, entry: str, drop_gan_heads: bool) -> StoredWeights:
     beside = path.with_name("config.json")
     if not config and path.name.startswith(WEIGHTS) and beside.is_file():
         config = _read_json(beside)
+    if config.get("_class_name") == DECODER_CLASS:
+        raise WeightsError(
+            f"{path} is a small decoder and no transformer; name it by --decoder-weights"
+        )
     weights = _named(str(path), "safetensors file", from_8_bits(raw), config, drop_gan_heads)
     about = {key: value for key, value in metadata.items() if key not in FILE_KEYS}
     return dataclasses.replace(weights, about=about)

@@ -19,7 +19,8 @@ from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import Config, ConfigError
 from selfforcing_dfd.models.adapted import AdaptedNetwork, adapt
-from selfforcing_dfd.training.build import build_networks, build_trainer, check_start
+from selfforcing_dfd.training.build import build_networks, build_trainer
+from selfforcing_dfd.training.starts import check_start
 from selfforcing_dfd.training.exports import export
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.loop import Trainer, gradients
