@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import asdict, dataclass
 
 import torch
 
 from selfforcing_dfd.codecs.protocol import StreamingCodec
+from selfforcing_dfd.codecs.small_codec import SmallCodec
 from selfforcing_dfd.cost import decode_flops, network_flops, peak_tflops
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -50,6 +52,8 @@ def on_meta(codec: StreamingCodec) -> StreamingCodec:
     """A codec of the same sizes without memory. The tiny codec follows its latents by itself."""
     if isinstance(codec, TinyCodec):
         return codec
+    if isinstance(codec, SmallCodec):
+        return SmallCodec(copy.deepcopy(codec.network).to("meta"), codec.full)
     from diffusers import AutoencoderKLWan
 
     from selfforcing_dfd.codecs.wan_vae import WanCodec

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from selfforcing_dfd.codecs.small_codec import SmallStream
+from selfforcing_dfd.codecs.small_decoder import DecoderSize, SmallDecoder
+from selfforcing_dfd.codecs.taew import TaewDecoder
 from selfforcing_dfd.codecs.wan_vae import SPACE, WanCodec
 
 PRODUCTS = ("convolution", "mm", "addmm", "bmm", "baddbmm", "scaled_dot_product_attention")
@@ -138,6 +142,22 @@ def decoder_work(
             call()
             call()  # the first later frame allocates what is kept
             work[name] = work_of(call)
+    return work
+
+
+def small_decoder_work(size: tuple[int, int], dtype: torch.dtype) -> dict[str, Work]:
+    """A later latent frame by small decoders of Wan's size: ours, and that of taew2_1's layout."""
+    work = {}
+    for name, kind in (("small", lambda: SmallDecoder(DecoderSize())), ("taew2_1", TaewDecoder)):
+        with torch.device("meta"):
+            network: Any = kind()
+        nn.Module.to(network, dtype)
+        # as `SmallCodec` does on CUDA
+        network.to(memory_format=torch.channels_last)
+        stream = SmallStream(network)
+        latents = torch.empty(1, 1, network.channels, *latent_size(size), device="meta")
+        stream.decode(latents)
+        work[name] = work_of(partial(stream.decode, latents))
     return work
 
 

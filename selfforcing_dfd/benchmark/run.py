@@ -20,13 +20,17 @@ from selfforcing_dfd.benchmark.table import (
     table,
 )
 from selfforcing_dfd.benchmark.verdict import comparison, differences, ratios, verdict
+from selfforcing_dfd.codecs.fidelity import CheckedCodec
+from selfforcing_dfd.codecs.small_codec import SmallCodec
 from selfforcing_dfd.common import DTYPES, UserError, find_device
 from selfforcing_dfd.models.fp8 import use_fp8
+from selfforcing_dfd.streaming.decoders import wants_small, with_decoder, with_random_decoder
 from selfforcing_dfd.streaming.load import choose_kernel, load_settings, load_stream_model
-from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
+from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 
 PROMPTS = ("a disc moves", "a square moves")
+NUM_CHECKED = 2  # chunks over which a small decoder is compared
 
 
 def build_model(options: argparse.Namespace, settings: StreamSettings) -> StreamModel:
@@ -57,6 +61,7 @@ def build_model(options: argparse.Namespace, settings: StreamSettings) -> Stream
         model = replace(model, text=text)
     if options.vae_device:
         model = decode_on(model, find_device(options.vae_device))
+    model = decode_by(model, options)
     choose_kernel(model, settings, options.attention)
     if options.fp8:
         use_fp8(model.student)
@@ -81,6 +86,36 @@ def decode_on(model: StreamModel, device: torch.device) -> StreamModel:
     """The same model with its codec on another device."""
     codec: Any = model.codec
     return replace(model, codec=moved(codec, device), decode_device=device)
+
+
+def decode_by(model: StreamModel, options: argparse.Namespace) -> StreamModel:
+    """The same model with the decoder of --decoder; Wan's of random weights, if none are named."""
+    is_tiny = isinstance(model.codec, TinyCodec)
+    weights = options.decoder_weights
+    is_small = wants_small(options.decoder, weights, is_tiny)
+    if is_small and weights is None and options.random_weights and not is_tiny:
+        return with_random_decoder(model)
+    return with_decoder(model, options.decoder, weights)
+
+
+def check_decoder(
+    model: StreamModel, settings: StreamSettings, is_random: bool
+) -> dict[str, Any] | None:
+    """The small decoder's name, and how far it is from the full one over the first two chunks.
+
+    None for the codec's own decoder. Nothing is compared where weights are random.
+    """
+    codec = model.codec
+    if not isinstance(codec, SmallCodec):
+        return None
+    found: dict[str, Any] = {"name": codec.name, "fidelity": None}
+    if not is_random:
+        checked = CheckedCodec(codec)
+        session = StreamSession(replace(model, codec=checked), PROMPTS[0], settings, model.grey())
+        for _ in range(NUM_CHECKED):
+            session.next_chunk()
+        found["fidelity"] = checked.comparison.result().as_dict()
+    return found
 
 
 def moved(codec: Any, device: torch.device) -> Any:
@@ -119,9 +154,11 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     timings = dict(model.student.attention.timings_ms)
     figures = measure(model, settings, PROMPTS, plan_of(options, model))
     baseline = against_diffusers(options, model, settings) if options.baseline else None
+    decoder = check_decoder(model, settings, bool(options.random_weights))
     result = {
         "environment": facts,
         "attention_timings_ms": timings,
+        "small_decoder": decoder,
         **figures,
         "baseline": baseline,
     }
@@ -178,16 +215,17 @@ def plan_of(options: argparse.Namespace, model: StreamModel) -> Plan:
 
 
 def count_decoder(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
-    """Operators and bytes of Wan's decoder for a latent frame, beside diffusers'."""
-    from selfforcing_dfd.benchmark.operators import decoder_work
+    """Operators and bytes of a latent frame: diffusers' decoder, ours, and small ones."""
+    from selfforcing_dfd.benchmark.operators import decoder_work, small_decoder_work
     from selfforcing_dfd.codecs.wan_vae import VIDEO_SIZE
 
     size = options.size or VIDEO_SIZE
     dtype = DTYPES[options.dtype or "bfloat16"]
-    found = decoder_work(size, dtype)
+    found = decoder_work(size, dtype) | small_decoder_work(size, dtype)
     lines = [f"a latent frame of Wan's VAE, {size[0]}x{size[1]}, {dtype}, uncompiled, on CUDA"]
     for name, work in found.items():
-        lines.append(f"{name:10} {work.operators:5} operators {work.num_bytes / 1e9:7.1f} GB moved")
+        gigabytes = work.num_bytes / 1e9
+        lines.append(f"{name:10} {work.operators:5} operators {gigabytes:7.1f} GB moved")
     return "\n".join(lines), {name: asdict(work) for name, work in found.items()}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import subprocess
 from collections import deque
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 
 from selfforcing_dfd.benchmark.statistics import MEGABYTE
+from selfforcing_dfd.codecs.fidelity import Fidelity
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 
@@ -187,12 +189,22 @@ def remarks(result: dict[str, Any]) -> Iterator[str]:
     num_chunks = result["num_steady_chunks"]
     if result["environment"]["weights"] == "random":
         yield "note: the weights are random; the times are real, the pictures are noise"
+    decoder = result["small_decoder"]
+    if decoder is not None:
+        yield f"note: small decoder {decoder['name']}: {fidelity_of(decoder['fidelity'])}"
     if num_chunks < FEW_CHUNKS:
         yield (
             f"note: {num_chunks} chunks are few; p99 needs {FEW_CHUNKS} to be more than the slowest"
         )
     if result["environment"]["cuda"] and result["peak_tflops"] is None:
         yield "note: no MFU, since no peak is known; give --peak-tflops"
+
+
+def fidelity_of(found: dict[str, Any] | None) -> str:
+    """How far a small decoder is from the full one, in words."""
+    if found is None:
+        return "not compared with the full one, since weights are random"
+    return str(Fidelity(**{**found, "psnr_db": found["psnr_db"] or math.inf}))
 
 
 def shown(value: float) -> str:

@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable
 from fractions import Fraction
+from pathlib import Path
 
 Run = Callable[[argparse.Namespace], None]
 Command = Callable[[argparse.ArgumentParser], Run]
@@ -105,6 +106,23 @@ def add_past_options(group: argparse._ArgumentGroup, preset: str) -> None:
         "--sink", type=int, metavar="N", help="first latent frames, which are never forgotten"
     )
     group.add_argument("--positions", help="absolute, sink_relative or window_relative")
+
+
+def add_decoder_options(group: argparse._ArgumentGroup | argparse.ArgumentParser) -> None:
+    """Which decoder makes the pictures, for `stream`, `benchmark` and `sample`."""
+    group.add_argument(
+        "--decoder",
+        choices=("small", "wan", "tiny"),
+        help="what makes pictures of latents: a small decoder, or the codec itself: Wan's VAE, or "
+        "the tiny world's (default: the codec)",
+    )
+    group.add_argument(
+        "--decoder-weights",
+        type=Path,
+        metavar="PATH",
+        help="of the small decoder: a run of stage decoder, its weights, or taew2_1.safetensors "
+        "(default: the tiny world's, which is shipped)",
+    )
 
 
 SETTING_OPTIONS = {

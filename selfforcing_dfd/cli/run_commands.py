@@ -6,7 +6,7 @@ import argparse
 import shutil
 from pathlib import Path
 
-from selfforcing_dfd.cli.options import Run, positive
+from selfforcing_dfd.cli.options import Run, add_decoder_options, positive
 from selfforcing_dfd.common import UserError, shipped
 
 # config, and which of its exported files become which asset
@@ -18,6 +18,7 @@ STAGES: tuple[tuple[str, dict[str, str]], ...] = (
     ("tiny/init.yaml", {"student": "init"}),
     ("tiny/dmd.yaml", {"student": "student", "fake": "fake"}),
     ("tiny/stable.yaml", {"student": "stable"}),
+    ("tiny/decoder.yaml", {"student": "decoder"}),
 )
 NUM_BASIS_CLIPS = 1024
 
@@ -99,11 +100,16 @@ def sample(parser: argparse.ArgumentParser) -> Run:
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="the mp4 to write (default: DIR/sample.mp4)"
     )
+    add_decoder_options(parser)
 
     def run(args: argparse.Namespace) -> None:
         from selfforcing_dfd.evaluation.report import sample_videos
+        from selfforcing_dfd.evaluation.small_decode import SmallDecode
 
-        print(f"wrote {sample_videos(args.run, args.prompt, args.out)}")
+        small = SmallDecode.asked(args.run, args.decoder, args.decoder_weights)
+        print(f"wrote {sample_videos(args.run, args.prompt, args.out, small)}")
+        if small is not None:
+            print(f"small decoder {small.decoder.source}: {small.comparison.result()}")
 
     return run
 
@@ -170,7 +176,7 @@ def picture(parser: argparse.ArgumentParser) -> Run:
 
 
 def rebuild(parser: argparse.ArgumentParser) -> Run:
-    """Train assets/tiny again: codec, teachers, causal student, DMD student. Hours; resumable."""
+    """Train assets/tiny again: codec, teachers, students, small decoder. Hours; resumable."""
     parser.add_argument(
         "--out", default="runs", metavar="DIR", help="where the runs go (default: %(default)s)"
     )

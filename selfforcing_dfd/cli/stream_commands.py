@@ -13,6 +13,7 @@ from selfforcing_dfd.cli.options import (
     DEVICE_HELP,
     DTYPE_NAMES,
     Run,
+    add_decoder_options,
     add_past_options,
     named_file,
     num_chunks,
@@ -141,6 +142,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         metavar="HxW",
         help="with --model: height x width of the video (default: the student's, else 480x832)",
     )
+    add_decoder_options(group)
     _add_kernel_options(group)
 
 
@@ -233,6 +235,7 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
         metavar="HxW",
         help="height x width of the video (default: the model's, 480x832 for Wan)",
     )
+    add_decoder_options(model)
     _add_kernel_options(model)
     _add_fp8_option(model)
     model.add_argument(
@@ -308,8 +311,8 @@ def _add_result_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--count-decoder",
         action="store_true",
-        help="measure nothing; count operators and bytes of Wan's VAE decoder at --size and "
-        "--dtype, without a GPU",
+        help="measure nothing; count operators and bytes of Wan's VAE decoder and of small ones at "
+        "--size and --dtype, without a GPU",
     )
     group.add_argument(
         "--precision",

@@ -6,8 +6,9 @@ of blocks, and each frame leaves in each block a message for the next frame. The
 that a stream has to remember, one a block. Half of the video's resolution is enough inside: the
 last layer makes four pixels at each place.
 
-Colours have a way of their own, which is linear: the mean colour of eight by eight pixels is nearly
-a linear function of the latent there, and small decoders are known to shift saturation and contrast.
+Colours have a way of their own, which is linear: the mean colour of eight by eight pixels is
+nearly a linear function of the latent there. Small decoders are known to shift saturation and
+contrast.
 """
 
 from __future__ import annotations
@@ -130,7 +131,8 @@ class SmallDecoder(nn.Module):
                 if ".add." in name or name.startswith("leave."):
                     parameter.zero_()
             self.colours.weight.mul_(0.1)
-            self.colours.bias.fill_(GREY)
+            if self.colours.bias is not None:
+                self.colours.bias.fill_(GREY)
 
     def forward(self, latents: Tensor, past: Past = ()) -> tuple[Tensor, list[Tensor]]:
         """The next latent frames [B, f, C, h, w], f one or more, after this past.

@@ -35,7 +35,7 @@ class Remembering(nn.Module):
         super().__init__()
         convolutions = [nn.Conv2d(n * width, width, 3, padding=1) for n in (2, 1, 1)]
         # the layout counts the activations between them
-        self.conv = nn.ModuleDict(zip(("0", "2", "4"), convolutions, strict=True))
+        self.conv = nn.ModuleDict(dict(zip(("0", "2", "4"), convolutions, strict=True)))
 
     def forward(self, x: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
         """x: [B, T, C, h, w]; before: the input of the frame before. Returns output, last input."""
@@ -74,9 +74,7 @@ class TaewDecoder(nn.Module):
             for block in range(BLOCKS):
                 layers[str(start + block)] = Remembering(width)
             layers[str(start + BLOCKS + 1)] = Spreading(width, frames)
-            layers[str(start + BLOCKS + 2)] = nn.Conv2d(
-                width, next_width, 3, padding=1, bias=False
-            )
+            layers[str(start + BLOCKS + 2)] = nn.Conv2d(width, next_width, 3, padding=1, bias=False)
         layers[str(LAST)] = nn.Conv2d(WIDTHS[-1], RGB, 3, padding=1)
         self.decoder = nn.ModuleDict(layers)
 
@@ -88,9 +86,8 @@ class TaewDecoder(nn.Module):
         batch = len(latents)
         begins = not len(past)
         before = iter([None] * (BLOCKS * len(FRAMES)) if begins else past)
-        first = self.decoder["1"]
-        x = LIMIT * torch.tanh(latents.to(first.weight.dtype).flatten(0, 1) / LIMIT)
-        x = relu(first(x))
+        given = latents.to(next(self.parameters()).dtype).flatten(0, 1)
+        x = relu(self.decoder["1"](LIMIT * torch.tanh(given / LIMIT)))
         kept = []
         for stage in range(len(FRAMES)):
             start = FIRST + STAGE * stage

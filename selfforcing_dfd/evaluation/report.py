@@ -27,6 +27,7 @@ from selfforcing_dfd.evaluation.pictures import (
     write_mp4,
 )
 from selfforcing_dfd.evaluation.scores import SCORES, read_scores, score_panels
+from selfforcing_dfd.evaluation.small_decode import SmallDecode
 from selfforcing_dfd.evaluation.sources import Source, run_source, runs_of, sources
 from selfforcing_dfd.evaluation.tables import Row
 from selfforcing_dfd.evaluation.world import World
@@ -171,12 +172,18 @@ def run_metrics(config: Config) -> dict[str, list[dict[str, Any]]]:
     return {name: read_metrics(path) for name, path in files.items() if path.exists()}
 
 
-def sample_videos(run: Path, prompts: Sequence[str] = (), out: Path | None = None) -> Path:
+def sample_videos(
+    run: Path,
+    prompts: Sequence[str] = (),
+    out: Path | None = None,
+    small: SmallDecode | None = None,
+) -> Path:
     """Write an mp4 with a grid of clips by a run's student, and its captions as .txt beside it.
 
     With arms, the last one's student. Each prompt has a line of clips; without prompts, captions
-    are drawn from the data. Returns the mp4's path. Raises WeightsError for a folder without a run,
-    UserError for a prompt that the run's world has no text for.
+    are drawn from the data. small: decodes in place of the codec. Returns the mp4's path. Raises
+    WeightsError for a folder without a run, UserError for a prompt that the run's world has no text
+    for.
     """
     weights = student_of(run)
     config = load_config(str(config_of(weights.parent)))
@@ -188,7 +195,9 @@ def sample_videos(run: Path, prompts: Sequence[str] = (), out: Path | None = Non
     else:
         evaluation = world.draw(config, layout.sample_clips)
     source = run_source("sample", config, weights)
-    parts = [to_uint8(videos) for videos in source.clips(evaluation, world.decoder(config))]
+    decode = world.decoder(config)
+    decode = decode if small is None else small.beside(decode)
+    parts = [to_uint8(videos) for videos in source.clips(evaluation, decode)]
     path = out or run / "sample.mp4"
     grid = tiled(torch.cat(parts), layout.sample_columns)
     write_mp4(path, enlarged(grid, layout.scale), layout.fps)

@@ -15,9 +15,9 @@ from selfforcing_dfd.journey.request import Request
 from selfforcing_dfd.journey.steps import Say, Step, Train, steps_of
 from selfforcing_dfd.journey.upload import check_repository
 from selfforcing_dfd.stages.config_files import to_yaml
-from selfforcing_dfd.training.starts import check_start
 from selfforcing_dfd.training.exclusive import lock_folders
 from selfforcing_dfd.training.folders import run_folder
+from selfforcing_dfd.training.starts import check_start
 
 
 def distil(

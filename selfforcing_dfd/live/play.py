@@ -33,6 +33,7 @@ from selfforcing_dfd.live.status import StatusLine
 from selfforcing_dfd.live.web import shared as page
 from selfforcing_dfd.live.writers import ReaderGone, Writer, open_writer
 from selfforcing_dfd.models.identity import Recipe, recipe_of
+from selfforcing_dfd.streaming.decoders import with_decoder
 from selfforcing_dfd.streaming.load import (
     TINY_DMD_STUDENT,
     TINY_STUDENT,
@@ -259,7 +260,7 @@ def prepare(
     options: argparse.Namespace, ranks: StreamRanks = ALONE
 ) -> tuple[StreamModel, StreamSettings]:
     """Model and settings that the options ask for; the model is shared by the ranks."""
-    model = load_model(options)
+    model = with_decoder(load_model(options), options.decoder, options.decoder_weights)
     settings = ask_settings(options, recipe_of(model.student.config))
     choose_kernel(model, settings, options.attention)
     ranks.share(model.student)

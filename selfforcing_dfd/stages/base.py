@@ -22,7 +22,6 @@ from selfforcing_dfd.flow import few_step_ladder
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import Chunks, plan_chunks
 
-
 Makes = Literal["teacher", "causal_teacher", "causal_student", "decoder", "shards"]
 Latents = Literal["", "tiny", "wan"]
 """Whose latents a stage takes; empty where its networks tell."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,21 +23,14 @@ from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.cost import flops_of
 from selfforcing_dfd.data.shards import Batch, ShardReader
 from selfforcing_dfd.rng import Draw
-from selfforcing_dfd.stages.base import (
-    Latents,
-    Pass,
-    StageLoss,
-    Start,
-    TrainingStage,
-    register,
-)
+from selfforcing_dfd.stages.base import Latents, Pass, StageLoss, Start, TrainingStage, register
 from selfforcing_dfd.stages.decoder_teachers import (
     DecoderTeacher,
     TinyTeacher,
     load_wan_teacher,
     meta_wan_teacher,
 )
-from selfforcing_dfd.tiny.codec import TinyCodec, codec_beside
+from selfforcing_dfd.tiny.codec import BASIS, TinyCodec, codec_beside
 from selfforcing_dfd.weights.decoders import decoder_metadata, read_decoder
 
 FEWEST_FRAMES = 2  # of a clip, since frames are compared with the ones before
@@ -103,6 +97,10 @@ class DecoderStage(TrainingStage):
         )
         DecoderSize(widths=own.widths, depths=own.depths)  # raises unless there are three levels
         model = config.model
+        require(
+            config.checkpoint.export != "int8",
+            "checkpoint.export is int8, which is for transformers; use float16 or float32",
+        )
         for name, value, neutral in (
             ("model.lora_rank", model.lora_rank, 0),
             ("model.compile", model.compile, False),
@@ -157,31 +155,20 @@ class DecoderStage(TrainingStage):
         count = sum(parameter.numel() for parameter in network.parameters())
         part = f"{own.frames or config.rollout.frames} latent frames"
         part += f", {own.crop} x {own.crop}" if own.crop else ""
-        yield "decoder", f"{count:,} parameters, from {part} of each clip; from {own.start or 'nothing'}"
+        text = f"{count:,} parameters, from {part} of each clip; from {own.start or 'nothing'}"
+        yield "decoder", text
         yield "teacher", own.vae or "the tiny codec of the shards"
 
     @classmethod
     def own_flops(cls, config: Config, latent_size: tuple[int, int]) -> dict[str, int]:
         own = config.of(DecoderConfig)
-        teacher = meta_wan_teacher() if own.vae else TinyTeacher(TinyCodec.load(basis(config)))
-        with torch.device("meta"):
-            network = SmallDecoder(size_of(config, channels=config.network.channels))
-            rows, columns = (min(own.crop or side, side) for side in latent_size)
-            frames = own.frames or config.rollout.frames
-            latents = torch.empty(1, frames, config.network.channels, rows, columns)
-            video = torch.empty(1, 4 * frames - 3, 8 * rows, 8 * columns, 3, requires_grad=True)
-
-        def compare() -> None:
-            seen = teacher.features(video)
-            torch.autograd.backward([each.sum() for each in seen])
-
-        with torch.enable_grad():
-            return {
-                "decoder with gradient": flops_of(lambda: network(latents)[0].sum().backward()),
-                "full decode": flops_of(lambda: teacher.decode(latents)),
-                "what the encoder sees": flops_of(compare)
-                + flops_of(lambda: teacher.features(video.detach())),
-            }
+        rows, columns = (min(own.crop or side, side) for side in latent_size)
+        size = size_of(config, config.network.channels)
+        frames = own.frames or config.rollout.frames
+        # all frames but the first cost the same
+        one = counted(bool(own.vae), size, 1, (rows, columns))
+        two = counted(bool(own.vae), size, 2, (rows, columns))
+        return {name: one[name] + (frames - 1) * (two[name] - one[name]) for name in one}
 
     @classmethod
     def further_networks(
@@ -243,6 +230,31 @@ class DecoderStage(TrainingStage):
             for clip, (top, left) in zip(used, corners, strict=True)
         ]
         return torch.stack(squares)
+
+
+@cache
+def counted(
+    of_wan: bool, size: DecoderSize, frames: int, latent_size: tuple[int, int]
+) -> dict[str, int]:
+    """Operations of an update for a clip of so many latent frames, by what they are for."""
+    teacher: DecoderTeacher = (
+        meta_wan_teacher() if of_wan else TinyTeacher(TinyCodec.load(find_file(BASIS)))
+    )
+    with torch.device("meta"):
+        network = SmallDecoder(size)
+        latents = torch.empty(1, frames, size.channels, *latent_size)
+        video = teacher.decode(latents).requires_grad_()
+
+    def compare() -> None:
+        torch.autograd.backward([each.sum() for each in teacher.features(video)])
+
+    with torch.enable_grad():
+        looks = flops_of(compare) + flops_of(lambda: teacher.features(video.detach()))
+        return {
+            "decoder with gradient": flops_of(lambda: network(latents)[0].sum().backward()),
+            "full decode": flops_of(lambda: teacher.decode(latents)),
+            "what the encoder sees": looks,
+        }
 
 
 def per_sample(values: Tensor) -> Tensor:

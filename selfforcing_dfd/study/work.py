@@ -48,11 +48,11 @@ from selfforcing_dfd.study.plan import (
     reference_config,
     runs_of,
 )
-from selfforcing_dfd.training.starts import check_start
 from selfforcing_dfd.training.build_data import build_reader
 from selfforcing_dfd.training.exclusive import ExclusiveError, lock_folders
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.one_run import prepare_data, train
+from selfforcing_dfd.training.starts import check_start
 from selfforcing_dfd.weights.read import load_network
 from selfforcing_dfd.weights.run_record import RUN_FILE
 from selfforcing_dfd.weights.runs import STUDENT_FILE

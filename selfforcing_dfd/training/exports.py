@@ -37,7 +37,7 @@ def identities(config: Config, reader: ShardReader) -> dict[str, Identity]:
     _, _, rows, columns = index.latent_shape
     data = TrainingData(index.fingerprints["codec"], index.fingerprints["text"], (rows, columns))
     makes = stage_of(config).makes
-    role: Role = "causal_student" if makes in ("shards", "decoder") else makes
+    role: Role = "causal_student" if makes == "shards" or makes == "decoder" else makes
     recipe = recipe_of_rollout(asdict(config.rollout)) if role == "causal_student" else None
     return {"student": Identity(role, recipe, data), "fake": Identity("fake_score", None, data)}
 

@@ -69,13 +69,11 @@ def decoder_metadata(size: DecoderSize, codec: str) -> dict[str, str]:
 
 
 def read_decoder(
-    source: Path | str,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
+    source: Path | str, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> StoredDecoder:
     """The decoder of a file, or of a run of stage `decoder`.
 
-    Raises WeightsError for what is missing, damaged, refused or no decoder, and names every missing,
+    Raises WeightsError for what is missing, damaged, refused or no decoder, with every missing,
     unexpected or misshapen tensor.
     """
     path = Path(source)

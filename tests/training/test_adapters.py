@@ -20,11 +20,11 @@ from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import Config, ConfigError
 from selfforcing_dfd.models.adapted import AdaptedNetwork, adapt
 from selfforcing_dfd.training.build import build_networks, build_trainer
-from selfforcing_dfd.training.starts import check_start
 from selfforcing_dfd.training.exports import export
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.loop import Trainer, gradients
 from selfforcing_dfd.training.recompute import recompute
+from selfforcing_dfd.training.starts import check_start
 from selfforcing_dfd.weights.adapters import merged
 from selfforcing_dfd.weights.read import load_network
 from selfforcing_dfd.weights.stored import WeightsError

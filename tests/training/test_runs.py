@@ -48,6 +48,14 @@ STAGES = {
     "inversion": ["dfd.pairing=inversion", "dfd.p=1"],
     "bfloat16": ["model.compute=bfloat16", "model.activation_checkpointing=full", "run.stage=dmd"],
     "gan": ["run.stage=dmd", "gan.weight=0.3", "gan.inner=8", "gan.depths=[1.0]"],
+    "decoder": ["run.stage=decoder", "decoder.widths=[8,8,8]", "decoder.depths=[1,1,1]"],
+    "decoder bfloat16": [
+        "run.stage=decoder",
+        "model.compute=bfloat16",
+        "decoder.widths=[8,8,8]",
+        "decoder.depths=[1,1,1]",
+        "decoder.crop=4",
+    ],
 }
 
 

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, get_args
 
+from selfforcing_dfd.codecs.small_codec import SmallCodec
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.live.web.messages import MAX_SEED, MAX_TEXT
 from selfforcing_dfd.streaming.ring import RingCache
@@ -62,9 +63,12 @@ def describe(model: StreamModel) -> str:
     """A model in one line."""
     height, width = model.video_size
     parameters = sum(parameter.numel() for parameter in model.student.parameters())
+    small = ""
+    if isinstance(model.codec, SmallCodec):
+        small = f", small decoder {model.codec.name}"
     return (
         f"{parameters / 1e6:.1f} M parameters on {model.device}, "
-        f"{len(model.ladder)} steps a chunk, {width} x {height} pixels"
+        f"{len(model.ladder)} steps a chunk, {width} x {height} pixels{small}"
     )
 
 
