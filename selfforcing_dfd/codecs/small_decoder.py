@@ -76,10 +76,13 @@ class Block(nn.Module):
 
         Returns x after the block, and the last frame's message.
         """
-        now, later = self.say(silu(x).flatten(0, 1)).unflatten(0, x.shape[:2]).chunk(2, dim=2)
-        first = torch.zeros_like(later[:, 0]) if message is None else message
-        heard = torch.cat([first[:, None], later[:, :-1]], dim=1)
-        added = self.add(silu(now + heard).flatten(0, 1)).unflatten(0, x.shape[:2])
+        said = self.say(silu(x).flatten(0, 1)).unflatten(0, x.shape[:2])
+        later = said[:, :, x.shape[2] :]
+        now = said[:, :, : x.shape[2]]
+        now[:, 1:].add_(later[:, :-1])
+        if message is not None:
+            now[:, 0].add_(message)
+        added = self.add(silu(now).flatten(0, 1)).unflatten(0, x.shape[:2])
         return x + added, later[:, -1]
 
 
