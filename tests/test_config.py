@@ -105,7 +105,7 @@ def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path)
         ("score.fake_per_student=0", r"at least 1"),
         ("network.head_dim=5", r"network\.head_dim is 5; it must be at least 6"),
         ("network.head_dim=7", r"network\.head_dim is 7; .* even number"),
-        ("run.stage=gan", r"run\.stage is 'gan'; use one of causal, dfd, dmd, dp_dmd, init, "),
+        ("run.stage=gan", r"run\.stage is 'gan'; use one of causal, decoder, dfd, dmd, dp_dmd, "),
         ("weights.teacher=", r"weights\.teacher is empty"),
         ("score.guidance=1" + "0" * 400, r"minimal\.yaml: int too large"),
         ("data.video_size={}", r"minimal\.yaml: .*a list and a section cannot replace"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import av
@@ -14,6 +15,7 @@ from test_page import parsed
 from tiny_models import fill_weights, save_network
 from torch import Tensor
 
+from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import Config, ConfigError, NetworkConfig
 from selfforcing_dfd.evaluation.gate import GateError, check_gate
@@ -272,6 +274,22 @@ def test_sample_writes_a_grid_with_a_line_for_each_prompt(
         stream = video.streams.video[0]
         assert (stream.width, stream.height) == (2 * (4 * 64 + 3 * 4), 2 * (2 * 64 + 4))
     assert sample_videos(run).exists()
+
+
+def test_sample_by_a_small_decoder_says_how_far_it_is(
+    reported: tuple[Config, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Catches clips of a small decoder that pass for the codec's, and options without effect."""
+    run = str(Path(reported[0].run.out) / "demo")
+    sample = ["sample", "--run", run, "--prompt", "a disc moves", "--out"]
+    assert main([*sample, str(tmp_path / "small.mp4"), "--decoder", "small"]) == 0
+    text = capsys.readouterr().out
+    assert re.search(r"small decoder .*decoder\.safetensors: .*PSNR \d+\.\d dB, flicker", text)
+    assert main([*sample, str(tmp_path / "own.mp4"), "--decoder", "tiny"]) == 0
+    assert "PSNR" not in capsys.readouterr().out
+    assert (tmp_path / "own.mp4").read_bytes() != (tmp_path / "small.mp4").read_bytes()
+    assert main([*sample, str(tmp_path / "wan.mp4"), "--decoder", "wan"]) == 2
+    assert "--decoder is wan, but these are latents of tiny" in capsys.readouterr().err
 
 
 def test_sample_explains_what_it_cannot_do(reported: tuple[Config, str], tmp_path: Path):

@@ -39,7 +39,9 @@ def model() -> StreamModel:
 
 def wan_model() -> StreamModel:
     """A network of a few weights with a VAE of Wan's layers, an eighth as wide."""
-    student = tiny_network(dtype=torch.float32, out_channels=16).requires_grad_(False)
+    student = tiny_network(dtype=torch.float32, in_channels=16, out_channels=16).requires_grad_(
+        False
+    )
     return StreamModel(
         student=student,
         codec=WanCodec(tiny_vae()),
@@ -99,7 +101,7 @@ def test_what_is_asked_for_is_what_decodes(model: StreamModel, tmp_path: Path) -
             with_decoder(model, name, weights)
     path = tmp_path / "taew2_1.safetensors"
     save_file(dict(TaewDecoder().state_dict()), path)
-    with pytest.raises(UserError, match="decodes latents of the VAE of Wan2.1, but these are of"):
+    with pytest.raises(UserError, match=r"decodes latents of the VAE of Wan2\.1, but these are of"):
         with_decoder(model, "small", path)
     with pytest.raises(UserError, match="--decoder small wants --decoder-weights FILE"):
         with_decoder(wan_model(), "small", None)
