@@ -20,17 +20,20 @@ from selfforcing_dfd.benchmark.table import (
     table,
 )
 from selfforcing_dfd.benchmark.verdict import comparison, differences, ratios, verdict
-from selfforcing_dfd.codecs.fidelity import CheckedCodec
 from selfforcing_dfd.codecs.small_codec import SmallCodec
 from selfforcing_dfd.common import DTYPES, UserError, find_device
 from selfforcing_dfd.models.fp8 import use_fp8
-from selfforcing_dfd.streaming.decoders import wants_small, with_decoder, with_random_decoder
+from selfforcing_dfd.streaming.decoders import (
+    compare_decoders,
+    wants_small,
+    with_decoder,
+    with_random_decoder,
+)
 from selfforcing_dfd.streaming.load import choose_kernel, load_settings, load_stream_model
-from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
+from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 
 PROMPTS = ("a disc moves", "a square moves")
-NUM_CHECKED = 2  # chunks over which a small decoder is compared
 
 
 def build_model(options: argparse.Namespace, settings: StreamSettings) -> StreamModel:
@@ -98,24 +101,17 @@ def decode_by(model: StreamModel, options: argparse.Namespace) -> StreamModel:
     return with_decoder(model, options.decoder, weights)
 
 
-def check_decoder(
+def describe_decoder(
     model: StreamModel, settings: StreamSettings, is_random: bool
 ) -> dict[str, Any] | None:
-    """The small decoder's name, and how far it is from the full one over the first two chunks.
+    """The small decoder's name, and how far it is from the full one.
 
     None for the codec's own decoder. Nothing is compared where weights are random.
     """
-    codec = model.codec
-    if not isinstance(codec, SmallCodec):
+    if not isinstance(model.codec, SmallCodec):
         return None
-    found: dict[str, Any] = {"name": codec.name, "fidelity": None}
-    if not is_random:
-        checked = CheckedCodec(codec)
-        session = StreamSession(replace(model, codec=checked), PROMPTS[0], settings, model.grey())
-        for _ in range(NUM_CHECKED):
-            session.next_chunk()
-        found["fidelity"] = checked.comparison.result().as_dict()
-    return found
+    found = None if is_random else compare_decoders(model, settings, PROMPTS[0])
+    return {"name": model.codec.name, "fidelity": None if found is None else found.as_dict()}
 
 
 def moved(codec: Any, device: torch.device) -> Any:
@@ -154,7 +150,7 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     timings = dict(model.student.attention.timings_ms)
     figures = measure(model, settings, PROMPTS, plan_of(options, model))
     baseline = against_diffusers(options, model, settings) if options.baseline else None
-    decoder = check_decoder(model, settings, bool(options.random_weights))
+    decoder = describe_decoder(model, settings, bool(options.random_weights))
     result = {
         "environment": facts,
         "attention_timings_ms": timings,

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.codecs.protocol import Decoder, Encoder
-from selfforcing_dfd.codecs.small_codec import SmallCodec
+from selfforcing_dfd.codecs.small_codec import SmallCodec, SmallStream
 
 LEVELS = 255  # of a byte: what flicker is counted in
+MOST_SIDE = 32  # rows and columns of latents that are compared in a stream
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,33 +78,45 @@ class Comparison:
 
 @dataclass(slots=True)
 class CheckedDecoder:
-    """`codecs.protocol.Decoder`: the small decoder's video, compared with the full one's."""
+    """`codecs.protocol.Decoder`: the small decoder's video.
+
+    pair: a small and a full decoder of the middle of the same latents, which are compared.
+    """
 
     small: Decoder
-    full: Decoder
+    pair: tuple[Decoder, Decoder]
     comparison: Comparison
     # the last frame of each
     last: tuple[Tensor, ...] = ()
 
     def decode(self, latents: Tensor) -> Tensor:
-        video = self.small.decode(latents)
-        both = (video, self.full.decode(latents))
+        part = middle(latents)
+        both = [decoder.decode(part) for decoder in self.pair]
         counted = 1 if self.last else 0
         before = self.last or tuple(each[:, :0] for each in both)
         ours, full = (torch.cat(pair, dim=1) for pair in zip(before, both, strict=True))
         self.comparison.add(ours, full, counted)
         self.last = tuple(each[:, -1:] for each in both)
-        return video
+        return self.small.decode(latents)
 
     def clone(self) -> CheckedDecoder:
-        return CheckedDecoder(self.small.clone(), self.full.clone(), self.comparison, self.last)
+        pair = (self.pair[0].clone(), self.pair[1].clone())
+        return CheckedDecoder(self.small.clone(), pair, self.comparison, self.last)
+
+
+def middle(latents: Tensor) -> Tensor:
+    """At most MOST_SIDE rows and columns of latents [B, F, C, h, w]."""
+    starts = [max(side - MOST_SIDE, 0) // 2 for side in latents.shape[-2:]]
+    top, left = starts
+    return latents[..., top : top + MOST_SIDE, left : left + MOST_SIDE]
 
 
 @dataclass(slots=True)
 class CheckedCodec:
-    """`codecs.protocol.StreamingCodec`: a small decoder whose every decode is compared.
+    """`codecs.protocol.StreamingCodec`: a small decoder that is compared, for a short check.
 
-    Twice the work and more; for a short check.
+    The middle of the latents alone is compared: decoding all of a large video takes gigabytes,
+    which those who use a small decoder may not have.
     """
 
     codec: SmallCodec
@@ -119,7 +132,9 @@ class CheckedCodec:
 
     def start_decoding(self) -> CheckedDecoder:
         codec = self.codec
-        return CheckedDecoder(codec.start_decoding(), codec.full.start_decoding(), self.comparison)
+        # not the compiled program, which would compile again for this size
+        pair = (SmallStream(codec.network), codec.full.start_decoding())
+        return CheckedDecoder(codec.start_decoding(), pair, self.comparison)
 
     def start_encoding(self) -> Encoder:
         return self.codec.start_encoding()

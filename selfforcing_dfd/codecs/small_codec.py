@@ -62,13 +62,14 @@ class SmallCodec:
     """`codecs.protocol.StreamingCodec`: a small decoder, and another codec's encoder.
 
     full: the codec whose latents these are; it encodes, and is what the decoder is compared with.
-    name: of the decoder, for people.
+    name: of the decoder, for people. fidelity: how far it was found to be from the full one.
     """
 
     def __init__(self, network: DecoderNetwork, full: StreamingCodec, name: str = "small") -> None:
         self.network = network.requires_grad_(False).eval()
         self.full = full
         self.name = name
+        self.fidelity = ""
         self.program: Program | None = None
         weight = next(network.parameters())
         if weight.device.type != "cpu":

@@ -33,7 +33,7 @@ from selfforcing_dfd.live.status import StatusLine
 from selfforcing_dfd.live.web import shared as page
 from selfforcing_dfd.live.writers import ReaderGone, Writer, open_writer
 from selfforcing_dfd.models.identity import Recipe, recipe_of
-from selfforcing_dfd.streaming.decoders import with_decoder
+from selfforcing_dfd.streaming.decoders import compare_decoders, with_decoder
 from selfforcing_dfd.streaming.load import (
     TINY_DMD_STUDENT,
     TINY_STUDENT,
@@ -264,6 +264,7 @@ def prepare(
     settings = ask_settings(options, recipe_of(model.student.config))
     choose_kernel(model, settings, options.attention)
     ranks.share(model.student)
+    compare_decoders(model, settings, examples(options)[0])
     if options.compile:
         model.compile()
     return model, settings

@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from selfforcing_dfd.codecs.fidelity import CheckedCodec, Fidelity
 from selfforcing_dfd.codecs.protocol import StreamingCodec
 from selfforcing_dfd.codecs.small_codec import SmallCodec
 from selfforcing_dfd.codecs.small_decoder import DecoderSize, SmallDecoder
@@ -15,12 +16,14 @@ from selfforcing_dfd.common import find_file
 from selfforcing_dfd.streaming.load import TINY_ASSETS
 from selfforcing_dfd.streaming.model import StreamModel
 from selfforcing_dfd.streaming.parts import LoadError
+from selfforcing_dfd.streaming.session import StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.weights.decoders import StoredDecoder, read_decoder
 
 SMALL = "small"
 TINY_DECODER = TINY_ASSETS / "decoder.safetensors"
 RANDOM = "random weights"
+NUM_COMPARED = 2  # chunks over which a small decoder is compared with the full one
 
 
 def with_decoder(model: StreamModel, name: str | None, weights: Path | None) -> StreamModel:
@@ -43,6 +46,23 @@ def with_random_decoder(model: StreamModel) -> StreamModel:
     network.init_weights(torch.Generator().manual_seed(0))
     nn.Module.to(network, model.decode_device or model.device, dtype_of(model))
     return replace(model, codec=SmallCodec(network, model.codec, RANDOM))
+
+
+def compare_decoders(model: StreamModel, settings: StreamSettings, prompt: str) -> Fidelity | None:
+    """How far a small decoder is from the full one, over the first chunks of a discarded stream.
+
+    Noted in the codec as well. None for the codec's own decoder.
+    """
+    codec = model.codec
+    if not isinstance(codec, SmallCodec):
+        return None
+    checked = CheckedCodec(codec)
+    session = StreamSession(replace(model, codec=checked), prompt, settings, model.grey())
+    for _ in range(NUM_COMPARED):
+        session.next_chunk()
+    found = checked.comparison.result()
+    codec.fidelity = str(found)
+    return found
 
 
 def wants_small(name: str | None, weights: Path | None, is_tiny: bool) -> bool:

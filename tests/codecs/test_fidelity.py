@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.codecs.fidelity import CheckedDecoder, Comparison
+from selfforcing_dfd.codecs.fidelity import CheckedDecoder, Comparison, middle
 
 
 def test_by_hand() -> None:
@@ -53,8 +53,17 @@ def test_pieces_count_as_the_whole() -> None:
     ours, full = (torch.rand(2, 1, 6, 2, 2, 3, generator=rng.generator(0, "videos"))).unbind(0)
     whole = Comparison()
     whole.add(ours, full)
-    checked = CheckedDecoder(Given(ours), Given(full), Comparison())
-    parts = [checked.decode(torch.empty(1, frames, 0)) for frames in (1, 3, 2)]
+    checked = CheckedDecoder(Given(ours), (Given(ours), Given(full)), Comparison())
+    parts = [checked.decode(torch.empty(1, frames, 16, 4, 4)) for frames in (1, 3, 2)]
     assert torch.equal(torch.cat(parts, dim=1), ours)
     found = checked.comparison.result().as_dict()
     assert found == pytest.approx(whole.result().as_dict())
+
+
+def test_the_middle_is_compared() -> None:
+    """Catches a corner in place of the middle, and a small video that is cut."""
+    latents = torch.arange(60.0 * 104).view(1, 1, 1, 60, 104).expand(1, 2, 16, 60, 104)
+    part = middle(latents)
+    assert part.shape == (1, 2, 16, 32, 32)
+    assert torch.equal(part, latents[..., 14:46, 36:68])
+    assert middle(latents[..., :8, :40]).shape[-2:] == (8, 32)

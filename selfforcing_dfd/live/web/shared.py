@@ -65,7 +65,7 @@ def describe(model: StreamModel) -> str:
     parameters = sum(parameter.numel() for parameter in model.student.parameters())
     small = ""
     if isinstance(model.codec, SmallCodec):
-        small = f", small decoder {model.codec.name}"
+        small = f", small decoder {model.codec.name} {model.codec.fidelity}".rstrip()
     return (
         f"{parameters / 1e6:.1f} M parameters on {model.device}, "
         f"{len(model.ladder)} steps a chunk, {width} x {height} pixels{small}"
