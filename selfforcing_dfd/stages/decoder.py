@@ -34,6 +34,7 @@ from selfforcing_dfd.tiny.codec import BASIS, TinyCodec, codec_beside
 from selfforcing_dfd.weights.decoders import decoder_metadata, read_decoder
 
 FEWEST_FRAMES = 2  # of a clip, since frames are compared with the ones before
+COPIES = 5  # of the weights in float32: themselves, gradient, two moments, average
 EPSILON = 1e-6  # of a mean feature and of a mean square
 
 
@@ -158,6 +159,12 @@ class DecoderStage(TrainingStage):
         text = f"{count:,} parameters, from {part} of each clip; from {own.start or 'nothing'}"
         yield "decoder", text
         yield "teacher", own.vae or "the tiny codec of the shards"
+        lasting = count * COPIES * torch.float32.itemsize / 1e9
+        yield (
+            "memory",
+            f"{lasting:.2f} GB of weights, gradients, moments and average; activations and the "
+            "teacher come on top, which is not estimated",
+        )
 
     @classmethod
     def own_flops(cls, config: Config, latent_size: tuple[int, int]) -> dict[str, int]:
