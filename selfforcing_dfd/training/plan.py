@@ -40,6 +40,7 @@ TERA = 1e12
 GIGA = 1e9
 LONG_RUN_HOURS = 24 * 30
 LEAST_HOURS = 0.1  # of a GPU; shorter runs, those of the tiny world, are not told in GPU-hours
+OWN_PRODUCT = (10**6, 256, 256)  # timed for a stage without transformers
 TIMED_FLOPS = 10**9  # of one product, so that timing five takes no time on any machine
 
 
@@ -260,11 +261,13 @@ def describe_hours(estimate: Estimate) -> Iterator[str]:
 def describe_own_hours(config: Config) -> Iterator[str]:
     """Of a stage without transformers; no utilisation of a GPU was ever measured for one."""
     flops = run_flops(config)
-    if max(gpu_hours(flops, gpu) for gpu in GPUS) < LEAST_HOURS:
-        return
-    yield f"  GPU-hours   of the whole run at {UTILISATION:.0%} of the bf16 peak, a guess"
-    for gpu in GPUS:
-        yield f"{hours(gpu_hours(flops, gpu)):>14} h  {gpu.name}"
+    if max(gpu_hours(flops, gpu) for gpu in GPUS) >= LEAST_HOURS:
+        yield f"  GPU-hours   of the whole run at {UTILISATION:.0%} of the bf16 peak, a guess"
+        for gpu in GPUS:
+            yield f"{hours(gpu_hours(flops, gpu)):>14} h  {gpu.name}"
+    here = flops / measured_rate(config, *OWN_PRODUCT) / 3600
+    if here < LONG_RUN_HOURS:
+        yield f"  time here   {describe_time(here)}, from a short timing of matrix products"
 
 
 def utilisation_of(config: Config, device: torch.device) -> Utilisation | None:
@@ -292,21 +295,25 @@ def hours(amount: float) -> str:
 
 
 def measured_flops_per_second(estimate: Estimate) -> float:
-    """Of this machine, for products as the feed-forward makes them: the best of five."""
+    """Of this machine, for products as the feed-forward makes them."""
     size: NetworkConfig = next(iter(estimate.sizes.values()))
-    device = find_device(estimate.config.run.device, "run.device")
-    dim = size.num_heads * size.head_dim
-    flops_per_token = 2 * dim * size.ffn_dim
-    most = max(TIMED_FLOPS // flops_per_token, 1)
-    tokens = min(estimate.clip.tokens * estimate.config.batch.micro, most)
-    x = torch.ones(tokens, dim, device=device)
-    weight = torch.ones(dim, size.ffn_dim, device=device)
+    tokens = estimate.clip.tokens * estimate.config.batch.micro
+    return measured_rate(estimate.config, tokens, size.num_heads * size.head_dim, size.ffn_dim)
+
+
+def measured_rate(config: Config, rows: int, width: int, inner: int) -> float:
+    """Operations a second of the product of rows x width and width x inner: the best of five."""
+    device = find_device(config.run.device, "run.device")
+    flops_per_row = 2 * width * inner
+    rows = min(rows, max(TIMED_FLOPS // flops_per_row, 1))
+    x = torch.ones(rows, width, device=device)
+    weight = torch.ones(width, inner, device=device)
     times = []
     for _ in range(5):
         start = time.perf_counter()
         float((x @ weight)[0, 0])  # waits for the device
         times.append(time.perf_counter() - start)
-    return tokens * flops_per_token / min(times)
+    return rows * flops_per_row / min(times)
 
 
 def describe_sum(config: Config, runs: list[Config]) -> Iterator[str]:
