@@ -1,0 +1,164 @@
+"""Stages `stream-...`: the benchmark's own command, once for each setting.
+
+Each runs in a process of its own, so memory, compiled programs and failures are its own too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+from benchmarks.gpu.kernels import usable
+from benchmarks.gpu.record import Missing, Record
+from selfforcing_dfd.cli.stream_commands import benchmark
+
+ROOT = Path(__file__).parents[2]
+SIZE = ("--random-weights", "wan1.3b", "--dtype", "bfloat16")
+LENGTH = ("--chunks", "30", "--warmup", "6", "--prompt-trials", "5")
+SMALL_SIZE = ("--random-weights", "wan-tiny", "--device", "cpu", "--threads", "1")
+SMALL_LENGTH = ("--chunks", "1", "--warmup", "0", "--prompt-trials", "1")
+BEST = "BEST"
+"""Environment variable: options of the fastest setting, for stage `final`."""
+SPARE_S = 5
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """A row: options of `selfforcing-dfd benchmark` beside the size and how much is measured."""
+
+    name: str
+    options: str
+
+
+GROUPS: dict[str, tuple[Setting, ...]] = {
+    "stream-plain": (
+        Setting("bf16", "--attention sdpa"),
+        Setting("bf16, without the VAE", "--attention sdpa --dit-only"),
+        Setting("bf16, measured kernel", "--attention auto"),
+        Setting("bf16, beside diffusers' loop", "--attention sdpa --baseline"),
+    ),
+    "stream-compile": (
+        Setting("compiled", "--attention sdpa --compile"),
+        Setting("compiled, without the VAE", "--attention sdpa --compile --dit-only"),
+        Setting("compiled, K = 9", "--attention sdpa --compile --window 6"),
+        Setting("compiled, K = 24", "--attention sdpa --compile --window 21"),
+        Setting("compiled, beside diffusers' loop", "--attention sdpa --compile --baseline"),
+    ),
+    "stream-flash": (
+        *(Setting(f"{name}", f"--attention {name}") for name in ("fa2", "fa3", "fa4")),
+        *(
+            Setting(f"compiled, {name}", f"--attention {name} --compile")
+            for name in ("fa2", "fa3", "fa4")
+        ),
+    ),
+    "stream-fp8": (
+        Setting("compiled, FP8 linears", "--attention sdpa --compile --fp8"),
+        Setting("compiled, FP8 attention", "--attention fa3-fp8 --compile"),
+        Setting("compiled, FP8 linears and attention", "--attention fa3-fp8 --compile --fp8"),
+    ),
+    "stream-fewer": (
+        Setting("compiled, 2 steps", "--attention sdpa --compile --steps 2"),
+        Setting("compiled, 1 step", "--attention sdpa --compile --steps 1"),
+        Setting(
+            "compiled, 2 steps, FP8 linears and attention",
+            "--attention fa3-fp8 --compile --fp8 --steps 2",
+        ),
+    ),
+    "stream-small": (
+        Setting("compiled, small decoder", "--attention sdpa --compile --decoder small"),
+        Setting(
+            "compiled, small decoder, FP8 linears and attention",
+            "--attention fa3-fp8 --compile --fp8 --decoder small",
+        ),
+    ),
+    "stream-graph": (
+        Setting("CUDA graph", "--attention sdpa --cuda-graph"),
+        Setting("compiled, CUDA graph", "--attention sdpa --compile --cuda-graph"),
+    ),
+    "stream-first": (
+        Setting("compiled, UMT5", "--attention sdpa --compile --text-encoder umt5"),
+        Setting(
+            "compiled, UMT5, offload", "--attention sdpa --compile --text-encoder umt5 --offload"
+        ),
+    ),
+}
+
+
+def stage_of(group: str) -> Callable[[Record], None]:
+    def measure(record: Record) -> None:
+        for setting in GROUPS[group]:
+            record.row(setting.name, partial(stream, record, setting.options))
+
+    return measure
+
+
+def final(record: Record) -> None:
+    """200 chunks of the best setting, which the caller names: the figures to quote."""
+    options = os.environ.get(BEST, "--attention auto --compile")
+    length = ("--chunks", "200", "--warmup", "10", "--prompt-trials", "20", "--dit-only")
+    record.row("best", lambda: stream(record, options, length))
+
+
+def stream(record: Record, options: str, length: tuple[str, ...] = LENGTH) -> dict[str, Any]:
+    """The benchmark's JSON of one setting. Raises Missing for what is not there."""
+    machine = record.machine
+    words = list(rehearsed(options.split()) if machine.small else options.split())
+    unknown = [word for word in words if word.startswith("--") and word not in known_options()]
+    if unknown:
+        raise Missing(f"this version has no {', '.join(unknown)}")
+    if "--attention" in words and not machine.small:
+        name = words[words.index("--attention") + 1]
+        if name != "auto":
+            usable(machine, name, 128)
+    environment = dict(os.environ)
+    if machine.small:
+        environment["TORCHDYNAMO_DISABLE"] = "1"  # inductor takes minutes on a CPU
+    fixed = (*SMALL_SIZE, *SMALL_LENGTH) if machine.small else (*SIZE, *length)
+    return run([*fixed, *words], environment, record.left_s)
+
+
+def rehearsed(words: list[str]) -> Iterator[str]:
+    """The same options where there is no GPU: torch's kernel in place of others."""
+    for before, word in zip(["", *words], words, strict=False):
+        if before == "--attention" and word not in ("auto", "sdpa"):
+            yield "sdpa"
+        else:
+            yield {"umt5": "umt5-small"}.get(word, word)
+
+
+@cache
+def known_options() -> frozenset[str]:
+    """Of this version's benchmark command."""
+    parser = argparse.ArgumentParser()
+    benchmark(parser)
+    words = parser.format_help().replace(",", " ").replace("[", " ").replace("]", " ").split()
+    return frozenset(word for word in words if word.startswith("--"))
+
+
+def run(words: list[str], environment: dict[str, str], left_s: float) -> dict[str, Any]:
+    """What the command found. Raises RuntimeError with its last words where it failed."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "result.json"
+        command = [sys.executable, "-m", "selfforcing_dfd", "benchmark", *words, "--out", str(out)]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=max(left_s - SPARE_S, SPARE_S),
+        )
+        if done.returncode:
+            raise RuntimeError(f"{' '.join(words)}: {done.stderr.strip()[-600:]}")
+        result: dict[str, Any] = json.loads(out.read_text())
+    return {"options": " ".join(words), **result}

@@ -1,0 +1,165 @@
+"""Stages `train` and `train-compile`: one micro-batch of data-forcing distillation, turn by turn.
+
+The networks are those of `configs/wan1.3b/dfd_ar.yaml` with random weights: student and fake score
+as float32 masters that compute in bfloat16 with activation checkpointing, a frozen teacher. Peak
+memory stands beside what `--dry-run` estimates for the same passes.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.gpu.record import Machine, Record
+from benchmarks.gpu.timing import forget_peak, peak_gb, wait
+from selfforcing_dfd.config import BatchConfig, Config, NetworkConfig
+from selfforcing_dfd.data.shards import Batch
+from selfforcing_dfd.processes.world import World
+from selfforcing_dfd.rng import Draw
+from selfforcing_dfd.stages import load_config
+from selfforcing_dfd.training.build import (
+    ask_in,
+    build_learners,
+    build_network,
+    train_in,
+    training_stage_of,
+)
+from selfforcing_dfd.training.estimate import Clip, Estimate, clip_of
+from selfforcing_dfd.training.memory import Spread
+from selfforcing_dfd.training.sharding import Sharding, expect_backward, keep_gathered, release
+
+CONFIG = "wan1.3b/dfd_ar.yaml"
+WAN = NetworkConfig(num_heads=12, head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096)
+SMALL = NetworkConfig(num_heads=2, head_dim=32, num_layers=2, ffn_dim=64, text_dim=16, freq_dim=16)
+TRAINED = ("student", "fake")
+UPDATES = 3
+"""Of each turn; the last one is reported. The first one makes the optimizers' moments."""
+
+
+def measure(record: Record) -> None:
+    run_turns(record, compiled=False)
+
+
+def measure_compiled(record: Record) -> None:
+    run_turns(record, compiled=True)
+
+
+def run_turns(record: Record, compiled: bool) -> None:
+    """A row for each turn. The networks are built once, in the first one."""
+    run = MicroBatches(record.machine, compiled)
+    for turn in ("fake", "student"):
+        record.row(f"{turn} turn", partial(run.turn, turn))
+
+
+def config_of_one_clip() -> Config:
+    """The recipe with one clip an update, which a GPU alone makes in one pass."""
+    return replace(load_config(CONFIG), arms={}, batch=BatchConfig(size=1, micro=1))
+
+
+def estimate_of(config: Config, small: bool) -> tuple[Estimate, Clip]:
+    """What `--dry-run` says of it at 480x832."""
+    size = SMALL if small else WAN
+    clip = clip_of(config, (4, 6), 8) if small else clip_of(config, (60, 104), 512)
+    return Estimate(config, clip, dict.fromkeys((*TRAINED, "teacher"), size)), clip
+
+
+class MicroBatches:
+    """The networks and optimizers of one run, and its updates of one clip."""
+
+    def __init__(self, machine: Machine, compiled: bool) -> None:
+        self.machine = machine
+        self.compiled = compiled
+        self.config = config_of_one_clip()
+        self.estimate, self.clip = estimate_of(self.config, machine.small)
+        self.stage: Any = None
+        self.updates = 0
+
+    def build(self) -> None:
+        forget_peak(self.machine.device)
+        networks: dict[str, Any] = {}
+        sharding = Sharding(World(device=self.machine.device), 0, torch.bfloat16)
+        for role, size in self.estimate.sizes.items():
+            network = build_network(size, self.machine.device)
+            network.init_weights(torch.Generator(self.machine.device).manual_seed(0))
+            if role in TRAINED:
+                train_in(self.config.model, network)
+            else:
+                torch.nn.Module.to(network, torch.bfloat16)
+                ask_in(self.config.model, network).requires_grad_(False)
+            if self.compiled:
+                network.compile_blocks(**self.machine.compiler())
+            sharding.apply(network, is_trained=role in TRAINED)
+            networks[role] = network
+        self.stage = training_stage_of(self.config).build(self.config, networks, None)
+        self.learners = build_learners(self.config, self.stage)
+        keep_gathered(self.learners["student"].network)
+
+    def turn(self, turn: str) -> dict[str, Any]:
+        """Seconds of a micro-batch and of the optimizer's step, rates, and memory."""
+        if self.stage is None:
+            self.build()
+        device = self.machine.device
+        for _ in range(UPDATES):
+            forget_peak(device)
+            times = self.update(turn)
+        flops = sum(self.estimate.turn_flops(turn).values())
+        again = sum(self.estimate.turn_flops(turn, again=False).values())
+        estimated = self.estimated_gb(turn)
+        measured = peak_gb(device)
+        return {
+            "micro-batch, s": times[0],
+            "optimizer step, s": times[1],
+            "TFLOP, with what is made again": flops / 1e12,
+            "TFLOP/s, with what is made again": flops / times[0] / 1e12,
+            "TFLOP/s, each operation once": again / times[0] / 1e12,
+            "exit step": times[2],
+            "peak GB": measured,
+            "peak GB by --dry-run": estimated,
+            "measured over estimated": measured / estimated if measured else None,
+        }
+
+    def update(self, turn: str) -> tuple[float, float, float]:
+        """One update of one clip: seconds of its passes, of its step, and the exit step."""
+        device = self.machine.device
+        draw = Draw(0, self.updates, 1, self.updates, (self.updates,))
+        self.updates += 1
+        learner = self.learners[turn]
+        batch = self.batch()
+        wait(device)
+        started = time.perf_counter()
+        expect_backward(learner.network, is_last=True)
+        self.stage.loss(turn, batch, draw, 0).loss.backward()
+        for each in self.learners.values():
+            release(each.network)
+        wait(device)
+        between = time.perf_counter()
+        for optimizer in learner.optimizers:
+            optimizer.step()
+        wait(device)
+        ended = time.perf_counter()
+        return between - started, ended - between, draw.choice("exit", len(self.stage.ladder))
+
+    def batch(self) -> Batch:
+        size = self.estimate.sizes["student"]
+        frames = sum(self.clip.chunks)
+        return Batch(
+            latents=self.random(1, frames, size.channels, *self.clip.latent_size),
+            text=self.random(1, self.clip.text_tokens, size.text_dim),
+            captions=("",),
+            keys=("0",),
+            noise=None,
+        )
+
+    def random(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.machine.device)
+
+    def estimated_gb(self, turn: str) -> float:
+        """What lasts, and the largest phase of this turn."""
+        spread = Spread(self.estimate, 1)
+        phases = spread.turn(turn, self.estimate.passes[turn]).values()
+        return (sum(spread.lasting().values()) + max(sum(each.values()) for each in phases)) / 1e9

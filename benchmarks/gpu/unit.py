@@ -1,0 +1,58 @@
+"""Stage `tests`: what `tests/gpu` says on this machine."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from benchmarks.gpu.record import Record
+
+ROOT = Path(__file__).parents[2]
+REHEARSAL = "SELFFORCING_DFD_REHEARSAL"
+"""Set to 1, tests/gpu runs on the CPU at small sizes: to find what is mistyped."""
+SPARE_S = 5
+
+
+def measure(record: Record) -> None:
+    files = sorted(path.name for path in (ROOT / "tests" / "gpu").glob("test_*.py"))
+    for name in files:
+        record.row(name, partial(run_file, record, name))
+
+
+def run_file(record: Record, name: str) -> dict[str, Any]:
+    """Counts of one file's tests, and the names and messages of those that failed."""
+    environment = dict(os.environ)
+    if not record.machine.on_gpu:
+        environment[REHEARSAL] = "1"
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.xml"
+        options = ["-q", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]
+        command = [sys.executable, "-m", "pytest", f"tests/gpu/{name}", *options]
+        done = subprocess.run(
+            command,
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=max(record.left_s - SPARE_S, SPARE_S),
+        )
+        if not report.is_file():
+            raise RuntimeError(f"pytest wrote no report: {(done.stdout + done.stderr)[-500:]}")
+        return counts(report)
+
+
+def counts(report: Path) -> dict[str, Any]:
+    cases = list(ElementTree.parse(report).getroot().iter("testcase"))
+    failed = {}
+    for case in cases:
+        faults = [*case.iter("failure"), *case.iter("error")]
+        if faults:
+            failed[case.get("name", "")] = faults[0].get("message", "")[:300]
+    return {"passed": len(cases) - len(failed), "failed": failed}
