@@ -21,7 +21,7 @@ PACKAGE = "selfforcing_dfd"
 CORE = ("flow", "context", "rollout", "objectives", "forcing")
 CORE_LIBRARIES = {"torch"}
 PRINTING = {"train.py"}
-PRINTING_FOLDERS = ("inference", f"{PACKAGE}/cli")
+PRINTING_FOLDERS = ("benchmarks", "inference", f"{PACKAGE}/cli")
 
 LEVELS = (
     {*CORE},
@@ -35,12 +35,22 @@ LEVELS = (
     {"evaluation"},
     {"study", "protocol", "journey"},
     {"cli"},
-    {"__main__", PACKAGE, "train", "inference"},
+    {"__main__", PACKAGE, "train", "inference", "benchmarks"},
 )
 """Each part may import from its own level and from those before it."""
 
 TOP_LEVEL = {
-    *(".ci", ".gitignore", "assets", "configs", "docs", "inference", PACKAGE, "tests"),
+    *(
+        ".ci",
+        ".gitignore",
+        "assets",
+        "benchmarks",
+        "configs",
+        "docs",
+        "inference",
+        PACKAGE,
+        "tests",
+    ),
     *("CHANGELOG.md", "CITATION.cff", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md"),
     *("pyproject.toml", "requirements.txt", "train.py"),
 }
@@ -60,6 +70,7 @@ def sources() -> list[Path]:
         ROOT / "train.py",
         *sorted((ROOT / PACKAGE).rglob("*.py")),
         *sorted((ROOT / "inference").rglob("*.py")),
+        *sorted((ROOT / "benchmarks").rglob("*.py")),
     ]
 
 
@@ -255,6 +266,7 @@ def test_unrelated_values_are_assigned_one_by_one():
     [
         ("train.py", 80),
         ("inference/*.py", 150),
+        ("benchmarks/**/*.py", 400),
         (f"{PACKAGE}/**/*.py", 400),
         ("tests/**/*.py", 400),
     ],
@@ -310,8 +322,8 @@ def test_no_exception_is_swallowed():
 
 def texts() -> Iterator[Path]:
     """Every text file of the repository that a person wrote."""
-    names = ("*.py", "*.yaml", "*.md", "*.toml", "*.txt", "Makefile", "run")
-    for folder in ("", ".ci", "configs", "inference", PACKAGE, "tests"):
+    names = ("*.py", "*.yaml", "*.md", "*.toml", "*.txt", "*.sh", "Makefile", "run")
+    for folder in ("", ".ci", "benchmarks", "configs", "inference", PACKAGE, "tests"):
         for pattern in names:
             yield from (ROOT / folder).glob(pattern if not folder else f"**/{pattern}")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rehearsal import DEVICE, allocated, errors_where_the_host_waits
 from tiny_models import LADDER, tiny_network
 
 from selfforcing_dfd import rng
@@ -27,15 +28,12 @@ def stream_model(device: str, dtype: torch.dtype = torch.float32) -> StreamModel
 
 def test_a_chunk_waits_for_its_frames_only():
     """Catches a hidden `.item()`, a copy from pageable memory, and a blocking stage clock (T9)."""
-    session = StreamSession(stream_model("cuda"), "a disc moves")
+    session = StreamSession(stream_model(str(DEVICE)), "a disc moves")
     for _ in range(RAMP):
         session.next_chunk()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with errors_where_the_host_waits():
         for _ in range(4):
             session.next_chunk()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("positions", ["sink_relative", "absolute"])
@@ -47,7 +45,7 @@ def test_the_gpu_makes_the_cpus_video(positions):
     settings = StreamSettings(positions=positions)
     sessions = [
         StreamSession(stream_model(device, torch.float64), "a disc moves", settings)
-        for device in ("cpu", "cuda")
+        for device in ("cpu", str(DEVICE))
     ]
     for _ in range(RAMP + 3):
         one, other = (session.next_chunk().frames.int() for session in sessions)
@@ -59,11 +57,11 @@ def test_memory_does_not_grow():
 
     Allocated bytes are the same after each chunk of the steady state.
     """
-    session = StreamSession(stream_model("cuda"), "a disc moves")
+    session = StreamSession(stream_model(str(DEVICE)), "a disc moves")
     for _ in range(RAMP):
         session.next_chunk()
     sizes = set()
     for _ in range(20):
         session.next_chunk()
-        sizes.add(torch.cuda.memory_allocated())
+        sizes.add(allocated())
     assert len(sizes) == 1

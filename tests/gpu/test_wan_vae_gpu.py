@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan
+from rehearsal import COMPILER, DEVICE
 from torch import Tensor, nn
 
 from selfforcing_dfd import rng
@@ -40,10 +41,10 @@ def test_bfloat16_is_no_worse_than_diffusers(channels_last, compiled):
     """Catches a fused norm, a layout or a program that a GPU runs otherwise than a CPU."""
     latents = rng.normal((1, 6, 16, 8, 12), 0, "latents").float()
     wanted = codec_on("cpu", torch.float32).decode(latents)
-    codec = codec_on("cuda", torch.bfloat16, channels_last)
-    other = by_diffusers(codec, latents.cuda())
+    codec = codec_on(str(DEVICE), torch.bfloat16, channels_last)
+    other = by_diffusers(codec, latents.to(DEVICE))
     if compiled:
         torch._dynamo.reset()
-        codec.compile_decoding()
-    video = codec.decode(latents.cuda())
+        codec.compile_decoding(**COMPILER)
+    video = codec.decode(latents.to(DEVICE))
     assert psnr(video, wanted) >= psnr(other, wanted) - TOLERANCE_DB

@@ -1,0 +1,178 @@
+"""The kit for a day on a GPU: its records, its page, and all of it at small sizes on a CPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.gpu.expected import TABLES, Figure
+from benchmarks.gpu.page import NOT_MEASURED, RESULTS, measured, read_results, render
+from benchmarks.gpu.record import Machine, Missing, Record
+from benchmarks.gpu.stages import STAGES
+from benchmarks.gpu.streams import GROUPS, known_options, rehearsed
+from benchmarks.gpu.unit import counts
+
+ROOT = Path(__file__).parents[2]
+KIT = ROOT / "benchmarks" / "gpu"
+CPU = Machine(torch.device("cpu"), small=True)
+FIGURES = [figure for figures in TABLES.values() for figure in figures]
+
+
+def record(folder: Path, limit_s: float = 60, only: str = "") -> Record:
+    return Record(folder / "probe.json", "probe", CPU, limit_s, only)
+
+
+def fail() -> dict[str, Any]:
+    raise ValueError("two\nlines")
+
+
+def lack() -> dict[str, Any]:
+    raise Missing("no such kernel")
+
+
+def test_a_row_that_fails_does_not_end_the_stage(tmp_path: Path):
+    """Catches an hour of a GPU lost to one setting, and a row that is not on disk."""
+    rows = record(tmp_path)
+    rows.row("a", lambda: {"ms": 2.0})
+    rows.row("b", fail)
+    written = json.loads((tmp_path / "probe.json").read_text())
+    assert written["rows"]["a"]["value"] == {"ms": 2.0}
+    assert written["rows"]["b"]["error"] == "ValueError: two\nlines"
+    rows.row("c", lack)
+    written = json.loads((tmp_path / "probe.json").read_text())
+    assert written["rows"]["c"]["missing"] == "no such kernel"
+    assert written["machine"]["small"]
+    assert written["machine"]["torch"] == torch.__version__
+
+
+def test_no_row_begins_after_the_limit(tmp_path: Path):
+    """Catches a call that outlasts its ten minutes and is ended from outside, results and all."""
+    rows = record(tmp_path, limit_s=0)
+    rows.row("late", fail)
+    assert rows.rows["late"]["missing"] == "no time was left in this call"
+    some = record(tmp_path, only="fp8")
+    some.row("bf16", fail)
+    some.row("fp8, fast", dict)
+    assert list(some.rows) == ["fp8, fast"]
+
+
+def test_every_figure_has_a_stage_and_a_row_that_measures_it():
+    """Catches a page that says "not measured" for ever, since a row was renamed."""
+    settings = {name: {setting.name for setting in group} for name, group in GROUPS.items()}
+    wrong = [
+        f"{figure.stage}: {figure.row}"
+        for figure in FIGURES
+        if figure.stage not in STAGES or figure.row not in settings.get(figure.stage, {figure.row})
+    ]
+    assert wrong == []
+    assert set(GROUPS) <= set(STAGES)
+
+
+def results(**rows: Any) -> dict[str, dict[str, Any]]:
+    facts = {"device": "NVIDIA H200", "torch": "2.11.0", "cuda": "13.0", "cudnn": 91900}
+    machine = {**facts, "commit": "abc1234", "small": False}
+    return {
+        "probe": {
+            "stage": "probe",
+            "date": "2030-01-02T03:04:05+00:00",
+            "machine": machine,
+            "rows": rows,
+        }
+    }
+
+
+def test_the_page_says_what_was_measured_and_what_was_not():
+    """Catches a figure beside the wrong prediction, and a failure that reads like a gap."""
+    found = results(
+        copy={"value": {"TB_per_s": 4.2567}},
+        **{
+            "bf16 4680x1536x8960": {"error": "RuntimeError: out of\nmemory"},
+            "fp8 4680x1536x8960, fast accumulation on": {"missing": "no 8-bit floats"},
+        },
+    )
+    page = render(found)
+    assert "NVIDIA H200, torch 2.11.0, CUDA 13.0, cuDNN 91900, commit abc1234, 2030-01-02" in page
+    assert "| a copy on the device | TB/s | 4.3 | | 4.26 |" in page
+    assert "| bf16, 4680 x 1536 x 8960 | TFLOP/s | 620 | | failed |" in page
+    assert "| FP8 by rows, fast accumulation | TFLOP/s | | | not available |" in page
+    assert "bf16 4680x1536x8960: failed: RuntimeError: out of memory" in page
+    assert page.count(NOT_MEASURED) > 30
+    found["probe"]["machine"]["small"] = True
+    assert "say nothing about a GPU" in render(found)
+
+
+def test_a_figure_is_found_by_its_path_and_in_its_unit():
+    """Catches bytes taken for gigabytes, and a path that ends at another key."""
+    figure = Figure("memory", "GB", "probe", "copy", ("peak", "reserved"), factor=1e-9)
+    assert measured(figure, results(copy={"value": {"peak": {"reserved": 12.34e9}}})) == "12.3"
+    assert measured(figure, results(copy={"value": {"peak": None}})) == NOT_MEASURED
+    assert measured(figure, {}) == NOT_MEASURED
+
+
+def test_the_committed_page_shows_the_committed_results():
+    """Catches a page that was edited by hand, or written from other results."""
+    assert (ROOT / "docs" / "gpu.md").read_text() == render(read_results(RESULTS))
+
+
+def test_the_guide_names_the_stages_that_there_are():
+    """Catches a guide to a stage that was renamed."""
+    table = (KIT / "README.md").read_text().partition("## A machine")[0]
+    named = set(re.findall(r"^\| `([\w-]+)`", table, re.M)) - {"stream-..."}
+    assert named - set(STAGES) == set()
+    assert set(STAGES) - named - set(GROUPS) - {"train-compile"} == set()
+
+
+def test_options_of_a_rehearsal_are_known():
+    """Catches a stream that is called not available since an option is misspelt."""
+    assert {"--attention", "--compile", "--fp8", "--dit-only", "--baseline"} <= known_options()
+    words = ["--attention", "fa3-fp8", "--compile", "--text-encoder", "umt5"]
+    wanted = ["--attention", "sdpa", "--compile", "--text-encoder", "umt5-small"]
+    assert list(rehearsed(words)) == wanted
+
+
+def test_failed_tests_are_named(tmp_path: Path):
+    """Catches tests that fail on the GPU and are counted only."""
+    report = tmp_path / "report.xml"
+    report.write_text(
+        "<testsuites><testsuite><testcase name='a'/><testcase name='b'>"
+        "<failure message='x != y'>trace</failure></testcase></testsuite></testsuites>"
+    )
+    assert counts(report) == {"passed": 1, "failed": {"b": "x != y"}}
+
+
+@pytest.mark.soak
+def test_every_stage_runs_on_a_cpu_at_small_sizes(tmp_path: Path):
+    """Catches whatever is mistyped, before a GPU's time is spent on it. Ten minutes.
+
+    No row fails; what is not there has a reason that a CPU explains, or an option that is missing.
+    """
+    environment = {**os.environ, "PYTHON": sys.executable, "SCRATCH": str(tmp_path / "scratch")}
+    out = tmp_path / "results"
+    command = ["bash", str(KIT / "dry_run.sh"), str(out)]
+    subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True)
+    found = read_results(out)
+    assert set(found) == set(STAGES)
+    assert (out / "gpu.md").read_text() == render(found)
+    failed = [
+        f"{stage}, {name}: {row['error']}"
+        for stage, result in found.items()
+        for name, row in result["rows"].items()
+        if "error" in row
+    ]
+    assert failed == []
+    missing = {
+        row["missing"]
+        for result in found.values()
+        for row in result["rows"].values()
+        if "missing" in row
+    }
+    assert all(re.search("CUDA|GPU|this version has no", why) for why in missing), missing
+    assert not any(row["value"]["failed"] for row in found["tests"]["rows"].values())
