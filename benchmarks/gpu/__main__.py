@@ -14,16 +14,16 @@ from selfforcing_dfd.common import UserError, find_device
 
 def main(words: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
-    parser.add_argument("stage", choices=[*STAGES, "page", "list"], metavar="STAGE")
+    parser.add_argument("task", choices=[*STAGES, "page", "list"], metavar="STAGE")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of results, or the page")
     parser.add_argument("--results", type=Path, default=RESULTS, help="with page: what it shows")
     parser.add_argument("--small", action="store_true", help="sizes to rehearse with on a CPU")
     parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="S", help="seconds")
     parser.add_argument("--only", default="", metavar="WORDS", help="rows whose name has them")
     options = parser.parse_args(words)
-    if options.stage == "list":
+    if options.task == "list":
         print("\n".join(STAGES))
-    elif options.stage == "page":
+    elif options.task == "page":
         options.out.write_text(render(read_results(options.results)))
         print(f"wrote {options.out}")
     else:
@@ -33,10 +33,10 @@ def main(words: list[str]) -> int:
 
 def run_stage(options: argparse.Namespace) -> None:
     device = find_device("cpu" if options.small else "cuda")
-    path = options.out / f"{options.stage}.json"
+    path = options.out / f"{options.task}.json"
     machine = Machine(device, options.small)
-    record = Record(path, options.stage, machine, options.limit, options.only)
-    STAGES[options.stage](record)
+    record = Record(path, options.task, machine, options.limit, options.only)
+    STAGES[options.task](record)
     record.save()
     print(f"wrote {path}")
 

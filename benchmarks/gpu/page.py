@@ -12,6 +12,7 @@ from benchmarks.gpu.expected import CONDITIONS, TABLES, Figure
 
 RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured"
+SHOWN_APART = {"tests"}
 Results = dict[str, dict[str, Any]]
 INTRODUCTION = (
     "# On a GPU: predicted and measured",
@@ -29,12 +30,13 @@ def read_results(folder: Path) -> Results:
 
 
 def render(results: Results) -> str:
-    lines = [*INTRODUCTION, *origin(results), "", *wrapped(CONDITIONS)]
+    lines = [*INTRODUCTION, *origin(results), ""]
+    lines += wrapped(CONDITIONS)
     lines += [
         "",
-        "Predictions are from counted operations and bytes and from rates that others report, see",
-        "`benchmarks/gpu/expected.py`; they were written before any measurement. 'As it was': the",
-        "VAE's decoder before it was made leaner ([speed](speed.md)).",
+        "Predictions come from counted operations and bytes and from rates that others report",
+        "(`benchmarks/gpu/expected.yaml`). They were written before any measurement. 'As it was':",
+        "the VAE's decoder before it was made leaner ([speed](speed.md)).",
     ]
     for title, figures in TABLES.items():
         lines += ["", f"## {title}", "", "| | unit | predicted | goal | measured |"]
@@ -115,9 +117,10 @@ def tests(results: Results) -> Iterator[str]:
 def gaps(results: Results) -> Iterator[str]:
     """A line for each reason, with the rows of a stage that share it."""
     rows_of: dict[tuple[str, str], list[str]] = {}
-    for stage, result in results.items():
+    others = {stage: result for stage, result in results.items() if stage not in SHOWN_APART}
+    for stage, result in others.items():
         for name, row in result["rows"].items():
-            if "value" not in row and stage != "tests":
+            if "value" not in row:
                 rows_of.setdefault((stage, reason(row)), []).append(name)
     for (stage, why), names in rows_of.items():
         yield f"- {stage}, {'; '.join(names)}: {why}"

@@ -19,7 +19,9 @@ PACKAGES = (
     *("torch", "triton", "diffusers", "transformers", "accelerate", "torchao", "kernels"),
     *("flash-attn", "flash-attn-4", "nvidia-cutlass-dsl", "omegaconf", "webdataset", "av"),
 )
-DIM, FFN, FRAME = 1536, 8960, 1560  # of Wan2.1 1.3B; tokens of a latent frame at 480x832
+DIM = 1536  # of Wan2.1 1.3B
+FFN = 8960
+FRAME = 1560  # tokens of a latent frame at 480x832
 GIGABYTES = 4
 
 

@@ -64,14 +64,12 @@ def summary(events: Any, machine: Machine) -> dict[str, Any]:
         return float(time_us) / 1000
 
     ran.sort(key=own_ms, reverse=True)
+    launches = [event for event in events if "LaunchKernel" in event.key]
+    longest = ran[:MOST_KERNELS]
+    number = sum(event.count for event in ran)
     return {
-        "kernels": sum(event.count for event in ran),
-        "device ms": sum(own_ms(event) for event in ran),
-        "launches on the host, ms": sum(
-            event.self_cpu_time_total / 1000 for event in events if "LaunchKernel" in event.key
-        ),
-        "longest": [
-            [event.key[:LONGEST_NAME], event.count, round(own_ms(event), 3)]
-            for event in ran[:MOST_KERNELS]
-        ],
+        "kernels": number,
+        "device ms": sum(map(own_ms, ran)),
+        "launches on the host, ms": sum(each.self_cpu_time_total for each in launches) / 1000,
+        "longest": [[each.key[:LONGEST_NAME], each.count, own_ms(each)] for each in longest],
     }

@@ -12,10 +12,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
+
+import yaml
 
 from benchmarks.gpu.kernels import usable
 from benchmarks.gpu.record import Missing, Record
@@ -31,72 +32,16 @@ BEST = "BEST"
 SPARE_S = 5
 
 
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """A row: options of `selfforcing-dfd benchmark` beside the size and how much is measured."""
-
-    name: str
-    options: str
-
-
-GROUPS: dict[str, tuple[Setting, ...]] = {
-    "stream-plain": (
-        Setting("bf16", "--attention sdpa"),
-        Setting("bf16, without the VAE", "--attention sdpa --dit-only"),
-        Setting("bf16, measured kernel", "--attention auto"),
-        Setting("bf16, beside diffusers' loop", "--attention sdpa --baseline"),
-    ),
-    "stream-compile": (
-        Setting("compiled", "--attention sdpa --compile"),
-        Setting("compiled, without the VAE", "--attention sdpa --compile --dit-only"),
-        Setting("compiled, K = 9", "--attention sdpa --compile --window 6"),
-        Setting("compiled, K = 24", "--attention sdpa --compile --window 21"),
-        Setting("compiled, beside diffusers' loop", "--attention sdpa --compile --baseline"),
-    ),
-    "stream-flash": (
-        *(Setting(f"{name}", f"--attention {name}") for name in ("fa2", "fa3", "fa4")),
-        *(
-            Setting(f"compiled, {name}", f"--attention {name} --compile")
-            for name in ("fa2", "fa3", "fa4")
-        ),
-    ),
-    "stream-fp8": (
-        Setting("compiled, FP8 linears", "--attention sdpa --compile --fp8"),
-        Setting("compiled, FP8 attention", "--attention fa3-fp8 --compile"),
-        Setting("compiled, FP8 linears and attention", "--attention fa3-fp8 --compile --fp8"),
-    ),
-    "stream-fewer": (
-        Setting("compiled, 2 steps", "--attention sdpa --compile --steps 2"),
-        Setting("compiled, 1 step", "--attention sdpa --compile --steps 1"),
-        Setting(
-            "compiled, 2 steps, FP8 linears and attention",
-            "--attention fa3-fp8 --compile --fp8 --steps 2",
-        ),
-    ),
-    "stream-small": (
-        Setting("compiled, small decoder", "--attention sdpa --compile --decoder small"),
-        Setting(
-            "compiled, small decoder, FP8 linears and attention",
-            "--attention fa3-fp8 --compile --fp8 --decoder small",
-        ),
-    ),
-    "stream-graph": (
-        Setting("CUDA graph", "--attention sdpa --cuda-graph"),
-        Setting("compiled, CUDA graph", "--attention sdpa --compile --cuda-graph"),
-    ),
-    "stream-first": (
-        Setting("compiled, UMT5", "--attention sdpa --compile --text-encoder umt5"),
-        Setting(
-            "compiled, UMT5, offload", "--attention sdpa --compile --text-encoder umt5 --offload"
-        ),
-    ),
-}
+GROUPS: dict[str, dict[str, str]] = yaml.safe_load(
+    Path(__file__).with_name("streams.yaml").read_text()
+)
+"""Options by the name of a setting, by stage."""
 
 
 def stage_of(group: str) -> Callable[[Record], None]:
     def measure(record: Record) -> None:
-        for setting in GROUPS[group]:
-            record.row(setting.name, partial(stream, record, setting.options))
+        for name, options in GROUPS[group].items():
+            record.row(name, partial(stream, record, options))
 
     return measure
 
@@ -122,8 +67,8 @@ def stream(record: Record, options: str, length: tuple[str, ...] = LENGTH) -> di
     environment = dict(os.environ)
     if machine.small:
         environment["TORCHDYNAMO_DISABLE"] = "1"  # inductor takes minutes on a CPU
-    fixed = (*SMALL_SIZE, *SMALL_LENGTH) if machine.small else (*SIZE, *length)
-    return run([*fixed, *words], environment, record.left_s)
+        return run(SMALL_SIZE + SMALL_LENGTH + tuple(words), environment, record.left_s)
+    return run(SIZE + length + tuple(words), environment, record.left_s)
 
 
 def rehearsed(words: list[str]) -> Iterator[str]:
@@ -144,7 +89,7 @@ def known_options() -> frozenset[str]:
     return frozenset(word for word in words if word.startswith("--"))
 
 
-def run(words: list[str], environment: dict[str, str], left_s: float) -> dict[str, Any]:
+def run(words: tuple[str, ...], environment: dict[str, str], left_s: float) -> dict[str, Any]:
     """What the command found. Raises RuntimeError with its last words where it failed."""
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "result.json"

@@ -8,8 +8,10 @@ from collections.abc import Callable
 
 import torch
 
-REPEATS, WARM = 20, 4
-CPU_REPEATS, CPU_WARM = 2, 1
+REPEATS = 20
+WARM = 4
+CPU_REPEATS = 2
+CPU_WARM = 1
 
 
 def wait(device: torch.device) -> None:
