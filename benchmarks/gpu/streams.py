@@ -60,6 +60,8 @@ def stream(record: Record, options: str, length: tuple[str, ...] = LENGTH) -> di
     unknown = [word for word in words if word.startswith("--") and word not in known_options()]
     if unknown:
         raise Missing(f"this version has no {', '.join(unknown)}")
+    if "--cuda-graph" in words and not machine.on_gpu:
+        raise Missing("CUDA graphs need a CUDA device")
     if "--attention" in words and not machine.small:
         name = words[words.index("--attention") + 1]
         if name != "auto":
