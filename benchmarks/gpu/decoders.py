@@ -1,4 +1,4 @@
-"""Stage `decoder`: a latent frame of Wan's VAE, in each layout, plain and compiled; diffusers'."""
+"""Stage `decoder`: a latent frame by Wan's VAE in each layout, plain and compiled; by others."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks.gpu.record import Machine, Record
 from benchmarks.gpu.timing import forget_peak, milliseconds, peak_gb, rate, wait
+from selfforcing_dfd.codecs.protocol import StreamingCodec
+from selfforcing_dfd.codecs.small_codec import SmallCodec
+from selfforcing_dfd.codecs.small_decoder import DecoderSize, SmallDecoder
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.cost import decode_flops
 from selfforcing_dfd.streaming.random_model import TINY_VAE
@@ -28,6 +31,8 @@ def measure(record: Record) -> None:
             record.row(name, partial(ours, machine, "bfloat16", layout, way))
     name = "float16, channels_last, plain"
     record.row(name, partial(ours, machine, "float16", "channels_last", "plain"))
+    for way in ("plain", "compiled"):
+        record.row(f"bfloat16, small decoder, {way}", partial(small, machine, way))
     record.row("bfloat16, diffusers", lambda: diffusers_own(machine))
 
 
@@ -56,6 +61,30 @@ def ours(machine: Machine, dtype: str, layout: str, way: str) -> dict[str, Any]:
     codec = WanCodec(vae, channels_last=layout == "channels_last")
     if way == "compiled":
         codec.compile_decoding(**machine.compiler())
+    with torch.device("meta"):
+        from diffusers import AutoencoderKLWan
+
+        shapes = WanCodec(AutoencoderKLWan.from_config(vae.config))
+    found = decoded(machine, codec)
+    return {**rate(decode_flops(shapes, latent_size(machine)), found["ms"]), **found}
+
+
+@torch.inference_mode()
+def small(machine: Machine, way: str) -> dict[str, Any]:
+    """The small decoder of Wan's size, with random weights."""
+    forget_peak(machine.device)
+    torch._dynamo.reset()
+    network = SmallDecoder(DecoderSize())
+    network.init_weights(torch.Generator().manual_seed(0))
+    nn.Module.to(network, machine.device, torch.bfloat16)
+    codec = SmallCodec(network, WanCodec(vae_of(machine, torch.bfloat16)))
+    if way == "compiled":
+        codec.compile_decoding(**machine.compiler())
+    return decoded(machine, codec)
+
+
+def decoded(machine: Machine, codec: StreamingCodec) -> dict[str, Any]:
+    """Milliseconds of a latent frame, seconds of a video's first two, and the peak memory."""
     decoder = codec.start_decoding()
     z = latent_frames(machine, 1)
     begun = time.perf_counter()
@@ -63,13 +92,8 @@ def ours(machine: Machine, dtype: str, layout: str, way: str) -> dict[str, Any]:
         decoder.decode(z)
     wait(machine.device)
     started_s = time.perf_counter() - begun
-    with torch.device("meta"):
-        from diffusers import AutoencoderKLWan
-
-        shapes = WanCodec(AutoencoderKLWan.from_config(vae.config))
-    flops = decode_flops(shapes, latent_size(machine))
     ms = milliseconds(lambda: decoder.decode(z), machine.device, repeats=12, warm=3)
-    return {**rate(flops, ms), "first two, s": started_s, "peak GB": peak_gb(machine.device)}
+    return {"ms": ms, "first two, s": started_s, "peak GB": peak_gb(machine.device)}
 
 
 @torch.inference_mode()
