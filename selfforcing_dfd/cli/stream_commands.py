@@ -26,8 +26,8 @@ MODEL_SIZES = ("tiny", "wan-tiny", "wan1.3b", "wan14b")
 TEXT_ENCODERS = ("umt5", "umt5-small")
 TEXT_MEMORY = ("keep", "cpu", "free")
 NOT_WITH_SERVE = ("prompt", "prompts", "chunks", "image", "video", "out", "overwrite")
-ONLY_WITH_SERVE = ("port", "beside")
-STREAM_DEFAULTS = {"chunks": 20, "out": "stream.mp4", "port": 8000}
+ONLY_WITH_SERVE = ("host", "port", "token_file", "beside")
+STREAM_DEFAULTS = {"chunks": 20, "out": "stream.mp4", "host": "127.0.0.1", "port": 8000}
 
 
 def stream(parser: argparse.ArgumentParser) -> Run:
@@ -63,7 +63,7 @@ def check_targets(args: argparse.Namespace) -> None:
     """Refuse options that would have no effect, and fill in the others' defaults."""
     given = vars(args)
     idle = NOT_WITH_SERVE if args.serve else ONLY_WITH_SERVE
-    useless = [f"--{name}" for name in idle if given[name]]
+    useless = [f"--{name.replace('_', '-')}" for name in idle if given[name]]
     if useless and args.serve:
         raise UserError(
             f"--serve shows a page where every viewer has a stream; "
@@ -206,7 +206,20 @@ def _add_target_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--overwrite", action="store_true", help="replace an existing file")
     group.add_argument("--fps", type=float, default=16, help="of the video (default: %(default)s)")
     group.add_argument("--serve", action="store_true", help="a web page instead of a file")
+    group.add_argument(
+        "--host",
+        metavar="ADDRESS",
+        help="where the web page listens, such as 0.0.0.0 for all networks; others than this "
+        "machine need a token, which stands in the printed link (default: 127.0.0.1)",
+    )
     group.add_argument("--port", type=positive, metavar="N", help="of the web page (default: 8000)")
+    group.add_argument(
+        "--token-file",
+        type=Path,
+        metavar="FILE",
+        help="the web page's token, made if the file does not exist; links then outlive a restart "
+        "(default: a new one for each start)",
+    )
 
 
 def benchmark(parser: argparse.ArgumentParser) -> Run:

@@ -206,8 +206,9 @@ def listen(player: Player) -> None:
 def serve(options: argparse.Namespace) -> None:
     """The web page, until Ctrl-C."""
     refuse_ranks("the web page")
-    from selfforcing_dfd.live import server
+    from selfforcing_dfd.live import access, server
 
+    token = access.find_token(options.host, options.token_file)
     students = load_students(options)
     for student in students.values():
         load_text(student.model)
@@ -215,11 +216,11 @@ def serve(options: argparse.Namespace) -> None:
             grey = student.model.grey()
             prompt = examples(options)[0]
             warm_up_aloud(StreamSession(student.model, prompt, student.settings, grey), grey)
-    app = server.create_app(students, fps=options.fps, examples=examples(options))
+    app = server.create_app(students, fps=options.fps, examples=examples(options), token=token)
     lines = [describe_model(name, student.model) for name, student in students.items()]
-    lines.append(f"open http://127.0.0.1:{options.port} (Ctrl-C ends it)")
+    lines.append(f"open {access.link(options.host, options.port, token)} (Ctrl-C ends it)")
     sys.stderr.write("\n".join(lines) + "\n")
-    server.serve(app, port=options.port)
+    server.serve(app, options.host, options.port)
 
 
 def load_students(options: argparse.Namespace) -> dict[str, page.Student]:

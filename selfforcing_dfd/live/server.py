@@ -1,91 +1,52 @@
-"""The live page of `python inference/stream.py --serve`, for the browsers of this machine.
+"""The live page of `python inference/stream.py --serve`.
 
-Every tab has a stream of its own, see `web.viewer`, and one WebSocket, see `web.messages`.
+Every tab has a stream of its own, see `web.viewer`, or watches another one's, see `web.watcher`,
+and one WebSocket, see `web.messages`. Who may connect is said in `access`.
 """
 
 from __future__ import annotations
 
+import asyncio
 import socket
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
-from starlette.datastructures import Headers
 from starlette.middleware import Middleware
-from starlette.requests import Request
-from starlette.responses import FileResponse, JSONResponse, PlainTextResponse
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import FileResponse, JSONResponse, Response
 from starlette.routing import Route, WebSocketRoute
-from starlette.types import ASGIApp, Receive, Scope, Send
 from starlette.websockets import WebSocket
 
 from selfforcing_dfd.common import UserError
-from selfforcing_dfd.live.web.messages import short
+from selfforcing_dfd.live.access import Access, Guard, is_loopback
+from selfforcing_dfd.live.web.connection import NO_STREAM, TRY_LATER, Connection, Ended, Outbox
+from selfforcing_dfd.live.web.pictures import MAX_PICTURE_BYTES, PictureError, open_picture
 from selfforcing_dfd.live.web.shared import Shared, Student
-from selfforcing_dfd.live.web.viewer import Ended, Viewer
+from selfforcing_dfd.live.web.viewer import Viewer
+from selfforcing_dfd.live.web.watcher import MAX_WATCHERS, Watcher
 
 WEB = Path(__file__).parent / "web"
-PAGES = {
-    "/": "page.html",
-    **{f"/{name}": name for name in ("page.css", "page.js", "player.js", "graph.js")},
-}
-LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
+SCRIPTS = (
+    *("page.css", "page.js", "address.js", "figures.js", "graph.js", "line.js", "look.js"),
+    *("picture.js", "player.js", "saving.js"),
+)
+PAGES = {"/": "page.html", **{f"/{name}": name for name in SCRIPTS}}
 MAX_SOCKET_BYTES = 256 * 1024  # beyond it the protocol itself ends the connection, unread
-TRY_LATER = 1013
 SHUTDOWN_S = 2
+MAX_SAVING = 2  # videos that are put together at once: each may be a copy of all that is kept
 HEADERS = {
     "Cache-Control": "no-cache",
     "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
     "Content-Security-Policy": (
         "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
-        "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        "img-src 'self' data: blob:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
     ),
 }
-
-
-def refusal(headers: Headers) -> str:
-    """Why a request is refused; empty if it is not.
-
-    The Host must be a name of this machine, or another site's name could be made to point here (DNS
-    rebinding). An Origin, which a browser sends with every WebSocket, must be this server's own: a
-    page of another site must not drive a stream.
-    """
-    hosts = headers.getlist("host")
-    origin = headers.get("origin")
-    if len(hosts) != 1 or host_name(hosts[0]) not in LOCAL_HOSTS:
-        return (
-            f"got Host {short(', '.join(hosts))}; "
-            "open this page as http://localhost or http://127.0.0.1 and its port"
-        )
-    if origin is not None and origin not in (f"http://{hosts[0]}", f"https://{hosts[0]}"):
-        return f"got Origin {short(origin)}; want this server's own page, http://{hosts[0]}"
-    return ""
-
-
-def host_name(host: str) -> str:
-    """A Host header without its port; empty if it is malformed."""
-    try:
-        return urlsplit(f"//{host}").hostname or ""
-    except ValueError:
-        return ""
-
-
-@dataclass(frozen=True, slots=True)
-class LocalOnly:
-    """Answers 403 to what `refusal` refuses, WebSockets included."""
-
-    app: ASGIApp
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        reason = refusal(Headers(scope=scope)) if scope["type"] in ("http", "websocket") else ""
-        if reason and scope["type"] == "websocket":
-            # before it is accepted: the browser gets a 403
-            await WebSocket(scope, receive, send).close(reason=reason)
-        else:
-            await (PlainTextResponse(reason, 403) if reason else self.app)(scope, receive, send)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +56,11 @@ class StreamServer:
     shared: Shared
     max_sessions: int
     viewers: set[Viewer] = field(default_factory=set)
+    watchers: set[Watcher] = field(default_factory=set)
+    saving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_SAVING))
 
     async def stream(self, websocket: WebSocket) -> None:
-        """One connection, from its handshake to its end."""
+        """The connection of a stream's owner, from its handshake to its end."""
         await websocket.accept()
         viewer = Viewer(self.shared, websocket)
         if len(self.viewers) >= self.max_sessions:
@@ -106,13 +69,70 @@ class StreamServer:
                 f"{len(self.viewers)} other {plural} running, and no more are allowed; "
                 "close one and try again"
             )
-            await viewer.end(Ended(TRY_LATER, why))
+            await viewer.connection.end(Ended(TRY_LATER, why))
             return
         self.viewers.add(viewer)
         try:
             await viewer.run()
         finally:
             self.viewers.discard(viewer)
+
+    async def watch(self, websocket: WebSocket) -> None:
+        """The connection of somebody who watches, from its handshake to its end."""
+        await websocket.accept()
+        owner = self.owner_of(websocket.query_params.get("stream", ""))
+        if owner is None:
+            connection = Connection(websocket, Outbox(1), self.shared.idle_s)
+            await connection.end(Ended(NO_STREAM, "the stream of this link is not running"))
+            return
+        watcher = Watcher(owner, websocket)
+        if len(self.watchers) >= MAX_WATCHERS:
+            why = f"{MAX_WATCHERS} others watch, and no more are allowed; try again later"
+            await watcher.connection.end(Ended(TRY_LATER, why))
+            return
+        self.watchers.add(watcher)
+        try:
+            await watcher.run()
+        finally:
+            self.watchers.discard(watcher)
+
+    def owner_of(self, stream: str) -> Viewer | None:
+        """Whose stream has this name."""
+        return next((each for each in self.viewers if each.stream.name == stream), None)
+
+    async def picture(self, request: Request) -> JSONResponse:
+        """A picture for a stream to begin with: the body of a POST."""
+        viewer = self.owner_of(request.query_params.get("stream", ""))
+        if viewer is None:
+            return told("the stream of this page is not running; open the page again", 404)
+        try:
+            data = await body_of(request, MAX_PICTURE_BYTES)
+            image = await asyncio.to_thread(open_picture, data)
+        except TooLarge as error:
+            return told(str(error), 413)
+        except PictureError as error:
+            return told(str(error), 415)
+        except ClientDisconnect:
+            return told("the picture did not arrive", 400)
+        if not viewer.use_picture(image):
+            return told("too many messages wait; send it again", 429)
+        return told("", 202)
+
+    async def video(self, request: Request) -> Response:
+        """An mp4 of what a stream has shown."""
+        viewer = self.owner_of(request.query_params.get("stream", ""))
+        first = request.query_params.get("first_chunk", "0")
+        if viewer is None or not first.isascii() or not first.isdecimal():
+            return told("the stream of this page is not running; open the page again", 404)
+        if self.saving.locked():
+            return told("other videos are being saved; try again in a moment", 429)
+        try:
+            async with self.saving:
+                data = await viewer.stream.saved(int(first[:18]))
+        except UserError as error:
+            return told(str(error), 404)
+        disposition = {"Content-Disposition": 'attachment; filename="stream.mp4"'}
+        return Response(data, headers={**HEADERS, **disposition}, media_type="video/mp4")
 
     async def page(self, request: Request) -> FileResponse:
         return FileResponse(WEB / PAGES[request.url.path], headers=HEADERS)
@@ -122,6 +142,7 @@ class StreamServer:
         facts = {
             "status": "ok",
             "sessions": len(self.viewers),
+            "watchers": len(self.watchers),
             "max_sessions": self.max_sessions,
             "fps": self.shared.fps,
             "students": self.shared.facts,
@@ -143,32 +164,68 @@ def create_app(
     idle_s: float = 60,
     max_queue_chunks: int = 2,
     examples: Sequence[str] = (),
+    token: str | None = None,
 ) -> Starlette:
-    """The page, its WebSocket `/stream` and `/healthz`.
+    """The page, its WebSockets `/stream` and `/watch`, `/picture`, `/video.mp4` and `/healthz`.
 
     students: by the names that the page shows; the first one is played at once. A connection beyond
     max_sessions is told so and closed with code 1013. One that is idle for idle_s seconds, or
     acknowledges nothing for as long while it is not paused, is told and closed. A viewer's stream
     is at most max_queue_chunks chunks ahead of what was shown. examples: prompts that the page
-    offers; it begins with the first one. Raises UserError for settings that do not fit a model.
+    offers; it begins with the first one. token: what every request has to bring; without one, only
+    this machine's browsers are answered. Raises UserError for settings that do not fit a model.
     """
     if max_sessions < 1:
         raise UserError(f"max_sessions is {max_sessions}; want at least 1")
     shared = Shared(students, fps, idle_s, max_queue_chunks, examples)
     server = StreamServer(shared, max_sessions)
-    routes = [*(Route(path, server.page) for path in PAGES), Route("/healthz", server.health)]
-    return Starlette(
-        routes=[*routes, WebSocketRoute("/stream", server.stream)],
-        middleware=[Middleware(LocalOnly)],
+    routes = [
+        *(Route(path, server.page) for path in PAGES),
+        Route("/healthz", server.health),
+        Route("/picture", server.picture, methods=["POST"]),
+        Route("/video.mp4", server.video),
+        WebSocketRoute("/stream", server.stream),
+        WebSocketRoute("/watch", server.watch),
+    ]
+    app = Starlette(
+        routes=routes,
+        middleware=[Middleware(Guard, access=Access(token))],
         lifespan=server.lifespan,
     )
+    app.state.has_token = token is not None
+    return app
+
+
+class TooLarge(UserError):
+    """A request that is longer than it may be."""
+
+
+async def body_of(request: Request, max_bytes: int) -> bytes:
+    """A request's body, of which no more than max_bytes are ever held. Raises TooLarge."""
+    too_large = f"the file has more than {max_bytes // 2**20} MiB; send a smaller one"
+    stated = request.headers.get("content-length", "0")
+    if stated.isascii() and stated.isdecimal() and int(stated[:18]) > max_bytes:
+        raise TooLarge(too_large)
+    body = bytearray()
+    async for part in request.stream():
+        body += part
+        if len(body) > max_bytes:
+            raise TooLarge(too_large)
+    return bytes(body)
+
+
+def told(message: str, status: int) -> JSONResponse:
+    """An answer in words."""
+    return JSONResponse({"message": message}, status, HEADERS)
 
 
 def serve(app: Starlette, host: str = "127.0.0.1", port: int = 8000) -> None:
     """Answer requests until Ctrl-C. Raises OSError if the port cannot be used.
 
-    From another machine: `ssh -L 8000:localhost:8000`; other host names are refused.
+    host: where to listen. Raises UserError for others than this machine's own without a token.
     """
+    if not is_loopback(host) and not app.state.has_token:
+        raise UserError(f"host is {host}, which others can reach; give create_app a token")
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         listener = socket.create_server((host, port), family=family)
@@ -183,6 +240,7 @@ def server_config(app: Starlette) -> uvicorn.Config:
     return uvicorn.Config(
         app,
         log_level="warning",
+        access_log=False,  # a token stands in a link
         ws_max_size=MAX_SOCKET_BYTES,
         ws_per_message_deflate=False,
         timeout_graceful_shutdown=SHUTDOWN_S,

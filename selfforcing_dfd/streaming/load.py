@@ -27,7 +27,7 @@ from selfforcing_dfd.streaming.saving import NOTHING_SAVED, Saving
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 from selfforcing_dfd.tiny.codec import SPACE, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
-from selfforcing_dfd.tiny.world import SIDE, parse_caption
+from selfforcing_dfd.tiny.world import SIDE, Level, parse_caption, unknown_words
 from selfforcing_dfd.weights.read import (
     Description,
     describe,
@@ -53,9 +53,13 @@ STREAM_CONFIGS = shipped("configs/stream")
 
 @dataclass(frozen=True, slots=True)
 class TinyPrompts:
-    """The tiny world's text encoder with an error for prompts that it would not understand."""
+    """The tiny world's text encoder with an error for prompts that it would not understand.
+
+    level: of the captions that its student was trained on.
+    """
 
     encoder: TinyText
+    level: Level = "mixed"
 
     def encode(self, captions: list[str]) -> Tensor:
         """[B, L, D_text]. Raises LoadError for a prompt that names nothing of the tiny world."""
@@ -66,6 +70,10 @@ class TinyPrompts:
                     "square or cross"
                 )
         return self.encoder.encode(captions)
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """The prompt's words that the student has never met, in order."""
+        return unknown_words(prompt, self.level)
 
 
 def load_stream_model(
@@ -97,7 +105,7 @@ def load_stream_model(
     return StreamModel(
         student=student,
         codec=codec.to(run_on),
-        text=TinyPrompts(TinyText(student.config["text_dim"])),
+        text=TinyPrompts(TinyText(student.config["text_dim"]), caption_level(path)),
         ladder=settled.sigmas,
         keeps_noise=settled.keeps_noise,
         given=settled.given,
@@ -110,6 +118,11 @@ def tiny_codec_file(weights: Path) -> Path:
     """The codec beside a weights file, which a run's export puts there, else the shipped one."""
     beside = weights.parent / CODEC_FILE
     return beside if beside.is_file() else TINY_ASSETS / CODEC_FILE
+
+
+def caption_level(weights: Path) -> Level:
+    """What is known of a student's captions: the shipped DMD student's named the shape alone."""
+    return "short" if weights.resolve() == TINY_DMD_STUDENT.resolve() else "mixed"
 
 
 def find_weights(name: str) -> Path:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -20,6 +20,13 @@ class TextEncoder(Protocol):
     def encode(self, captions: list[str]) -> Tensor:
         """[B, L, D_text], zeros past each prompt's end."""
         ...
+
+
+@runtime_checkable
+class KnowsWords(Protocol):
+    """A text encoder that can say which words mean nothing to its student."""
+
+    def unknown_words(self, prompt: str) -> list[str]: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,6 +66,10 @@ class StreamModel:
         rows, columns = self.latent_size
         _, row_stride, column_stride = self.codec.strides
         return rows * row_stride, columns * column_stride
+
+    def unknown_words(self, prompt: str) -> list[str]:
+        """Words of a prompt that the student has never met; none where the encoder cannot say."""
+        return self.text.unknown_words(prompt) if isinstance(self.text, KnowsWords) else []
 
     @property
     def num_given_video_frames(self) -> int:

@@ -236,8 +236,12 @@ class StreamSession:
             chunk_index=self.chunk_index,
         )
 
-    def restore(self, snapshot: Snapshot) -> None:
-        """Go back to a snapshot of a session of the same model, window and sink."""
+    def restore(self, snapshot: Snapshot, keeps_prompt: bool = False) -> None:
+        """Go back to a snapshot of a session of the same model, window and sink.
+
+        keeps_prompt: what `set_prompt` has asked for since then still comes with the next chunk.
+        """
+        change = self._change if keeps_prompt else snapshot.change
         self._ring.restore(snapshot.ring)
         self._decoder = snapshot.decoder.clone()
         self._history = list(snapshot.history)
@@ -246,7 +250,7 @@ class StreamSession:
         self._picture = snapshot.conditioning.picture
         self._conditioning = snapshot.conditioning
         self.prompt = snapshot.prompt
-        self._change = snapshot.change
+        self._change = change
         self.settings = snapshot.settings
         self.chunk_index = snapshot.chunk_index
         self._clock.take()

@@ -229,6 +229,20 @@ def parse_caption(text: str) -> dict[str, int]:
     return named
 
 
+def unknown_words(text: str, level: Level = "mixed") -> list[str]:
+    """The words of a prompt that no caption of a level has, each once, in order.
+
+    mixed: captions of all levels. A student that was trained on such captions never met the words.
+    """
+    templates = _TEMPLATES.values() if level == "mixed" else [_TEMPLATES[level]]
+    pattern = " ".join(templates)
+    known = set(re.findall(r"[a-z]+", re.sub(r"{\w+}", " ", pattern)))
+    for factor in re.findall(r"{(\w+)}", pattern):
+        known.update(_NAMES[factor])
+    words = dict.fromkeys(re.findall(r"[^\W\d_]+", text.lower()))
+    return [word for word in words if word not in known]
+
+
 def clip_number(clip: int, seed: int, level: Level) -> tuple[Factors, str]:
     """Clip number `clip` of a data set, and its caption; a function of these arguments alone."""
     factors = draw_factors(1, rng.generator(seed, "tiny clip", clip))

@@ -174,6 +174,8 @@ def test_reset_starts_again_with_the_new_seed_and_prompt(model):
             "prompt": "a cross",
             "seed": 7,
             "next_chunk": 2,
+            "has_picture": False,
+            "unknown": [],
         }
         tab.send("ack", chunk=1)
         chunks = [tab.chunk(), tab.chunk()]
@@ -208,6 +210,9 @@ class WatchedDecoder:
     def decode(self, latents: Tensor) -> Tensor:
         self.order.append(self.number)
         return self.decoder.decode(latents)
+
+    def clone(self) -> WatchedDecoder:
+        return WatchedDecoder(self.decoder.clone(), self.number, self.order)
 
 
 def test_sessions_take_turns(model):

@@ -16,7 +16,7 @@ from websockets.sync.client import connect
 from selfforcing_dfd.live import server
 from selfforcing_dfd.live.web.messages import MAX_SEED
 from selfforcing_dfd.live.web.shared import Student
-from selfforcing_dfd.live.web.viewer import taken
+from selfforcing_dfd.live.web.connection import taken
 from selfforcing_dfd.streaming.session import StreamModel
 
 

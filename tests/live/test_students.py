@@ -61,6 +61,8 @@ def test_the_switch_begins_anew_and_leads_back(models):
             "prompt": "a cross",
             "seed": 3,
             "next_chunk": 2,
+            "has_picture": False,
+            "unknown": [],
         }
         between = two_chunks(tab)
         assert switch(tab, "one")["student"] == "one"

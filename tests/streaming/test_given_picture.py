@@ -148,8 +148,11 @@ def test_a_picture_that_is_missing_or_too_short_is_refused(model):
     settings = replace(WHOLE, window_frames=8)
     with pytest.raises(UserError, match=r"context is 5 video frames; .* with 9 that are given"):
         StreamSession(longer, "a disc", settings, picture("short", 5))
-    with pytest.raises(UserError, match="the page has none; use `stream --image FILE`"):
-        Student(model, WHOLE).facts()
+    with pytest.raises(UserError, match="single pictures; use `stream --video FILE`"):
+        Student(longer, settings).facts()
+    assert Student(model, WHOLE).facts()["needs_picture"]
+    with pytest.raises(UserError, match="this student begins with a picture; choose one"):
+        Student(model, WHOLE).begin("a disc", 0)
     grey = model.grey()
     assert grey is not None
     assert len(StreamSession(model, "a disc", WHOLE, grey).next_chunk().frames) == 5

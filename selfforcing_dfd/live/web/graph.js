@@ -1,4 +1,6 @@
 /** Latency of the newest chunks as stacked bars, against the time that a chunk takes to play. */
+import { milliseconds } from "./figures.js";
+
 const STAGES = ["text", "prompt", "noise", "denoise", "decode", "commit", "other"];
 const MAX_BARS = 400;
 const LEAST = 0.01; // of a chunk: what a legend needs to name
@@ -35,6 +37,12 @@ export class Graph {
     const isChange = this.#bars.length > 0 && this.#bars.at(-1).prompt !== info.prompt;
     this.#bars.push({ ...info, stages, height: Math.max(info.latency_ms, known), isChange });
     if (this.#bars.length > MAX_BARS) this.#bars.shift();
+    this.draw();
+  }
+
+  /** Chunks after this one are not shown. */
+  dropAfter(chunk) {
+    this.#bars = this.#bars.filter((bar) => bar.chunk <= chunk);
     this.draw();
   }
 
@@ -138,10 +146,6 @@ export class Graph {
     total.append(`chunk ${bar.index} `, bold(milliseconds(bar.latency_ms)));
     this.#legend.replaceChildren(total, ...items);
   }
-}
-
-export function milliseconds(ms) {
-  return `${ms >= 100 ? Math.round(ms) : ms.toFixed(1)} ms`;
 }
 
 function bold(text) {

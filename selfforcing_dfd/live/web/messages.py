@@ -2,16 +2,18 @@
 
 To the server, as JSON: `start {prompt, seed}`, `prompt {text, mode}`, `pause`, `resume`, `reset`,
 `seed {seed}` (of the next reset), `student {name}` (begin anew with that one, under the same prompt
-and seed; before the start: begin with it) and `ack {chunk}`: that chunk, and all before it, has
-been shown. `type` names the message.
+and seed; before the start: begin with it), `drop_picture` (begin anew without the picture that was
+sent) and `ack {chunk}`: that chunk, and all before it, has been shown. `type` names the message.
 
 From the server, as JSON: `hello` (the students with their sizes, and limits), `began` (a start, a
-reset or another student; frames of chunks before `next_chunk` need not be shown, and are to be
-acknowledged), `prompt` (accepted, with the first chunk it holds for), `state`, `chunk` (figures;
-its video frames follow), `error` and `ended`.
+reset, another student or picture; frames of chunks before `next_chunk` need not be shown, and are
+to be acknowledged), `prompt` (accepted, with the first chunk it holds for; frames of the chunks
+between `keep` and that one are not to be shown), `picture` (accepted, before a start), `state`,
+`chunk` (figures; its video frames follow), `error`, `alive` (nothing, but in time) and `ended`.
 Each video frame is one binary message: `HEADER`, then a JPEG. Chunks and video frames are counted
 from the start of the connection, so that a number means the same chunk before and after a reset
-or another student.
+or another student. Who watches another's stream gets that one's numbers, and some of its chunks
+may be left out.
 """
 
 from __future__ import annotations
@@ -42,6 +44,7 @@ FIELDS: dict[str, dict[str, str]] = {
     "reset": {},
     "seed": {"seed": "number"},
     "student": {"name": "text"},
+    "drop_picture": {},
     "ack": {"chunk": "number"},
 }
 WANTED = {
@@ -102,6 +105,11 @@ def short(value: Any) -> str:
     """A value as an error message shows it."""
     text = repr(value)
     return text if len(text) <= 60 else f"{text[:57]}... ({len(text):,} characters)"
+
+
+def message_text(kind: str, **fields: Any) -> str:
+    """A message of the server."""
+    return json.dumps({"type": kind, **fields})
 
 
 def encode_jpeg(picture: np.ndarray) -> bytes:

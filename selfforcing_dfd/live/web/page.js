@@ -1,99 +1,132 @@
-import { Graph, milliseconds } from "./graph.js";
+import { readAddress, watchLink, writeAddress } from "./address.js";
+import { Figures } from "./figures.js";
+import { Graph } from "./graph.js";
+import { Line } from "./line.js";
+import { Look } from "./look.js";
+import { StartPicture } from "./picture.js";
 import { Player } from "./player.js";
+import { Saving } from "./saving.js";
 
 const HEADER_BYTES = 8; // chunk and video frame, uint32 each
-const TRY_LATER = 1013;
-const RECENT = 50; // chunks that the median is taken over
+const IDLE = 1001;
 const LATE_MS = 400;
 const MODES = {
-  recache: "recache: read again under it",
+  recache: "recache: read again",
   flush: "flush: mostly forgotten",
   keep: "keep: left as it is",
 };
 
 const $ = (id) => document.getElementById(id);
 const graph = new Graph($("graph"), $("legend"));
+const figures = new Figures($);
+const look = new Look($("screen"), $("look"));
 const player = new Player($("video"), { onShown, onStarved, onBroken: () => say("a video frame could not be decoded", true) });
+const saving = new Saving($("record"), $("save-last"), say);
+const picture = new StartPicture(
+  { field: $("picture"), thumb: $("thumb"), remove: $("no-picture"), note: $("picture-note"), drop: document.body },
+  { say, send: sendPicture, onRemoved: () => line.send("drop_picture") },
+);
+const line = new Line({
+  connecting: () => setPhase("connecting"),
+  message: (message) => receive[message.type]?.(message),
+  frame: (data) => player.addFrame(data.slice(HEADER_BYTES)),
+  lost: (reason, seconds) => leave("reconnecting", `${reason}; trying again in ${seconds} s`),
+  ended: (code, reason) => {
+    endedIdle = code === IDLE;
+    leave(code === IDLE || watched ? "ended" : "refused", reason);
+  },
+});
 
-let socket = null;
 let hello = null;
 let student = null; // facts of the one that is shown
-let chosen = null; // the name of the one that was asked for
+let wanted = readAddress(); // what the stream is to begin with
+let watched = wanted.watch; // whose stream is watched; null for one's own
+let shown = null; // prompt, seed and student of the running stream
+let target = null; // what an address asks for that is being carried out
+let sentTo = null; // the stream that has got the picture
 let phase = "connecting";
 let hasBegun = false; // whether the server has a stream for us
-let latencies = [];
-let numFramesMade = 0;
+let endedIdle = false;
 let starvedAt = null;
 
-/** Open a connection; a stream begins as soon as the server has said hello. */
 function connect() {
-  socket?.close();
-  const mine = new WebSocket(`${location.protocol === "https:" ? "wss" : "ws"}://${location.host}/stream`);
-  mine.binaryType = "arraybuffer";
-  socket = mine;
+  endedIdle = false;
+  line.open(watched ? `/watch?${new URLSearchParams({ stream: watched })}` : "/stream");
+}
+
+/** The connection is gone; the last picture stays on the screen. */
+function leave(name, reason) {
   hasBegun = false;
   player.clear();
   player.isPaused = false;
-  setPhase("connecting");
-  let reason = "the server does not answer";
-  mine.onmessage = ({ data }) => {
-    if (mine !== socket) return;
-    if (data instanceof ArrayBuffer) return player.addFrame(data.slice(HEADER_BYTES));
-    const message = JSON.parse(data);
-    if (message.type === "hello") reason = "the connection was lost";
-    if (message.type === "ended") reason = message.message;
-    else receive[message.type](message);
-  };
-  mine.onclose = ({ code }) => {
-    if (mine !== socket) return;
-    hasBegun = false;
-    player.isPaused = false;
-    setPhase(code === TRY_LATER ? "refused" : "ended", reason);
-  };
-}
-
-function send(type, fields = {}) {
-  if (socket?.readyState === WebSocket.OPEN) socket.send(JSON.stringify({ type, ...fields }));
+  setPhase(name, reason);
 }
 
 const receive = {
   hello(message) {
     const isFirst = hello === null;
     hello = message;
+    hasBegun = false;
+    player.clear();
+    player.isPaused = false;
+    player.maxChunks = hello.max_queue_chunks + 2; // more wait only where others set the pace
     graph.open(hello);
+    figures.open(hello);
+    saving.open(hello);
+    picture.open(hello);
     showLimits(isFirst);
     showStudents();
-    begin();
+    if (watched) setPhase("waiting");
+    else begin();
   },
-  began({ student: name, prompt, seed, next_chunk }) {
+  began({ student: name, prompt, seed, next_chunk, has_picture, unknown }) {
     hasBegun = true;
     showStudent(name);
     player.clear();
     graph.clear();
-    latencies = [];
-    numFramesMade = 0;
-    if (next_chunk > 0) send("ack", { chunk: next_chunk - 1 }); // they will not be shown any more
+    figures.begin();
+    if (next_chunk > 0) line.send("ack", { chunk: next_chunk - 1 }); // they will not be shown any more
     $("seed").value = seed;
     const who = hello.students.length > 1 ? `${name}: ` : "";
     say(`${who}${prompt ? `“${prompt}”` : "no prompt"}, seed ${seed}`);
-    setPhase("waiting");
+    warn(unknown);
+    picture.show(has_picture, student);
+    note({ prompt, seed, student: name });
+    setPhase(player.isPaused ? "paused" : "waiting");
   },
-  prompt({ text }) {
-    say(`“${text}” comes after the chunks that are on their way`);
+  prompt({ text, keep, from_chunk, unknown }) {
+    player.goOn(keep, from_chunk);
+    graph.dropAfter(keep);
+    figures.promptTaken(from_chunk);
+    say(`“${text}” comes next`);
+    warn(unknown);
+    note({ ...shown, prompt: text });
+  },
+  picture({ has_picture }) {
+    picture.show(has_picture, student);
+    if (!hasBegun) begin();
   },
   state({ paused }) {
     player.isPaused = paused;
     setPhase(paused ? "paused" : "waiting");
   },
+  viewers({ count }) {
+    figures.viewers(count);
+  },
   chunk(info) {
     player.beginChunk(info);
     graph.add(info);
-    showFigures(info);
+    figures.chunk(info);
   },
   error({ about, message }) {
+    player.goOn();
+    figures.promptRefused();
+    target = null;
     say(message, true);
-    if (hasBegun) showStudent(student.name); // one that refuses the prompt is not shown
+    if (hasBegun) showStudent(shown.student); // one that refuses the prompt is not shown
+    if (hasBegun && about === "picture") picture.show(picture.file !== null, student);
     if (about === "prompt" && !hasBegun) setPhase("ready", "Write a prompt to begin.");
+    if (about === "picture" && !hasBegun) setPhase("ready", "Choose a picture to begin.");
   },
 };
 
@@ -102,19 +135,56 @@ function begin() {
   if (!prompt) return setPhase("ready", "Write a prompt to begin.");
   const seed = seedOf($("seed"));
   if (seed === null) return;
-  if (chosen !== hello.students[0].name) send("student", { name: chosen });
-  send("start", { prompt, seed });
+  const name = student.name;
+  if (name !== hello.students[0].name) line.send("student", { name });
+  if (picture.file && sentTo !== hello.stream) return sendAgain(); // the server's `picture` leads here once more
+  if (student.needs_picture && !picture.file) {
+    picture.show(false, student);
+    return setPhase("ready", "This student begins with a picture. Choose one.");
+  }
+  figures.started();
+  line.send("start", { prompt, seed });
+}
+
+async function sendAgain() {
+  const error = await sendPicture(picture.file);
+  if (error) begin();
+  if (error) say(error, true);
+}
+
+/** An error in words, or "". */
+async function sendPicture(file) {
+  if (!hello) return "there is no connection; try again in a moment";
+  sentTo = hello.stream;
+  const query = new URLSearchParams({ stream: hello.stream });
+  const answer = await fetch(`/picture?${query}`, { method: "POST", body: file }).catch(() => null);
+  if (!answer) return "the picture did not arrive; the server does not answer";
+  if (answer.ok) return "";
+  return (await answer.json().catch(() => ({}))).message ?? `the server refuses the picture (${answer.status})`;
+}
+
+/** What is shown, for the address and for the next connection. */
+function note(now) {
+  const isNew = shown !== null;
+  shown = now;
+  const isThere = !target || ["prompt", "seed", "student"].every((name) => target[name] === now[name]);
+  if (watched || !isThere) return;
+  target = null;
+  writeAddress(now, isNew);
 }
 
 function onShown(info, isLast, isFirst) {
   starvedAt = null;
   if (phase !== "live" && !player.isPaused && hasBegun) setPhase("live");
+  figures.shown(info, isFirst);
   if (isFirst) {
     if ($("shown").textContent !== info.prompt && info.index > 0) say(`“${info.prompt}” since chunk ${info.index}`);
     $("shown").textContent = info.prompt;
     $("clock").textContent = `chunk ${info.index}`;
   }
-  if (isLast) send("ack", { chunk: info.chunk });
+  if (!isLast) return;
+  saving.add(info);
+  line.send("ack", { chunk: info.chunk });
 }
 
 function onStarved() {
@@ -135,10 +205,13 @@ function setPhase(name, text = "") {
   $("veil").classList.toggle("light", name === "paused");
   $("veil-text").textContent = text ? text[0].toUpperCase() + text.slice(1) : name;
   $("again").hidden = !isOver;
-  $("again").textContent = name === "refused" ? "Try again" : "Start again";
+  $("again").textContent = watched ? "Start a stream of your own" : name === "refused" ? "Try again" : "Start again";
   $("pause").textContent = player.isPaused ? "Resume" : "Pause";
   $("pause").disabled = !hasBegun;
-  for (const id of ["reset", "new-seed", "apply", "prompt", "mode"]) $(id).disabled = hello === null;
+  document.body.classList.toggle("watching", watched !== null);
+  const isDead = hello === null || watched !== null;
+  for (const id of ["reset", "new-seed", "apply", "prompt", "mode", "picture"]) $(id).disabled = isDead;
+  for (const id of ["copy-link", "copy-watch"]) $(id).disabled = !hasBegun;
 }
 
 function say(text, isBad = false) {
@@ -146,13 +219,23 @@ function say(text, isBad = false) {
   $("notice").classList.toggle("bad", isBad);
 }
 
+/** Words that a student has never met. */
+function warn(unknown) {
+  const words = unknown.slice(0, 12).map((word) => `“${word.slice(0, 40)}”`).join(", ");
+  const more = unknown.length > 12 ? ` and ${unknown.length - 12} more` : "";
+  const isOne = unknown.length === 1;
+  $("unknown").hidden = unknown.length === 0;
+  $("unknown").textContent = `Not known to ${student.name}: ${words}${more}. ${isOne ? "The word was" : "These words were"} in no caption of its training.`;
+}
+
 /** The switch, which one student alone does not need; the choice holds for a new connection too. */
 function showStudents() {
   const names = hello.students.map(({ name }) => name);
-  $("students").hidden = names.length < 2;
+  $("students").hidden = names.length < 2 || watched !== null;
   const offered = [...document.getElementsByName("student")].map(({ value }) => value);
   if (offered.join("\n") !== names.join("\n")) $("segments").replaceChildren(...names.map(segment)); // else the focus stays
-  showStudent(names.includes(chosen) ? chosen : names[0]);
+  const asked = shown?.student ?? wanted.student;
+  showStudent(names.includes(asked) ? asked : names[0]);
 }
 
 function segment(name) {
@@ -168,26 +251,21 @@ function segment(name) {
 
 /** What belongs to one student: its name and its sizes. */
 function showStudent(name) {
-  chosen = name;
   student = hello.students.find((one) => one.name === name);
   for (const radio of document.getElementsByName("student")) radio.checked = radio.value === name;
   player.open(student, hello.fps);
+  look.open(student);
+  figures.student(student);
   $("model").textContent = student.about;
-  const isSmall = student.width < 256;
-  $("screen").classList.toggle("small", isSmall);
-  const zoom = isSmall ? Math.floor(576 / student.width) : 1; // whole, so that all pixels are squares of one size
-  $("screen").style.setProperty("--widest", `${zoom * student.width}px`);
-  $("context").textContent = student.visible_frames;
-  $("context-note").textContent = `sink ${student.sink_frames} + window ${student.window_frames}, in latent frames`;
 }
 
 function showLimits(isFirst) {
-  $("queue").textContent = hello.max_queue_chunks;
   $("idle").textContent = hello.idle_s;
   $("seed").max = hello.max_seed;
   $("prompt").maxLength = hello.max_text;
   if (!isFirst) return;
-  $("seed").value = hello.seed;
+  $("seed").value = wanted.seed ?? hello.seed;
+  $("prompt").value = wanted.prompt ?? "";
   $("prompt").placeholder = hello.examples[0] ?? "";
   $("mode").replaceChildren(...hello.modes.map((mode) => new Option(MODES[mode] ?? mode, mode)));
   $("mode").value = hello.mode;
@@ -203,35 +281,6 @@ function showLimits(isFirst) {
   }));
 }
 
-function showFigures(info) {
-  latencies = [...latencies, info.latency_ms].slice(-RECENT);
-  numFramesMade += info.num_frames;
-  const sorted = [...latencies].sort((a, b) => a - b);
-  const median = sorted[sorted.length >> 1];
-  const budget = (1000 * info.num_frames) / hello.fps;
-  figure("fps", info.fps === null ? "–" : info.fps.toFixed(1), "", `plays at ${hello.fps}`);
-  const [value, unit] = milliseconds(median).split(" ");
-  figure("latency", value, unit, `median; worst ${milliseconds(sorted.at(-1))}`);
-  figure("speed", (budget / median).toFixed(1), "×", "of the playing speed");
-  figure("chunks", info.index + 1, "", `${(numFramesMade / hello.fps).toFixed(1)} s of video`);
-  const [memory, size] = bytes(info.device_bytes ?? info.memory_bytes).split(" ");
-  const [cache, cacheUnit] = bytes(student.cache_bytes).split(" ");
-  figure("memory", memory, size, `keys and values ${cache} ${cacheUnit}, constant`);
-}
-
-function figure(id, value, unit, note) {
-  const small = document.createElement("i");
-  small.textContent = unit;
-  $(id).replaceChildren(String(value), ...(unit ? [small] : []));
-  $(`${id}-note`).textContent = note;
-}
-
-function bytes(number) {
-  const unit = number >= 2 ** 30 ? ["GiB", 30] : ["MiB", 20];
-  const value = number / 2 ** unit[1];
-  return `${value >= 100 ? Math.round(value) : value.toFixed(value >= 10 ? 1 : 2)} ${unit[0]}`;
-}
-
 /** The seed in a field; null, with a word to the viewer, if it is none. */
 function seedOf(field) {
   const seed = Number(field.value);
@@ -240,37 +289,76 @@ function seedOf(field) {
   return null;
 }
 
+const isGone = () => phase === "ended" || phase === "refused" || phase === "reconnecting";
+
 function apply() {
   const text = $("prompt").value || $("prompt").placeholder;
   if (!text) return say("the prompt is empty; write one", true);
   $("prompt").value = text;
-  if (phase === "ended" || phase === "refused") connect();
+  if (isGone()) connect();
   else if (!hasBegun) begin();
-  else send("prompt", { text, mode: $("mode").value });
+  else {
+    player.hold();
+    figures.prompted();
+    line.send("prompt", { text, mode: $("mode").value });
+  }
 }
 
 /** Go on with another student; the server's `began` says when. */
 function choose(name) {
-  chosen = name;
-  if (phase === "ended" || phase === "refused") return connect();
-  send("student", { name });
-  if (player.isPaused) send("resume");
+  if (!hasBegun) {
+    shown = shown && { ...shown, student: name };
+    wanted = { ...wanted, student: name };
+    showStudent(name);
+    return isGone() ? connect() : begin();
+  }
+  figures.started();
+  line.send("student", { name });
+  if (player.isPaused) line.send("resume");
 }
 
 function togglePause() {
-  if (!hasBegun) return;
-  const wanted = !player.isPaused;
-  player.isPaused = wanted; // at once; the server's answer says the same
-  send(wanted ? "pause" : "resume");
+  if (!hasBegun || watched) return;
+  const isWanted = !player.isPaused;
+  player.isPaused = isWanted; // at once; the server's answer says the same
+  line.send(isWanted ? "pause" : "resume");
 }
 
 function reset() {
   const seed = seedOf($("seed"));
   if (seed === null) return;
   if (!hasBegun) return phase === "ready" ? begin() : connect();
-  send("seed", { seed });
-  send("reset");
-  if (player.isPaused) send("resume");
+  figures.started();
+  line.send("seed", { seed });
+  line.send("reset");
+  if (player.isPaused) line.send("resume");
+}
+
+/** The address has changed under us: Back, Forward, or a link that was pasted. */
+function follow() {
+  const asked = readAddress();
+  if (asked.watch !== watched) return location.reload();
+  if (watched || !hello) return;
+  const now = shown ?? {};
+  const seed = asked.seed ?? now.seed ?? hello.seed;
+  const prompt = asked.prompt ?? now.prompt ?? "";
+  const isOther = asked.student !== now.student && hello.students.some(({ name }) => name === asked.student);
+  $("prompt").value = prompt;
+  $("seed").value = seed;
+  if (!hasBegun) return isOther ? choose(asked.student) : isGone() ? connect() : begin();
+  target = { prompt, seed, student: isOther ? asked.student : now.student }; // what leads there is no new step
+  if (prompt !== now.prompt) apply();
+  if (isOther) line.send("student", { name: asked.student });
+  if (seed !== now.seed) reset();
+}
+
+async function copy(text, what) {
+  try {
+    await navigator.clipboard.writeText(text);
+    say(`copied ${what}`);
+  } catch {
+    prompt(`Copy ${what}:`, text); // without TLS, browsers keep the clipboard from pages of other machines
+  }
 }
 
 $("prompt-form").onsubmit = (event) => {
@@ -283,9 +371,22 @@ $("new-seed").onclick = () => {
   $("seed").value = Math.floor(Math.random() * 1e6);
   reset();
 };
-$("again").onclick = connect;
+$("again").onclick = () => {
+  if (watched) {
+    location.hash = "";
+    return location.reload();
+  }
+  connect();
+};
+$("copy-link").onclick = () => copy(location.href, "the link to this prompt and seed");
+$("copy-watch").onclick = () => copy(watchLink(hello.stream), "the link to watch this stream");
+$("full").onclick = () => (document.fullscreenElement ? document.exitFullscreen() : $("screen").requestFullscreen());
+document.addEventListener("visibilitychange", () => {
+  if (!document.hidden && phase === "ended" && endedIdle && !watched) connect();
+});
+addEventListener("hashchange", follow);
 document.addEventListener("keydown", (event) => {
-  if (event.code !== "Space" || event.repeat || event.target.closest("input, select, button, summary")) return;
+  if (event.code !== "Space" || event.repeat || event.target.closest("input, select, button, summary, a")) return;
   event.preventDefault();
   togglePause();
 });

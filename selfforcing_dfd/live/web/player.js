@@ -6,8 +6,12 @@ export class Player {
   #numArrived = 0;
   #isPlaying = false;
   #due = 0; // when the next frame is to be shown, as performance.now()
+  #current = null; // the chunk that is on the screen and not yet over
+  #last = Infinity; // no later chunk begins
+  #holdsNext = false; // the next chunk that begins is the last
   fps = 16;
   isPaused = false;
+  maxChunks = Infinity; // beyond them the oldest are left out
 
   /** onShown(info, isLast, isFirst) after each frame; onStarved() where the next chunk is late; onBroken(error). */
   constructor(canvas, { onShown, onStarved, onBroken }) {
@@ -35,6 +39,9 @@ export class Player {
   beginChunk(info) {
     this.#info = info;
     this.#numArrived = 0;
+    const waiting = [...new Set(this.#frames.map((frame) => frame.info.chunk))];
+    const late = waiting.slice(0, Math.max(waiting.length - this.maxChunks, 0));
+    if (late.length > 0) this.#drop(({ info: { chunk } }) => late.includes(chunk) && chunk !== this.#current);
   }
 
   /** The next frame. Decoded at once, so that it is ready when its time comes. */
@@ -49,14 +56,33 @@ export class Player {
     }, this.#onBroken);
   }
 
+  /** Finish the chunk on the screen, else the next one, and wait there until `goOn`. */
+  hold() {
+    if (this.#current === null) this.#holdsNext = true;
+    else this.#last = this.#current;
+  }
+
+  /** Drop the chunks between two, without both, and play on. */
+  goOn(keep = Infinity, from = Infinity) {
+    this.#last = Infinity;
+    this.#holdsNext = false;
+    this.#drop(({ info: { chunk } }) => chunk > keep && chunk < from);
+  }
+
   /** Drop everything that has not been shown. */
   clear() {
-    for (const frame of this.#frames) {
+    this.goOn();
+    this.#drop(() => true);
+    this.#current = null;
+    this.#isPlaying = false;
+  }
+
+  #drop(isUnwanted) {
+    for (const frame of this.#frames.filter(isUnwanted)) {
       frame.isDropped = true;
       frame.picture?.close();
     }
-    this.#frames = [];
-    this.#isPlaying = false;
+    this.#frames = this.#frames.filter((frame) => !frame.isDropped);
   }
 
   #tick(now) {
@@ -69,18 +95,24 @@ export class Player {
     }
     if (now - this.#due > 4 * interval) this.#due = now; // after a pause or a hidden tab: no hurry to catch up
     while (this.#due <= now) {
-      if (this.#frames.length === 0) {
-        this.#isPlaying = false;
-        this.#onStarved();
+      const next = this.#frames[0];
+      if (!next || next.info.chunk > this.#last) {
+        this.#isPlaying = next !== undefined; // while one is held back, time goes on
+        if (!next) this.#onStarved();
         return;
       }
-      if (!this.#frames[0].picture) return;
+      if (!next.picture) return;
       this.#show(this.#frames.shift());
       this.#due += interval;
     }
   }
 
   #show({ info, isFirst, isLast, picture }) {
+    if (this.#holdsNext) {
+      this.#holdsNext = false;
+      this.#last = info.chunk;
+    }
+    this.#current = isLast ? null : info.chunk;
     this.#context.drawImage(picture, 0, 0);
     picture.close();
     this.#onShown(info, isLast, isFirst);

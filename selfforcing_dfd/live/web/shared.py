@@ -8,9 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar, get_args
 
+from PIL import Image
+from torch import Tensor
+
 from selfforcing_dfd.codecs.small_codec import SmallCodec
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.live.web.messages import MAX_SEED, MAX_TEXT
+from selfforcing_dfd.live.web.pictures import MAX_PICTURE_BYTES, PictureError, as_context
+from selfforcing_dfd.live.web.recording import KEEP_S
 from selfforcing_dfd.streaming.ring import RingCache
 from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
 
@@ -24,16 +29,30 @@ class Student:
     model: StreamModel
     settings: StreamSettings
 
-    def begin(self, prompt: str, seed: int) -> StreamSession:
-        """A new stream. Raises ValueError for a prompt that the model refuses."""
-        return StreamSession(self.model, prompt, replace(self.settings, seed=seed))
+    @property
+    def needs_picture(self) -> bool:
+        """Whether it was trained to begin with a picture, and makes none itself."""
+        return self.model.num_given_video_frames > 0
+
+    def begin(self, prompt: str, seed: int, picture: Image.Image | None = None) -> StreamSession:
+        """A new stream. Raises ValueError for a prompt or picture that the model refuses."""
+        settings = replace(self.settings, seed=seed)
+        return StreamSession(self.model, prompt, settings, self.context(picture))
+
+    def context(self, picture: Image.Image | None) -> Tensor | None:
+        """What a stream begins with. Raises PictureError where a picture is missing."""
+        if picture is not None:
+            return as_context(picture, self.model.video_size)
+        if self.needs_picture:
+            raise PictureError("this student begins with a picture; choose one")
+        return None
 
     def facts(self) -> dict[str, Any]:
         """What the page shows of it. Raises UserError for settings that do not fit the model."""
-        if self.model.num_given_video_frames:
+        if self.model.num_given_video_frames > 1:
             raise UserError(
-                "this student begins with a given picture, and the page has none; use "
-                "`stream --image FILE` without --serve"
+                f"this student begins with {self.model.num_given_video_frames} given video frames, "
+                "and the page takes single pictures; use `stream --video FILE` without --serve"
             )
         height, width = self.model.video_size
         ring = RingCache(
@@ -47,6 +66,7 @@ class Student:
         )
         return {
             "about": describe(self.model),
+            "needs_picture": self.needs_picture,
             "width": width,
             "height": height,
             "num_steps": len(self.model.ladder),
@@ -129,4 +149,6 @@ class Shared:
             "examples": list(self.examples),
             "max_queue_chunks": self.max_queue_chunks,
             "idle_s": self.idle_s,
+            "keep_s": KEEP_S,
+            "max_picture_bytes": MAX_PICTURE_BYTES,
         }
