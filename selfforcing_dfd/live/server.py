@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections import deque
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -26,6 +27,7 @@ from selfforcing_dfd.live.access import Access, Guard, is_loopback
 from selfforcing_dfd.live.web.connection import NO_STREAM, TRY_LATER, Connection, Ended, Outbox
 from selfforcing_dfd.live.web.pictures import MAX_PICTURE_BYTES, PictureError, open_picture
 from selfforcing_dfd.live.web.shared import Shared, Student
+from selfforcing_dfd.live.web.stream import LiveStream
 from selfforcing_dfd.live.web.viewer import Viewer
 from selfforcing_dfd.live.web.watcher import MAX_WATCHERS, Watcher
 
@@ -37,6 +39,7 @@ SCRIPTS = (
 PAGES = {"/": "page.html", **{f"/{name}": name for name in SCRIPTS}}
 MAX_SOCKET_BYTES = 256 * 1024  # beyond it the protocol itself ends the connection, unread
 SHUTDOWN_S = 2
+READ_BYTES = 16 * MAX_PICTURE_BYTES
 MAX_SAVING = 2  # videos that are put together at once: each may be a copy of all that is kept
 HEADERS = {
     "Cache-Control": "no-cache",
@@ -49,7 +52,7 @@ HEADERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StreamServer:
     """The requests that are answered, and who is connected."""
 
@@ -57,7 +60,11 @@ class StreamServer:
     max_sessions: int
     viewers: set[Viewer] = field(default_factory=set)
     watchers: set[Watcher] = field(default_factory=set)
+    finished: deque[LiveStream] = field(init=False)  # which can still be saved
     saving: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(MAX_SAVING))
+
+    def __post_init__(self) -> None:
+        self.finished = deque(maxlen=self.max_sessions)
 
     async def stream(self, websocket: WebSocket) -> None:
         """The connection of a stream's owner, from its handshake to its end."""
@@ -76,6 +83,8 @@ class StreamServer:
             await viewer.run()
         finally:
             self.viewers.discard(viewer)
+            viewer.stream.close()
+            self.finished.append(viewer.stream)
 
     async def watch(self, websocket: WebSocket) -> None:
         """The connection of somebody who watches, from its handshake to its end."""
@@ -106,7 +115,7 @@ class StreamServer:
         if viewer is None:
             return told("the stream of this page is not running; open the page again", 404)
         try:
-            data = await body_of(request, MAX_PICTURE_BYTES)
+            data = await whole(request.stream(), MAX_PICTURE_BYTES, READ_BYTES)
             image = await asyncio.to_thread(open_picture, data)
         except TooLarge as error:
             return told(str(error), 413)
@@ -119,16 +128,18 @@ class StreamServer:
         return told("", 202)
 
     async def video(self, request: Request) -> Response:
-        """An mp4 of what a stream has shown."""
-        viewer = self.owner_of(request.query_params.get("stream", ""))
+        """An mp4 of what a stream has shown; it may have ended since."""
+        name = request.query_params.get("stream", "")
+        streams = [*(viewer.stream for viewer in self.viewers), *self.finished]
+        stream = next((each for each in streams if each.name == name), None)
         first = request.query_params.get("first_chunk", "0")
-        if viewer is None or not first.isascii() or not first.isdecimal():
+        if stream is None or not first.isascii() or not first.isdecimal():
             return told("the stream of this page is not running; open the page again", 404)
         if self.saving.locked():
             return told("other videos are being saved; try again in a moment", 429)
         try:
             async with self.saving:
-                data = await viewer.stream.saved(int(first[:18]))
+                data = await stream.saved(int(first[:18]))
         except UserError as error:
             return told(str(error), 404)
         disposition = {"Content-Disposition": 'attachment; filename="stream.mp4"'}
@@ -200,17 +211,22 @@ class TooLarge(UserError):
     """A request that is longer than it may be."""
 
 
-async def body_of(request: Request, max_bytes: int) -> bytes:
-    """A request's body, of which no more than max_bytes are ever held. Raises TooLarge."""
-    too_large = f"the file has more than {max_bytes // 2**20} MiB; send a smaller one"
-    stated = request.headers.get("content-length", "0")
-    if stated.isascii() and stated.isdecimal() and int(stated[:18]) > max_bytes:
-        raise TooLarge(too_large)
+async def whole(parts: AsyncIterator[bytes], max_bytes: int, read_bytes: int) -> bytes:
+    """All parts together, of which no more than max_bytes are held. Raises TooLarge for more.
+
+    What is too large is read on and thrown away, up to read_bytes: a browser shows no answer that
+    comes while it is still sending.
+    """
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > max_bytes:
-            raise TooLarge(too_large)
+    num_bytes = 0
+    async for part in parts:
+        num_bytes += len(part)
+        if num_bytes <= max_bytes:
+            body += part
+        if num_bytes >= read_bytes:
+            break
+    if num_bytes > max_bytes:
+        raise TooLarge(f"the file has more than {max_bytes // 2**20} MiB; send a smaller one")
     return bytes(body)
 
 

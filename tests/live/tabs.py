@@ -45,10 +45,11 @@ class Tab:
     port: int
     options: dict[str, Any] = field(default_factory=dict)
     num_frames: int = 0
+    path: str = "/stream"
 
     def __post_init__(self) -> None:
         options = {"open_timeout": PATIENCE_S, "max_size": None, "max_queue": None, **self.options}
-        self.socket = connect(f"ws://127.0.0.1:{self.port}/stream", **options)
+        self.socket = connect(f"ws://127.0.0.1:{self.port}{self.path}", **options)
 
     def __enter__(self) -> Self:
         return self
@@ -70,7 +71,9 @@ class Tab:
         """The next message of a kind. Video frames before it are passed over."""
         while True:
             data = self.socket.recv(PATIENCE_S)
-            if isinstance(data, str) and (message := json.loads(data))["type"] == kind:
+            if isinstance(data, bytes):
+                self.num_frames += 1
+            elif (message := json.loads(data))["type"] == kind:
                 return message
 
     def chunk(self, ack: bool = True) -> Chunk:
@@ -87,12 +90,13 @@ class Tab:
             self.send("ack", chunk=info["chunk"])
         return Chunk(info, frames)
 
-    def num_waiting_chunks(self) -> int:
+    def num_waiting_chunks(self, quiet_s: float = QUIET_S) -> int:
         """Chunks that arrive without any being acknowledged, until nothing comes any more."""
         count = 0
         try:
             while True:
-                data = self.socket.recv(QUIET_S)
+                data = self.socket.recv(quiet_s)
+                self.num_frames += isinstance(data, bytes)
                 count += isinstance(data, str) and json.loads(data)["type"] == "chunk"
         except TimeoutError:
             return count
@@ -140,6 +144,23 @@ def get(port: int, path: str, **headers: str) -> tuple[int, str]:
             return response.status, response.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def post(port: int, path: str, body: bytes, **headers: str) -> tuple[int, str]:
+    """Status of an answer, and what it says in words."""
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}{path}", data=body, headers=headers, method="POST"
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE_S) as response:
+            return response.status, json.loads(response.read())["message"]
+    except urllib.error.HTTPError as error:
+        return error.code, error.read().decode()
+
+
+def download(port: int, path: str) -> bytes:
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}{path}", timeout=PATIENCE_S) as response:
+        return response.read()
 
 
 def num_sessions(port: int) -> int:

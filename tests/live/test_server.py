@@ -15,6 +15,7 @@ from tabs import ASSETS, Tab, alone, get, make_model, num_sessions, serving, wai
 from tiny_models import tiny_network
 from torch import Tensor
 
+from selfforcing_dfd.live import server
 from selfforcing_dfd.streaming.session import StreamModel
 from selfforcing_dfd.tiny.codec import TinyCodec, TinyDecoder
 from selfforcing_dfd.tiny.text import TinyText
@@ -265,7 +266,7 @@ def test_page_is_whole_and_needs_no_other_site(model):
                 status, pages[path] = get(port, path)
                 assert status == 200, path
         assert get(port, "/viewer.py")[0] == 404
-    assert set(pages) == {"/", "/page.css", "/page.js", "/player.js", "/graph.js"}
+    assert set(pages) == set(server.PAGES)
     assert {url for text in pages.values() for url in re.findall(r"https?://[\w.]+", text)} <= {
         "http://www.w3.org"
     }

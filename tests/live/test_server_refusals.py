@@ -14,9 +14,9 @@ from websockets.exceptions import InvalidStatus
 from websockets.sync.client import connect
 
 from selfforcing_dfd.live import server
+from selfforcing_dfd.live.web.connection import taken
 from selfforcing_dfd.live.web.messages import MAX_SEED
 from selfforcing_dfd.live.web.shared import Student
-from selfforcing_dfd.live.web.connection import taken
 from selfforcing_dfd.streaming.session import StreamModel
 
 

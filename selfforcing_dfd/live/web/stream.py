@@ -223,9 +223,11 @@ class LiveStream:
         return await asyncio.to_thread(self.recording.mp4, first_chunk)
 
     def close(self) -> None:
-        """Tell those who watch."""
+        """Tell those who watch, and keep the recording alone."""
         self.ended.set()
-        self.unsaved.clear()
+        self.session = None
+        self.picture = None
+        self.made.clear()
 
     def _began(self) -> None:
         """Chunks of the stream before need not be shown, but still count as on their way."""

@@ -48,10 +48,7 @@ class Viewer:
 
     async def run(self) -> None:
         """Until one side ends it."""
-        try:
-            await self.connection.serve(self.read(), self.play())
-        finally:
-            self.stream.close()
+        await self.connection.serve(self.read(), self.play())
 
     async def read(self) -> None:
         """Until the browser leaves."""
