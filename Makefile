@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 JOBS ?= $(shell nproc)
 
-.PHONY: help demo study study-quick test wheel-test ray-test lint attack soak rebuild clean
+.PHONY: help demo study study-quick test wheel-test ray-test browser-test lint attack soak rebuild clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test            install, run the tests"
 	@echo "make wheel-test      build the wheel, install it elsewhere, train and stream with it"
 	@echo "make ray-test        install Ray, curate on a cluster of two nodes of this machine"
+	@echo "make browser-test    the live page in a real Chromium, which has to be installed"
 	@echo "make lint            ruff and the type checker"
 	@echo "make attack          harm everything that is read, at random, for ten minutes"
 	@echo "make soak            the long tests"
@@ -34,7 +35,7 @@ study-quick: $(VENV)/.installed
 	$(BIN)/selfforcing-dfd study --plan quick --jobs 2
 
 test: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not soak and not gpu and not wheel and not ray"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal -m "not soak and not gpu and not wheel and not ray and not browser"
 
 wheel-test: $(VENV)/.installed
 	$(BIN)/python -m pytest -m wheel
@@ -42,6 +43,9 @@ wheel-test: $(VENV)/.installed
 ray-test: $(VENV)/.installed
 	$(BIN)/pip install --quiet --disable-pip-version-check -e '.[ray]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m ray
+
+browser-test: $(VENV)/.installed
+	$(BIN)/python -m pytest -m browser tests/browser
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .

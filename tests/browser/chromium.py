@@ -40,7 +40,9 @@ class Page:
         number = next(self._ids)
         command = {"id": number, "sessionId": self._session, "method": method, "params": fields}
         self._line.send(json.dumps(command))
+        end = time.monotonic() + PATIENCE_S
         while True:
+            assert time.monotonic() < end, ("no answer", method, fields)
             message = json.loads(self._line.recv(PATIENCE_S))
             if message.get("id") == number:
                 assert "error" not in message, (method, message["error"])
@@ -50,6 +52,8 @@ class Page:
     def _note(self, event: dict[str, Any]) -> None:
         """Keep what the page complains of."""
         fields = event.get("params", {})
+        if event.get("sessionId") != self._session:
+            return
         if event.get("method") == "Runtime.exceptionThrown":
             self.errors.append(json.dumps(fields["exceptionDetails"])[:500])
         elif event.get("method") == "Log.entryAdded" and fields["entry"]["level"] == "error":
@@ -76,11 +80,19 @@ class Page:
             time.sleep(0.02)
         return value
 
+    def front(self) -> None:
+        """Put this tab before the others: what is hidden plays nothing."""
+        self.call("Page.bringToFront")
+
+    def close(self) -> None:
+        self.call("Page.close")
+
     def text(self, element: str) -> str:
         return self.do(f"document.getElementById({element!r}).textContent")
 
-    def until_phase(self, phase: str) -> None:
-        self.until(f"document.getElementById('state').dataset.phase === {phase!r}")
+    def until_phase(self, phase: str, patience_s: float = PATIENCE_S) -> None:
+        """The state that the page shows."""
+        self.until(f"document.getElementById('state')?.dataset.phase === {phase!r}", patience_s)
 
     def click(self, element: str) -> None:
         self.until(f"!document.getElementById({element!r}).disabled")

@@ -1,10 +1,10 @@
 /** How the video is enlarged: as sharp pixels or smoothly; remembered by the browser. */
 const KEY = "live-stream-look";
 const SMALL = 256; // pixels; from here on a screen shows a video about as it is
-const WIDEST = 640;
+const HIGHEST = 0.78; // of the window's height, as in page.css
 
 export class Look {
-  #screen; #choice; #whole = "100%";
+  #screen; #choice; #width = SMALL;
 
   constructor(screen, choice) {
     this.#screen = screen;
@@ -16,15 +16,14 @@ export class Look {
         this.#apply();
       };
     }
+    addEventListener("resize", () => this.#apply());
     this.#apply();
   }
 
   /** Sizes of the video that follows. */
   open({ width }) {
-    const isSmall = width < SMALL;
-    this.#choice.hidden = !isSmall;
-    const zoom = Math.floor(WIDEST / width); // whole, so that all pixels are squares of one size
-    this.#whole = isSmall ? `${zoom * width}px` : "100%";
+    this.#width = width;
+    this.#choice.hidden = width >= SMALL;
     this.#apply();
   }
 
@@ -32,6 +31,8 @@ export class Look {
     const chosen = this.#choice.querySelector("input:checked");
     const isSharp = chosen?.value === "pixels" && !this.#choice.hidden;
     this.#screen.classList.toggle("pixels", isSharp);
-    this.#screen.style.setProperty("--widest", isSharp ? this.#whole : "100%");
+    const room = Math.min(this.#screen.parentElement.clientWidth - 2 * 16, HIGHEST * innerHeight);
+    const zoom = Math.max(Math.floor(room / this.#width), 1); // whole, so that all pixels are squares of one size
+    this.#screen.style.setProperty("--widest", isSharp ? `${zoom * this.#width}px` : "100%");
   }
 }
