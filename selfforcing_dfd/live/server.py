@@ -130,16 +130,16 @@ class StreamServer:
     async def video(self, request: Request) -> Response:
         """An mp4 of what a stream has shown; it may have ended since."""
         name = request.query_params.get("stream", "")
-        streams = [*(viewer.stream for viewer in self.viewers), *self.finished]
-        stream = next((each for each in streams if each.name == name), None)
+        running = [viewer.stream for viewer in self.viewers]
+        found = [each for each in (*running, *self.finished) if each.name == name]
         first = request.query_params.get("first_chunk", "0")
-        if stream is None or not first.isascii() or not first.isdecimal():
+        if not found or not first.isascii() or not first.isdecimal():
             return told("the stream of this page is not running; open the page again", 404)
         if self.saving.locked():
             return told("other videos are being saved; try again in a moment", 429)
         try:
             async with self.saving:
-                data = await stream.saved(int(first[:18]))
+                data = await found[0].saved(int(first[:18]))
         except UserError as error:
             return told(str(error), 404)
         disposition = {"Content-Disposition": 'attachment; filename="stream.mp4"'}
