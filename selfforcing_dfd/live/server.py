@@ -130,8 +130,8 @@ class StreamServer:
     async def video(self, request: Request) -> Response:
         """An mp4 of what a stream has shown; it may have ended since."""
         name = request.query_params.get("stream", "")
-        running = [viewer.stream for viewer in self.viewers]
-        found = [each for each in (*running, *self.finished) if each.name == name]
+        streams = [viewer.stream for viewer in self.viewers] + list(self.finished)
+        found = [each for each in streams if each.name == name]
         first = request.query_params.get("first_chunk", "0")
         if not found or not first.isascii() or not first.isdecimal():
             return told("the stream of this page is not running; open the page again", 404)
