@@ -80,17 +80,25 @@ def runs_in(folder: Path) -> list[Path]:
     return found
 
 
+def folder_or_address(text: str) -> Path | str:
+    """A path, or the text where it is an address: a path would lose one of its slashes."""
+    return text if "://" in text else Path(text)
+
+
 def verify(parser: argparse.ArgumentParser) -> Run:
     """Read everything in a folder of shards, a run or a checkpoint, and compare all checksums."""
     parser.add_argument(
         "folder",
-        type=Path,
+        type=folder_or_address,
         metavar="FOLDER",
-        help="shards with their index.json, a run, or one of its checkpoints",
+        help="shards with their index.json, which may be an address such as s3://bucket/folder, a "
+        "run, or one of its checkpoints",
     )
 
     def run(args: argparse.Namespace) -> None:
-        if (args.folder / META_FILE).is_file():
+        if isinstance(args.folder, str):
+            print(verified_shards(args.folder))
+        elif (args.folder / META_FILE).is_file():
             print(verified_checkpoint(args.folder))
         elif (args.folder / INDEX_FILE).is_file() or not args.folder.is_dir():
             print(verified_shards(args.folder))
@@ -100,7 +108,7 @@ def verify(parser: argparse.ArgumentParser) -> Run:
     return run
 
 
-def verified_shards(folder: Path) -> str:
+def verified_shards(folder: Path | str) -> str:
     """One line about whole shards. Raises ShardError."""
     from selfforcing_dfd.data.shards import ShardReader
 

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from threading import Lock
 
 import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load
 from torch import Tensor
 
-from selfforcing_dfd.common import UserError, sha256_of
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.data.format import (
     INDEX_NAME,
@@ -36,6 +35,7 @@ from selfforcing_dfd.data.format import (
     pad_text,
 )
 from selfforcing_dfd.data.levels import Choice, draw_level, levels_of, text_member, unknown_level
+from selfforcing_dfd.data.places import is_remote, place_of
 from selfforcing_dfd.models.picture import Picture, conditioning_of
 
 
@@ -111,18 +111,20 @@ class ShardReader:
     """
 
     def __init__(self, folder: Path | str, captions: Choice = ""):
-        """captions: which level is read. ShardError for one that the folder lacks."""
-        self._files: dict[str, int] = {}
-        self._opening = Lock()
-        self.folder = Path(folder)
+        """folder: on disk, or an address (see `places`). captions: which level is read.
+
+        ShardError for a level that the folder lacks.
+        """
+        self.place = place_of(folder)
         self.index, self.index_hash = self._open_index()
+        self._shards = {shard.name: shard for shard in self.index.shards}
         self._check_shards()
         self._check_samples()
         self.levels = levels_of(self.index.samples[0].captions)
         self.choice = captions
         problem = unknown_level(captions, self.levels)
         if problem:
-            raise ShardError(f"{self.folder} {problem}")
+            raise ShardError(f"{self.place.name} {problem}")
         self._read_sample(0, self.level_of(0))
 
     def __len__(self) -> int:
@@ -163,9 +165,9 @@ class ShardReader:
             if array is not None and not bool(array.isfinite().all()):
                 entry = self.index.samples[number]
                 raise NonFiniteSampleError(
-                    f"{self.folder / entry.shard}: {entry.key}.{name} holds values that are not "
-                    "finite, and did when it was packed. Training leaves such samples out; to be "
-                    "rid of it, pack the clips again",
+                    f"{self.place.name}/{entry.shard}: {entry.key}.{name} holds values that are "
+                    "not finite, and did when it was packed. Training leaves such samples out; to "
+                    "be rid of it, pack the clips again",
                     entry.key,
                 )
         return sample
@@ -194,9 +196,10 @@ class ShardReader:
             picture=picture,
         )
 
-    def __del__(self) -> None:
-        for file in self._files.values():
-            os.close(file)
+    @property
+    def folder(self) -> Path:
+        """On disk. UserError for a remote one."""
+        return self.place.folder
 
     @property
     def has_clips(self) -> bool:
@@ -220,14 +223,14 @@ class ShardReader:
         packed = self.index.about.get("negative")
         if not packed:
             return None
-        path = self.folder / NEGATIVE_NAME
-        if not path.is_file() or sha256_of(path) != packed["sha256"]:
-            state = "not as packed (SHA-256 differs)" if path.is_file() else "missing"
+        path = f"{self.place.name}/{NEGATIVE_NAME}"
+        content = self.place.content(NEGATIVE_NAME)
+        if content is None or hashlib.sha256(content).hexdigest() != packed["sha256"]:
+            state = "missing" if content is None else "not as packed (SHA-256 differs)"
             raise ShardError(f"{path}: {state}; it holds the negative prompt. {self._remedy}")
         try:
-            with safe_open(path, "pt") as file:
-                tokens = file.get_tensor("text").float()
-        except SafetensorError as error:
+            tokens = load(content)["text"].float()
+        except (SafetensorError, KeyError) as error:
             raise ShardError(f"{path}: cannot be read ({error}). {self._remedy}") from error
         problem = self._text_problem(tokens)
         if problem:
@@ -259,16 +262,16 @@ class ShardReader:
         changed = [
             shard.name
             for shard in self.index.shards
-            if sha256_of(self.folder / shard.name) != shard.sha256
+            if self.place.sha256(shard.name) != shard.sha256
         ]
         if changed:
             raise ShardError(
-                f"{self.folder}: {', '.join(changed)}: not as packed (SHA-256 differs). "
+                f"{self.place.name}: {', '.join(changed)}: not as packed (SHA-256 differs). "
                 f"{self._remedy}"
             )
         problems = [problem for number in range(len(self)) if (problem := self._problem(number))]
         if problems:
-            raise ShardError(f"{self.folder}: {'; '.join(problems)}")
+            raise ShardError(f"{self.place.name}: {'; '.join(problems)}")
         self.negative  # noqa: B018  reading it checks it
 
     def _problem(self, number: int) -> str:
@@ -290,48 +293,49 @@ class ShardReader:
 
     @property
     def _remedy(self) -> str:
-        again = f"`selfforcing-dfd pack CLIPS --out {self.folder} --overwrite`"
+        if is_remote(self.place.name):
+            return "Upload the folder again from where it is whole"
+        again = f"`selfforcing-dfd pack CLIPS --out {self.place.name} --overwrite`"
         return f"Copy the folder again from where it is whole, or pack the clips again: {again}"
 
     def _error(self, entry: Entry, name: str, problem: str) -> ShardError:
         return ShardError(
-            f"{self.folder / entry.shard}: {entry.key}.{name} {problem}. {self._remedy}"
+            f"{self.place.name}/{entry.shard}: {entry.key}.{name} {problem}. {self._remedy}"
         )
 
     def _open_index(self) -> tuple[Index, str]:
-        path = self.folder / INDEX_NAME
-        if not path.is_file():
+        data = self.place.content(INDEX_NAME)
+        if data is None:
             raise ShardError(
-                f"{self.folder}: no {INDEX_NAME}, so this is no finished shard folder. "
+                f"{self.place.name}: no {INDEX_NAME}, so this is no finished shard folder. "
                 f"{self._remedy}"
             )
-        data = path.read_bytes()
         try:
             return Index.from_json(data.decode()), hashlib.sha256(data).hexdigest()
         except NO_INDEX as error:
             problem = f"{type(error).__name__}: {error}"
             raise ShardError(
-                f"{path}: not an index this program can read ({problem}). {self._remedy}"
+                f"{self.place.name}/{INDEX_NAME}: not an index this program can read ({problem}). "
+                f"{self._remedy}"
             ) from error
 
     def _check_shards(self) -> None:
         problems = []
+        sizes = self.place.sizes([shard.name for shard in self.index.shards])
         for shard in self.index.shards:
-            path = self.folder / shard.name
-            if not path.is_file():
+            size = sizes.get(shard.name, -1)
+            if size == -1:
                 problems.append(f"{shard.name} is missing, the index wants {shard.bytes} bytes")
-            elif path.stat().st_size != shard.bytes:
-                problems.append(
-                    f"{shard.name} has {path.stat().st_size} bytes, the index wants {shard.bytes}"
-                )
+            elif size not in (None, shard.bytes):
+                problems.append(f"{shard.name} has {size} bytes, the index wants {shard.bytes}")
         if problems:
-            raise ShardError(f"{self.folder}: {'; '.join(problems)}. {self._remedy}")
+            raise ShardError(f"{self.place.name}: {'; '.join(problems)}. {self._remedy}")
 
     def _check_samples(self) -> None:
         """What the index says of its samples agrees with itself."""
         sizes = {shard.name: shard.bytes for shard in self.index.shards}
         if not self.index.samples:
-            raise ShardError(f"{self.folder}: the index lists no samples. {self._remedy}")
+            raise ShardError(f"{self.place.name}: the index lists no samples. {self._remedy}")
         first = self.index.samples[0]
         levels = set(first.captions)
         texts = {text_member(level) for level in levels or {""}}
@@ -348,23 +352,21 @@ class ShardReader:
                 raise self._error(entry, "*", problem)
             for name, member in entry.members.items():
                 end = member.offset + member.size
-                if member.offset < 0 or end > sizes.get(entry.shard, 0):
+                if member.offset < 0 or end > sizes.get(entry.shard, -1):
                     problem = f"would end at byte {end}, past the end of its shard"
                     raise self._error(entry, name, problem)
 
     def _read(self, entry: Entry, name: str) -> bytes:
         member = entry.members[name]
-        with self._opening:
-            if entry.shard not in self._files:
-                self._files[entry.shard] = os.open(self.folder / entry.shard, os.O_RDONLY)
-        data = os.pread(self._files[entry.shard], member.size, member.offset)
+        data = self.place.read(self._shards[entry.shard], member)
         if zlib.crc32(data) != member.crc32:
             raise self._error(entry, name, "is not what the index describes (CRC-32 differs)")
         return data
 
     def _array(self, entry: Entry, name: str) -> Tensor:
+        data = self._read(entry, name)
         try:
-            array = load_npy(self._read(entry, name))
+            array = load_npy(data)
         except (ValueError, EOFError) as error:
             raise self._error(entry, name, f"is no .npy array ({error})") from error
         if array.dtype not in (np.float16, np.float32):

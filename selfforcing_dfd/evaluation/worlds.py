@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from selfforcing_dfd.config import Config
+from selfforcing_dfd.data.places import is_remote
 from selfforcing_dfd.data.sources.tiny import holds_tiny_world
 from selfforcing_dfd.evaluation.tables import ReportError
 from selfforcing_dfd.evaluation.tiny_world import TinyWorld
@@ -21,9 +22,10 @@ def world_of(config: Config) -> World:
     Shards that do not exist are the tiny world's if the config would make them. Raises ShardError
     for others.
     """
-    if config.data.tiny.clips and not Path(config.data.shards).exists():
+    shards = config.data.shards
+    if config.data.tiny.clips and not is_remote(shards) and not Path(shards).exists():
         return TINY
-    return TINY if holds_tiny_world(config.data.shards) else VIDEO
+    return TINY if holds_tiny_world(shards) else VIDEO
 
 
 def world_named(name: str) -> World:

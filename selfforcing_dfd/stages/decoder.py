@@ -22,6 +22,7 @@ from selfforcing_dfd.common import DTYPES, find_file
 from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.cost import flops_of
 from selfforcing_dfd.data.shards import Batch, ShardReader
+from selfforcing_dfd.data.sources.tiny import codec_beside
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages.base import Latents, Pass, StageLoss, Start, TrainingStage, register
 from selfforcing_dfd.stages.decoder_teachers import (
@@ -30,7 +31,7 @@ from selfforcing_dfd.stages.decoder_teachers import (
     load_wan_teacher,
     meta_wan_teacher,
 )
-from selfforcing_dfd.tiny.codec import BASIS, TinyCodec, codec_beside
+from selfforcing_dfd.tiny.codec import BASIS, TinyCodec
 from selfforcing_dfd.weights.decoders import decoder_metadata, read_decoder
 
 FEWEST_FRAMES = 2  # of a clip, since frames are compared with the ones before
@@ -276,7 +277,7 @@ def size_of(config: Config, channels: int) -> DecoderSize:
 
 def basis(config: Config) -> Path:
     """The file of the tiny codec that made the shards."""
-    return codec_beside(Path(config.data.shards))
+    return codec_beside(config.data.shards)
 
 
 def load_teacher(config: Config, device: torch.device) -> DecoderTeacher:

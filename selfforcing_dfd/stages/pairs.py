@@ -112,6 +112,7 @@ class PairsStage(ShardStage):
         flow = config.of(FlowConfig)
         solver = f"{fingerprints['teacher']}-{pairs.steps}-{pairs.guidance:g}-{flow.shift:g}"
         negative = {}
+        stored = reader.place.content(NEGATIVE_NAME)
         if reader.negative is not None:
             negative = {"negative": reader.index.about["negative"]}
         job = Job(
@@ -125,7 +126,7 @@ class PairsStage(ShardStage):
                 **negative,
             },
             shard_size=cls.pairs_per_shard,
-            files={NEGATIVE_NAME: (reader.folder / NEGATIVE_NAME).read_bytes()} if negative else {},
+            files={NEGATIVE_NAME: stored} if stored and negative else {},
         )
 
         unfinished: Unfinished = "resume" if resume else "keep"

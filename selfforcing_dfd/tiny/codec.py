@@ -13,8 +13,6 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from selfforcing_dfd.common import find_file
-
 TIME = 4  # video frames of a latent frame
 SPACE = 8  # pixels of a latent pixel, in height and in width
 CHANNELS = 16
@@ -173,12 +171,6 @@ class TinyEncoder:
         latents = self.codec.encode_part(videos, not self.started)
         self.started = True
         return latents
-
-
-def codec_beside(shards: Path) -> Path:
-    """The basis beside shards if the packer refitted it, else the shipped one."""
-    beside = shards / CODEC_FILE
-    return beside if beside.exists() else find_file(BASIS)
 
 
 def num_video_frames(num_latent_frames: int, first: bool) -> int:

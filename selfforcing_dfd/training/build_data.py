@@ -9,9 +9,9 @@ from typing import Any
 from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.data.order import SampleOrder
 from selfforcing_dfd.data.shards import ShardReader
+from selfforcing_dfd.data.sources.tiny import codec_beside
 from selfforcing_dfd.models.picture import takes_picture
 from selfforcing_dfd.stages import STAGES, stage_of
-from selfforcing_dfd.tiny.codec import codec_beside
 
 
 def build_reader(config: Config) -> ShardReader:
@@ -114,7 +114,7 @@ def check_pictures(config: Config, reader: ShardReader, network: Mapping[str, An
 
 def codec_file(config: Config) -> Path:
     """The basis beside the shards if the packer refitted it, else the shipped one."""
-    return codec_beside(Path(config.data.shards))
+    return codec_beside(config.data.shards)
 
 
 def build_order(config: Config, reader: ShardReader, aside: Mapping[str, int]) -> SampleOrder:

@@ -12,6 +12,7 @@ import torch
 
 from selfforcing_dfd.common import DTYPES
 from selfforcing_dfd.config import Config
+from selfforcing_dfd.data.places import file_beside
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.models.adapted import AdaptedNetwork
 from selfforcing_dfd.models.identity import Identity, Role, TrainingData, recipe_of_rollout
@@ -70,8 +71,8 @@ def export(trainer: Trainer, folder: Path, config: Config) -> None:
         about[AS_PUBLISHED] = ", ".join(published)
     dtype = {**DTYPES, "int8": torch.int8}[config.checkpoint.export]
     stated = identities(config, trainer.reader)
-    codec = Path(config.data.shards) / CODEC_FILE
-    if trainer.world.is_first and codec.is_file():
+    codec = file_beside(config.data.shards, CODEC_FILE)
+    if trainer.world.is_first and codec is not None:
         shutil.copyfile(codec, folder / CODEC_FILE)
     if "fake" in trainer.learners:
         fake: Any = trainer.learners["fake"].network

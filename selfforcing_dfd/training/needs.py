@@ -12,7 +12,7 @@ from omegaconf import OmegaConf
 
 from selfforcing_dfd.common import find_file
 from selfforcing_dfd.config import Config
-from selfforcing_dfd.data.shards import INDEX_NAME
+from selfforcing_dfd.data.places import is_there
 from selfforcing_dfd.stages import arms_of, load_config, stage_of
 from selfforcing_dfd.stages.base import Start
 from selfforcing_dfd.stages.config_files import training_configs
@@ -198,4 +198,4 @@ def chain_of(config: Config) -> dict[str, Config]:
 
 
 def has_shards(config: Config) -> bool:
-    return (Path(config.data.shards) / INDEX_NAME).is_file()
+    return is_there(config.data.shards)

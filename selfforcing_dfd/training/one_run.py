@@ -14,6 +14,7 @@ from tqdm import tqdm
 from selfforcing_dfd.common import Interrupted, atomic_file, find_file, move_aside
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.data.noise import store_noise
+from selfforcing_dfd.data.places import is_remote
 from selfforcing_dfd.data.shards import NonFiniteSampleError, ShardReader
 from selfforcing_dfd.data.sources.tiny import holds_tiny_world, make_tiny_shards
 from selfforcing_dfd.processes.ranks import add_up, on_first_rank
@@ -58,7 +59,7 @@ def prepare_data(config: Config) -> None:
     """Make the tiny-world clips and their noise that the config asks for, unless they exist."""
     folder = Path(config.data.shards)
     tiny = config.data.tiny
-    if not tiny.clips:
+    if not tiny.clips or is_remote(config.data.shards):
         return
     if not folder.exists():
         tqdm.write(f"making {tiny.clips} tiny-world clips with {tiny.level} captions in {folder}")

@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 
+from selfforcing_dfd.common import find_file
 from selfforcing_dfd.data.levels import LEVELS, Level
 from selfforcing_dfd.data.pack import pack
+from selfforcing_dfd.data.places import file_beside
 from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.data.source import Item, Source, Video
-from selfforcing_dfd.tiny.codec import FINGERPRINT, TIME, TinyCodec
+from selfforcing_dfd.tiny.codec import BASIS, CODEC_FILE, FINGERPRINT, TIME, TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.tiny.world import SIDE, Levels, captions_by_level, clip_number, render
 
@@ -65,6 +67,11 @@ def make_tiny_shards(
     folder.parent.mkdir(parents=True, exist_ok=True)
     source = TinySource(num_clips, seed, level, num_video_frames)
     pack(source, folder, TinyCodec.load(basis), TinyText())
+
+
+def codec_beside(shards: Path | str) -> Path:
+    """The tiny codec's file beside shards if the packer refitted it, else the shipped one."""
+    return file_beside(shards, CODEC_FILE) or find_file(BASIS)
 
 
 def holds_tiny_world(shards: Path | str) -> bool:
