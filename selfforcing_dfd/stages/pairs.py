@@ -112,9 +112,11 @@ class PairsStage(ShardStage):
         flow = config.of(FlowConfig)
         solver = f"{fingerprints['teacher']}-{pairs.steps}-{pairs.guidance:g}-{flow.shift:g}"
         negative = {}
+        files: dict[str, bytes] = {}
         stored = reader.place.content(NEGATIVE_NAME)
-        if reader.negative is not None:
+        if reader.negative is not None and stored is not None:
             negative = {"negative": reader.index.about["negative"]}
+            files = {NEGATIVE_NAME: stored}
         job = Job(
             name=pairs.out,
             num_items=min(pairs.num or len(reader), len(reader)),
@@ -126,7 +128,7 @@ class PairsStage(ShardStage):
                 **negative,
             },
             shard_size=cls.pairs_per_shard,
-            files={NEGATIVE_NAME: stored} if stored and negative else {},
+            files=files,
         )
 
         unfinished: Unfinished = "resume" if resume else "keep"
