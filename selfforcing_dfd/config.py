@@ -129,7 +129,10 @@ class RolloutConfig:
     chunk_frames: int = ranged(3, 1, MOST_FRAMES)  # latent frames generated together
     # timesteps before the shift
     ladder: tuple[float, ...] = ranged((1000.0, 750.0, 500.0, 250.0), 0, 1000, above=True)
+    first_ladder: tuple[float, ...] = ranged((), 0, 1000, above=True)  # the first chunk's, if other
     shift: float = ranged(5.0, 0, 1000, above=True)
+    # keys and values of earlier chunks: from a clean pass, or those of their last denoising step
+    context: Literal["clean", "last_step"] = "clean"
     noise: Literal["fresh", "kept"] = "fresh"  # between steps
     given: int = ranged(0, 0, MOST_FRAMES)  # first latent frames that are not made; 1: of an image
     sink: int = ranged(0, 0, MOST_FRAMES)  # latent frames at the start that every chunk sees
@@ -141,7 +144,8 @@ class RolloutConfig:
         check_frames("rollout.sink", self.sink, self.chunk_frames)
         if self.window != 0:
             check_frames("rollout.window", self.window, self.chunk_frames)
-        few_step_ladder(tuple(self.ladder), self.shift)  # raises unless it falls from 1000
+        for ladder in (self.ladder, self.first_ladder or self.ladder):
+            few_step_ladder(tuple(ladder), self.shift)  # raises unless it falls from 1000
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,13 +24,10 @@ class Conditioning:
 
 @dataclass(frozen=True, slots=True)
 class ChunkKV:
-    """The K/V that a finished chunk leaves behind; keys are rotated.
-
-    layers: per layer (k, v), each [B, frames * tokens, heads, head_dim].
-    """
+    """The K/V that a finished chunk leaves behind; keys are rotated."""
 
     frames: int
-    layers: tuple[tuple[Tensor, Tensor], ...]
+    layers: tuple[tuple[Tensor, Tensor], ...]  # (k, v), each [B, frames * tokens, heads, head_dim]
 
     def __post_init__(self) -> None:
         layers = tuple((k.detach(), v.detach()) for k, v in self.layers)
@@ -38,17 +35,13 @@ class ChunkKV:
 
 
 class Context(Protocol):
-    """What the frames of one network call see besides each other.
-
-    next_frame: index in the video of the call's first latent frame. wants_kv: whether the network
-    returns its K/V.
-    """
+    """What the frames of one network call see besides each other."""
 
     @property
-    def next_frame(self) -> int: ...
+    def next_frame(self) -> int: ...  # index in the video of the call's first latent frame
 
     @property
-    def wants_kv(self) -> bool: ...
+    def wants_kv(self) -> bool: ...  # whether the network returns its K/V
 
     def attend(self, attention: Attention, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Self-attention of this call's tokens over the context and over each other."""
@@ -129,14 +122,10 @@ class Cache(Protocol):
 
 @dataclass(slots=True)
 class KVCache:
-    """Sink and window, in latent frames, by whole chunks. The only mutable part of a rollout.
+    """The only mutable part of a rollout. Raises ValueError for sizes that cut a chunk in two."""
 
-    sink: the first frames, always seen. window: frames of history that a chunk sees, itself
-    included, the sink not; None is all. Raises ValueError for one that cuts a chunk in two.
-    """
-
-    sink: int = 0
-    window: int | None = None
+    sink: int = 0  # the first latent frames, always seen
+    window: int | None = None  # of history that a chunk sees, itself included, the sink not; or all
     _sink_chunks: list[ChunkKV] = field(default_factory=list)
     _history: list[ChunkKV] = field(default_factory=list)
     _next_frame: int = 0

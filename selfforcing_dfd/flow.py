@@ -36,10 +36,7 @@ def x0_from_flow(x_t: Tensor, flow: Tensor, sigma: Tensor | float) -> Tensor:
 
 
 def shift_sigma(u: Tensor, shift: float) -> Tensor:
-    """Wan's time shift, s u / (1 + (s - 1) u).
-
-    A shift above 1 spends more of [0, 1] at high noise; a shift of 1 changes nothing.
-    """
+    """Wan's time shift, s u / (1 + (s - 1) u): above 1 it spends more of [0, 1] at high noise."""
     return shift * u / (1 + (shift - 1) * u)
 
 

@@ -8,8 +8,8 @@ asks it, in some rows of the batch, about a real clip. For one student update:
    `caption` it does not: only the caption, and frames that are given, tie the two together.
 3. `anchored_rows`, `anchor`: the teacher is asked about the real clip where the row is tied and its
    noise level lies in `sigma_range`, else about the student's own sample.
-4. `rows_with_loss`: with a real past, the chunks of a sample do not continue each other. The fake
-   score has never seen such clips, so these rows are trained by their anchor or not at all.
+4. `rows_with_loss`: chunks after a real past do not continue each other, which the fake score has
+   never seen. These rows are trained by their anchor or not at all.
 
 In expectation a real clip enters as its mean given what ties it; a loose caption's mean is grey.
 """
@@ -26,15 +26,12 @@ from selfforcing_dfd.rollout import Chunks
 
 @dataclass(frozen=True, slots=True)
 class Pairing:
-    """How a sample is tied to a real clip.
+    """How a sample is tied to a real clip."""
 
-    stored_noise: the chunks that start from the noise to which the teacher's ODE maps the clip.
-    real_past: chunks see the clip's earlier ones. real_input: the noised clip enters the exit step.
-    """
-
+    # the chunks that start from the noise to which the teacher's ODE maps the clip
     stored_noise: Literal["none", "first", "all"] = "none"
-    real_past: bool = False
-    real_input: bool = False
+    real_past: bool = False  # chunks see the clip's earlier ones
+    real_input: bool = False  # the noised clip enters the exit step
 
 
 PAIRINGS = {
@@ -48,17 +45,13 @@ PAIRINGS = {
 
 @dataclass(frozen=True, slots=True)
 class Forcing:
-    """Which data forcing, and how much. p = 0 is DMD.
-
-    p: probability that a row is tied; it goes linearly from p_start to p in ramp_updates student
-    updates. sigma_range: noise levels at which a tied row is anchored by its real clip.
-    """
+    """Which data forcing, and how much. p = 0 is DMD."""
 
     pairing: Pairing = PAIRINGS["caption"]
-    p: float = 0.0
-    p_start: float = 0.0
-    ramp_updates: int = 0
-    sigma_range: tuple[float, float] = (0.0, 1.0)
+    p: float = 0.0  # probability that a row is tied
+    p_start: float = 0.0  # from which it goes linearly to p
+    ramp_updates: int = 0  # in so many student updates
+    sigma_range: tuple[float, float] = (0.0, 1.0)  # where a tied row is anchored by its real clip
 
 
 def tied_rows(coin: Tensor, forcing: Forcing, student_updates: int) -> Tensor:

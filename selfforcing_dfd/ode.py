@@ -134,14 +134,23 @@ def unshift_sigma(sigma: Tensor, shift: float) -> Tensor:
 
 @torch.no_grad()
 def teacher_forced_contexts(
-    student: Network, latents: Tensor, conditioning: Conditioning, cache: Cache, chunks: Chunks
+    student: Network,
+    latents: Tensor,
+    conditioning: Conditioning,
+    cache: Cache,
+    chunks: Chunks,
+    sigma: Tensor | None = None,
 ) -> tuple[Context, ...]:
-    """The context of every chunk when all chunks before it are those of `latents`."""
+    """The context of every chunk when all chunks before it are those of `latents`.
+
+    sigma: [B, F], their noise level for students without commit pass; None: they are clean.
+    """
     contexts = []
     for chunk in chunks:
         contexts.append(cache.read(chunk.frames))
         if chunk is not chunks[-1]:
-            commit_chunk(student, chunk.of(latents), conditioning, cache)
+            level = 0.0 if sigma is None else chunk.of(sigma)
+            commit_chunk(student, chunk.of(latents), conditioning, cache, level)
     return tuple(contexts)
 
 

@@ -22,6 +22,7 @@ from selfforcing_dfd.context import (
 from selfforcing_dfd.flow import add_noise, sigma_by_frame, x0_from_flow
 
 Ladder = tuple[float, ...]  # decreasing sigmas of few-step sampling, from 1
+Sigma = Tensor | float
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +78,7 @@ def denoise_chunk(
     exit_step: int | None = None,
     real_input: Callable[[Tensor], Tensor] | None = None,
     given: Tensor | None = None,
+    remember: Cache | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Few-step generation of one chunk: (x0 after the exit step, what entered that step).
 
@@ -84,10 +86,10 @@ def denoise_chunk(
     between steps. With one draw, x_t keeps it: Euler's steps along the flow (DDIM, arXiv
     2010.02502). exit_step: index into the ladder; None is its last step. real_input: puts real
     latents into rows of what is noised for the exit step. given: clean latents [B, g, C, H, W] that
-    the chunk begins with; at sigma 0 they stay as they are.
+    the chunk begins with; at sigma 0 they stay as they are. remember: gets the last call's K/V.
     """
     last_step = len(ladder) - 1 if exit_step is None else exit_step
-    sigmas: list[Tensor | float] = list(ladder)
+    sigmas: list[Sigma] = list(ladder)
     x_t = noise[0]
     if given is not None:
         x_t = torch.cat([given, x_t[:, given.shape[1] :]], dim=1)
@@ -99,14 +101,21 @@ def denoise_chunk(
             x0 = real_input(x0)
         kept = x_t + (1 - ladder[step]) * flow
         x_t = add_noise(x0, kept if len(noise) == 1 else noise[step + 1], sigmas[step + 1])
-    flow = student(x_t, sigmas[last_step], conditioning, context).flow
-    return x0_from_flow(x_t, flow, sigmas[last_step]), x_t
+    out = student(x_t, sigmas[last_step], conditioning, context)
+    if remember is not None:
+        remember.append(out.kv)
+    return x0_from_flow(x_t, out.flow, sigmas[last_step]), x_t
 
 
 @torch.no_grad()
-def commit_chunk(student: Network, x0: Tensor, conditioning: Conditioning, cache: Cache) -> None:
-    """Run the finished chunk x0 [B, f, C, H, W] once more, clean, and remember its K/V."""
-    cache.append(student(x0, 0.0, conditioning, cache.read(x0.shape[1])).kv)
+def commit_chunk(
+    student: Network, x: Tensor, conditioning: Conditioning, cache: Cache, sigma: Sigma = 0.0
+) -> None:
+    """Run the finished chunk x [B, f, C, H, W] once more, and remember its K/V.
+
+    It is clean, but for students without commit pass: then it has their last step's noise level.
+    """
+    cache.append(student(x, sigma, conditioning, cache.read(x.shape[1])).kv)
 
 
 @torch.no_grad()
@@ -121,27 +130,38 @@ def rollout(
     real_past: RealRows | None = None,
     real_input: RealRows | None = None,
     given: Tensor | None = None,
+    first_ladder: Ladder | None = None,
+    commits: bool = True,
 ) -> Rollout:
     """Generate all chunks in order from noise [S, B, F, C, H, W].
 
-    exit_steps: for each chunk an index into the ladder; None is its last step. real_past: is
+    exit_steps: for each chunk an index into its ladder; None is the last step. real_past: is
     committed in place of the student's chunks. real_input: is noised for the exit step in place of
-    them. given: of the first chunk, see `denoise_chunk`. The last chunk is never committed.
+    them. given, first_ladder: of the first chunk. The last chunk is never committed. commits: else
+    the last step's K/V are the context; after an earlier exit, or for a real past, those of one
+    more pass at its noise level.
     """
-    exit_steps = exit_steps or (len(ladder) - 1,) * len(chunks)
+    ladders = (first_ladder or ladder, *(ladder,) * (len(chunks) - 1))
+    exit_steps = exit_steps or tuple(len(each) - 1 for each in ladders)
     made = []
-    for chunk, step in zip(chunks, exit_steps, strict=True):
+    for chunk, steps, step in zip(chunks, ladders, exit_steps, strict=True):
         context = cache.read(chunk.frames)
         real = None if real_input is None else partial(real_input.instead_of, chunk=chunk)
         own = given if chunk is chunks[0] else None
-        x0, x_exit = denoise_chunk(
-            student, chunk.of(noise, 2), conditioning, context, ladder, step, real, own
-        )
-        if chunk is not chunks[-1]:
+        num_given = 0 if own is None else own.shape[1]
+        is_last = chunk is chunks[-1]
+        at_end = not (commits or is_last) and real_past is None and step == len(steps) - 1
+        draws = chunk.of(noise, 2)
+        options = (real, own, cache if at_end else None)
+        x0, x_exit = denoise_chunk(student, draws, conditioning, context, steps, step, *options)
+        if not (is_last or at_end):
             past = x0 if real_past is None else real_past.instead_of(x0, chunk)
-            commit_chunk(student, past, conditioning, cache)
-        sigma = sigma_by_frame(ladder[step], x_exit, 0 if own is None else own.shape[1])
-        made.append((x0, x_exit, sigma, context))
+            level: Sigma = 0.0
+            if not commits:
+                level = sigma_by_frame(steps[-1], past, num_given)
+                past = add_noise(past, draws[: len(steps)][-1], level)
+            commit_chunk(student, past, conditioning, cache, level)
+        made.append((x0, x_exit, sigma_by_frame(steps[step], x_exit, num_given), context))
     x0s, x_exits, sigmas, contexts = zip(*made, strict=True)
     return Rollout(torch.cat(x0s, 1), torch.cat(x_exits, 1), torch.cat(sigmas, 1), chunks, contexts)
 

@@ -14,7 +14,7 @@ from selfforcing_dfd.config import ConfigError, OptimizerConfig, TinyDataConfig,
 from selfforcing_dfd.stages import STAGES, arms_of, load_config, stage_of
 from selfforcing_dfd.stages.config_files import OWN_SECTIONS, change, to_yaml, training_configs
 from selfforcing_dfd.stages.dfd import DFDConfig
-from selfforcing_dfd.stages.matching import ScoreConfig
+from selfforcing_dfd.stages.score import ScoreConfig
 from selfforcing_dfd.streaming.load import load_settings
 
 STREAM_CONFIGS = sorted(shipped("configs/stream").glob("*.yaml"))

@@ -18,7 +18,7 @@ from selfforcing_dfd.tiny.codec import TinyCodec
 class ChunkFlops:
     """Operations of one chunk.
 
-    denoise: all steps of the ladder. commit: the pass that stores keys and values.
+    denoise: all steps of the ladder. commit: the pass that stores keys and values; 0 without one.
     """
 
     denoise: int
@@ -45,7 +45,8 @@ def chunk_flops(model: StreamModel, settings: StreamSettings, text_tokens: int) 
         model.student, 1, (chunk,), model.latent_size, text_tokens, (past,), prepared=True
     )
     one_latent_frame = decode_flops(on_meta(model.codec), model.latent_size)
-    return ChunkFlops(len(model.ladder) * one_pass, one_pass, chunk * one_latent_frame)
+    commit = one_pass if model.commits else 0
+    return ChunkFlops(len(model.ladder) * one_pass, commit, chunk * one_latent_frame)
 
 
 def on_meta(codec: StreamingCodec) -> StreamingCodec:

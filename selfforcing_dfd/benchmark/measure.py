@@ -187,7 +187,7 @@ def measure(
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     bench = Bench(model, settings, prompts, plan)
-    with timed_calls(model.student, bench.clocks[0], model.ladder):
+    with timed_calls(model.student, bench.clocks[0], model.ladder, model.first_ladder):
         session, cold = bench.start()
         for _ in range(max(plan.num_warmup, bench.ramp + 1)):
             session.next_chunk()

@@ -32,6 +32,7 @@ from selfforcing_dfd.streaming.decoders import (
 from selfforcing_dfd.streaming.load import choose_kernel, load_settings, load_stream_model
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.weights.recipes import asked_settings
 
 PROMPTS = ("a disc moves", "a square moves")
 
@@ -44,6 +45,13 @@ def build_model(options: argparse.Namespace, settings: StreamSettings) -> Stream
     if options.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype is {options.dtype}; use {', '.join(DTYPES)}")
     dtype = DTYPES[options.dtype] if options.dtype else None
+    recipe = asked_settings(
+        options.ladder,
+        options.first_ladder,
+        context=options.context,
+        shift=options.shift,
+        chunk_frames=options.chunk_frames,
+    )
     if options.random_weights:
         if options.run or options.weights:
             raise UserError(
@@ -51,9 +59,9 @@ def build_model(options: argparse.Namespace, settings: StreamSettings) -> Stream
             )
         from selfforcing_dfd.streaming.random_model import random_stream_model
 
-        model = random_stream_model(options.random_weights, options.device, dtype)
+        model = random_stream_model(options.random_weights, options.device, dtype, recipe=recipe)
     else:
-        model = load_stream_model(options.run, options.weights, options.device)
+        model = load_stream_model(options.run, options.weights, options.device, recipe)
         torch.nn.Module.to(model.student, dtype or model.dtype)
     model = replace(model, latent_size=latent_size(options, model))
     if options.text_encoder:

@@ -42,6 +42,8 @@ def environment(model: StreamModel, settings: StreamSettings, **choices: Any) ->
         "attention": model.student.attention.name,
         "chunk_frames": model.chunk_frames,
         "ladder": list(model.ladder),
+        "first_ladder": list(model.first_ladder or model.ladder),
+        "commits": model.commits,
         "resolution": f"{width}x{height}",
         "parameters": sum(parameter.numel() for parameter in model.student.parameters()),
         "codec": type(model.codec).__name__,
@@ -178,10 +180,19 @@ def environment_lines(result: dict[str, Any]) -> list[str]:
         f"weights), {facts['resolution']}, {facts['dtype']}, {facts['device']}, "
         f"{facts['threads']} threads, torch {facts['torch']}",
         f"K = {facts['visible_frames']} latent frames (sink {facts['sink_frames']} + window "
-        f"{facts['window_frames']}), {facts['positions']}, {len(facts['ladder'])} steps, "
+        f"{facts['window_frames']}), {facts['positions']}, {passes_in_words(facts)}, "
         f"{facts['codec']}, attention {facts['attention']}, compile {facts['compile']}",
         f"steady state: {result['num_steady_chunks']} chunks after the ramp",
     ]
+
+
+def passes_in_words(facts: dict[str, Any]) -> str:
+    """`4 steps and a commit pass`; `2 steps (the first chunk 4), no commit pass`."""
+    steps = len(facts["ladder"])
+    first = len(facts["first_ladder"])
+    text = f"{steps} step{'s' * (steps > 1)}"
+    text += f" (the first chunk {first})" if facts["first_ladder"] != facts["ladder"] else ""
+    return f"{text} and a commit pass" if facts["commits"] else f"{text}, no commit pass"
 
 
 def remarks(result: dict[str, Any]) -> Iterator[str]:

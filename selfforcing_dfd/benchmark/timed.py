@@ -89,12 +89,14 @@ class NoCodec:
 
 
 @contextmanager
-def timed_calls(student: nn.Module, clock: StageClock, ladder: Ladder) -> Iterator[None]:
+def timed_calls(
+    student: nn.Module, clock: StageClock, ladder: Ladder, first_ladder: Ladder | None = None
+) -> Iterator[None]:
     """Make each call of the student a stage: `dit_step_1` and so on, or `commit_pass`."""
     running: list[AbstractContextManager[None]] = []
 
     def begin(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        stage = clock.stage(call_name(inputs[1], ladder))
+        stage = clock.stage(call_name(inputs[1], ladder, first_ladder or ()))
         stage.__enter__()
         running.append(stage)
 
@@ -109,5 +111,8 @@ def timed_calls(student: nn.Module, clock: StageClock, ladder: Ladder) -> Iterat
             hook.remove()
 
 
-def call_name(sigma: float, ladder: Ladder) -> str:
-    return f"dit_step_{ladder.index(sigma) + 1}" if sigma in ladder else "commit_pass"
+def call_name(sigma: float, ladder: Ladder, first_ladder: Ladder = ()) -> str:
+    for steps in (ladder, first_ladder):
+        if sigma in steps:
+            return f"dit_step_{steps.index(sigma) + 1}"
+    return "commit_pass"

@@ -11,6 +11,7 @@ from selfforcing_dfd.benchmark.table import WIDTH, pairs, shown
 SAME_WORK = (
     *("device", "threads", "size", "parameters", "resolution", "codec", "chunk_frames"),
     *("visible_frames", "sink_frames", "window_frames", "positions", "ladder"),
+    *("first_ladder", "commits"),
 )
 """Facts that must be equal, or the two did not do the same work on the same machine."""
 LEAST_MARGIN = 0.02

@@ -94,6 +94,18 @@ def num_chunks(text: str) -> float:
     return int(text)
 
 
+def add_pass_options(group: argparse._ArgumentGroup) -> None:
+    """What else decides how often a student is called, beside --ladder and --chunk-frames."""
+    group.add_argument(
+        "--first-ladder", metavar="T,T,...", help="the timesteps of the first chunk, if others"
+    )
+    group.add_argument(
+        "--context",
+        choices=("clean", "last_step"),
+        help="what later chunks see of one: a clean commit pass, or its last denoising step",
+    )
+
+
 def add_past_options(group: argparse._ArgumentGroup, preset: str) -> None:
     """What a stream remembers, for `stream` and `benchmark`. preset: the default, in words."""
     group.add_argument(

@@ -14,6 +14,7 @@ from selfforcing_dfd.cli.options import (
     DTYPE_NAMES,
     Run,
     add_decoder_options,
+    add_pass_options,
     add_past_options,
     named_file,
     num_chunks,
@@ -118,15 +119,7 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
         help="with --serve: another student's weights, which the page can switch to by that name; "
         "may be given several times (default: the tiny world's DMD student, beside `stable`)",
     )
-    group.add_argument(
-        "--ladder",
-        metavar="T,T,...",
-        help="the student's timesteps before the shift (default: as its file states)",
-    )
-    group.add_argument("--shift", type=float, metavar="S", help="of the ladder (likewise)")
-    group.add_argument(
-        "--chunk-frames", type=positive, metavar="N", help="latent frames of a chunk (likewise)"
-    )
+    _add_recipe_options(group)
     group.add_argument("--device", default="auto", help=DEVICE_HELP)
     group.add_argument(
         "--dtype",
@@ -144,6 +137,20 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
     )
     add_decoder_options(group)
     _add_kernel_options(group)
+
+
+def _add_recipe_options(group: argparse._ArgumentGroup) -> None:
+    """How the student runs, in place of what its file states."""
+    group.add_argument(
+        "--ladder",
+        metavar="T,T,...",
+        help="the student's timesteps before the shift (default: as its file states)",
+    )
+    add_pass_options(group)
+    group.add_argument("--shift", type=float, metavar="S", help="of the ladder (likewise)")
+    group.add_argument(
+        "--chunk-frames", type=positive, metavar="N", help="latent frames of a chunk (likewise)"
+    )
 
 
 def _add_student_options(group: argparse._ArgumentGroup) -> None:
@@ -236,6 +243,7 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
         metavar="MODEL",
         help=f"a model of this size instead: {', '.join(MODEL_SIZES)}; real speed, no picture",
     )
+    _add_recipe_options(model)
     model.add_argument("--device", default="auto", help=DEVICE_HELP)
     model.add_argument(
         "--dtype",

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from selfforcing_dfd.cli.options import DTYPE_NAMES, Run
+from selfforcing_dfd.cli.options import DTYPE_NAMES, Run, add_pass_options
 
 if TYPE_CHECKING:
     from selfforcing_dfd.weights.write import Summary
@@ -39,6 +39,8 @@ def convert(parser: argparse.ArgumentParser) -> Run:
             role=args.role,
             recipe=asked_settings(
                 args.ladder,
+                args.first_ladder,
+                context=args.context,
                 shift=args.shift,
                 chunk_frames=args.chunk_frames,
                 frames=args.frames,
@@ -134,6 +136,7 @@ def _print_converted(done: Summary) -> None:
 
 def _add_recipe_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--ladder", metavar="T,T,...", help="timesteps before the shift, from 1000")
+    add_pass_options(group)
     group.add_argument("--shift", type=float, metavar="S", help="of the ladder")
     group.add_argument("--chunk-frames", type=int, metavar="N", help="of one chunk")
     group.add_argument("--frames", type=int, metavar="N", help="of a training clip")

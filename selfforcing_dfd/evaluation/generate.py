@@ -25,7 +25,7 @@ from selfforcing_dfd.context import (
     Network,
     NetworkOutput,
 )
-from selfforcing_dfd.flow import expand_sigma
+from selfforcing_dfd.flow import add_noise, expand_sigma
 from selfforcing_dfd.models.picture import Picture, conditioning_of
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.ode import descend, sample, with_context
@@ -106,6 +106,11 @@ class MakeChunk(Protocol):
         """Draws of noise that a chunk takes."""
         ...
 
+    @property
+    def context_sigma(self) -> float:
+        """The noise level at which later chunks see a finished one; 0: by a clean commit pass."""
+        ...
+
     def __call__(
         self,
         network: WanTransformer,
@@ -113,24 +118,32 @@ class MakeChunk(Protocol):
         conditioning: Conditioning,
         context: Context,
         given: Tensor | None = None,
+        remember: Cache | None = None,
     ) -> Tensor:
         """Clean latents [B, f, C, H, W] from noise [num_draws, B, f, C, H, W].
 
-        given: clean latents [B, g, C, H, W] that the chunk begins with.
+        given: clean latents [B, g, C, H, W] that the chunk begins with. remember: gets the last
+        call's keys and values, where `context_sigma` is not 0.
         """
         ...
 
 
 @dataclass(frozen=True, slots=True)
 class FewSteps:
-    """A student: down the whole ladder, as in streaming. keeps_noise: see `denoise_chunk`."""
+    """A student: down the whole ladder, as in streaming. Others: see `rollout.rollout`."""
 
     ladder: Ladder
     keeps_noise: bool = False
+    first_ladder: Ladder | None = None
+    commits: bool = True
 
     @property
     def num_draws(self) -> int:
-        return 1 if self.keeps_noise else len(self.ladder)
+        return 1 if self.keeps_noise else max(len(self.ladder), len(self.first_ladder or ()))
+
+    @property
+    def context_sigma(self) -> float:
+        return 0.0 if self.commits else self.ladder[-1]
 
     def __call__(
         self,
@@ -139,8 +152,14 @@ class FewSteps:
         conditioning: Conditioning,
         context: Context,
         given: Tensor | None = None,
+        remember: Cache | None = None,
     ) -> Tensor:
-        return denoise_chunk(network, noise, conditioning, context, self.ladder, given=given)[0]
+        ladder = self.ladder
+        if self.first_ladder is not None and context.next_frame == 0:
+            ladder = self.first_ladder
+        return denoise_chunk(
+            network, noise, conditioning, context, ladder, given=given, remember=remember
+        )[0]
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +169,7 @@ class ODESteps:
     num_steps: int
     shift: float
     num_draws = 1
+    context_sigma = 0.0
 
     def __call__(
         self,
@@ -158,6 +178,7 @@ class ODESteps:
         conditioning: Conditioning,
         context: Context,
         given: Tensor | None = None,
+        remember: Cache | None = None,
     ) -> Tensor:
         own = with_context(network, context)
         return sample(own, noise[0], conditioning, self.num_steps, self.shift, given=given)
@@ -174,6 +195,7 @@ class ODEAtEachStep:
     few_steps: FewSteps
     num_steps: int
     shift: float
+    context_sigma = 0.0
 
     @property
     def num_draws(self) -> int:
@@ -186,6 +208,7 @@ class ODEAtEachStep:
         conditioning: Conditioning,
         context: Context,
         given: Tensor | None = None,
+        remember: Cache | None = None,
     ) -> Tensor:
         return self.few_steps(self.student(network), noise, conditioning, context, given)
 
@@ -227,14 +250,20 @@ def make_clip(
     num_begun = 0 if begun is None else begun.shape[1]
     made = []
     for chunk in chunks:
-        if begun is not None and chunk.start < num_begun:
+        is_begun = begun is not None and chunk.start < num_begun
+        is_last = chunk is chunks[-1]
+        sigma = make_chunk.context_sigma
+        draws = chunk.of(noise, 2)
+        if begun is not None and is_begun:
             x0 = chunk.of(begun)
         else:
             context = cache.read(chunk.frames)
             own = given if chunk is chunks[0] else None
-            x0 = make_chunk(network, chunk.of(noise, 2), conditioning, context, own)
-        if chunk is not chunks[-1]:
-            commit_chunk(network, x0, conditioning, cache)
+            kept = cache if sigma and not is_last else None
+            x0 = make_chunk(network, draws, conditioning, context, own, kept)
+        if not is_last and (is_begun or not sigma):
+            past = add_noise(x0, draws[-1], sigma) if sigma else x0
+            commit_chunk(network, past, conditioning, cache, sigma)
         made.append(x0)
     return torch.cat(made, dim=1)
 

@@ -35,6 +35,7 @@ from selfforcing_dfd.stages.base import (
     student_start,
     teacher_start,
 )
+from selfforcing_dfd.stages.own_past import commits, first_ladder_of
 from selfforcing_dfd.training.build import load_frozen
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.weights.run_record import require_result
@@ -146,9 +147,10 @@ def teacher_source(name: str, config: Config, start: Start) -> Source:
 
 def student_source(name: str, about: str, config: Config, start: Start) -> Source:
     """Rollouts of the network in a weights file, with its config's ladder, chunks and window."""
-    return causal_source(
-        name, about, config, start, FewSteps(ladder_of(config), keeps_noise(config))
+    steps = FewSteps(
+        ladder_of(config), keeps_noise(config), first_ladder_of(config), commits(config)
     )
+    return causal_source(name, about, config, start, steps)
 
 
 def causal_source(

@@ -180,7 +180,8 @@ def evaluation_cost(request: Request, plan: Plan, estimate: Estimate) -> Cost:
     steps = len(plan.student.rollout.ladder)
     size = estimate.sizes["student"]
     each = steps * clip_flops(size, clip, False, False)
-    each += clip_flops(size, clip.over("committed"), False, False)
+    if plan.student.rollout.context == "clean":
+        each += clip_flops(size, clip.over("committed"), False, False)
     flops = made * request.samples * each
     if request.model is not None:
         decoded = decode_flops(meta_codec(request.model), clip.latent_size)

@@ -224,8 +224,11 @@ def common(request: Request, checkpoint: Checkpoint, name: str) -> list[str]:
 def rollout_of(recipe: Recipe) -> list[str]:
     """How a student runs, but for its noise, as settings."""
     ladder = ",".join(f"{timestep:g}" for timestep in recipe.ladder)
+    first = ",".join(f"{timestep:g}" for timestep in recipe.first_ladder or ())
     return [
         f"rollout.ladder=[{ladder}]",
+        f"rollout.first_ladder=[{first}]",
+        f"rollout.context={recipe.context}",
         f"rollout.shift={recipe.shift}",
         f"rollout.chunk_frames={recipe.chunk_frames}",
         f"rollout.frames={recipe.frames}",

@@ -287,8 +287,14 @@ def ask_settings(options: argparse.Namespace, recipe: Recipe | None) -> StreamSe
 
 def load_model(options: argparse.Namespace) -> StreamModel:
     """Real Wan for --model, else the tiny world. Raises UserError for contradicting options."""
-    recipe = asked_settings(options.ladder, shift=options.shift, chunk_frames=options.chunk_frames)
     saving = ask_saving(options)
+    recipe = asked_settings(
+        options.ladder,
+        options.first_ladder,
+        context=options.context,
+        shift=options.shift,
+        chunk_frames=options.chunk_frames,
+    )
     if options.model is None:
         only_with_model = {
             "--size": options.size,

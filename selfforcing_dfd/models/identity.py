@@ -33,7 +33,8 @@ OLD_ROLE = "causal"
 OLD_RECIPE = "student"
 OLD_SETTINGS = {"timesteps": "ladder", "num_frames": "frames"}
 
-GIVEN = "given"  # a recipe's setting that is left out where it is 0
+# settings of a recipe that are left out where they are these: files without are as they always were
+LEFT_OUT = {"given": 0, "context": "clean"}
 
 KEYS = (ROLE, RECIPE, DATA, OLD_ROLE, OLD_RECIPE)
 
@@ -56,6 +57,8 @@ class Recipe:
     sees, and of history and the current chunk together (0: all of the clip). first_ladder: the
     ladder of the first chunk where it differs. noise: `fresh` between steps, or `kept`. given:
     first latent frames of a video that the student does not make (1: it begins with a picture).
+    context: `clean`, the keys and values of a finished chunk's commit pass, or `last_step`: those
+    of its last denoising step, without a commit pass.
     Raises ValueError for a ladder that does not fall from 1000, and UserError for counts that
     chunks cannot serve.
     """
@@ -69,8 +72,11 @@ class Recipe:
     first_ladder: tuple[float, ...] | None = None
     noise: str = "fresh"
     given: int = 0
+    context: str = "clean"
 
     def __post_init__(self) -> None:
+        if self.context not in ("clean", "last_step"):
+            raise UserError(f"a recipe's context is {self.context!r}; use clean or last_step")
         if self.noise not in ("fresh", "kept"):
             raise UserError(f"a recipe's noise is {self.noise!r}; use fresh or kept")
         for ladder in (self.ladder, self.first_ladder):
@@ -90,6 +96,16 @@ class Recipe:
     def keeps_noise(self) -> bool:
         """Whether the noise that a chunk starts from stays between its steps."""
         return self.noise == "kept"
+
+    @property
+    def commits(self) -> bool:
+        """Whether a finished chunk is run once more, clean, for its keys and values."""
+        return self.context == "clean"
+
+    @property
+    def first_sigmas(self) -> tuple[float, ...] | None:
+        """The first chunk's ladder as noise levels; None where it is that of all chunks."""
+        return _sigmas(self.first_ladder, self.shift) if self.first_ladder else None
 
     @property
     def sigmas(self) -> tuple[float, ...]:
@@ -143,7 +159,7 @@ class Identity:
                 stated[key] = {
                     name: _as_list(value)
                     for name, value in settings.items()
-                    if name != GIVEN or value  # files without it are as they always were
+                    if name not in LEFT_OUT or value != LEFT_OUT[name]
                 }
         return stated
 
@@ -208,6 +224,7 @@ def make_recipe(settings: Mapping[str, Any]) -> Recipe:
     for name in ("ladder", "first_ladder"):
         if values.get(name) is not None:
             values[name] = tuple(float(timestep) for timestep in values[name])
+    values["first_ladder"] = values.get("first_ladder") or None
     return Recipe(**values)
 
 

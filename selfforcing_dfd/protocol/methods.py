@@ -108,6 +108,10 @@ class Method:
         del settings["seed"]
         found = asdict(recipe or SELF_FORCING)
         found["ladder"] = list(found["ladder"])
+        if found["first_ladder"]:
+            found["first_ladder"] = list(found["first_ladder"])
+        if found["context"] == "clean":
+            del found["context"]  # as it was before there was another
         return {"sampler": found, "recipe_stated": recipe is not None, "stream": settings}
 
     def settings(self) -> StreamSettings:

@@ -63,17 +63,23 @@ class Start:
     adapter: str = ""
 
 
+Over = Literal[
+    "clip", "chunks", "first", "later", "committed", "first committed", "later committed"
+]
+
+
 @dataclass(frozen=True, slots=True)
 class Pass:
     """One kind of network call in an update, for estimates of cost.
 
-    over: `clip`, all frames at once; `chunks`, each chunk after its past; `committed`, all chunks
-    but the last. times: passes of one sample, on average. rows: how many of them are made at once.
+    over: `clip`, all frames at once; `chunks`, each chunk after its past; `first` and `later`, the
+    first of them, and the others; `committed`, all chunks but the last; `first committed` and
+    `later committed`. times: passes of one sample, on average. rows: how many are made at once.
     """
 
     name: str
     role: str
-    over: Literal["clip", "chunks", "committed"]
+    over: Over
     times: float = 1.0
     rows: int = 1
     gradient: bool = False

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.stages.base import FlowConfig, cache_sizes, chunks_of, register
+from selfforcing_dfd.stages.own_past import require_commits
 from selfforcing_dfd.stages.published import PublishedConfig, check_published, turned_on
 from selfforcing_dfd.stages.teacher_forcing import TeacherForcing
 
@@ -51,3 +52,4 @@ class CausalStage(TeacherForcing):
     @classmethod
     def check(cls, config: Config) -> None:
         check_published(config, cls.as_published(config))
+        require_commits(config)

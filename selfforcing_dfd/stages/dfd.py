@@ -12,9 +12,10 @@ from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.forcing import PAIRINGS, Forcing
 from selfforcing_dfd.stages.base import FlowConfig, register
 from selfforcing_dfd.stages.gan import GanConfig
-from selfforcing_dfd.stages.matching import MatchingStage, ScoreConfig
+from selfforcing_dfd.stages.matching import MatchingStage
 from selfforcing_dfd.stages.published import PublishedConfig
 from selfforcing_dfd.stages.regression import RegressionConfig
+from selfforcing_dfd.stages.score import ScoreConfig
 
 PAIRINGS_IN_WORDS = {
     "caption": "the real clip shares the caption and nothing else, as in the paper",
@@ -76,6 +77,10 @@ class DFDStage(MatchingStage):
     def stored_noise(cls, config: Config) -> Literal["first", "all"]:
         pairing = PAIRINGS[config.of(DFDConfig).pairing]
         return "first" if pairing.stored_noise == "first" else "all"
+
+    @classmethod
+    def has_real_past(cls, config: Config) -> bool:
+        return PAIRINGS[config.of(DFDConfig).pairing].real_past
 
     @classmethod
     def needs_noise(cls, config: Config) -> str:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from selfforcing_dfd.config import Config
 from selfforcing_dfd.stages.base import FlowConfig, register
 from selfforcing_dfd.stages.gan import GanConfig
-from selfforcing_dfd.stages.matching import MatchingStage, ScoreConfig
+from selfforcing_dfd.stages.matching import MatchingStage
 from selfforcing_dfd.stages.published import PublishedConfig
 from selfforcing_dfd.stages.regression import RegressionConfig
+from selfforcing_dfd.stages.score import ScoreConfig
 
 
 @register

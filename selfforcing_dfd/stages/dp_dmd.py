@@ -29,9 +29,10 @@ from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import Rollout, replay
 from selfforcing_dfd.stages.base import FlowConfig, Pass, Start, causal_start, no_text, register
 from selfforcing_dfd.stages.gan import GanConfig
-from selfforcing_dfd.stages.matching import MatchingStage, ScoreConfig
+from selfforcing_dfd.stages.matching import MatchingStage
 from selfforcing_dfd.stages.published import PublishedConfig
 from selfforcing_dfd.stages.regression import RegressionConfig
+from selfforcing_dfd.stages.score import ScoreConfig
 
 Of = Literal["teacher", "causal"]
 

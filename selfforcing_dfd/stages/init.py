@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from selfforcing_dfd.config import Config, require
 from selfforcing_dfd.stages.base import FlowConfig, cache_sizes, chunks_of, ladder_of, register
+from selfforcing_dfd.stages.own_past import context_sigma, require_one_ladder
 from selfforcing_dfd.stages.teacher_forcing import TeacherForcing
 
 
@@ -52,11 +53,13 @@ class InitStage(TeacherForcing):
             num_stored_noise=len(chunks) if own.stored_noise == "all" else 1,
             sigmas=ladder_of(config) if own.sigmas == "ladder" else (),
             negative=negative,
+            context_sigma=context_sigma(config),
             **cache_sizes(config),
         )
 
     @classmethod
     def check(cls, config: Config) -> None:
+        require_one_ladder(config)
         require(
             config.of(InitConfig).stored_noise == "first" or bool(config.weights.causal),
             "init.stored_noise is all but weights.causal is empty: only a causal teacher gives "

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
 
 from selfforcing_dfd import forcing
-from selfforcing_dfd.config import Config, ranged, require
+from selfforcing_dfd.config import Config
 from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.data.shards import Batch
-from selfforcing_dfd.flow import shift_sigma, sigma_by_frame
+from selfforcing_dfd.flow import sigma_by_frame
 from selfforcing_dfd.forcing import Forcing
-from selfforcing_dfd.objectives import Matching, distribution_matching, flow_matching
+from selfforcing_dfd.objectives import distribution_matching, flow_matching
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import Chunks, RealRows, Rollout, replay, rollout
 from selfforcing_dfd.stages.base import (
@@ -34,38 +35,15 @@ from selfforcing_dfd.stages.base import (
     teacher_start,
 )
 from selfforcing_dfd.stages.gan import DISCRIMINATOR, Gan, GanConfig, build_discriminator, check_gan
+from selfforcing_dfd.stages.own_past import (
+    commits,
+    first_ladder_of,
+    require_one_ladder,
+    rollout_passes,
+)
 from selfforcing_dfd.stages.published import Published, check_published, turned_on
 from selfforcing_dfd.stages.regression import RegressionStage
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class ScoreConfig:
-    """Where teacher and fake score are compared, and how often each network learns."""
-
-    # uncond + w (cond - uncond); 1 is off. Self-Forcing's 3.0 is 4.0 here
-    guidance: float = ranged(4.0, 0, 1000)
-    shift: float = ranged(5.0, 0, 1000, above=True)
-    sigma_min: float = ranged(0.02, 0, 1, above=True)
-    sigma_max: float = ranged(0.98, 0, 1, above=True)
-    min_normaliser: float = ranged(1e-3, 0, 1000, above=True)
-    fake_per_student: int = ranged(5, 1, 10_000)  # fake-score updates for each student update
-    # of the fake score: 1 is off, as in the papers; else it trains without caption at times
-    fake_guidance: float = ranged(1.0, 0, 1000)
-    fake_text_dropout: float = ranged(0.0, 0, 1)
-    # what enters the step that is trained: what the student made in the steps before, or the real
-    # clip, noised, in rows of DMD too, as FastGen trains students of whole clips
-    student_input: Literal["rollout", "noised_real"] = "rollout"
-    # subtract the difference on the real clip, which guidance leaves even where student is data
-    control_variate: bool = False
-    # updates on real clips before each student update, as section `regression` says
-    regression_per_student: int = ranged(0, 0, 10_000)
-
-    def __post_init__(self) -> None:
-        require(
-            self.sigma_min < self.sigma_max,
-            f"score.sigma_min is {self.sigma_min} and score.sigma_max {self.sigma_max}; "
-            "the first must be smaller",
-        )
+from selfforcing_dfd.stages.score import ScoreConfig, score_sigma, values_to_log
 
 
 @dataclass(slots=True)
@@ -79,6 +57,7 @@ class MatchingStage(TrainingStage):
     negative: [L, D_text], the text of guidance's unconditional half; None is zeros. given: first
     frames of the real clip that all networks see clean, and that no loss counts. published: what
     the public code does otherwise, if it is wanted.
+    first_ladder, commits: see `rollout`.
     """
 
     has_guards = True
@@ -109,6 +88,8 @@ class MatchingStage(TrainingStage):
     keeps_noise: bool = False
     given: int = 0
     published: Published = field(default_factory=Published)
+    first_ladder: tuple[float, ...] | None = None
+    commits: bool = True
 
     @classmethod
     def build(
@@ -146,6 +127,8 @@ class MatchingStage(TrainingStage):
             given=config.rollout.given,
             negative=negative,
             published=Published.of(config),
+            first_ladder=first_ladder_of(config),
+            commits=commits(config),
             **cls.own_settings(config, networks),
             **cache_sizes(config),
         )
@@ -162,6 +145,8 @@ class MatchingStage(TrainingStage):
             RegressionStage.check(config)
         check_gan(config)
         check_published(config, cls.as_published(config))
+        if cls.first_exit:
+            require_one_ladder(config)
 
     @classmethod
     def as_published(cls, config: Config) -> tuple[str, ...]:
@@ -205,16 +190,11 @@ class MatchingStage(TrainingStage):
 
     @classmethod
     def passes(cls, config: Config) -> dict[str, list[Pass]]:
-        # exit steps are drawn evenly, so half of the ladder and half a step on average
-        steps = (cls.first_exit + len(config.rollout.ladder) + 1) / 2
         score = config.of(ScoreConfig)
         guided = 1 if score.guidance == 1 else 2
         fake_guided = 1 if score.fake_guidance == 1 else 2
         asked = 2 if score.control_variate else 1  # about the sample, and about the real clip
-        roll_out = [
-            Pass("rollout", "student", "chunks", steps),
-            Pass("commits", "student", "committed"),
-        ]
+        roll_out = rollout_passes(config, cls.first_exit, cls.has_real_past(config))
         passes = {
             "student": [
                 *roll_out,
@@ -234,6 +214,11 @@ class MatchingStage(TrainingStage):
         return passes
 
     @classmethod
+    def has_real_past(cls, config: Config) -> bool:
+        """Whether real clips stand for chunks of the past in some rollouts; never in DMD."""
+        return False
+
+    @classmethod
     def updates(cls, config: Config) -> dict[str, int]:
         student = config.run.student_updates
         score = config.of(ScoreConfig)
@@ -247,6 +232,11 @@ class MatchingStage(TrainingStage):
         ladder = ", ".join(f"{sigma:.4g}" for sigma in ladder_of(config))
         guidance = config.of(ScoreConfig).guidance
         yield "ladder", f"sigma {ladder}; teacher guided by {guidance:g}"
+        if config.rollout.first_ladder:
+            first = ", ".join(f"{sigma:.4g}" for sigma in first_ladder_of(config) or ())
+            yield "first chunk", f"sigma {first}"
+        if not commits(config):
+            yield "context", "of the last denoising step, without a commit pass"
         if config.of(ScoreConfig).regression_per_student:
             yield from RegressionStage.describe(config)
         yield from cls.describe_forcing(config)
@@ -269,8 +259,7 @@ class MatchingStage(TrainingStage):
     def fake_loss(self, batch: Batch, draw: Draw) -> StageLoss:
         untied = torch.zeros(len(batch.latents), dtype=torch.bool, device=batch.latents.device)
         # only x0 is kept: the rollout's record would hold the K/V of all chunks
-        exit_step = self.first_exit + draw.choice("exit", len(self.ladder) - self.first_exit)
-        x0 = self.roll_out(batch, draw, untied, exit_step).x0
+        x0 = self.roll_out(batch, draw, untied, *self.exits(draw.choice)).x0
         noise, sigma = self.draw_score(draw, x0)
         conditioning = drop_text(batch, draw, self.fake_text_dropout, self.negative)
         fake = self.published.score(self.trained["fake"], sigma)
@@ -289,9 +278,8 @@ class MatchingStage(TrainingStage):
         conditioning = batch.conditioning
         coin = draw.coin("dfd", self.coin_shared_by)
         tied = forcing.tied_rows(coin, self.forcing, student_updates).to(batch.latents.device)
-        exits = len(self.ladder) - self.first_exit
-        exit_step = self.first_exit + draw.in_turn("exit", exits, student_updates)
-        record = self.roll_out(batch, draw, tied, exit_step)
+        exits = self.exits(partial(draw.in_turn, turn=student_updates))
+        record = self.roll_out(batch, draw, tied, *exits)
         noise, sigma = self.draw_score(draw, record.x0)
         student = self.published.replayed(self.trained["student"])
         x0 = replay(student, record, conditioning)
@@ -333,9 +321,20 @@ class MatchingStage(TrainingStage):
         """(weight, loss [B]) of what else a student update minimises, by its name in the log."""
         return {}
 
-    def roll_out(self, batch: Batch, draw: Draw, tied: Tensor, exit_step: int) -> Rollout:
+    def exits(self, choose: Callable[[str, int], int]) -> tuple[int, int | None]:
+        """The step that is trained in each chunk, and that of the first one if its ladder is other.
+
+        choose: one of so many options, by what it is for.
+        """
+        step = self.first_exit + choose("exit", len(self.ladder) - self.first_exit)
+        return step, choose("first exit", len(self.first_ladder)) if self.first_ladder else None
+
+    def roll_out(
+        self, batch: Batch, draw: Draw, tied: Tensor, exit_step: int, of_first: int | None = None
+    ) -> Rollout:
         """The student's clips for the batch's captions; `tied` rows [B] as the pairing says."""
         noise = self.rollout_noise(batch, draw)
+        first = exit_step if of_first is None else of_first
         pairing = self.forcing.pairing
         real_past = RealRows(batch.latents, tied) if pairing.real_past else None
         start = forcing.start_noise(pairing, noise[0], batch.noise, tied, self.chunks)
@@ -346,10 +345,12 @@ class MatchingStage(TrainingStage):
             KVCache(self.sink, self.window),
             self.ladder,
             self.chunks,
-            exit_steps=(exit_step,) * len(self.chunks),
+            exit_steps=(first, *(exit_step,) * (len(self.chunks) - 1)),
             real_past=self.published.past(real_past, batch.latents, draw),
             real_input=self.rows_of_real_input(batch, tied),
             given=batch.latents[:, : self.given] if self.given else None,
+            first_ladder=self.first_ladder,
+            commits=self.commits,
         )
 
     def rows_of_real_input(self, batch: Batch, tied: Tensor) -> RealRows | None:
@@ -364,7 +365,8 @@ class MatchingStage(TrainingStage):
 
     def rollout_noise(self, batch: Batch, draw: Draw) -> Tensor:
         """[S, B, F, C, H, W]: what a clip starts from, and what is added after each step."""
-        shape = (1 if self.keeps_noise else len(self.ladder), *batch.latents.shape[1:])
+        steps = max(len(self.ladder), len(self.first_ladder or ()))
+        shape = (1 if self.keeps_noise else steps, *batch.latents.shape[1:])
         return draw.normal("rollout", shape, batch.latents).transpose(0, 1)
 
     def draw_score(self, draw: Draw, latents: Tensor) -> tuple[Tensor, Tensor]:
@@ -373,22 +375,3 @@ class MatchingStage(TrainingStage):
         u = self.published.uniform(draw.uniform("sigma"))
         sigma = score_sigma(u, self.shift, self.sigma_min, self.sigma_max)
         return noise, sigma.to(latents)
-
-
-def score_sigma(u: Tensor, shift: float, low: float, high: float) -> Tensor:
-    """Noise levels of the scores: uniform u in [0, 1) shifted, then clamped to [low, high]."""
-    return shift_sigma(u, shift).clamp(low, high)
-
-
-def values_to_log(
-    matching: Matching, anchored: Tensor, with_loss: Tensor, sigma: Tensor
-) -> dict[str, Tensor]:
-    """Per sample [B]. dfd, dmd: 1 in rows trained so; rows without a loss have neither."""
-    return {
-        "loss": matching.loss.detach(),
-        "discrepancy": matching.discrepancy,
-        "normaliser": matching.normaliser,
-        "dfd": anchored.float(),
-        "dmd": (with_loss & ~anchored).float(),
-        "sigma": sigma,
-    }

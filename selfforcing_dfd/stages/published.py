@@ -63,6 +63,12 @@ def check_published(config: Config, on: Sequence[str]) -> None:
         f"published.context_gradient is on and rollout.window is {window}; the published code "
         "cannot train with a window: use rollout.window=0 or published.context_gradient=false",
     )
+    context = config.rollout.context
+    require(
+        context == "clean" or not on,
+        f"published.{', published.'.join(on)} and rollout.context={context}: the published code "
+        "always has a commit pass; use rollout.context=clean, or turn these settings off",
+    )
     given = config.rollout.given
     require(
         given == 0 or not on,

@@ -50,6 +50,7 @@ from selfforcing_dfd.stages.base import (
     register,
     student_start,
 )
+from selfforcing_dfd.stages.own_past import commits, context_sigma, real_past, require_one_ladder
 
 Target = Literal["trajectory", "next_step", "consistency", "clip"]
 
@@ -71,7 +72,8 @@ class RegressionStage(TrainingStage):
     """causal: the teacher whose ODE is followed; None for the target `clip`.
 
     own: share of updates on the student's own rollouts. weights: one for each step of the ladder.
-    given: first frames of a clip that are clean in every input, without loss.
+    given: first frames of a clip that are clean in every input, without loss. context_sigma: noise
+    level of the chunks before.
     """
 
     name = "regression"
@@ -91,6 +93,7 @@ class RegressionStage(TrainingStage):
     sink: int = 0
     window: int | None = None
     given: int = 0
+    context_sigma: float = 0.0
 
     @classmethod
     def build(
@@ -109,6 +112,7 @@ class RegressionStage(TrainingStage):
             own.weights,
             keeps_noise(config),
             given=config.rollout.given,
+            context_sigma=context_sigma(config),
             **cache_sizes(config),
         )
 
@@ -116,6 +120,7 @@ class RegressionStage(TrainingStage):
     def check(cls, config: Config) -> None:
         own = config.of(RegressionConfig)
         ladder = config.rollout.ladder
+        require_one_ladder(config)
         require(
             own.target == "clip" or bool(config.weights.causal),
             f"regression.target is {own.target} but weights.causal is empty: name a causal "
@@ -150,7 +155,9 @@ class RegressionStage(TrainingStage):
     @classmethod
     def passes(cls, config: Config) -> dict[str, list[Pass]]:
         own = config.of(RegressionConfig)
-        past = [Pass("past", "student", "committed")]
+        # an own rollout at its last step has made a noisy past by itself
+        made = 0.0 if commits(config) else own.own / len(config.rollout.ladder)
+        past = [Pass("past", "student", "committed", 1 - made)]
         if own.target != "clip":
             # two calls a step of Heun's method; the last step down to sigma 0 needs one
             calls = {"trajectory": 2 * own.steps - 1, "next_step": 2 * own.steps, "consistency": 2}
@@ -211,15 +218,23 @@ class RegressionStage(TrainingStage):
         sigma = torch.tensor(self.ladder, dtype=torch.float64)[step.long()]
         u = unshift_sigma(sigma, self.shift) * (steps_left / self.num_steps)
         sigma = sigma_by_frame(self.by_frame(shift_sigma(u, self.shift)), real, self.given)
-        contexts = self.contexts_of(self.trained["student"], real, batch.conditioning)
+        past, level = real_past(real, draw, self.context_sigma, self.given)
+        contexts = self.contexts_of(self.trained["student"], past, batch.conditioning, level)
         return real, add_noise(real, noise, sigma), sigma, contexts
 
     def contexts_of(
-        self, network: nn.Module, past: Tensor, conditioning: Conditioning
+        self,
+        network: nn.Module,
+        past: Tensor,
+        conditioning: Conditioning,
+        level: Tensor | None = None,
     ) -> tuple[Context, ...]:
-        """What each chunk sees of a past [B, F, C, H, W], in a network's terms."""
+        """What each chunk sees of a past [B, F, C, H, W], in a network's terms.
+
+        level: the past's noise levels [B, F]; None: it is clean.
+        """
         cache = KVCache(self.sink, self.window)
-        return teacher_forced_contexts(network, past, conditioning, cache, self.chunks)
+        return teacher_forced_contexts(network, past, conditioning, cache, self.chunks, level)
 
     def own_inputs(
         self, batch: Batch, draw: Draw
@@ -235,6 +250,7 @@ class RegressionStage(TrainingStage):
             self.chunks,
             tuple(draw.choice(f"exit {n}", len(self.ladder)) for n in range(len(self.chunks))),
             given=batch.latents[:, : self.given] if self.given else None,
+            commits=not self.context_sigma,
         )
         return record.x0, record.x_exit, record.sigma_exit, record.contexts
 

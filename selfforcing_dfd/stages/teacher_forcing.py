@@ -17,6 +17,7 @@ from selfforcing_dfd.ode import teacher_forced_contexts
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import Chunks
 from selfforcing_dfd.stages.base import Pass, StageLoss, TrainingStage, drop_text
+from selfforcing_dfd.stages.own_past import real_past
 from selfforcing_dfd.stages.published import weighted_flow_matching
 
 
@@ -28,7 +29,7 @@ class TeacherForcing(TrainingStage):
     some; the others start from fresh noise. sigmas: those that are trained; none is all of them,
     shifted. negative: [L, D_text], the text of no caption; None is zeros. given: first frames of a
     clip that its first chunk sees clean, without loss. published_weight: latent frames are weighted
-    by their noise level, as in the public code.
+    by their noise level, as in the public code. context_sigma: noise level of the chunks before.
     """
 
     trained: dict[str, nn.Module]
@@ -42,11 +43,12 @@ class TeacherForcing(TrainingStage):
     negative: Tensor | None = None
     given: int = 0
     published_weight: bool = False
+    context_sigma: float = 0.0
 
     @classmethod
     def passes(cls, config: Config) -> dict[str, list[Pass]]:
-        clean = Pass("clean past", "student", "committed")
-        return {"student": [clean, Pass("with gradient", "student", "chunks", gradient=True)]}
+        past = Pass("past", "student", "committed")
+        return {"student": [past, Pass("with gradient", "student", "chunks", gradient=True)]}
 
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         student = self.trained[turn]
@@ -59,7 +61,8 @@ class TeacherForcing(TrainingStage):
         sigma = self.draw_sigma(draw.uniform("sigma", (len(frames),))).to(noise)
         sigma = sigma.repeat_interleave(torch.tensor(frames, device=sigma.device), dim=1)
         cache = KVCache(self.sink, self.window)
-        contexts = teacher_forced_contexts(student, batch.latents, conditioning, cache, self.chunks)
+        past, level = real_past(batch.latents, draw, self.context_sigma)
+        contexts = teacher_forced_contexts(student, past, conditioning, cache, self.chunks, level)
         context = PackedContext(contexts, frames)
         matching = partial(flow_matching, given=self.given)
         if self.published_weight:

@@ -88,7 +88,7 @@ def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 class Student:
     """A causal student: diffusers' Wan transformer that makes one chunk after the other.
 
-    recipe: of its config: ladder, shift, chunk_frames, frames and noise.
+    recipe: of its config: ladder, shift, chunk_frames, frames, noise, first_ladder and context.
     """
 
     transformer: Any  # WanTransformer3DModel
@@ -106,17 +106,19 @@ class Student:
         for block, layer in zip(self.transformer.blocks, self.layers, strict=True):
             block.attn1.set_processor(layer)
 
-    @property
-    def sigmas(self) -> list[float]:
-        """Noise levels of the ladder, under its shift."""
+    def sigmas(self, is_first: bool) -> list[float]:
+        """Noise levels of the first chunk's ladder, or of the others', under its shift."""
         shift = self.recipe["shift"]
-        parts = [timestep / 1000 for timestep in self.recipe["ladder"]]
+        first = self.recipe.get("first_ladder")
+        parts = [timestep / 1000 for timestep in (is_first and first) or self.recipe["ladder"]]
         return [shift * part / (1 + (shift - 1) * part) for part in parts]
 
     @property
     def num_draws(self) -> int:
         """Draws of noise that a clip takes: one if the noise is kept, else one a step."""
-        return 1 if self.recipe["noise"] == "kept" else len(self.recipe["ladder"])
+        if self.recipe["noise"] == "kept":
+            return 1
+        return max(len(self.sigmas(True)), len(self.sigmas(False)))
 
     def flow(self, x_t: Tensor, sigma: float) -> Tensor:
         """The flow at x_t [B, C, f, h, w], float32."""
@@ -138,8 +140,12 @@ class Student:
         self.past.rotary = (cos[:, -tokens:].to(like.device), sin[:, -tokens:].to(like.device))
 
     def remember(self, x0: Tensor) -> None:
-        """Run the finished chunk once more, clean, and keep its keys and values."""
-        self.flow(x0, CLEAN)
+        """Run the finished chunk once more, clean, and keep its keys and values.
+
+        Or keep those of its last step, where the student was trained so.
+        """
+        if self.recipe.get("context", "clean") == "clean":
+            self.flow(x0, CLEAN)
         for layer in self.layers:
             assert layer.newest is not None
             layer.remembered.append(layer.newest)
@@ -150,14 +156,13 @@ class Student:
         for start in range(0, noise.shape[3], self.recipe["chunk_frames"]):
             own = noise[:, :, :, start : start + self.recipe["chunk_frames"]]
             self.begin_chunk(start, own[0])
-            x0 = self.denoise(own)
+            x0 = self.denoise(own, self.sigmas(start == 0))
             self.remember(x0)
             made.append(x0)
         return torch.cat(made, dim=2)
 
-    def denoise(self, noise: Tensor) -> Tensor:
-        """One chunk, down the ladder."""
-        levels = self.sigmas
+    def denoise(self, noise: Tensor, levels: list[float]) -> Tensor:
+        """One chunk, down a ladder of noise levels."""
         x_t = noise[0]
         x0 = x_t
         for step, sigma in enumerate(levels):

@@ -22,6 +22,7 @@ from selfforcing_dfd.models.hub import require_student
 from selfforcing_dfd.models.identity import SELF_FORCING, Recipe, mark, recipe_of
 from selfforcing_dfd.models.network import WanNetwork
 from selfforcing_dfd.models.picture import takes_picture
+from selfforcing_dfd.streaming.model import running_as
 from selfforcing_dfd.streaming.parts import LoadError
 from selfforcing_dfd.streaming.saving import NOTHING_SAVED, Saving
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
@@ -106,11 +107,8 @@ def load_stream_model(
         student=student,
         codec=codec.to(run_on),
         text=TinyPrompts(TinyText(student.config["text_dim"]), caption_level(path)),
-        ladder=settled.sigmas,
-        keeps_noise=settled.keeps_noise,
-        given=settled.given,
-        chunk_frames=settled.chunk_frames,
         latent_size=(SIDE // SPACE, SIDE // SPACE),
+        **running_as(settled),
     )
 
 
@@ -185,19 +183,7 @@ def settle_student(weights: StoredWeights, recipe: Mapping[str, Any] | None = No
     """The recipe by which some weights stream; arguments and errors as for `load_student`."""
     if weights.role is not None or weights.is_folder:
         require_student(weights.identity.notes(), weights.source)
-    settled = settle_recipe(weights.recipe, recipe or {}, "causal_student", weights.source)
-    if settled.first_ladder is not None:
-        raise LoadError(
-            f"{weights.source} denoises the first chunk with steps of its own, "
-            f"{_steps(settled.first_ladder)}, and later chunks with {_steps(settled.ladder)}; "
-            "streams run all chunks with the same steps: use a student whose recipe has no "
-            "first_ladder"
-        )
-    return settled
-
-
-def _steps(ladder: tuple[float, ...]) -> str:
-    return ",".join(f"{timestep:g}" for timestep in ladder)
+    return settle_recipe(weights.recipe, recipe or {}, "causal_student", weights.source)
 
 
 def student_recipe(student: WanNetwork) -> Recipe:

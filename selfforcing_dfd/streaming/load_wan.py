@@ -23,6 +23,7 @@ from selfforcing_dfd.streaming.load import (
     load_student,
     student_recipe,
 )
+from selfforcing_dfd.streaming.model import running_as
 from selfforcing_dfd.streaming.parts import LoadError, check_fit, check_parts
 from selfforcing_dfd.streaming.saving import NOTHING_SAVED, Saving
 from selfforcing_dfd.streaming.session import StreamModel
@@ -78,13 +79,10 @@ def load_wan_model(
         student=student,
         codec=codec,
         text=WanText.cached(folder, text_cache(), encode_on, weights_dtype, keeps=keeps),
-        ladder=settled.sigmas,
-        keeps_noise=settled.keeps_noise,
-        given=settled.given,
-        chunk_frames=settled.chunk_frames,
         latent_size=rows_columns,
         decode_device=decode_on,
         see=see,
+        **running_as(settled),
     )
 
 

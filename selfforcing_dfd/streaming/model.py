@@ -10,10 +10,26 @@ import torch
 from torch import Tensor
 
 from selfforcing_dfd.codecs.protocol import Compilable, StreamingCodec
+from selfforcing_dfd.models.identity import Recipe
 from selfforcing_dfd.models.network import WanNetwork
 from selfforcing_dfd.models.picture import Picture
 from selfforcing_dfd.rollout import Ladder
 from selfforcing_dfd.streaming.ring import KVShape
+
+CLEAN = 0.0
+"""The noise level at which finished chunks are committed."""
+
+
+def running_as(recipe: Recipe) -> dict[str, Any]:
+    """What a `StreamModel` takes from a student's recipe."""
+    return {
+        "ladder": recipe.sigmas,
+        "first_ladder": recipe.first_sigmas,
+        "chunk_frames": recipe.chunk_frames,
+        "keeps_noise": recipe.keeps_noise,
+        "commits": recipe.commits,
+        "given": recipe.given,
+    }
 
 
 class TextEncoder(Protocol):
@@ -37,6 +53,8 @@ class StreamModel:
     where its weights are. decode_device: the codec's device; None is the student's. keeps_noise:
     whether the noise that a chunk starts from stays between its steps.
     given: latent frames at the start of a video that the student does not make (1: a picture).
+    first_ladder: the first chunk's, where it differs. commits: whether a finished chunk is run once
+    more, clean; else later chunks see it as it was at its last step.
     see: for a student of Wan2.1-I2V, what it sees of a picture [1, H, W, 3]; see `codecs.pictures`.
     """
 
@@ -51,6 +69,18 @@ class StreamModel:
     given: int = 0
     see: Callable[[Tensor], Picture] | None = None
     run_device: torch.device | None = None
+    first_ladder: Ladder | None = None
+    commits: bool = True
+
+    def ladder_of(self, is_first: bool) -> Ladder:
+        """The ladder of a video's first chunk, or of the others."""
+        return self.first_ladder if is_first and self.first_ladder else self.ladder
+
+    @property
+    def noise_levels(self) -> tuple[float, ...]:
+        """All at which the student is called, each once."""
+        clean = (CLEAN,) if self.commits else ()
+        return tuple(dict.fromkeys((*self.ladder, *(self.first_ladder or ()), *clean)))
 
     @property
     def device(self) -> torch.device:

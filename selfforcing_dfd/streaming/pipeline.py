@@ -30,6 +30,7 @@ from selfforcing_dfd.models.identity import Recipe, identity_of
 from selfforcing_dfd.models.wan import WanTransformer, is_offloaded
 from selfforcing_dfd.streaming.load import latent_size, load_student, student_recipe
 from selfforcing_dfd.streaming.load_wan import asked_size, trained_size
+from selfforcing_dfd.streaming.model import running_as
 from selfforcing_dfd.streaming.open_export import open_to_diffusers
 from selfforcing_dfd.streaming.parts import check_fit, check_parts
 from selfforcing_dfd.streaming.session import (
@@ -292,18 +293,14 @@ class CausalWanPipeline(DiffusionPipeline):
         decode_on = offloaded or self.vae.device
         codec = WanCodec(self.vae, channels_last=decode_on.type == "cuda", device=decode_on)
         size = asked_size((height, width), identity_of(self.transformer.config).data)
-        recipe = self.recipe
         return StreamModel(
             student=self.transformer,
             codec=codec,
             text=WanText(self.tokenizer, self.text_encoder),
-            ladder=recipe.sigmas,
-            keeps_noise=recipe.keeps_noise,
-            given=recipe.given,
-            chunk_frames=recipe.chunk_frames,
             latent_size=latent_size(size, codec.strides, self.transformer.patch),
             decode_device=codec.device,
             run_device=offloaded,
+            **running_as(self.recipe),
         )
 
     def _num_chunks(self, num_frames: int) -> int:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -9,10 +11,11 @@ from torch import nn
 
 from selfforcing_dfd.codecs.prompts import MAX_LENGTH
 from selfforcing_dfd.common import find_device
-from selfforcing_dfd.models.identity import SELF_FORCING
+from selfforcing_dfd.models.identity import SELF_FORCING, make_recipe
 from selfforcing_dfd.models.network import PlainWan, WanNetwork
 from selfforcing_dfd.models.sizes import PUBLISHED_SIZES
 from selfforcing_dfd.streaming.load import TINY_STUDENT, default_dtype, latent_size, tiny_codec_file
+from selfforcing_dfd.streaming.model import running_as
 from selfforcing_dfd.streaming.parts import LoadError
 from selfforcing_dfd.streaming.session import StreamModel
 from selfforcing_dfd.tiny.codec import TinyCodec
@@ -36,7 +39,11 @@ TINY_VIDEO_SIZE = (32, 48)
 
 
 def random_stream_model(
-    size: str, device: str = "auto", dtype: torch.dtype | None = None, seed: int = 0
+    size: str,
+    device: str = "auto",
+    dtype: torch.dtype | None = None,
+    seed: int = 0,
+    recipe: Mapping[str, Any] | None = None,
 ) -> StreamModel:
     """A model with random weights.
 
@@ -58,9 +65,8 @@ def random_stream_model(
         student=student,
         codec=codec,
         text=TinyText(text_dim) if size == "tiny" else TinyText(text_dim, MAX_LENGTH),
-        ladder=SELF_FORCING.sigmas,
-        chunk_frames=SELF_FORCING.chunk_frames,
         latent_size=latent_size(video_size, codec.strides, student.patch),
+        **running_as(make_recipe(asdict(SELF_FORCING) | dict(recipe or {}))),
     )
 
 

@@ -13,14 +13,17 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from selfforcing_dfd import rng
 from selfforcing_dfd.codecs.protocol import Decoder
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.context import Conditioning
+from selfforcing_dfd.flow import add_noise, sigma_by_frame
 from selfforcing_dfd.models.picture import Picture, conditioning_of
 from selfforcing_dfd.models.prepared import PreparedConditioning
-from selfforcing_dfd.rollout import commit_chunk, denoise_chunk
+from selfforcing_dfd.rollout import Ladder, commit_chunk, denoise_chunk
 from selfforcing_dfd.streaming.beginning import check_context, require_context, whole_chunks
 from selfforcing_dfd.streaming.latency import StageClock, Timings
+from selfforcing_dfd.streaming.model import CLEAN
 from selfforcing_dfd.streaming.model import StreamModel as StreamModel
 from selfforcing_dfd.streaming.noise import ChunkNoise
 from selfforcing_dfd.streaming.output import FrameCopy
@@ -31,9 +34,6 @@ PromptMode = Literal["recache", "flush", "keep"]
 new prompt (LongLive, arXiv 2509.22622). flush: all chunks but the sink and the newest one are
 forgotten (arXiv 2511.20649). keep: the context stays, and the new prompt takes effect slowly.
 """
-
-CLEAN = 0.0
-"""The noise level at which finished chunks are committed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,13 +78,25 @@ class PromptChange:
     mode: PromptMode
 
 
+class Seen(NamedTuple):
+    """A chunk that the next one sees, as it was when its keys and values were made.
+
+    start: its first latent frame. sigma: 0 after a commit pass; else the noise level of its last
+    step, by frame [B, F] where some frames were given.
+    """
+
+    start: int
+    latents: Tensor
+    sigma: Tensor | float
+
+
 @dataclass(frozen=True, slots=True)
 class Snapshot:
     """All state of a session between two chunks."""
 
     ring: RingState
     decoder: Decoder
-    history: tuple[tuple[int, Tensor], ...]
+    history: tuple[Seen, ...]
     pending: tuple[Tensor, Conditioning] | None
     given: Tensor | None
     conditioning: PreparedConditioning
@@ -155,7 +167,7 @@ class StreamSession:
             self.settings = replace(self.settings, seed=seed)
         self._ring.clear()
         self._decoder = model.codec.start_decoding()
-        self._history: list[tuple[int, Tensor]] = []
+        self._history: list[Seen] = []
         self._pending: tuple[Tensor, Conditioning] | None = None
         self._change: PromptChange | None = None
         self.chunk_index = 0
@@ -208,16 +220,18 @@ class StreamSession:
         """Queue the work of one chunk; its frames are on their way when this returns."""
         self._commit_pending()
         self._apply_change()
+        ladder = self.model.ladder_of(is_first=self._ring.next_frame == 0)
         with self._clock.stage("noise"):
-            noise = self._noise(self.chunk_index)
+            noise = self._noise(self.chunk_index, ladder)
             noise.draw(1 if self._host_runs_ahead else None)  # the rest beside the steps
         with self._clock.stage("denoise"):
-            x0 = self._denoise(noise)
+            x0 = self._denoise(noise, ladder)
         copy = self._decode(x0)
-        self._pending = (x0, self._conditioning)
+        if self.model.commits:
+            self._pending = (x0, self._conditioning)
         if self._host_runs_ahead:
             self._commit_pending()
-            self._ahead = self._noise(self.chunk_index + 1)
+            self._ahead = self._noise(self.chunk_index + 1, self.model.ladder)
             self._ahead.draw()
         return copy
 
@@ -263,7 +277,7 @@ class StreamSession:
         with torch.inference_mode(), self._clock.stage("text"):
             text = self.model.text.encode([prompt]).to(self.model.device, self.model.dtype)
             asked = conditioning_of(text, picture or self._picture)
-            return self.model.student.prepare(asked, (*self.model.ladder, CLEAN))
+            return self.model.student.prepare(asked, self.model.noise_levels)
 
     @torch.inference_mode()
     def _see(self, context: Tensor | None) -> Picture | None:
@@ -273,26 +287,36 @@ class StreamSession:
         device = self.model.decode_device or self.model.device
         return self.model.see(context[:1].to(device)).to(self.model.device)
 
-    def _noise(self, chunk_index: int) -> ChunkNoise:
+    def _noise(self, chunk_index: int, ladder: Ladder) -> ChunkNoise:
         """The noise of a chunk: a draw for each step, or one if it is kept; maybe drawn already."""
         model = self.model
-        num_draws = 1 if model.keeps_noise else len(model.ladder)
+        num_draws = 1 if model.keeps_noise else len(ladder)
         seed = self.settings.seed
         if self._ahead is not None and self._ahead.is_for(seed, chunk_index, num_draws):
             return self._ahead
         shape = (1, model.chunk_frames, model.codec.channels, *model.latent_size)
         return ChunkNoise(seed, chunk_index, shape, num_draws, model.device)
 
-    def _denoise(self, noise: ChunkNoise) -> Tensor:
-        is_first = self._ring.next_frame == 0
-        x0, _ = denoise_chunk(
+    def _denoise(self, noise: ChunkNoise, ladder: Ladder) -> Tensor:
+        """The next chunk's clean latents. Without commits its last step's K/V stay in the ring."""
+        start = self._ring.next_frame
+        given = self._given if start == 0 else None
+        context = self._ring.read(self.model.chunk_frames)
+        remember = None if self.model.commits else self._ring
+        x0, x_last = denoise_chunk(
             self.model.student,
             noise,
             self._conditioning,
-            self._ring.read(self.model.chunk_frames),
-            self.model.ladder,
-            given=self._given if is_first else None,
+            context,
+            ladder,
+            given=given,
+            remember=remember,
         )
+        if remember is not None:
+            sigma: Tensor | float = ladder[-1]
+            if given is not None:
+                sigma = sigma_by_frame(sigma, x_last, given.shape[1])
+            self._see_later(Seen(start, x_last, sigma))
         return x0
 
     def _decode(self, x0: Tensor) -> FrameCopy:
@@ -313,12 +337,18 @@ class StreamSession:
             self._commit(x0, conditioning)
         self._pending = None
 
-    def _commit(self, x0: Tensor, conditioning: Conditioning) -> None:
-        """Put a finished chunk into the ring. Keep its latents while the next chunk sees it."""
-        self._history.append((self._ring.next_frame, x0))
-        commit_chunk(self.model.student, x0, conditioning, self._ring)
+    def _commit(
+        self, latents: Tensor, conditioning: Conditioning, sigma: Tensor | float = CLEAN
+    ) -> None:
+        """Put a finished chunk into the ring, as it was at noise level sigma."""
+        start = self._ring.next_frame
+        commit_chunk(self.model.student, latents, conditioning, self._ring, sigma)
+        self._see_later(Seen(start, latents, sigma))
+
+    def _see_later(self, chunk: Seen) -> None:
+        """Keep a chunk's latents while the next chunk sees it."""
         visible = self._ring.visible_starts
-        self._history = [(start, latents) for start, latents in self._history if start in visible]
+        self._history = [each for each in (*self._history, chunk) if each.start in visible]
 
     def _apply_change(self) -> None:
         """Switch to the prompt of `set_prompt`, if there is a new one."""
@@ -339,9 +369,9 @@ class StreamSession:
         next_frame = self._ring.next_frame
         self._history = []
         self._ring.clear()
-        for start, x0 in history:
-            self._ring.next_frame = start
-            self._commit(x0, self._conditioning)
+        for chunk in history:
+            self._ring.next_frame = chunk.start
+            self._commit(chunk.latents, self._conditioning, chunk.sigma)
         self._ring.next_frame = next_frame
 
     @torch.inference_mode()
@@ -354,6 +384,15 @@ class StreamSession:
             self._given = latents[:, : self.model.given]
         if latents.shape[1] == self.model.num_given_latent_frames:
             return  # the first chunk shows all of it
-        for x0 in whole_chunks(latents, self.model.chunk_frames):
-            self._commit(x0, self._conditioning)
+        for number, x0 in enumerate(whole_chunks(latents, self.model.chunk_frames)):
+            self._commit_given(x0, number)
         self.context_frames = self._decode(latents).all()
+
+    def _commit_given(self, x0: Tensor, number: int) -> None:
+        """Put a chunk of the context into the ring, noised where students see chunks so."""
+        sigma = CLEAN
+        if not self.model.commits:
+            sigma = self.model.ladder_of(is_first=number == 0)[-1]
+            noise = rng.normal(tuple(x0.shape), self.settings.seed, "context noise", number)
+            x0 = add_noise(x0, noise.to(x0), sigma)
+        self._commit(x0, self._conditioning, sigma)

@@ -7,7 +7,7 @@ products and attention, two for each multiply-add.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 from selfforcing_dfd.config import Config, NetworkConfig
@@ -60,15 +60,13 @@ class Clip:
 
     def over(self, what: str) -> Clip:
         """The clip as a pass sees it: see `stages.base.Pass`."""
-        if what == "chunks":
-            return self
-        last = -1 if what == "committed" else len(self.chunks)
-        chunks = self.chunks[:last]
-        past = self.past[:last]
         if what == "clip":
-            chunks = (sum(self.chunks),)
-            past = (0,)
-        return Clip(chunks, past, self.latent_size, self.text_tokens)
+            return replace(self, chunks=(sum(self.chunks),), past=(0,))
+        start = 1 if what.startswith("later") else 0
+        stop = len(self.chunks) - 1 if what.endswith("committed") else len(self.chunks)
+        if what.startswith("first"):
+            stop = min(stop, 1)
+        return replace(self, chunks=self.chunks[start:stop], past=self.past[start:stop])
 
 
 def clip_of(config: Config, latent_size: tuple[int, int], text_tokens: int) -> Clip:

@@ -226,6 +226,8 @@ def _settings(facts: ModelFacts) -> str:
         rows["given"] = f"the first {recipe.given} latent frame(s), such as a picture's"
     if recipe.first_ladder:
         rows["first chunk's ladder before the shift"] = _numbers(recipe.first_ladder)
+    if not recipe.commits:
+        rows["context"] = "keys and values of the last denoising step; no commit pass"
     return _table(("setting", "value"), rows)
 
 

@@ -48,18 +48,22 @@ def settle_recipe(
     return recipe
 
 
-def asked_settings(ladder: str | None = None, **others: float | None) -> dict[str, Any]:
+def asked_settings(
+    ladder: str | None = None, first_ladder: str | None = None, **others: float | str | None
+) -> dict[str, Any]:
     """Settings of a recipe from command-line flags; those that are None were not asked for.
 
-    ladder: timesteps with commas between them. Raises UserError for anything else.
+    ladder, first_ladder: timesteps with commas between them. Raises UserError for anything else.
     """
     asked: dict[str, Any] = {name: value for name, value in others.items() if value is not None}
-    if ladder is not None:
+    for name, steps in (("ladder", ladder), ("first_ladder", first_ladder)):
+        if steps is None:
+            continue
         try:
-            asked["ladder"] = tuple(float(timestep) for timestep in ladder.split(","))
+            asked[name] = tuple(float(timestep) for timestep in steps.split(","))
         except ValueError as error:
             raise UserError(
-                f"ladder is {ladder!r}; want timesteps such as 1000,750,500,250"
+                f"{name} is {steps!r}; want timesteps such as 1000,750,500,250"
             ) from error
     return asked
 

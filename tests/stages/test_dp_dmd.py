@@ -105,9 +105,9 @@ def test_the_fake_score_never_learns_samples_of_the_first_step(monkeypatch: pyte
     stage, seen = dp_stage(), set()
     roll_out = stage.roll_out
 
-    def noticing(batch: Any, draw: Any, tied: Tensor, exit_step: int) -> Any:
+    def noticing(batch: Any, draw: Any, tied: Tensor, exit_step: int, of_first: int | None) -> Any:
         seen.add(exit_step)
-        return roll_out(batch, draw, tied, exit_step)
+        return roll_out(batch, draw, tied, exit_step, of_first)
 
     monkeypatch.setattr(stage, "roll_out", noticing)
     for n in range(24):

@@ -15,7 +15,7 @@ from selfforcing_dfd.context import ChunkContext, Conditioning
 from selfforcing_dfd.flow import shift_sigma
 from selfforcing_dfd.stages.base import drop_text
 from selfforcing_dfd.stages.init import InitStage
-from selfforcing_dfd.stages.matching import score_sigma
+from selfforcing_dfd.stages.score import score_sigma
 
 UNIT = torch.linspace(0, 1, 101, dtype=torch.float64)
 NEGATIVE = rng.normal((TEXT_LENGTH, TINY["text_dim"]), 0, "negative prompt").double()

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from selfforcing_dfd.common import UserError
 from selfforcing_dfd.models.hub import HubError
 from selfforcing_dfd.models.identity import Identity, Recipe, TrainingData, recipe_of
 from selfforcing_dfd.streaming.load import load_settings, load_stream_model
@@ -131,15 +132,26 @@ def test_flags_replace_the_recipe_of_the_file(caplog):
     assert "used: ladder 1000,500, chunk-frames 1" in caplog.text
 
 
-def test_a_first_ladder_is_refused_and_not_forgotten(tmp_path):
-    """Catches a student that streams its first chunk with the ladder of the others."""
+def test_fewer_passes_come_from_the_file_and_from_flags(tmp_path, caplog):
+    """Catches a student that streams its first chunk, or its past, otherwise than it was trained.
+
+    And files without these settings that are no longer as they always were.
+    """
     recipe = describe(STUDENT).recipe
     assert recipe is not None
-    two = dataclasses.replace(recipe, first_ladder=(1000.0,))
+    assert "context" not in Identity("causal_student", recipe).notes()["recipe"]
+    changed = {"ladder": (1000.0, 500.0), "first_ladder": (1000.0,), "context": "last_step"}
+    two = dataclasses.replace(recipe, **changed)
     path = save_student(tmp_path / "student.safetensors", recipe=two)
-    said = "the first chunk with steps of its own, 1000, and later chunks with 1000,"
-    with pytest.raises(LoadError, match=said):
-        load_stream_model(checkpoint=str(path))
+    model = load_stream_model(checkpoint=str(path))
+    assert (len(model.ladder), model.first_ladder, model.commits) == (2, (1.0,), False)
+    assert recipe_of(model.student.config) == two
+    with caplog.at_level(logging.WARNING):
+        asked = load_stream_model(recipe=changed)
+    assert (asked.ladder, asked.first_ladder, asked.commits) == (model.ladder, (1.0,), False)
+    assert "used: ladder 1000,500, first-ladder 1000, context last_step" in caplog.text
+    with pytest.raises(UserError, match="context is 'noisy'; use clean or last_step"):
+        load_stream_model(recipe={"context": "noisy"})
 
 
 WINDOWED = Recipe((1000.0, 500.0), 5.0, chunk_frames=3, frames=21, sink=0, window=12)
@@ -163,7 +175,7 @@ def test_random_models_have_the_sizes_that_weights_state():
     sizes = describe(STUDENT).sizes
     assert all(model.student.config[name] == value for name, value in sizes.items())
     assert model.video_size == load_stream_model(device="cpu").video_size
-    with pytest.raises(LoadError, match="use one of tiny, wan1"):
+    with pytest.raises(LoadError, match="use one of tiny, wan"):
         random_stream_model("wan5b")
 
 
