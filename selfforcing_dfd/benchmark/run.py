@@ -31,6 +31,7 @@ from selfforcing_dfd.streaming.decoders import (
 )
 from selfforcing_dfd.streaming.load import choose_kernel, load_settings, load_stream_model
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
+from selfforcing_dfd.streaming.static_calls import with_graphs
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.weights.recipes import asked_settings
 
@@ -78,7 +79,7 @@ def build_model(options: argparse.Namespace, settings: StreamSettings) -> Stream
         use_fp8(model.student)
     if options.compile:
         model.compile()
-    return model
+    return with_graphs(model) if options.cuda_graph else model
 
 
 def latent_size(options: argparse.Namespace, model: StreamModel) -> tuple[int, int]:
@@ -153,6 +154,7 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         size=options.random_weights or "tiny",
         weights="random" if options.random_weights else "trained",
         fp8=options.fp8,
+        cuda_graph=options.cuda_graph,
         text_encoder=text_encoder,
     )
     timings = dict(model.student.attention.timings_ms)

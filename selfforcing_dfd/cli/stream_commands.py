@@ -176,6 +176,11 @@ def _add_kernel_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="torch.compile the blocks and Wan's VAE decoder: slow to start, faster afterwards",
     )
+    group.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="capture the student's calls as CUDA graphs and replay them; on a GPU only",
+    )
 
 
 def add_memory_options(group: argparse._ArgumentGroup) -> None:

@@ -42,6 +42,7 @@ from selfforcing_dfd.streaming.load import (
     load_stream_model,
 )
 from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
+from selfforcing_dfd.streaming.static_calls import with_graphs
 from selfforcing_dfd.weights.recipes import asked_settings
 
 USER_ERRORS = (ValueError, OSError)
@@ -268,6 +269,8 @@ def prepare(
     compare_decoders(model, settings, examples(options)[0])
     if options.compile:
         model.compile()
+    if options.cuda_graph:
+        model = with_graphs(model)
     return model, settings
 
 

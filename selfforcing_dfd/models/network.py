@@ -44,7 +44,7 @@ from selfforcing_dfd.models.picture import (
     takes_picture,
 )
 from selfforcing_dfd.models.prepared import Modulation, NoiseLevel, PreparedConditioning
-from selfforcing_dfd.models.rope import positions_rotary
+from selfforcing_dfd.models.rope import Placed, positions_rotary
 from selfforcing_dfd.models.sequence_parallel import SequenceParallel
 
 
@@ -176,10 +176,13 @@ class WanNetwork(nn.Module):
         level = self.level_of(sigma, x_t, conditioning)
         text = self.text_of(conditioning)
         picture = self.picture_of(conditioning)
-        precision = full_precision(tokens).dtype
-        rotary = positions_rotary(
-            context.next_frame, *grid, self.head_dim, tokens.device, precision
-        )
+        if isinstance(context, Placed):
+            rotary = context.rotary
+        else:
+            precision = full_precision(tokens).dtype
+            rotary = positions_rotary(
+                context.next_frame, *grid, self.head_dim, tokens.device, precision
+            )
         frames = grid[0]
         if self.sequence_parallel is not None:
             self.sequence_parallel.check_tokens(*grid[1:])

@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 from functools import lru_cache
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
 THETA = 10000.0
+
+
+@runtime_checkable
+class Placed(Protocol):
+    """A context that brings the rotary tables of its call, in memory that stays in place."""
+
+    @property
+    def rotary(self) -> tuple[Tensor, Tensor]: ...
 
 
 def axis_dims(head_dim: int) -> tuple[int, int, int]:

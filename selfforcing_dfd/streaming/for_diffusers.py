@@ -109,8 +109,10 @@ class Student:
     def sigmas(self, is_first: bool) -> list[float]:
         """Noise levels of the first chunk's ladder, or of the others', under its shift."""
         shift = self.recipe["shift"]
-        first = self.recipe.get("first_ladder")
-        parts = [timestep / 1000 for timestep in (is_first and first) or self.recipe["ladder"]]
+        ladder = self.recipe["ladder"]
+        if is_first and self.recipe.get("first_ladder"):
+            ladder = self.recipe["first_ladder"]
+        parts = [timestep / 1000 for timestep in ladder]
         return [shift * part / (1 + (shift - 1) * part) for part in parts]
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from selfforcing_dfd.models.picture import Picture
 from selfforcing_dfd.rollout import Ladder
 from selfforcing_dfd.streaming.ring import KVShape
 
+Calls = Literal["plain", "static", "graph"]
 CLEAN = 0.0
 """The noise level at which finished chunks are committed."""
 
@@ -54,7 +55,8 @@ class StreamModel:
     whether the noise that a chunk starts from stays between its steps.
     given: latent frames at the start of a video that the student does not make (1: a picture).
     first_ladder: the first chunk's, where it differs. commits: whether a finished chunk is run once
-    more, clean; else later chunks see it as it was at its last step.
+    more, clean; else later chunks see it as it was at its last step. calls: how the student is
+    called: plainly, in fixed memory, or as CUDA graphs, see `static_calls`.
     see: for a student of Wan2.1-I2V, what it sees of a picture [1, H, W, 3]; see `codecs.pictures`.
     """
 
@@ -71,6 +73,7 @@ class StreamModel:
     run_device: torch.device | None = None
     first_ladder: Ladder | None = None
     commits: bool = True
+    calls: Calls = "plain"
 
     def ladder_of(self, is_first: bool) -> Ladder:
         """The ladder of a video's first chunk, or of the others."""
@@ -79,8 +82,10 @@ class StreamModel:
     @property
     def noise_levels(self) -> tuple[float, ...]:
         """All at which the student is called, each once."""
-        clean = (CLEAN,) if self.commits else ()
-        return tuple(dict.fromkeys((*self.ladder, *(self.first_ladder or ()), *clean)))
+        levels = [*self.ladder, *(self.first_ladder or ())]
+        if self.commits:
+            levels.append(CLEAN)
+        return tuple(dict.fromkeys(levels))
 
     @property
     def device(self) -> torch.device:

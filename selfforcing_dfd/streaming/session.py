@@ -7,16 +7,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
-from typing import Literal, NamedTuple, get_args
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.codecs.protocol import Decoder
-from selfforcing_dfd.common import UserError
-from selfforcing_dfd.context import Conditioning
+from selfforcing_dfd.context import Conditioning, Network
 from selfforcing_dfd.flow import add_noise, sigma_by_frame
 from selfforcing_dfd.models.picture import Picture, conditioning_of
 from selfforcing_dfd.models.prepared import PreparedConditioning
@@ -27,83 +24,12 @@ from selfforcing_dfd.streaming.model import CLEAN
 from selfforcing_dfd.streaming.model import StreamModel as StreamModel
 from selfforcing_dfd.streaming.noise import ChunkNoise
 from selfforcing_dfd.streaming.output import FrameCopy
-from selfforcing_dfd.streaming.ring import Positions, RingCache, RingState
-
-PromptMode = Literal["recache", "flush", "keep"]
-"""What a new prompt does to the context. recache: the visible chunks are committed again under the
-new prompt (LongLive, arXiv 2509.22622). flush: all chunks but the sink and the newest one are
-forgotten (arXiv 2511.20649). keep: the context stays, and the new prompt takes effect slowly.
-"""
-
-
-@dataclass(frozen=True, slots=True)
-class StreamSettings:
-    """How one session runs.
-
-    Sizes are in latent frames. window_frames counts history and the current chunk; the sink comes
-    on top. Raises UserError for an unknown on_prompt.
-    """
-
-    seed: int = 0
-    sink_frames: int = 3
-    window_frames: int = 9
-    positions: Positions = "sink_relative"
-    on_prompt: PromptMode = "recache"
-
-    def __post_init__(self) -> None:
-        if self.on_prompt not in get_args(PromptMode):
-            raise UserError(
-                f"on_prompt is {self.on_prompt!r}; use one of {', '.join(get_args(PromptMode))}"
-            )
-
-
-class StreamChunk(NamedTuple):
-    """One chunk of video.
-
-    frames: uint8 [T, H, W, 3] on the host. With chunks of three latent frames, T is 9 in a stream's
-    first chunk and then 12.
-    """
-
-    chunk_index: int
-    frames: Tensor
-    timings: Timings
-
-
-@dataclass(frozen=True, slots=True)
-class PromptChange:
-    """A prompt that is encoded and takes effect at the next chunk."""
-
-    prompt: str
-    conditioning: PreparedConditioning
-    mode: PromptMode
-
-
-class Seen(NamedTuple):
-    """A chunk that the next one sees, as it was when its keys and values were made.
-
-    start: its first latent frame. sigma: 0 after a commit pass; else the noise level of its last
-    step, by frame [B, F] where some frames were given.
-    """
-
-    start: int
-    latents: Tensor
-    sigma: Tensor | float
-
-
-@dataclass(frozen=True, slots=True)
-class Snapshot:
-    """All state of a session between two chunks."""
-
-    ring: RingState
-    decoder: Decoder
-    history: tuple[Seen, ...]
-    pending: tuple[Tensor, Conditioning] | None
-    given: Tensor | None
-    conditioning: PreparedConditioning
-    prompt: str
-    change: PromptChange | None
-    settings: StreamSettings
-    chunk_index: int
+from selfforcing_dfd.streaming.ring import RingCache
+from selfforcing_dfd.streaming.state import PromptChange, Seen, Snapshot
+from selfforcing_dfd.streaming.state import PromptMode as PromptMode
+from selfforcing_dfd.streaming.state import StreamChunk as StreamChunk
+from selfforcing_dfd.streaming.state import StreamSettings as StreamSettings
+from selfforcing_dfd.streaming.static_calls import StaticStudent
 
 
 class StreamSession:
@@ -135,6 +61,9 @@ class StreamSession:
             dtype=model.dtype,
             device=model.device,
         )
+        self._student: Network = model.student
+        if model.calls != "plain":
+            self._student = StaticStudent(model.student, capture=model.calls == "graph")
         self._clock = StageClock(model.device)
         self._host_runs_ahead = model.device.type == "cuda"  # what it queues is done later
         self._ahead: ChunkNoise | None = None
@@ -304,7 +233,7 @@ class StreamSession:
         context = self._ring.read(self.model.chunk_frames)
         remember = None if self.model.commits else self._ring
         x0, x_last = denoise_chunk(
-            self.model.student,
+            self._student,
             noise,
             self._conditioning,
             context,
@@ -342,7 +271,7 @@ class StreamSession:
     ) -> None:
         """Put a finished chunk into the ring, as it was at noise level sigma."""
         start = self._ring.next_frame
-        commit_chunk(self.model.student, latents, conditioning, self._ring, sigma)
+        commit_chunk(self._student, latents, conditioning, self._ring, sigma)
         self._see_later(Seen(start, latents, sigma))
 
     def _see_later(self, chunk: Seen) -> None:
