@@ -8,10 +8,11 @@ from typing import Any
 from selfforcing_dfd.benchmark.headline import figures
 from selfforcing_dfd.benchmark.table import WIDTH, pairs, shown
 
+SAME_MACHINE = ("device", "threads")
 SAME_MODEL = ("size", "parameters", "resolution", "codec", "chunk_frames")
 SAME_PASSES = ("ladder", "first_ladder", "commits")
 SAME_PAST = ("visible_frames", "sink_frames", "window_frames", "positions")
-SAME_WORK = ("device", "threads", *SAME_MODEL, *SAME_PAST, *SAME_PASSES)
+SAME_WORK = SAME_MACHINE + SAME_MODEL + SAME_PAST + SAME_PASSES
 """Facts that must be equal, or the two did not do the same work on the same machine."""
 LEAST_MARGIN = 0.02
 """Two runs of one program differ by about as much, whatever their own spread says."""

@@ -82,10 +82,10 @@ class StreamModel:
     @property
     def noise_levels(self) -> tuple[float, ...]:
         """All at which the student is called, each once."""
-        levels = [*self.ladder, *(self.first_ladder or ())]
+        every = self.ladder + (self.first_ladder or ())
         if self.commits:
-            levels.append(CLEAN)
-        return tuple(dict.fromkeys(levels))
+            every += (CLEAN,)
+        return tuple(dict.fromkeys(every))
 
     @property
     def device(self) -> torch.device:
