@@ -14,18 +14,18 @@ from pathlib import Path
 
 import torch
 
-from selfforcing_dfd.codecs.text_ahead import TextAhead
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.data.sources.video import read_last_frames
 from selfforcing_dfd.live import control as commands
 from selfforcing_dfd.live.background import BackgroundWriter
-from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
+from selfforcing_dfd.live.prompts import PromptSchedule
 from selfforcing_dfd.live.ranks import ALONE, StreamRanks, refuse_ranks, shown_by, stream_ranks
 from selfforcing_dfd.live.ready import (
     ask_saving,
     can_be_told,
     is_warmed_up,
     load_text,
+    plan_prompts,
     readable_stdin,
     warm_up_aloud,
 )
@@ -170,7 +170,7 @@ def stream(options: argparse.Namespace) -> None:
 def stream_on(ranks: StreamRanks, options: argparse.Namespace) -> None:
     """`stream` for one of the processes that make it together."""
     model, settings = prepare(options, ranks)
-    schedule, model = plan_prompts(options, model)
+    schedule, model = plan_prompts(options, model, examples(options)[0])
     if ranks.agree(can_be_told(readable_stdin())):
         load_text(model)
     context = read_context(options, model)
@@ -328,28 +328,6 @@ def load_model(options: argparse.Namespace) -> StreamModel:
 def examples(options: argparse.Namespace) -> tuple[str, ...]:
     """Prompts that the model understands; the first one is the default."""
     return WAN_EXAMPLES if options.model else EXAMPLES
-
-
-def plan_prompts(
-    options: argparse.Namespace, model: StreamModel
-) -> tuple[PromptSchedule, StreamModel]:
-    """The schedule of a file, or the one prompt, and the model, which knows all of them.
-
-    Every prompt is encoded now: the stream does not wait for it, and no error comes hours later.
-    """
-    if options.prompt is not None and options.prompts is not None:
-        raise UserError("both --prompt and --prompts are given; drop one of them")
-    if options.prompts is None:
-        prompt = options.prompt if options.prompt is not None else examples(options)[0]
-        schedule = PromptSchedule(((0, prompt),))
-    else:
-        # a student that is trained with a given picture shows it as a part of chunk 0
-        goes_on = bool(options.video or (options.image and not model.num_given_video_frames))
-        clock = ChunkClock(model.chunk_frames, model.codec.strides[0], after_context=goes_on)
-        schedule = PromptSchedule.read(options.prompts, options.fps, clock)
-    text = TextAhead(model.text)
-    text.prefetch(prompt for _, prompt in schedule.prompts)
-    return schedule, replace(model, text=text)
 
 
 def read_context(options: argparse.Namespace, model: StreamModel) -> torch.Tensor | None:

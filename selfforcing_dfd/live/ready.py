@@ -7,11 +7,14 @@ import os
 import stat
 import sys
 import time
+from dataclasses import replace
 from typing import TextIO
 
 from torch import Tensor
 
-from selfforcing_dfd.codecs.text_ahead import LoadsLater
+from selfforcing_dfd.codecs.text_ahead import LoadsLater, TextAhead
+from selfforcing_dfd.common import UserError
+from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
 from selfforcing_dfd.streaming.model import StreamModel
 from selfforcing_dfd.streaming.saving import Saving
 from selfforcing_dfd.streaming.session import StreamSession
@@ -57,3 +60,25 @@ def warm_up_aloud(session: StreamSession, context: Tensor | None = None) -> None
     sys.stderr.flush()
     warm_up(session, context)
     sys.stderr.write(f" {time.perf_counter() - started:.0f} s\n")
+
+
+def plan_prompts(
+    options: argparse.Namespace, model: StreamModel, example: str
+) -> tuple[PromptSchedule, StreamModel]:
+    """The schedule of a file, or one prompt, at worst the example; and the model, which knows all.
+
+    Every prompt is encoded now: the stream does not wait for it, and no error comes hours later.
+    """
+    if options.prompt is not None and options.prompts is not None:
+        raise UserError("both --prompt and --prompts are given; drop one of them")
+    if options.prompts is None:
+        prompt = options.prompt if options.prompt is not None else example
+        schedule = PromptSchedule(((0, prompt),))
+    else:
+        # a student that is trained with a given picture shows it as a part of chunk 0
+        goes_on = bool(options.video or (options.image and not model.num_given_video_frames))
+        clock = ChunkClock(model.chunk_frames, model.codec.strides[0], after_context=goes_on)
+        schedule = PromptSchedule.read(options.prompts, options.fps, clock)
+    text = TextAhead(model.text)
+    text.prefetch(prompt for _, prompt in schedule.prompts)
+    return schedule, replace(model, text=text)

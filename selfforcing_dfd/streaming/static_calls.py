@@ -213,6 +213,11 @@ def check_static(model: StreamModel) -> None:
             "--cuda-graph is for text-to-video students: one of Wan2.1-I2V sees other channels of "
             "its picture in every chunk; drop it"
         )
+    if model.student.groups is not None or model.run_device is not None:
+        raise UserError(
+            "--cuda-graph needs the student's weights in one place, and offloaded ones move; drop "
+            "it, or --offload"
+        )
     if model.student.sequence_parallel is not None:
         raise UserError(
             "--cuda-graph is for one process: several exchange tokens within a call; drop it, or "

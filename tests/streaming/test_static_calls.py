@@ -142,6 +142,8 @@ def test_graphs_are_refused_where_they_cannot_be(tmp_path, capsys):
     ).requires_grad_(False)
     with pytest.raises(UserError, match="for text-to-video students"):
         check_static(replace(model, student=pictured))
+    with pytest.raises(UserError, match="drop it, or --offload"):
+        check_static(replace(model, run_device=torch.device("cpu")))
     model.student.sequence_parallel = object()  # type: ignore[assignment]
     with pytest.raises(UserError, match="for one process"):
         check_static(model)
