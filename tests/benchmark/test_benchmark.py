@@ -14,7 +14,7 @@ import torch
 from tiny_models import LADDER, tiny_network
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.benchmark.headline import headline
+from selfforcing_dfd.benchmark.headline import headline, rate_of
 from selfforcing_dfd.benchmark.measure import Bench, Plan, measure
 from selfforcing_dfd.benchmark.page import render
 from selfforcing_dfd.benchmark.statistics import Recording, stage_breakdown, steady_state
@@ -169,7 +169,7 @@ def test_five_lines_come_first(quick):
     lines = headline(result)
     assert len(lines) == 5
     assert "\n".join(lines) in quick[0]
-    assert f"{result['steady_fps_with_vae']:.0f}" in lines[0]
+    assert rate_of(result["steady_fps_with_vae"]) in lines[0]
     for words in ("with the VAE", "K = 6", "trained weights", "p99 needs 200"):
         assert words in quick[0]
     assert len(quick[0].splitlines()) < 15
