@@ -33,7 +33,7 @@ from selfforcing_dfd.live.status import StatusLine
 from selfforcing_dfd.live.web import shared as page
 from selfforcing_dfd.live.writers import ReaderGone, Writer, open_writer
 from selfforcing_dfd.models.identity import Recipe, recipe_of
-from selfforcing_dfd.streaming.decoders import compare_decoders, with_decoder
+from selfforcing_dfd.streaming.decoders import compare_decoders, shared, with_decoder
 from selfforcing_dfd.streaming.load import (
     TINY_DMD_STUDENT,
     TINY_STUDENT,
@@ -246,7 +246,7 @@ def load_students(options: argparse.Namespace) -> dict[str, page.Student]:
         model, settings = prepare(asked)
         if options.model:  # Wan's VAE and text encoder are large, and the same for all
             shown = students[first].model
-            model = replace(model, codec=shown.codec, text=shown.text)
+            model = replace(model, codec=shared(model.codec, shown.codec), text=shown.text)
         students[name] = page.Student(model, settings)
     return students
 

@@ -65,6 +65,16 @@ def compare_decoders(model: StreamModel, settings: StreamSettings, prompt: str) 
     return found
 
 
+def shared(own: StreamingCodec, other: StreamingCodec) -> StreamingCodec:
+    """The weights of the other codec, which is the same one; of a small decoder what was found."""
+    if not (isinstance(own, SmallCodec) and isinstance(other, SmallCodec)):
+        return other
+    made = SmallCodec(other.network, other.full, own.name)
+    made.fidelity = own.fidelity
+    made.program = other.program
+    return made
+
+
 def wants_small(name: str | None, weights: Path | None, is_tiny: bool) -> bool:
     """Whether the small decoder is asked for. LoadError for another world's, or idle weights."""
     own = "tiny" if is_tiny else "wan"

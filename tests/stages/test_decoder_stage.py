@@ -66,7 +66,7 @@ def test_it_learns_to_decode(settings: Settings, shards: Path, codec: TinyCodec)
 
     Short: docs/speed.md states what the whole recipe reaches.
     """
-    config = settings("run.student_updates=40", "optim.student.lr=4e-3", "ema.decay=0.5")
+    config = settings("run.student_updates=24", "optim.student.lr=8e-3", "ema.decay=0.5")
     start = build_trainer(settings("run.name=start")).learners["student"].network
     before = fidelity_of(start, shards, codec)
     run(config)

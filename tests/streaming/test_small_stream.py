@@ -23,7 +23,12 @@ from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.cost import decode_flops
 from selfforcing_dfd.live.play import describe_model
-from selfforcing_dfd.streaming.decoders import TINY_DECODER, with_decoder, with_random_decoder
+from selfforcing_dfd.streaming.decoders import (
+    TINY_DECODER,
+    shared,
+    with_decoder,
+    with_random_decoder,
+)
 from selfforcing_dfd.streaming.model import StreamModel
 from selfforcing_dfd.streaming.session import StreamSettings
 from selfforcing_dfd.tiny.text import TinyText
@@ -127,6 +132,19 @@ def test_wan_latents_stream(kind: str, tmp_path: Path) -> None:
     if kind == "small":
         assert small < decode_flops(on_meta(plain.codec), (4, 6))
     assert next(model.codec.network.parameters()).device.type == "cpu"
+
+
+def test_students_share_weights_and_not_what_was_found(model: StreamModel) -> None:
+    """Catches two copies of a decoder, and the first student's figures beside the second one."""
+    first, second = (with_decoder(model, "small", None).codec for _ in range(2))
+    assert isinstance(first, SmallCodec)
+    assert isinstance(second, SmallCodec)
+    second.fidelity = "of the second"
+    both = shared(second, first)
+    assert isinstance(both, SmallCodec)
+    assert both.network is first.network
+    assert (both.fidelity, first.fidelity) == ("of the second", "")
+    assert shared(model.codec, model.codec) is model.codec
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, object]]:
