@@ -18,13 +18,15 @@ from selfforcing_dfd.codecs.small_decoder import DecoderSize, SmallDecoder
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.common import shipped
 from selfforcing_dfd.config import Config, ConfigError
+from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import Batch, ShardReader
-from selfforcing_dfd.data.sources.tiny import make_tiny_shards
+from selfforcing_dfd.data.sources.tiny import TinySource, make_tiny_shards
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.stages.decoder import DecoderStage
 from selfforcing_dfd.stages.decoder_teachers import DecoderTeacher, TinyTeacher, WanTeacher
 from selfforcing_dfd.tiny.codec import TinyCodec
+from selfforcing_dfd.tiny.text import TinyText
 from selfforcing_dfd.training.build import build_trainer
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.plan import plan
@@ -172,3 +174,24 @@ def test_what_does_not_fit_is_refused(settings: Settings, shards: Path, tmp_path
     folder = save_wan_folder(tmp_path / "wan")
     with pytest.raises(ConfigError, match=r"holds latents of tiny-codec-.*is wan-vae-"):
         build_trainer(settings(f"decoder.vae={folder}"))
+
+
+def test_it_learns_from_wans_vae(settings: Settings, tmp_path: Path) -> None:
+    """Catches a teacher on other latents than the shards', or in another dtype than asked for."""
+    folder = save_wan_folder(tmp_path / "wan")
+    vae = WanCodec.from_pretrained(folder)
+    pack(TinySource(2, 0, "short", 9), tmp_path / "wan-shards", vae, TinyText())
+    config = settings(
+        f"data.shards={tmp_path / 'wan-shards'}",
+        f"decoder.vae={folder}",
+        "decoder.crop=4",
+        "batch.size=2",
+        "batch.micro=2",
+        "model.compute=bfloat16",
+    )
+    run(config)
+    found = read_decoder(run_folder(config))
+    assert found.codec == vae.fingerprint
+    found.check_latents("wan-vae-of-another-dtype")
+    latents = ShardReader(tmp_path / "wan-shards")[0].latents[None]
+    assert SmallStream(found.network).decode(latents).shape == (1, 9, 64, 64, 3)
