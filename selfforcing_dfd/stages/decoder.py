@@ -22,6 +22,7 @@ from selfforcing_dfd.common import DTYPES, find_file
 from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.cost import flops_of
 from selfforcing_dfd.data.shards import Batch, ShardReader
+from selfforcing_dfd.data.source import IMPORTED_CODEC
 from selfforcing_dfd.data.sources.tiny import codec_beside
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages.base import Latents, Pass, StageLoss, Start, TrainingStage, register
@@ -80,7 +81,7 @@ class DecoderStage(TrainingStage):
         teacher = load_teacher(config, next(student.parameters()).device)
         found = ShardReader(config.data.shards).index.fingerprints["codec"]
         require(
-            found == teacher.fingerprint,
+            fits(found, teacher.fingerprint, bool(own.vae)),
             f"{config.data.shards} holds latents of {found}, but the codec here is "
             f"{teacher.fingerprint}; name the one that they were packed with in decoder.vae",
         )
@@ -273,6 +274,11 @@ def per_sample(values: Tensor) -> Tensor:
 def size_of(config: Config, channels: int) -> DecoderSize:
     own = config.of(DecoderConfig)
     return DecoderSize(channels, own.widths, own.depths)
+
+
+def fits(found: str, wanted: str, of_wan: bool) -> bool:
+    """Whether shards with this fingerprint hold the teacher's latents; imported ones are Wan's."""
+    return found == wanted or (of_wan and found == IMPORTED_CODEC)
 
 
 def basis(config: Config) -> Path:

@@ -20,10 +20,11 @@ from selfforcing_dfd.common import shipped
 from selfforcing_dfd.config import Config, ConfigError
 from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import Batch, ShardReader
+from selfforcing_dfd.data.source import IMPORTED_CODEC
 from selfforcing_dfd.data.sources.tiny import TinySource, make_tiny_shards
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.stages import load_config
-from selfforcing_dfd.stages.decoder import DecoderStage
+from selfforcing_dfd.stages.decoder import DecoderStage, fits
 from selfforcing_dfd.stages.decoder_teachers import DecoderTeacher, TinyTeacher, WanTeacher
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
@@ -174,6 +175,14 @@ def test_what_does_not_fit_is_refused(settings: Settings, shards: Path, tmp_path
     folder = save_wan_folder(tmp_path / "wan")
     with pytest.raises(ConfigError, match=r"holds latents of tiny-codec-.*is wan-vae-"):
         build_trainer(settings(f"decoder.vae={folder}"))
+
+
+def test_imported_latents_are_wans() -> None:
+    """Catches published latents, whose VAE is not hashed, refused; or taken for the tiny world's."""
+    assert fits("wan-vae-1", "wan-vae-1", True)
+    assert fits(IMPORTED_CODEC, "wan-vae-1", True)
+    assert not fits(IMPORTED_CODEC, "tiny-codec-1", False)
+    assert not fits("wan-vae-2", "wan-vae-1", True)
 
 
 def test_it_learns_from_wans_vae(settings: Settings, tmp_path: Path) -> None:
