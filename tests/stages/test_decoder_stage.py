@@ -178,7 +178,7 @@ def test_what_does_not_fit_is_refused(settings: Settings, shards: Path, tmp_path
 
 
 def test_imported_latents_are_wans() -> None:
-    """Catches published latents, whose VAE is not hashed, refused; or taken for the tiny world's."""
+    """Catches published latents, whose VAE is not hashed, refused or taken for the tiny ones."""
     assert fits("wan-vae-1", "wan-vae-1", True)
     assert fits(IMPORTED_CODEC, "wan-vae-1", True)
     assert not fits(IMPORTED_CODEC, "tiny-codec-1", False)
