@@ -50,7 +50,7 @@ def render(results: Results) -> str:
 
 
 def wrapped(text: str, width: int = 100) -> list[str]:
-    return wrap(text, width)
+    return wrap(text, width, break_on_hyphens=False)
 
 
 def origin(results: Results) -> Iterator[str]:

@@ -23,6 +23,7 @@ DIM = 1536  # of Wan2.1 1.3B
 FFN = 8960
 FRAME = 1560  # tokens of a latent frame at 480x832
 GIGABYTES = 4
+NVIDIA_SMI = ("nvidia-smi", "--query-gpu=name,memory.total,clocks.max.sm,power.limit")
 
 
 def measure(record: Record) -> None:
@@ -47,7 +48,7 @@ def describe(machine: Machine) -> dict[str, Any]:
     found["packages"] = {name: version_of(name) for name in PACKAGES}
     installed = installed_kernels() if machine.on_gpu else set()
     found["attention kernels"] = fitting_kernels(capability, torch.bfloat16, 128, installed)
-    found["nvidia-smi"] = output_of(["nvidia-smi", "--query-gpu=name,memory.total,clocks.max.sm"])
+    found["nvidia-smi"] = output_of([*NVIDIA_SMI, "--format=csv,noheader"])
     if machine.on_gpu:
         found["capability"] = ".".join(map(str, capability or ()))
         found["free GB"], found["GB"] = (size / 1e9 for size in torch.cuda.mem_get_info())

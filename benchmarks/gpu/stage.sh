@@ -21,6 +21,7 @@ export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1
 export FLASH_ATTENTION_CUTE_DSL_CACHE_DIR=${FLASH_ATTENTION_CUTE_DSL_CACHE_DIR:-$SCRATCH/flash}
 [ -f benchmarks/gpu/wheels/COMMIT ] && export COMMIT=${COMMIT:-$(cat benchmarks/gpu/wheels/COMMIT)}
 bash benchmarks/gpu/install.sh || exit
+[ "$STAGE" = list ] && exec "$PYTHON" -m benchmarks.gpu list
 mkdir -p "$RESULTS"
 timeout "${LIMIT:-590}" "$PYTHON" -m benchmarks.gpu "$STAGE" --out "$RESULTS" "$@" 2>&1 \
   | tee "$RESULTS/$STAGE.log"

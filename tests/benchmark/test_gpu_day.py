@@ -58,10 +58,26 @@ def test_no_row_begins_after_the_limit(tmp_path: Path):
     rows = record(tmp_path, limit_s=0)
     rows.row("late", fail)
     assert rows.rows["late"]["missing"] == "no time was left in this call"
-    some = record(tmp_path, only="fp8")
+    some = record(tmp_path / "other", only="fp8")
     some.row("bf16", fail)
     some.row("fp8, fast", dict)
     assert list(some.rows) == ["fp8, fast"]
+
+
+def test_a_row_that_is_measured_again_leaves_the_others(tmp_path: Path):
+    """Catches a second call that forgets the first, and rows of two machines in one file."""
+    first = record(tmp_path)
+    first.row("bf16", lambda: {"ms": 1.0})
+    first.row("fp8", fail)
+    again = record(tmp_path, only="fp8")
+    again.row("fp8", lambda: {"ms": 2.0})
+    written = json.loads((tmp_path / "probe.json").read_text())
+    assert {name: row["value"] for name, row in written["rows"].items()} == {
+        "bf16": {"ms": 1.0},
+        "fp8": {"ms": 2.0},
+    }
+    (tmp_path / "probe.json").write_text(json.dumps({**written, "machine": {"device": "another"}}))
+    assert record(tmp_path, only="fp8").rows == {}
 
 
 def test_every_figure_has_a_stage_and_a_row_that_measures_it():
@@ -152,6 +168,7 @@ def test_every_stage_runs_on_a_cpu_at_small_sizes(tmp_path: Path):
     """Catches whatever is mistyped, before a GPU's time is spent on it. Ten minutes.
 
     No row fails; what is not there has a reason that a CPU explains, or an option that is missing.
+    A test without a rehearsal asks for CUDA.
     """
     environment = {**os.environ, "PYTHON": sys.executable, "SCRATCH": str(tmp_path / "scratch")}
     out = tmp_path / "results"
@@ -174,4 +191,7 @@ def test_every_stage_runs_on_a_cpu_at_small_sizes(tmp_path: Path):
         if "missing" in row
     }
     assert all(re.search("CUDA|GPU|this version has no", why) for why in missing), missing
-    assert not any(row["value"]["failed"] for row in found["tests"]["rows"].values())
+    faults = [
+        why for row in found["tests"]["rows"].values() for why in row["value"]["failed"].items()
+    ]
+    assert [fault for fault in faults if "CUDA" not in fault[1]] == []
