@@ -165,7 +165,7 @@ def test_failed_tests_are_named(tmp_path: Path):
 
 @pytest.mark.soak
 def test_every_stage_runs_on_a_cpu_at_small_sizes(tmp_path: Path):
-    """Catches whatever is mistyped, before a GPU's time is spent on it. Ten minutes.
+    """Catches whatever is mistyped, before a GPU's time is spent. Minutes of a core: 7.
 
     No row fails; what is not there has a reason that a CPU explains, or an option that is missing.
     A test without a rehearsal asks for CUDA.
