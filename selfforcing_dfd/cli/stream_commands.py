@@ -201,6 +201,11 @@ def add_memory_options(group: argparse._ArgumentGroup) -> None:
         help="with --model: keep the text encoder on the GPU, run it on the cpu, or free the GPU "
         "of it after each new prompt (default: keep)",
     )
+    group.add_argument(
+        "--lean-vae",
+        action="store_true",
+        help="with --model: the VAE's decoder in half the memory, with a sixth more to move",
+    )
 
 
 def _add_fp8_option(group: argparse._ArgumentGroup) -> None:

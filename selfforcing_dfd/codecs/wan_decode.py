@@ -11,7 +11,7 @@ each as one graph, in which norm, SiLU and the store into the room are one kerne
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,25 +33,30 @@ EPSILON = 1e-24
 """Added to a mean square before its root. diffusers limits the root itself to 1e-12 from below."""
 
 
-def first_frame(decoder: Any, x: Tensor, rooms: list[Tensor]) -> Tensor:
+def first_frame(
+    decoder: Any, x: Tensor, rooms: list[Tensor], past: list[Tensor] | None = None
+) -> Tensor:
     """A video's first latent frame [B, z, 1, h, w] -> [B, 3, 1, 8 h, 8 w]."""
-    return Pass(rooms, first=True).decode(decoder, x)
+    return Pass(rooms, past, first=True).decode(decoder, x)
 
 
-def next_frame(decoder: Any, x: Tensor, rooms: list[Tensor]) -> Tensor:
+def next_frame(
+    decoder: Any, x: Tensor, rooms: list[Tensor], past: list[Tensor] | None = None
+) -> Tensor:
     """A later latent frame [B, z, 1, h, w] -> [B, 3, 4, 8 h, 8 w].
 
     rooms: each begins with the past of its convolution, and ends up with the present after it.
+    past: where rooms are shared, each convolution's own past, which is renewed here.
     """
-    return Pass(rooms, first=False).decode(decoder, x)
+    return Pass(rooms, past, first=False).decode(decoder, x)
 
 
 @dataclass(frozen=True, slots=True)
 class Programs:
     """What decodes a latent frame: the functions above, or the same compiled."""
 
-    first: Callable[[Any, Tensor, list[Tensor]], Tensor] = first_frame
-    later: Callable[[Any, Tensor, list[Tensor]], Tensor] = next_frame
+    first: Callable[..., Tensor] = first_frame
+    later: Callable[..., Tensor] = next_frame
 
     def compiled(self, **options: Any) -> Programs:
         """One graph each, for one size of video. options: of torch.compile."""
@@ -64,7 +69,8 @@ class StreamingDecoder:
 
     decoder: diffusers' WanDecoder3d of a VAE of Wan2.1, in eval mode. In float32 bit-equal to
     diffusers' own decode with feature caches: each convolution gets the same numbers in the same
-    layout. In 16 bits it takes fewer steps and rounds less often: see `Pass`.
+    layout. In 16 bits it takes fewer steps and rounds less often: see `Pass`. lean: convolutions of
+    one size share a room and keep their pasts aside: less memory, two more copies of each past.
     """
 
     def __init__(
@@ -72,41 +78,53 @@ class StreamingDecoder:
         decoder: Any,
         memory_format: torch.memory_format = torch.contiguous_format,
         programs: Programs | None = None,
+        lean: bool = False,
     ) -> None:
         self.decoder = decoder
+        self.lean = lean
         self.memory_format = memory_format
         self.programs = programs or Programs()
         self.started = False
         self.rooms: list[Tensor] = []
-        # of a clone that has no rooms yet
+        # of a clone that has no rooms yet; of a lean one always
         self.past: list[Tensor] = []
 
     @property
     def num_bytes(self) -> int:
         """Memory of the state: constant from the first latent frame on."""
-        held = self.rooms or self.past
-        return sum(tensor.nbytes for tensor in held)
+        held = {id(tensor): tensor for tensor in (*self.rooms, *self.past)}
+        return sum(tensor.nbytes for tensor in held.values())
 
     def clone(self) -> StreamingDecoder:
         """An independent decoder that continues from here. Holds the past alone until it runs."""
-        copy = StreamingDecoder(self.decoder, self.memory_format, self.programs)
+        copy = StreamingDecoder(self.decoder, self.memory_format, self.programs, self.lean)
         copy.started = self.started
-        held = self.rooms or self.past
+        held = self.past or self.rooms
         copy.past = [tensor[:, :, :PAST].clone() for tensor in held]
         return copy
 
     def __call__(self, x: Tensor) -> Tensor:
         """[B, z, 1, h, w] -> [B, 3, T, 8 h, 8 w]; T is 1 for the first latent frame, then 4."""
         if not self.rooms:
-            self.rooms = build_rooms(self.decoder, x, self.memory_format)
-            for room, past in zip(self.rooms, self.past, strict=bool(self.past)):
-                room[:, :, :PAST] = past
-            self.past = []
+            self.build(x)
         program = self.programs.later if self.started else self.programs.first
-        video = program(self.decoder, x, self.rooms)
-        self.remember()
+        if self.lean:
+            video = program(self.decoder, x, self.rooms, self.past)
+        else:
+            video = program(self.decoder, x, self.rooms)
+            self.remember()
         self.started = True
         return video
+
+    def build(self, x: Tensor) -> None:
+        """Rooms for inputs like x, with the past of a clone in them."""
+        self.rooms = build_rooms(self.decoder, x, self.memory_format, self.lean)
+        if self.lean:
+            self.past = self.past or [room[:, :, :PAST].clone() for room in self.rooms]
+            return
+        for room, past in zip(self.rooms, self.past, strict=bool(self.past)):
+            room[:, :, :PAST] = past
+        self.past = []
 
     def remember(self) -> None:
         """Move the last frames of each room to its beginning.
@@ -121,23 +139,27 @@ class StreamingDecoder:
             torch._foreach_copy_([room[:, :, frame] for room in self.rooms], newest)
 
 
-def build_rooms(decoder: Any, x: Tensor, memory_format: torch.memory_format) -> list[Tensor]:
+def build_rooms(
+    decoder: Any, x: Tensor, memory_format: torch.memory_format, shared: bool = False
+) -> list[Tensor]:
     """For each causal convolution in order, zeros for its past and the most frames it is given.
 
-    x: [B, z, 1, h, w], the decoder's input.
+    x: [B, z, 1, h, w], the decoder's input. shared: the same tensor wherever the shape is the same.
     """
     batch, _, _, height, width = x.shape
-    rooms = []
+    rooms: list[Tensor] = []
+    known: dict[tuple[int, ...], Tensor] = {}
     for conv, num_frames, scale in causal_convolutions(decoder):
         rows, columns = border(conv, x.dtype)
         size = (height * scale + 2 * rows, width * scale + 2 * columns)
-        room = torch.empty(
-            (batch, conv.in_channels, PAST + num_frames, *size),
-            dtype=x.dtype,
-            device=x.device,
-            memory_format=memory_format,
-        )
-        rooms.append(room.zero_())
+        shape = torch.Size((batch, conv.in_channels, PAST + num_frames, *size))
+        room = known.get((*shape, rows)) if shared else None
+        if room is None:
+            room = torch.empty(
+                shape, dtype=x.dtype, device=x.device, memory_format=memory_format
+            ).zero_()
+            known[(*shape, rows)] = room
+        rooms.append(room)
     return rooms
 
 
@@ -187,8 +209,9 @@ class Pass:
     are two operators in place of ten, and one kernel if compiled.
     """
 
-    def __init__(self, rooms: list[Tensor], first: bool) -> None:
-        self.rooms = iter(rooms)
+    def __init__(self, rooms: list[Tensor], past: list[Tensor] | None, first: bool) -> None:
+        own: Sequence[Tensor | None] = [None] * len(rooms) if past is None else past
+        self.rooms = zip(rooms, own, strict=True)
         self.first = first
 
     def decode(self, decoder: Any, x: Tensor) -> Tensor:
@@ -239,8 +262,13 @@ class Pass:
         Zeros come before a video.
         """
         rows, columns = border(conv, x.dtype)
-        seen = next(self.rooms)[:, :, : PAST + x.shape[2]]
+        room, past = next(self.rooms)
+        seen = room[:, :, : PAST + x.shape[2]]
+        if past is not None:
+            seen[:, :, :PAST] = past
         store(x, norm, seen[:, :, PAST:, rows : rows + x.shape[3], columns : columns + x.shape[4]])
+        if past is not None:
+            past.copy_(seen[:, :, -PAST:])
         if is_exact(x.dtype):
             return conv3d(seen, conv.weight, conv.bias)
         return conv3d(seen, conv.weight, conv.bias, padding=(0, *padding(conv)))

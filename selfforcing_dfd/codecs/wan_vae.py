@@ -45,11 +45,16 @@ class WanCodec:
     strides = (TIME, SPACE, SPACE)
 
     def __init__(
-        self, vae: Any, channels_last: bool = False, device: torch.device | None = None
+        self,
+        vae: Any,
+        channels_last: bool = False,
+        device: torch.device | None = None,
+        lean: bool = False,
     ) -> None:
-        """vae: an AutoencoderKLWan (which type checkers misread). device: where it computes, if it
-        comes there by accelerate's hooks; None: where it is.
+        """vae: an AutoencoderKLWan (which type checkers misread).
 
+        device: where it computes, if it comes there by accelerate's hooks; None: where it is. lean:
+        decoders take less memory and a little longer, with the same bits (`StreamingDecoder`).
         Raises CodecError for the VAE of Wan2.2 5B, which has another architecture.
         """
         if vae.config["patch_size"] is not None:
@@ -59,6 +64,7 @@ class WanCodec:
             )
         vae.requires_grad_(False).eval()
         self.vae = vae
+        self.lean = lean
         self.programs = Programs()
         self.memory_format = torch.contiguous_format
         if channels_last:
@@ -80,6 +86,7 @@ class WanCodec:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         channels_last: bool = False,
+        lean: bool = False,
     ) -> Self:
         """From a diffusers folder of Wan, or its subfolder `vae`. Raises CodecError without one."""
         found = [
@@ -93,7 +100,7 @@ class WanCodec:
                 "subfolder vae"
             )
         vae: Any = AutoencoderKLWan.from_pretrained(found[0], torch_dtype=dtype)
-        return cls(vae.to(device), channels_last)
+        return cls(vae.to(device), channels_last, lean=lean)
 
     @property
     def channels(self) -> int:
@@ -144,7 +151,7 @@ class WanDecoder:
     def __init__(self, codec: WanCodec, stream: StreamingDecoder | None = None) -> None:
         self.codec = codec
         self.stream = stream or StreamingDecoder(
-            codec.vae.decoder, codec.memory_format, codec.programs
+            codec.vae.decoder, codec.memory_format, codec.programs, codec.lean
         )
 
     @property

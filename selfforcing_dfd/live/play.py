@@ -304,6 +304,7 @@ def load_model(options: argparse.Namespace) -> StreamModel:
             "--dtype": options.dtype,
             "--vae-device": options.vae_device,
             "--text-memory": options.text_memory,
+            "--lean-vae": options.lean_vae,
         }
         given = [name for name, value in only_with_model.items() if value]
         if given:

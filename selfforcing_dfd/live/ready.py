@@ -23,7 +23,7 @@ from selfforcing_dfd.streaming.warm_up import warm_up
 
 def ask_saving(options: argparse.Namespace) -> Saving:
     """What of its memory a stream is asked to save."""
-    return Saving(options.fp8, options.offload or 0, options.text_memory or "keep")
+    return Saving(options.fp8, options.offload or 0, options.text_memory or "keep", options.lean_vae)
 
 
 def readable_stdin() -> TextIO | None:

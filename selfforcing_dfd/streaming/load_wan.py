@@ -68,7 +68,9 @@ def load_wan_model(
     saving.place(student, run_on)
     settled = student_recipe(student)
     on_gpu = decode_on.type == "cuda"
-    codec = WanCodec.from_pretrained(folder, decode_on, weights_dtype, channels_last=on_gpu)
+    codec = WanCodec.from_pretrained(
+        folder, decode_on, weights_dtype, channels_last=on_gpu, lean=saving.lean_vae
+    )
     see = None
     if student.takes_picture:
         encoder = PictureEncoder.from_pretrained(folder, codec, decode_on)

@@ -23,12 +23,14 @@ class Saving:
     """What is saved.
 
     fp8: linear layers in 8 bits. group_size: blocks of a group, of which two are on the device at a
-    time; 0: all blocks are. text: where the text encoder is. Raises LoadError for another place.
+    time; 0: all blocks are. text: where the text encoder is. lean_vae: the decoder's convolutions
+    share their memory. Raises LoadError for another place of the text encoder.
     """
 
     fp8: bool = False
     group_size: int = 0
     text: TextPlace = "keep"
+    lean_vae: bool = False
 
     def __post_init__(self) -> None:
         if self.text not in get_args(TextPlace):

@@ -24,10 +24,12 @@ STREAM = (3, 3, 1, 2, 3)
 """Latent frames of each chunk."""
 
 
-def small_codec(dtype: torch.dtype, channels_last: bool = False, **config: Any) -> WanCodec:
+def small_codec(
+    dtype: torch.dtype, channels_last: bool = False, lean: bool = False, **config: Any
+) -> WanCodec:
     torch.manual_seed(0)
     vae: Any = AutoencoderKLWan(**{**SMALL, **GROWTH, **config})
-    return WanCodec(nn.Module.to(vae, dtype), channels_last)
+    return WanCodec(nn.Module.to(vae, dtype), channels_last, lean=lean)
 
 
 @pytest.fixture(scope="module")
@@ -94,6 +96,37 @@ def test_a_stream_compiles_twice_and_never_again(latents, dtype):
         assert torch.equal(torch.cat([first, rest], dim=1), wanted)
     assert counters["stats"]["unique_graphs"] == 2
     assert not counters["graph_break"]
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_shared_rooms_are_the_same_video_in_less_memory(latents, dtype):
+    """Catches a past that another convolution overwrites, and one that a clone shares."""
+    codec = small_codec(dtype, num_res_blocks=1)
+    lean = small_codec(dtype, lean=True, num_res_blocks=1)
+    wanted = streamed(codec, latents)
+    assert torch.equal(streamed(lean, latents), wanted)
+    decoders = [each.start_decoding() for each in (codec, lean)]
+    parts = [decoder.decode(latents[:, :5]) for decoder in decoders]
+    rest = decoders[1].clone()
+    ahead = decoders[1].decode(latents[:, 5:])
+    assert torch.equal(torch.cat([parts[1], ahead], dim=1), wanted)
+    assert torch.equal(rest.decode(latents[:, 5:]), ahead)
+    full, less = (decoder.num_bytes for decoder in decoders)
+    assert less < 0.8 * full  # with more convolutions of a size it is half
+
+
+@pytest.mark.soak
+def test_shared_rooms_compile_twice_too(latents):
+    """Catches a graph that takes a shared room for two, and a recompilation for it."""
+    torch._dynamo.reset()
+    counters.clear()
+    codec = small_codec(torch.bfloat16, channels_last=True, lean=True)
+    wanted = streamed(codec, latents)
+    codec.compile_decoding(backend="aot_eager")
+    with torch.inference_mode(), torch._dynamo.config.patch(error_on_recompile=True):
+        assert torch.equal(streamed(codec, latents), wanted)
+    assert counters["stats"]["unique_graphs"] == 2
     torch._dynamo.reset()
 
 
