@@ -49,6 +49,11 @@ def stream(parser: argparse.ArgumentParser) -> Run:
     _add_target_options(parser.add_argument_group("where it goes"))
 
     def run(args: argparse.Namespace) -> None:
+        if args.dry_run:
+            from selfforcing_dfd.live.dry_run import dry_run
+
+            print(dry_run(args))
+            return
         check_targets(args)
         from selfforcing_dfd.live.play import serve, stream
 
@@ -206,6 +211,9 @@ def add_memory_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="with --model: the VAE's decoder in half the memory, with a sixth more to move",
     )
+    group.add_argument(
+        "--dry-run", action="store_true", help="with --model: say what memory it takes, and stop"
+    )
 
 
 def _add_fp8_option(group: argparse._ArgumentGroup) -> None:
@@ -290,7 +298,7 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     def run(args: argparse.Namespace) -> None:
         if args.out and args.out.suffix == ".html":
             raise UserError("--out names the JSON; the page is written beside it as .html")
-        is_timed = not (args.compare or args.count_decoder or args.precision)
+        is_timed = not (args.compare or args.count_decoder or args.count_memory or args.precision)
         text, result = timed(args) if is_timed else untimed(args)
         line = json.dumps(result, allow_nan=False)
         print(text)
@@ -322,6 +330,10 @@ def untimed(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         from selfforcing_dfd.evaluation.precision import precision
 
         return precision(args.precision)
+    if args.count_memory:
+        from selfforcing_dfd.benchmark.memory import count_memory
+
+        return count_memory(args)
     from selfforcing_dfd.benchmark.run import compare, count_decoder
 
     return count_decoder(args) if args.count_decoder else compare(*args.compare)
@@ -344,6 +356,12 @@ def _add_result_options(group: argparse._ArgumentGroup) -> None:
         action="store_true",
         help="measure nothing; count operators and bytes of Wan's VAE decoder and of small ones at "
         "--size and --dtype, without a GPU",
+    )
+    group.add_argument(
+        "--count-memory",
+        action="store_true",
+        help="measure nothing; count a stream's memory by what of it is saved, of Wan at --size, "
+        "--dtype and the past's options, without a GPU",
     )
     group.add_argument(
         "--precision",

@@ -16,14 +16,15 @@ from selfforcing_dfd.codecs.text_ahead import LoadsLater, TextAhead
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
 from selfforcing_dfd.streaming.model import StreamModel
-from selfforcing_dfd.streaming.saving import Saving
+from selfforcing_dfd.streaming.saving import Saving, TextPlace
 from selfforcing_dfd.streaming.session import StreamSession
 from selfforcing_dfd.streaming.warm_up import warm_up
 
 
 def ask_saving(options: argparse.Namespace) -> Saving:
     """What of its memory a stream is asked to save."""
-    return Saving(options.fp8, options.offload or 0, options.text_memory or "keep", options.lean_vae)
+    text: TextPlace = options.text_memory or "keep"
+    return Saving(options.fp8, options.offload or 0, text, options.lean_vae)
 
 
 def readable_stdin() -> TextIO | None:

@@ -197,6 +197,14 @@ def movable(
                 yield partial(setattr, getattr(part, name), inner), getattr(tensor, inner)
 
 
+def stored(tensor: Tensor) -> list[Tensor]:
+    """A tensor, or those that it is made of."""
+    if not isinstance(tensor, Wrapping):
+        return [tensor]
+    names, _ = tensor.__tensor_flatten__()
+    return [getattr(tensor, name) for name in names]
+
+
 def empty_on(device: torch.device, tensor: Any) -> Tensor:
     """A tensor like one that is made of several, on a device, where it takes no memory."""
     names, context = tensor.__tensor_flatten__()

@@ -1,0 +1,222 @@
+"""What a stream needs of a GPU's memory, counted from shapes: nothing is loaded, nothing measured.
+
+Weights, keys and values, and what the decoder remembers are there all along. Beside them the
+largest moment counts. Networks and decoder run on the meta device, uncompiled, with `live_bytes`.
+Not in it are pictures in bytes, noise and the latents of what is seen, some 20 MB at Wan's size,
+nor the CUDA context and what kernels take inside, some .5 to 1 GB. What fits is therefore judged by
+a GPU's nominal size: a board of 24 GB has 25.7.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from selfforcing_dfd.codecs.prompts import MAX_LENGTH
+from selfforcing_dfd.codecs.protocol import StreamingCodec
+from selfforcing_dfd.models.network import PlainWan
+from selfforcing_dfd.models.offload import NUM_ROOMS, aligned, stored
+from selfforcing_dfd.models.prepared import PreparedConditioning
+from selfforcing_dfd.streaming.live_bytes import LiveBytes, OneKernel, peak_bytes
+from selfforcing_dfd.streaming.ring import KVShape, RingCache
+from selfforcing_dfd.streaming.saving import Saving
+from selfforcing_dfd.streaming.session import StreamSettings
+
+META = torch.device("meta")
+GIGA = 1e9
+BOARDS = (8, 12, 16, 24, 32, 48, 80, 96, 141)
+"""Nominal sizes of GPUs, GB."""
+Parts = dict[str, int]
+"""Bytes by what they are for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Streamed:
+    """What is streamed.
+
+    sizes: WanTransformer's arguments. codec: on the meta device; None where another GPU decodes.
+    text_bytes: of the text encoder's weights. latent_size: rows and columns. num_levels: noise
+    levels, that of the commit included.
+    """
+
+    sizes: Mapping[str, Any]
+    codec: StreamingCodec | None
+    text_bytes: int
+    latent_size: tuple[int, int]
+    chunk_frames: int
+    num_levels: int
+    dtype: torch.dtype
+
+    def network(self, num_layers: int, fp8: bool) -> PlainWan:
+        """The student with so many layers, on the meta device."""
+        with META:
+            network = PlainWan(**{**self.sizes, "num_layers": num_layers})
+            nn.Module.to(network.requires_grad_(False), self.dtype)
+            Saving(fp8).place(network, META)
+        return network
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryNeeds:
+    """Bytes on the GPU, and on the host.
+
+    lasting: all the time. moments: what is alive besides, by moment. host: blocks and weights.
+    """
+
+    lasting: Parts
+    moments: Parts
+    host: Parts = field(default_factory=dict)
+
+    @property
+    def peak_moment(self) -> str:
+        return max(self.moments, key=lambda name: self.moments[name])
+
+    @property
+    def total(self) -> int:
+        return sum(self.lasting.values()) + max(self.moments.values())
+
+    @property
+    def board(self) -> int | None:
+        """The smallest of BOARDS that holds it; None if none does."""
+        return next((size for size in BOARDS if self.total <= size * GIGA), None)
+
+
+def text_encoder_bytes(config: Mapping[str, Any], dtype: torch.dtype) -> int:
+    """Of UMT5's encoder by its config."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    with META:
+        encoder: Any = UMT5EncoderModel(UMT5Config(**config))
+    # the stack alone: on the meta device its table of words and the model's are two
+    return num_bytes(encoder.encoder.to(dtype))
+
+
+def memory_needs(streamed: Streamed, settings: StreamSettings, saving: Saving) -> MemoryNeeds:
+    """Of one stream with a full window. Raises Fp8Error for 8 bits without torchao."""
+    one, two = (streamed.network(layers, saving.fp8) for layers in (1, 2))
+    prepared = extrapolated(streamed, [prepared_bytes(streamed, net) for net in (one, two)])
+    rings = [ring_of(streamed, settings, net) for net in (one, two)]
+    lasting = student_bytes(streamed, two, saving)
+    lasting["keys and values"] = extrapolated(streamed, [ring.num_bytes for ring in rings])
+    lasting["prompt's keys and values"] = prepared
+    encoder = streamed.text_bytes if saving.text != "cpu" else 0
+    if saving.text == "keep":
+        lasting["text encoder"] = encoder
+    ring = rings[1]
+    ring.next_frame = settings.sink_frames + settings.window_frames
+    moments = {
+        "a new prompt is encoded": prepared + (encoder if saving.text == "free" else 0),
+        "a chunk is denoised": denoising_bytes(streamed, two, ring),
+    }
+    if streamed.codec is not None:
+        state, most = decoding_bytes(streamed, streamed.codec)
+        lasting["VAE"] = num_bytes(vae_of(streamed.codec))
+        lasting["VAE decoder's state"] = state
+        moments["a latent frame is decoded"] = most - state
+    return MemoryNeeds(lasting, moments, host_bytes(streamed, two, saving))
+
+
+def extrapolated(streamed: Streamed, of_layers: list[int]) -> int:
+    """Bytes for all layers, from those for one and for two; layers are equal."""
+    one, two = of_layers
+    return one + (streamed.sizes["num_layers"] - 1) * (two - one)
+
+
+def student_bytes(streamed: Streamed, network: PlainWan, saving: Saving) -> Parts:
+    """The student's weights on the GPU."""
+    block = block_bytes(network)
+    layers = streamed.sizes["num_layers"]
+    outer = num_bytes(network) - sum(num_bytes(block) for block in network.wan_blocks())
+    on_gpu = NUM_ROOMS * saving.group_size if saving.group_size else layers
+    name = f"student, {on_gpu} of {layers} blocks" if saving.group_size else "student"
+    return {name: outer + on_gpu * block}
+
+
+def host_bytes(streamed: Streamed, network: PlainWan, saving: Saving) -> Parts:
+    """What lies on the host. torch rounds pinned memory up to a power of two."""
+    host = {}
+    if saving.group_size:
+        blocks = streamed.sizes["num_layers"] * block_bytes(network)
+        host["blocks, pinned"] = 2 ** (blocks - 1).bit_length()
+    if saving.text == "cpu":
+        host["text encoder"] = streamed.text_bytes
+    return host
+
+
+def block_bytes(network: PlainWan) -> int:
+    """Of one block as it lies in a group."""
+    block = network.wan_blocks()[0]
+    return sum(aligned(part.nbytes) for tensor in block.parameters() for part in stored(tensor))
+
+
+def num_bytes(module: nn.Module) -> int:
+    """Of a module's parameters."""
+    return sum(part.nbytes for tensor in module.parameters() for part in stored(tensor))
+
+
+def vae_of(codec: Any) -> nn.Module:
+    """The weights behind a codec."""
+    vae: nn.Module = codec.vae
+    return vae
+
+
+def prepare(streamed: Streamed, network: PlainWan) -> PreparedConditioning:
+    with META:
+        text = network.without_content(empty_chunk(streamed, network), MAX_LENGTH)
+        text.text.data = text.text.to(streamed.dtype)
+    levels = tuple(number / streamed.num_levels for number in range(streamed.num_levels))
+    return network.prepare(text, levels)
+
+
+def prepared_bytes(streamed: Streamed, network: PlainWan) -> int:
+    """What a prompt leaves for all chunks under it."""
+    counter = LiveBytes()
+    with torch.no_grad(), counter, OneKernel():
+        held = prepare(streamed, network)
+    num_bytes = counter.now
+    del held
+    return num_bytes
+
+
+def empty_chunk(streamed: Streamed, network: PlainWan) -> Tensor:
+    shape = (1, streamed.chunk_frames, network.config["out_channels"], *streamed.latent_size)
+    return torch.empty(shape, device=META)
+
+
+def ring_of(streamed: Streamed, settings: StreamSettings, network: PlainWan) -> RingCache:
+    """The keys and values of a stream."""
+    rows, columns = streamed.latent_size
+    _, patch_rows, patch_columns = network.patch
+    config = network.config
+    tokens = (rows // patch_rows) * (columns // patch_columns)
+    heads = config["num_attention_heads"]
+    shape = KVShape(config["num_layers"], 1, tokens, heads, config["attention_head_dim"])
+    sizes = (streamed.chunk_frames, settings.sink_frames, settings.window_frames)
+    return RingCache(shape, *sizes, settings.positions, streamed.dtype, META)
+
+
+def denoising_bytes(streamed: Streamed, network: PlainWan, ring: RingCache) -> int:
+    """The most that a pass holds at once, which does not depend on the number of layers."""
+    with torch.no_grad():
+        conditioning = prepare(streamed, network)
+        x_t = empty_chunk(streamed, network)
+        context = ring.read(streamed.chunk_frames)
+        network(x_t, 0.0, conditioning, context)  # some tables are made once
+        return peak_bytes(lambda: network(x_t, 0.0, conditioning, context).flow)
+
+
+def decoding_bytes(streamed: Streamed, codec: StreamingCodec) -> tuple[int, int]:
+    """What the decoder keeps between latent frames, and the most that is there within one."""
+    latent = torch.empty(1, 1, codec.channels, *streamed.latent_size, device=META)
+    counter = LiveBytes()
+    with torch.no_grad(), counter, OneKernel():
+        decoder = codec.start_decoding()
+        for _ in range(3):  # the first two are smaller
+            decoder.decode(latent)
+        state = counter.now
+    del decoder
+    return state, counter.peak
