@@ -90,7 +90,10 @@ def test_what_is_saved_is_what_is_not_there(streamed):
     assert nothing.lasting["student"] == sum(p.nbytes for p in student.parameters())
     in_blocks = sum(p.nbytes for p in student.blocks.parameters())
     rooms = student.offload_blocks(torch.device("cpu")).device_bytes
-    assert needs["groups"].lasting["student, 2 of 4 blocks"] == nothing.lasting["student"] - in_blocks + rooms
+    assert (
+        needs["groups"].lasting["student, 2 of 4 blocks"]
+        == nothing.lasting["student"] - in_blocks + rooms
+    )
     assert needs["groups"].host["blocks, pinned"] >= in_blocks
     assert needs["fp8"].lasting["student"] < 0.8 * nothing.lasting["student"]
 
