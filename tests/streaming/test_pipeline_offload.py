@@ -15,6 +15,8 @@ from diffusers import DiffusionPipeline
 from tiny_pipeline import PROMPT, SIZE, make_pipeline
 from tiny_wan import RECIPE
 
+from selfforcing_dfd.context import Conditioning
+from selfforcing_dfd.models.network import WanNetwork
 from selfforcing_dfd.streaming.for_diffusers import Student, noise_for
 
 PARTS = ["text_encoder", "transformer", "vae"]
@@ -44,18 +46,25 @@ def moves(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     yield log
 
 
-def test_the_parts_take_turns(clip, moves):
+def test_the_parts_take_turns(clip, moves, monkeypatch):
     """Catches a part that is called around its hook, and so computes where its weights are not.
 
     A chunk's steps, its frames, and the pass that commits it: before the next chunk on a CPU.
     """
+    embed = WanNetwork.embed_text
+
+    def embeds(network: WanNetwork, asked: Conditioning) -> torch.Tensor:
+        moves.append("embeds the prompt")
+        return embed(network, asked)
+
+    monkeypatch.setattr(WanNetwork, "embed_text", embeds)
     pipe = make_pipeline()
     pipe.enable_model_cpu_offload(device="cpu")
     made = pipe(PROMPT, num_frames=21, seed=5, output_type="uint8", **SIZE).frames
     assert torch.equal(made, clip)
     text, transformer, vae = (type(pipe.components[name]).__name__ for name in PARTS)
     assert moves == [
-        *(text, f"-{text}", transformer, f"-{transformer}", vae),
+        *(text, f"-{text}", transformer, "embeds the prompt", f"-{transformer}", vae),
         *(transformer, f"-{transformer}"),  # the VAE, small, stays
     ]
     assert pipe._execution_device == torch.device("cpu:0")
