@@ -52,13 +52,12 @@ def count_memory(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         positions=options.positions,
     )
     text_bytes = text_encoder_bytes({**SIZES["umt5"], "feed_forward_proj": "gated-gelu"}, dtype)
-    found = {
-        model: {
-            name: needs_of(model, Saving(**saved), settings, size, dtype, text_bytes)
-            for name, saved in SAVINGS.items()
-        }
-        for model in ([named] if named else MODELS)
-    }
+    found: dict[str, dict[str, MemoryNeeds]] = {}
+    for model in [named] if named else MODELS:
+        found[model] = {}
+        for name, saved in SAVINGS.items():
+            needs = needs_of(model, Saving(**saved), settings, size, dtype, text_bytes)
+            found[model][name] = needs
     frames = settings.sink_frames + settings.window_frames
     about = f"counted, not measured: one stream, {size[0]}x{size[1]}, K = {frames}, {dtype}"
     result = {

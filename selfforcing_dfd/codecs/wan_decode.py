@@ -92,8 +92,8 @@ class StreamingDecoder:
     @property
     def num_bytes(self) -> int:
         """Memory of the state: constant from the first latent frame on."""
-        held = {id(tensor): tensor for tensor in (*self.rooms, *self.past)}
-        return sum(tensor.nbytes for tensor in held.values())
+        rooms = {id(room): room.nbytes for room in self.rooms}  # some may be shared
+        return sum(rooms.values()) + sum(past.nbytes for past in self.past)
 
     def clone(self) -> StreamingDecoder:
         """An independent decoder that continues from here. Holds the past alone until it runs."""

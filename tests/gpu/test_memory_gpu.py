@@ -47,7 +47,8 @@ def video(model: StreamModel) -> torch.Tensor:
     session = StreamSession(model, "a disc moves", StreamSettings(seed=1))
     chunks = [session.next_chunk().frames for _ in range(3)]
     session.set_prompt("a cross moves", "recache")
-    return torch.cat([*chunks, *(session.next_chunk().frames for _ in range(3))])
+    chunks += [session.next_chunk().frames for _ in range(3)]
+    return torch.cat(chunks)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
