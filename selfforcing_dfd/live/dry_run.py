@@ -15,6 +15,8 @@ def dry_run(options: argparse.Namespace) -> str:
     """Memory on a GPU, in lines. Raises UserError without --model: the tiny world fits anywhere."""
     if options.model is None:
         raise UserError("--dry-run counts the memory of Wan on a GPU; add --model DIR")
+    from selfforcing_dfd.codecs.small_codec import SmallCodec
+    from selfforcing_dfd.streaming.decoders import find_decoder, wants_small
     from selfforcing_dfd.streaming.memory import memory_needs
     from selfforcing_dfd.streaming.wan_memory import memory_lines, streamed_wan
 
@@ -28,6 +30,10 @@ def dry_run(options: argparse.Namespace) -> str:
         recipe,
         saving.lean_vae,
     )
+    if wants_small(options.decoder, options.decoder_weights, is_tiny=False):
+        small = find_decoder(options.decoder_weights, "wan-vae", dtype=streamed.dtype)
+        assert streamed.codec is not None
+        streamed = replace(streamed, codec=SmallCodec(small.network.to("meta"), streamed.codec))
     if options.vae_device:
         streamed = replace(streamed, codec=None)
     settings = ask_settings(options, settled)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from selfforcing_dfd.codecs.prompts import MAX_LENGTH
 from selfforcing_dfd.codecs.protocol import StreamingCodec
+from selfforcing_dfd.codecs.small_codec import SmallCodec
 from selfforcing_dfd.models.network import PlainWan
 from selfforcing_dfd.models.offload import NUM_ROOMS, aligned, stored
 from selfforcing_dfd.models.prepared import PreparedConditioning
@@ -113,10 +114,7 @@ def memory_needs(streamed: Streamed, settings: StreamSettings, saving: Saving) -
         "a chunk is denoised": denoising_bytes(streamed, two, ring),
     }
     if streamed.codec is not None:
-        state, most = decoding_bytes(streamed, streamed.codec)
-        lasting["VAE"] = num_bytes(vae_of(streamed.codec))
-        lasting["VAE decoder's state"] = state
-        moments["a latent frame is decoded"] = most - state
+        codec_needs(streamed, streamed.codec, lasting, moments)
     return MemoryNeeds(lasting, moments, host_bytes(streamed, two, saving))
 
 
@@ -158,10 +156,17 @@ def num_bytes(module: nn.Module) -> int:
     return sum(part.nbytes for tensor in module.parameters() for part in stored(tensor))
 
 
-def vae_of(codec: Any) -> nn.Module:
-    """The weights behind a codec."""
-    vae: nn.Module = codec.vae
-    return vae
+def codec_needs(streamed: Streamed, codec: StreamingCodec, lasting: Parts, moments: Parts) -> None:
+    """Add what decoding takes. A small decoder is compared with the full one before the stream."""
+    state, most = decoding_bytes(streamed, codec)
+    lasting["VAE decoder's state"] = state
+    moments["a latent frame is decoded"] = most - state
+    full: Any = codec
+    if isinstance(codec, SmallCodec):
+        full = codec.full
+        lasting["VAE's small decoder"] = num_bytes(codec.network)
+        moments["the decoders are compared"] = decoding_bytes(streamed, full)[1]
+    lasting["VAE"] = num_bytes(full.vae)
 
 
 def prepare(streamed: Streamed, network: PlainWan) -> PreparedConditioning:

@@ -7,11 +7,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tiny_wan import HEIGHT, WIDTH
 from torch import nn
 
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.codecs import wan_decode
+from selfforcing_dfd.codecs.small_codec import SmallCodec
+from selfforcing_dfd.codecs.small_decoder import DecoderSize, SmallDecoder
+from selfforcing_dfd.codecs.taew import TaewDecoder
 from selfforcing_dfd.models.identity import SELF_FORCING
 from selfforcing_dfd.models.network import PlainWan
 from selfforcing_dfd.streaming import load_wan, memory
@@ -98,6 +102,20 @@ def test_what_is_saved_is_what_is_not_there(streamed):
     assert needs["fp8"].lasting["student"] < 0.8 * nothing.lasting["student"]
 
 
+def test_a_small_decoder_saves_what_the_full_one_keeps(streamed):
+    """Catches the full decoder's state counted for ever, or left out while both are compared."""
+    with torch.device("meta"):
+        network = SmallDecoder(DecoderSize(widths=(16, 8, 8)))
+    small = SmallCodec(nn.Module.to(network, torch.bfloat16), streamed.codec)
+    full = memory_needs(streamed, SETTINGS, Saving())
+    needs = memory_needs(replace(streamed, codec=small), SETTINGS, Saving())
+    state = "VAE decoder's state"
+    assert needs.lasting[state] < 0.2 * full.lasting[state]
+    assert needs.lasting["VAE"] == full.lasting["VAE"]
+    both = full.lasting[state] + full.moments["a latent frame is decoded"]
+    assert needs.moments["the decoders are compared"] == both
+
+
 def test_bytes_count_while_somebody_holds_them():
     """Catches tensors that never end, and views and results in place that count twice."""
     x = torch.empty(1000, device="meta")
@@ -129,7 +147,7 @@ def test_the_documents_table_is_the_commands(capsys):
     assert [row for row in rows if row not in text] == []
 
 
-def test_a_dry_run_loads_nothing(export, monkeypatch, capsys):
+def test_a_dry_run_loads_nothing(export, monkeypatch, capsys, tmp_path):
     """Catches minutes of loading for a question, and options that the answer leaves out."""
     monkeypatch.setattr(load_wan, "load_student", pytest.fail)
     monkeypatch.setattr(memory, "BOARDS", (8,))
@@ -141,5 +159,8 @@ def test_a_dry_run_loads_nothing(export, monkeypatch, capsys):
     assert lines[-1] == "fits a GPU of 8 GB"
     assert main([*asked, "--vae-device", "cuda:1"]) == 0
     assert "VAE" not in capsys.readouterr().out
+    save_file(dict(TaewDecoder().state_dict()), tmp_path / "taew2_1.safetensors")
+    assert main([*asked, "--decoder-weights", str(tmp_path / "taew2_1.safetensors")]) == 0
+    assert "VAE's small decoder" in capsys.readouterr().out
     assert main(["stream", "--dry-run"]) == 2
     assert "add --model DIR" in capsys.readouterr().err
