@@ -15,6 +15,7 @@ Command = Callable[[argparse.ArgumentParser], Run]
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
 MODEL_FPS = Fraction(16)  # of Wan and of the tiny world
 LEVEL_NAMES = ("short", "medium", "long")
+TEXT_MEMORY = ("keep", "cpu", "free")
 ATTENTION_NAMES = ("auto", "sdpa", "sdpa-flash", "fa2", "fa3", "fa4", "fa3-fp8")
 DEVICE_HELP = "auto, cpu, cuda or cuda:N (default: %(default)s)"
 
@@ -134,6 +135,42 @@ def add_decoder_options(group: argparse._ArgumentGroup | argparse.ArgumentParser
         metavar="PATH",
         help="of the small decoder: a run of stage decoder, its weights, or taew2_1.safetensors "
         "(default: the tiny world's, which is shipped)",
+    )
+
+
+def add_memory_options(group: argparse._ArgumentGroup) -> None:
+    """What of a student, and of what belongs to it, is not on the GPU as a whole."""
+    add_fp8_option(group)
+    group.add_argument(
+        "--offload",
+        type=positive,
+        nargs="?",
+        const=1,
+        metavar="N",
+        help="blocks stay in the host's memory and visit the GPU in groups of N (default: 1), the "
+        "next group while one runs",
+    )
+    group.add_argument(
+        "--text-memory",
+        choices=TEXT_MEMORY,
+        help="with --model: keep the text encoder on the GPU, run it on the cpu, or free the GPU "
+        "of it after each new prompt (default: keep)",
+    )
+    group.add_argument(
+        "--lean-vae",
+        action="store_true",
+        help="with --model: the VAE's decoder in half the memory, with a sixth more to move",
+    )
+    group.add_argument(
+        "--dry-run", action="store_true", help="with --model: say what memory it takes, and stop"
+    )
+
+
+def add_fp8_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--fp8",
+        action="store_true",
+        help="the blocks' linear layers in 8-bit floats (with --compile)",
     )
 
 

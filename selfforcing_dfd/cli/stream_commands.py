@@ -14,6 +14,8 @@ from selfforcing_dfd.cli.options import (
     DTYPE_NAMES,
     Run,
     add_decoder_options,
+    add_fp8_option,
+    add_memory_options,
     add_pass_options,
     add_past_options,
     named_file,
@@ -25,7 +27,6 @@ from selfforcing_dfd.common import UserError
 
 MODEL_SIZES = ("tiny", "wan-tiny", "wan1.3b", "wan14b")
 TEXT_ENCODERS = ("umt5", "umt5-small")
-TEXT_MEMORY = ("keep", "cpu", "free")
 NOT_WITH_SERVE = ("prompt", "prompts", "chunks", "image", "video", "out", "overwrite")
 ONLY_WITH_SERVE = ("host", "port", "token_file", "beside")
 STREAM_DEFAULTS = {"chunks": 20, "out": "stream.mp4", "host": "127.0.0.1", "port": 8000}
@@ -188,42 +189,6 @@ def _add_kernel_options(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def add_memory_options(group: argparse._ArgumentGroup) -> None:
-    """What of a student, and of what belongs to it, is not on the GPU as a whole."""
-    _add_fp8_option(group)
-    group.add_argument(
-        "--offload",
-        type=positive,
-        nargs="?",
-        const=1,
-        metavar="N",
-        help="blocks stay in the host's memory and visit the GPU in groups of N (default: 1), the "
-        "next group while one runs",
-    )
-    group.add_argument(
-        "--text-memory",
-        choices=TEXT_MEMORY,
-        help="with --model: keep the text encoder on the GPU, run it on the cpu, or free the GPU "
-        "of it after each new prompt (default: keep)",
-    )
-    group.add_argument(
-        "--lean-vae",
-        action="store_true",
-        help="with --model: the VAE's decoder in half the memory, with a sixth more to move",
-    )
-    group.add_argument(
-        "--dry-run", action="store_true", help="with --model: say what memory it takes, and stop"
-    )
-
-
-def _add_fp8_option(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--fp8",
-        action="store_true",
-        help="the blocks' linear layers in 8-bit floats (with --compile)",
-    )
-
-
 def _add_target_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--out", metavar="FILE|-", help=".mp4 or .y4m; - is y4m on stdout (default: stream.mp4)"
@@ -276,7 +241,7 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     )
     add_decoder_options(model)
     _add_kernel_options(model)
-    _add_fp8_option(model)
+    add_fp8_option(model)
     model.add_argument(
         "--vae-device", metavar="DEVICE", help="decode there, such as cuda:1 (default: as --device)"
     )
