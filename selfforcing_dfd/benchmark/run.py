@@ -189,7 +189,7 @@ def against_diffusers(
 
     # built anew from the same seed: the other one may be compiled, or in 8 bits
     plain = random_stream_model(options.random_weights, options.device, model.dtype)
-    plain = replace(plain, latent_size=model.latent_size)
+    plain = replace(plain, latent_size=model.latent_size, ladder=model.ladder)
     return compare_with_diffusers(model, plain, settings, options.compile)
 
 
