@@ -180,7 +180,9 @@ class RegressionStage(TrainingStage):
     def describe(cls, config: Config) -> Iterator[tuple[str, str]]:
         own = config.of(RegressionConfig)
         steps = "" if own.target == "clip" else f", {own.steps} steps of the teacher's ODE"
-        yield "regression", f"target {own.target}{steps}; own rollouts in {own.own:.0%} of updates"
+        past = "" if commits(config) else "; past at the last step's noise level, without commits"
+        share = f"own rollouts in {own.own:.0%} of updates"
+        yield "regression", f"target {own.target}{steps}; {share}{past}"
 
     def loss(self, turn: str, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         student = self.trained[turn]

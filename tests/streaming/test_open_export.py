@@ -44,19 +44,33 @@ def our_latents(student: Any, noise: torch.Tensor, text: torch.Tensor) -> torch.
     recipe = student_recipe(student)
     chunks = plan_chunks(noise.shape[3], recipe.chunk_frames)
     draws = noise.transpose(2, 3)
-    made = rollout(student, draws, Conditioning(text), KVCache(), recipe.sigmas, chunks)
+    made = rollout(
+        student,
+        draws,
+        Conditioning(text),
+        KVCache(),
+        recipe.sigmas,
+        chunks,
+        first_ladder=recipe.first_sigmas,
+        commits=recipe.commits,
+    )
     return made.x0.transpose(1, 2)
 
 
-@pytest.mark.parametrize("kind", ["fresh", "kept"])
-def test_a_stranger_makes_the_same_clip(tmp_path, kind):
+FEWER = {"first_ladder": (1000.0, 750.0, 500.0), "context": "last_step"}
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, {"noise": "kept"}, FEWER], ids=["fresh", "kept", "fewer passes"]
+)
+def test_a_stranger_makes_the_same_clip(tmp_path, changes):
     """Catches a past, positions, ladder or noise that `pipeline.py` treats otherwise than we do."""
-    recipe = dataclasses.replace(RECIPE, noise=kind)
+    recipe = dataclasses.replace(RECIPE, **changes)
     ours = make_pipeline(recipe)
     ours.save_pretrained(tmp_path)
     theirs = opened(tmp_path)
     assert type(theirs.transformer).__module__.startswith("diffusers.")
-    draws = 1 if kind == "kept" else len(recipe.ladder)
+    draws = 1 if recipe.keeps_noise else max(len(recipe.ladder), len(recipe.first_ladder or ()))
     noise = rng.normal((draws, 1, 16, 6, HEIGHT // 8, WIDTH // 8), 0, "noise")
     found = theirs(PROMPT, noise=noise, output_type="latent").frames
     text = ours.stream_model(HEIGHT, WIDTH).text.encode([PROMPT])
