@@ -214,7 +214,9 @@ def serve(options: argparse.Namespace) -> None:
     for student in students.values():
         load_text(student.model)
         if is_warmed_up(options, student.model):
-            grey = torch.full((1, *student.model.video_size, 3), 0.5)  # viewers may send a picture
+            grey = student.model.grey()
+            if grey is None:  # viewers may send a picture
+                grey = torch.full((1, *student.model.video_size, 3), 0.5)
             prompt = examples(options)[0]
             warm_up_aloud(StreamSession(student.model, prompt, student.settings, grey), grey)
     app = server.create_app(students, fps=options.fps, examples=examples(options), token=token)
