@@ -45,14 +45,14 @@ def distil(parser: argparse.ArgumentParser) -> Run:
     )
 
     def run(args: argparse.Namespace) -> None:
-        from selfforcing_dfd.cli.train import run as train
+        from selfforcing_dfd.cli.launch import trainer_on
         from selfforcing_dfd.journey.checkpoint import inspect_checkpoint
         from selfforcing_dfd.journey.run import distil
 
         checkpoint = inspect_checkpoint(args.checkpoint, args.entry, args.role, args.model)
         name = args.source.resolve().stem
         args.out = args.out or DEFAULT_OUT / f"{checkpoint.name}-{name}"
-        distil(request_of(args), checkpoint, train, print, args.dry_run)
+        distil(request_of(args), checkpoint, trainer_on(args.gpus), print, args.dry_run)
 
     return run
 
@@ -145,7 +145,12 @@ def add_end_options(parser: argparse.ArgumentParser) -> None:
         help="clips of each source that are generated and measured (default: %(default)s)",
     )
     group.add_argument(
-        "--gpus", type=positive, default=1, metavar="N", help="GPUs that the budget is for"
+        "--gpus",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes that training is shared by, with a GPU each unless --device is cpu; with "
+        "--dry-run GPUs that the budget is for (default: %(default)s)",
     )
     group.add_argument(
         "--push-to-hub", default="", metavar="REPOSITORY", help="also upload the export"

@@ -50,9 +50,10 @@ def check_processes() -> None:
     size = int(os.environ.get("WORLD_SIZE", "1"))
     if size > 1:
         raise JourneyError(
-            f"{size} processes were started, and distil is one; train its runs alone on several "
-            "GPUs: torchrun --nproc_per_node N -m selfforcing_dfd train --config "
-            "OUT/configs/student.yaml --resume, then the same distil command goes on"
+            f"{size} processes were started, and distil is one, which starts others itself: "
+            f"use --gpus {size}. On several machines train its runs alone: torchrun ... "
+            "-m selfforcing_dfd train --config OUT/configs/student.yaml --resume, then the same "
+            "distil command goes on"
         )
 
 
