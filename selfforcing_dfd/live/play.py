@@ -222,8 +222,8 @@ def serve(options: argparse.Namespace) -> None:
     app = server.create_app(students, fps=options.fps, examples=examples(options), token=token)
     lines = [describe_model(name, student.model) for name, student in students.items()]
     lines.append(f"open {access.link(options.host, options.port, token)} (Ctrl-C ends it)")
-    sys.stderr.write("\n".join(lines) + "\n")
-    server.serve(app, options.host, options.port)
+    told = "\n".join(lines) + "\n"
+    server.serve(app, options.host, options.port, lambda: sys.stderr.write(told))
 
 
 def load_students(options: argparse.Namespace) -> dict[str, page.Student]:

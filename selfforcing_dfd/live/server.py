@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import socket
 from collections import deque
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -235,10 +235,16 @@ def told(message: str, status: int) -> JSONResponse:
     return JSONResponse({"message": message}, status, HEADERS)
 
 
-def serve(app: Starlette, host: str = "127.0.0.1", port: int = 8000) -> None:
+def serve(
+    app: Starlette,
+    host: str = "127.0.0.1",
+    port: int = 8000,
+    ready: Callable[[], object] = lambda: None,
+) -> None:
     """Answer requests until Ctrl-C. Raises OSError if the port cannot be used.
 
-    host: where to listen. Raises UserError for others than this machine's own without a token.
+    host: where to listen. ready: called as soon as browsers can connect. Raises UserError for
+    hosts other than this machine's own without a token.
     """
     if not is_loopback(host) and not app.state.has_token:
         raise UserError(f"host is {host}, which others can reach; give create_app a token")
@@ -248,6 +254,7 @@ def serve(app: Starlette, host: str = "127.0.0.1", port: int = 8000) -> None:
     except (OSError, OverflowError) as error:
         raise OSError(f"cannot listen: {error}; choose another port") from error
     with listener, suppress(KeyboardInterrupt):  # uvicorn raises it once more after a clean end
+        ready()
         uvicorn.Server(server_config(app)).run(sockets=[listener])
 
 

@@ -131,13 +131,15 @@ def test_wrong_options_are_refused_at_once(model, wrong, told):
 
 
 def test_port_in_use_is_told(model):
-    """Catches a traceback, or a server that ends without a word."""
+    """Catches a traceback, a server that ends without a word, and a link that leads nowhere."""
     app = server.create_app({"only": Student(model, SETTINGS)}, fps=16.0)
+    told: list[str] = []
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(OSError, match="choose another port"),
     ):
-        server.serve(app, port=taken.getsockname()[1])
+        server.serve(app, port=taken.getsockname()[1], ready=lambda: told.append("open me"))
+    assert told == []
 
 
 def test_a_connection_that_the_server_closed_takes_nothing():
