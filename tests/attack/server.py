@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import multiprocessing
 import os
@@ -12,6 +13,7 @@ import time
 from pathlib import Path
 
 import uvicorn
+from PIL import Image
 from websockets.exceptions import ConnectionClosed, InvalidHandshake
 from websockets.sync.client import ClientConnection, connect
 
@@ -21,7 +23,7 @@ from selfforcing_dfd.live.web.messages import FIELDS
 from selfforcing_dfd.live.web.shared import Student
 from tests.attack.harms import ABSURD
 from tests.attack.trials import Kind, Tell, Wrong
-from tests.live.tabs import SETTINGS, Tab, get, make_model
+from tests.live.tabs import SETTINGS, Tab, get, get_bytes, make_model, post
 
 SEATS = 6
 PATIENCE_S = 10.0
@@ -64,7 +66,7 @@ class Server(Kind):
         self.process.join()
 
     def attack(self, chance: random.Random, place: Path, tell: Tell) -> None:
-        harms = (raw_request, raw_frames, messages, messages, leave)
+        harms = (raw_request, raw_frames, messages, messages, leave, upload, watch)
         refusal = chance.choice(harms)(self.port, chance, tell)
         self.check_alive()
         if chance.random() < 0.1:
@@ -100,7 +102,7 @@ def tab(port: int) -> Tab:
     while True:
         found = Tab(port)
         try:
-            found.until("hello")
+            found.stream = found.until("hello")["stream"]
             return found
         except ConnectionClosed as error:
             if time.monotonic() > end:
@@ -202,6 +204,56 @@ def first_error(line: ClientConnection) -> str:
         if isinstance(data, str) and json.loads(data)["type"] == "error":
             return data
     return ""
+
+
+def upload(port: int, chance: random.Random, tell: Tell) -> str:
+    """A picture that is damaged, or is none, for a stream that runs or does not."""
+    buffer = io.BytesIO()
+    size = chance.choice(((1, 1), (64, 48), (3000, 2), (1, 9000)))
+    mode = chance.choice(("RGB", "L", "1", "P", "RGBA", "CMYK", "I;16"))
+    kind = "TIFF" if mode == "CMYK" else chance.choice(("PNG", "GIF"))
+    Image.new(mode, size).save(buffer, "PNG" if mode == "I;16" else kind)
+    data = bytearray(buffer.getvalue())
+    for _ in range(chance.choice((0, 1, 20))):
+        data[chance.randrange(len(data))] = chance.randrange(256)
+    data = data[: chance.choice((0, 10, len(data), len(data)))]
+    tell(f"picture {kind} {mode} {size}, {len(data)} bytes")
+    with tab(port) as owner:
+        stream = chance.choice((owner.stream, owner.stream, "x"))
+        if chance.random() < 0.5:
+            owner.start()
+        status, words = post(port, f"/picture?stream={stream}", bytes(data))
+        if status >= 500:
+            raise Wrong(f"answered by {status} {words}")
+        owner.send("seed" if owner.has_begun else "student", **chance.choice(({}, {"name": "x"})))
+        owner.until("error")
+    return words
+
+
+def watch(port: int, chance: random.Random, tell: Tell) -> str:
+    """Viewers who watch, steer, save, and leave in the midst of a chunk."""
+    with tab(port) as owner:
+        path = f"/watch?stream={chance.choice((owner.stream, owner.stream, 'x'))}"
+        watchers = [Tab(port, path=path) for _ in range(chance.randint(1, 5))]
+        tell(f"{len(watchers)} watch {path}")
+        owner.start()
+        for watcher in watchers:
+            try:
+                watcher.socket.send(message(chance))
+                watcher.until("chunk")
+            except ConnectionClosed:
+                continue
+            if chance.random() < 0.5:
+                reset(watcher.socket.socket)
+                watcher.socket.socket.close()
+        owner.chunk()
+        first = chance.choice(("0", "1", "-1", "9" * 400, "x", ""))
+        status, words = get_bytes(port, f"/video.mp4?stream={owner.stream}&first_chunk={first}")
+        for watcher in watchers:
+            watcher.socket.close()
+    if status >= 500:
+        raise Wrong(f"answered by {status} {words[:100]!r}")
+    return words[:60].decode(errors="replace") if status >= 400 else ""
 
 
 def leave(port: int, chance: random.Random, tell: Tell) -> str:

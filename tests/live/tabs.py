@@ -46,6 +46,8 @@ class Tab:
     options: dict[str, Any] = field(default_factory=dict)
     num_frames: int = 0
     path: str = "/stream"
+    stream: str = ""  # its name, where somebody has noted it
+    has_begun: bool = False
 
     def __post_init__(self) -> None:
         options = {"open_timeout": PATIENCE_S, "max_size": None, "max_queue": None, **self.options}
@@ -63,6 +65,7 @@ class Tab:
         self.socket.send(json.dumps({"type": kind, **fields}))
 
     def start(self, prompt: str = "a disc", seed: int = 0) -> Self:
+        self.has_begun = True
         self.send("start", prompt=prompt, seed=seed)
         assert self.until("began")["seed"] == seed
         return self
@@ -156,6 +159,13 @@ def post(port: int, path: str, body: bytes, **headers: str) -> tuple[int, str]:
             return response.status, json.loads(response.read())["message"]
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
+
+
+def get_bytes(port: int, path: str) -> tuple[int, bytes]:
+    try:
+        return 200, download(port, path)
+    except urllib.error.HTTPError as error:
+        return error.code, error.read()
 
 
 def download(port: int, path: str) -> bytes:

@@ -157,13 +157,13 @@ def test_there_is_an_end_to_those_who_may_watch(model, monkeypatch):
 
 def test_a_stream_that_only_others_watch_ends_when_they_do(model):
     """Catches a stream that runs for ever for tabs that nobody looks at."""
-    with serving(model, max_queue_chunks=1, fps=80.0, idle_s=0.5) as port:
+    with serving(model, max_queue_chunks=1, fps=80.0, idle_s=1.0) as port:
         owner, path = owned(port)
         with owner, Tab(port, path=path) as watcher:
             owner.start()
             for _ in range(4):
                 chunk = watcher.until("chunk")["chunk"]
-                time.sleep(0.2)
+                time.sleep(0.3)
                 watcher.send("ack", chunk=chunk)
             with pytest.raises(ConnectionClosed):
                 while True:

@@ -140,3 +140,19 @@ def test_a_longer_folder_begins_with_the_clips_of_a_shorter_one(tmp_path: Path) 
     for one, other in zip(short, long, strict=False):
         assert (read_video(one, 5).float() - read_video(other, 5).float()).abs().mean() < 0.5
     assert (read_video(long[0], 5).float() - read_video(long[2], 5).float()).abs().mean() > 5
+
+
+def test_words_that_no_caption_has_are_named() -> None:
+    """Catches a prompt of which a half means nothing, and nobody is told."""
+    assert world.unknown_words("A purple disc moves left, backwards; PURPLE!") == [
+        "purple",
+        "backwards",
+    ]
+    assert world.unknown_words("a large red disc moves left slowly", "short") == [
+        *("large", "red", "left", "slowly")
+    ]
+    factors = world.draw_factors(6, generator(0, "test words"))
+    for level in world.IN_TURN:
+        for caption in world.captions(factors, level):
+            assert world.unknown_words(caption, level) == []
+            assert world.unknown_words(caption) == []
