@@ -25,6 +25,7 @@ from starlette.websockets import WebSocket
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.live.access import Access, Guard, is_loopback
 from selfforcing_dfd.live.web.connection import NO_STREAM, TRY_LATER, Connection, Ended, Outbox
+from selfforcing_dfd.live.web.messages import short
 from selfforcing_dfd.live.web.pictures import MAX_PICTURE_BYTES, PictureError, open_picture
 from selfforcing_dfd.live.web.shared import Shared, Student
 from selfforcing_dfd.live.web.stream import LiveStream
@@ -133,8 +134,10 @@ class StreamServer:
         streams = [viewer.stream for viewer in self.viewers] + list(self.finished)
         found = [each for each in streams if each.name == name]
         first = request.query_params.get("first_chunk", "0")
-        if not found or not first.isascii() or not first.isdecimal():
-            return told("the stream of this page is not running; open the page again", 404)
+        if not found:
+            return told("this stream is not known: it ended too long ago, or with its server", 404)
+        if not first.isascii() or not first.isdecimal():
+            return told(f"first_chunk is {short(first)}; want a whole number from 0 on", 400)
         if self.saving.locked():
             return told("other videos are being saved; try again in a moment", 429)
         try:

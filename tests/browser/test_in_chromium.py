@@ -285,6 +285,8 @@ def test_others_watch_the_same_stream(page: Page, browser: Browser, url: str):
     watcher.open(link)
     watcher.until_phase("live")
     assert watcher.do("getComputedStyle(document.querySelector('.controls')).display") == "none"
+    assert watcher.do("document.querySelector('.guest').checkVisibility()")
+    assert not page.do("document.querySelector('.guest').checkVisibility()")
     assert page.until("document.getElementById('viewers').textContent === '2'")
     page.ask("a cross moves")
     watcher.until("document.getElementById('shown').textContent === 'a cross moves'")

@@ -108,16 +108,20 @@ def test_a_stream_that_has_ended_can_still_be_saved(model):
 
 
 @pytest.mark.parametrize(
-    "query", ["", "stream=x", "stream={}", "stream={}&first_chunk=-1", "stream={}&first_chunk=²"]
+    ("query", "status", "words"),
+    [
+        *[("", 404, "this stream is not known"), ("stream=x", 404, "this stream is not known")],
+        ("stream={}", 404, "nothing has been shown"),
+        ("stream={}&first_chunk=-1", 400, "first_chunk is '-1'; want a whole number"),
+        ("stream={}&first_chunk=%C2%B2", 400, "first_chunk is '²'; want a whole number"),
+    ],
 )
-def test_nothing_to_save_is_told(model, query):
+def test_nothing_to_save_is_told(model, query, status, words):
     """Catches an error of the server, and an empty file."""
     with serving(model) as port, Tab(port) as tab:
         stream = tab.until("hello")["stream"]
-        query = query.format(stream).replace("²", "%C2%B2")
-        status, text = get(port, f"/video.mp4?{query}")
-    assert status == 404
-    assert "is not running" in text or "nothing has been shown" in text
+        got, text = get(port, f"/video.mp4?{query.format(stream)}")
+    assert got == status and words in json.loads(text)["message"]
 
 
 def test_memory_is_bounded_in_time_and_in_bytes():
