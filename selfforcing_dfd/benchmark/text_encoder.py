@@ -72,6 +72,7 @@ def random_text(name: str, text_dim: int, device: torch.device, dtype: torch.dty
     with torch.device("meta"):
         encoder: Any = UMT5EncoderModel(UMT5Config(**sizes, feed_forward_proj="gated-gelu"))
     encoder = encoder.to(dtype).to_empty(device=device).requires_grad_(False).eval()
+    encoder.tie_weights()  # `to_empty` makes two of the table of words, 2 GB of UMT5's
     with torch.no_grad():
         for parameter in encoder.parameters():
             parameter.normal_(std=parameter.shape[-1] ** -0.5)

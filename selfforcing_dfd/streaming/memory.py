@@ -92,8 +92,7 @@ def text_encoder_bytes(config: Mapping[str, Any], dtype: torch.dtype) -> int:
 
     with META:
         encoder: Any = UMT5EncoderModel(UMT5Config(**config))
-    # the stack alone: on the meta device its table of words and the model's are two
-    return num_bytes(encoder.encoder.to(dtype))
+    return num_bytes(encoder.to(dtype))
 
 
 def memory_needs(streamed: Streamed, settings: StreamSettings, saving: Saving) -> MemoryNeeds:

@@ -36,7 +36,7 @@ def test_the_encoder_is_in_one_figure_and_not_in_the_other():
 
 
 def test_the_stand_in_has_the_shape_of_wans_encoder():
-    """Catches an encoder of another size than UMT5-XXL, or of another form of output."""
+    """Catches an encoder of another size than UMT5-XXL, another output, and a second table."""
     sizes = SIZES["umt5"]
     of_attention = 4 * sizes["d_model"] * sizes["num_heads"] * sizes["d_kv"]
     of_feed_forward = 3 * sizes["d_model"] * sizes["d_ff"]
@@ -48,6 +48,7 @@ def test_the_stand_in_has_the_shape_of_wans_encoder():
     assert one.shape == (512, 12)
     assert one[:NUM_TOKENS].isfinite().all() and not one[NUM_TOKENS:].any()
     assert not torch.equal(one, other)
+    assert text.encoder.shared.weight is text.encoder.encoder.embed_tokens.weight
     assert torch.equal(one, text.encode(["a disc"])[0])
 
 

@@ -116,6 +116,13 @@ def test_a_small_decoder_saves_what_the_full_one_keeps(streamed):
     assert needs.moments["the decoders are compared"] == both
 
 
+def test_the_text_encoder_is_counted_once():
+    """Catches its table of words, which the model and its stack share, counted twice: 2 GB."""
+    config = {"vocab_size": 100, "d_model": 8, "d_kv": 4, "d_ff": 16, "num_layers": 1}
+    counted = memory.text_encoder_bytes({**config, "num_heads": 2}, torch.bfloat16)
+    assert 2 * 100 * 8 < counted < 2 * 2 * 100 * 8
+
+
 def test_bytes_count_while_somebody_holds_them():
     """Catches tensors that never end, and views and results in place that count twice."""
     x = torch.empty(1000, device="meta")
