@@ -47,7 +47,7 @@ def streamed() -> Streamed:
     )
 
 
-@pytest.mark.parametrize("lean", [False, True])
+@pytest.mark.parametrize("lean", [False, pytest.param(True, marks=pytest.mark.soak)])
 def test_a_stream_takes_what_was_counted(streamed, lean, monkeypatch):
     """Catches a part that is left out or counted twice, and a moment that is not the largest.
 
