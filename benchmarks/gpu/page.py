@@ -42,7 +42,7 @@ def render(results: Results) -> str:
         lines += ["", f"## {title}", "", "| | unit | predicted | goal | measured |"]
         lines += ["|---|---|---|---|---|"]
         lines += [table_row(figure, results) for figure in figures]
-    lines += ["", "## Tests", "", *tests(results)]
+    lines += ["", "## Tests", "", *lines_of_tests(results)]
     left_out = list(gaps(results))
     if left_out:
         lines += ["", "## What has no figure, and why", "", *left_out]
@@ -100,7 +100,7 @@ def number(value: float) -> str:
     return f"{value:.3g}"
 
 
-def tests(results: Results) -> Iterator[str]:
+def lines_of_tests(results: Results) -> Iterator[str]:
     """Passed and failed of each file of tests/gpu."""
     if "tests" not in results:
         yield f"`tests/gpu`: {NOT_MEASURED}, that is: never run on a GPU."
@@ -111,7 +111,11 @@ def tests(results: Results) -> Iterator[str]:
             yield f"- `{name}`: {reason(row)}"
             continue
         faults = "; ".join(f"{test}: {why}" for test, why in value["failed"].items())
-        yield f"- `{name}`: {value['passed']} passed" + (f", failed: {faults}" if faults else "")
+        empty = value["not for this machine"]
+        apart = f", {empty} not for this machine" if empty else ""
+        yield f"- `{name}`: {value['passed']} passed{apart}" + (
+            f", failed: {faults}" if faults else ""
+        )
 
 
 def gaps(results: Results) -> Iterator[str]:

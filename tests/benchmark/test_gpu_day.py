@@ -14,7 +14,14 @@ import pytest
 import torch
 
 from benchmarks.gpu.expected import TABLES, Figure
-from benchmarks.gpu.page import NOT_MEASURED, RESULTS, measured, read_results, render
+from benchmarks.gpu.page import (
+    NOT_MEASURED,
+    RESULTS,
+    lines_of_tests,
+    measured,
+    read_results,
+    render,
+)
 from benchmarks.gpu.record import Machine, Missing, Record
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.streams import GROUPS, known_options, rehearsed
@@ -154,13 +161,17 @@ def test_options_of_a_rehearsal_are_known():
 
 
 def test_failed_tests_are_named(tmp_path: Path):
-    """Catches tests that fail on the GPU and are counted only."""
+    """Catches tests that fail on the GPU and are counted only, and ones that never ran."""
     report = tmp_path / "report.xml"
     report.write_text(
         "<testsuites><testsuite><testcase name='a'/><testcase name='b'>"
-        "<failure message='x != y'>trace</failure></testcase></testsuite></testsuites>"
+        "<failure message='x != y'>trace</failure></testcase>"
+        "<testcase name='c'><skipped message='empty'/></testcase></testsuite></testsuites>"
     )
-    assert counts(report) == {"passed": 1, "failed": {"b": "x != y"}}
+    found = counts(report)
+    assert found == {"passed": 1, "not for this machine": 1, "failed": {"b": "x != y"}}
+    lines = list(lines_of_tests({"tests": {"rows": {"test_a.py": {"value": found}}}}))
+    assert lines == ["- `test_a.py`: 1 passed, 1 not for this machine, failed: b: x != y"]
 
 
 @pytest.mark.soak

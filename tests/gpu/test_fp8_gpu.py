@@ -69,6 +69,6 @@ def latents_of(model: StreamModel) -> Tensor:
     session = StreamSession(model, "a disc moves")
     session.next_chunk()
     history = session.snapshot()
-    x0 = history.pending[0] if history.pending else history.history[-1][1]
+    x0 = history.pending[0] if history.pending else history.history[-1].latents
     assert x0.isfinite().all()
     return x0

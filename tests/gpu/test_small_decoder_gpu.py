@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from rehearsal import COMPILER, DEVICE
 from torch import Tensor
 
 from selfforcing_dfd import rng
@@ -35,12 +36,12 @@ def test_a_gpu_decodes_as_a_cpu_does(kind: str, compiled: bool, codec: TinyCodec
     """Catches a layout, a precision or a program that a GPU runs otherwise."""
     latents = rng.normal((1, 4, 16, 8, 12), 0, "latents").float()
     wanted = SmallCodec(network(kind), codec).start_decoding().decode(latents)
-    on_gpu = SmallCodec(network(kind).to("cuda", torch.bfloat16), codec)
+    on_gpu = SmallCodec(network(kind).to(DEVICE, torch.bfloat16), codec)
     if compiled:
         torch._dynamo.reset()
-        on_gpu.compile_decoding()
-    video = on_gpu.start_decoding().decode(latents.cuda())
+        on_gpu.compile_decoding(**COMPILER)
+    video = on_gpu.start_decoding().decode(latents.to(DEVICE))
     assert psnr(video, wanted) > LEAST_DB
     stream = on_gpu.start_decoding()
-    parts = [stream.decode(part) for part in latents.cuda().split((1, 3), dim=1)]
+    parts = [stream.decode(part) for part in latents.to(DEVICE).split((1, 3), dim=1)]
     assert torch.equal(torch.cat(parts, dim=1), video)
