@@ -77,6 +77,8 @@ def build_model(options: argparse.Namespace, settings: StreamSettings) -> Stream
     choose_kernel(model, settings, options.attention)
     if options.fp8:
         use_fp8(model.student)
+    if options.offload:
+        model.student.offload_blocks(model.device, options.offload)
     if options.compile:
         model.compile()
     return with_graphs(model) if options.cuda_graph else model
@@ -154,6 +156,7 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
         size=options.random_weights or "tiny",
         weights="random" if options.random_weights else "trained",
         fp8=options.fp8,
+        offload=options.offload or 0,
         cuda_graph=options.cuda_graph,
         text_encoder=text_encoder,
     )

@@ -141,15 +141,7 @@ def add_decoder_options(group: argparse._ArgumentGroup | argparse.ArgumentParser
 def add_memory_options(group: argparse._ArgumentGroup) -> None:
     """What of a student, and of what belongs to it, is not on the GPU as a whole."""
     add_fp8_option(group)
-    group.add_argument(
-        "--offload",
-        type=positive,
-        nargs="?",
-        const=1,
-        metavar="N",
-        help="blocks stay in the host's memory and visit the GPU in groups of N (default: 1), the "
-        "next group while one runs",
-    )
+    add_offload_option(group)
     group.add_argument(
         "--text-memory",
         choices=TEXT_MEMORY,
@@ -163,6 +155,18 @@ def add_memory_options(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--dry-run", action="store_true", help="with --model: say what memory it takes, and stop"
+    )
+
+
+def add_offload_option(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--offload",
+        type=positive,
+        nargs="?",
+        const=1,
+        metavar="N",
+        help="blocks stay in the host's memory and visit the GPU in groups of N (default: 1), the "
+        "next group while one runs",
     )
 
 

@@ -16,6 +16,7 @@ from selfforcing_dfd.cli.options import (
     add_decoder_options,
     add_fp8_option,
     add_memory_options,
+    add_offload_option,
     add_pass_options,
     add_past_options,
     named_file,
@@ -242,6 +243,7 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     add_decoder_options(model)
     _add_kernel_options(model)
     add_fp8_option(model)
+    add_offload_option(model)
     model.add_argument(
         "--vae-device", metavar="DEVICE", help="decode there, such as cuda:1 (default: as --device)"
     )

@@ -21,6 +21,7 @@ from selfforcing_dfd.benchmark.statistics import Recording, stage_breakdown, ste
 from selfforcing_dfd.benchmark.table import read_result
 from selfforcing_dfd.benchmark.timed import timed_calls
 from selfforcing_dfd.cli.main import main
+from selfforcing_dfd.common import EXIT_USER_ERROR
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
@@ -190,12 +191,19 @@ def test_a_page_with_bars_lies_beside_the_json(quick):
 
 
 def test_fast_variants_say_what_they_are():
-    """Catches options that are taken and not used: 8-bit layers and a decoder elsewhere."""
-    extras = ("--fp8", "--vae-device", "cpu", "--chunks", "3", "--threads", "1")
+    """Catches options that are taken and not used: 8-bit layers, a decoder elsewhere, groups.
+
+    More blocks of a group than there are would save nothing, which only a model that is asked says.
+    """
+    extras = ("--fp8", "--vae-device", "cpu", "--chunks", "3", "--threads", "1", "--offload", "2")
     status, printed, complaint = run("--quick", "--device", "cpu", *extras)
     assert status == 0, complaint
     result = json.loads(printed.splitlines()[-1])
     assert result["environment"]["fp8"]
+    assert result["environment"]["offload"] == 2
+    status, _, complaint = run("--quick", "--device", "cpu", "--offload", "3")
+    assert status == EXIT_USER_ERROR
+    assert "use smaller groups" in complaint
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, TypeVar, get_args
 
 from PIL import Image
@@ -85,7 +86,7 @@ def describe(model: StreamModel) -> str:
     parameters = sum(parameter.numel() for parameter in model.student.parameters())
     small = ""
     if isinstance(model.codec, SmallCodec):
-        small = f", small decoder {model.codec.name} {model.codec.fidelity}".rstrip()
+        small = f", small decoder {Path(model.codec.name).name} {model.codec.fidelity}".rstrip()
     return (
         f"{parameters / 1e6:.1f} M parameters on {model.device}, "
         f"{len(model.ladder)} steps a chunk, {width} x {height} pixels{small}"
