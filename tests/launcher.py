@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import faulthandler
 import gc
 import multiprocessing
 import os
@@ -18,14 +19,16 @@ from selfforcing_dfd.processes.failure import ending_together
 from selfforcing_dfd.processes.world import World, joined
 
 LIMIT_S = 120
+SPARE_S = 10  # before the end, for a process that hangs to say where
 
 
 def launch(
     size: int, folder: Path, work: Callable[[World], None], timeout_s: float = 60
 ) -> list[tuple[int, str]]:
     """(exit code, errors) of each of `size` processes, which a launcher would start like this."""
-    # as torchrun does, so that the store lives on when the first rank dies
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    # as torchrun does, so that the store lives on when the first rank dies; without libuv, whose
+    # epoll would be shared with the forks: once it left one of them without answers
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
     fork = multiprocessing.get_context("fork")
     processes = [
         fork.Process(target=_child, args=(rank, size, store.port, folder, work, timeout_s))
@@ -39,7 +42,8 @@ def launch(
     hanging = [rank for rank, process in enumerate(processes) if process.is_alive()]
     for rank in hanging:
         processes[rank].kill()
-    assert not hanging, f"ranks {hanging} hang"
+    where = "\n".join((folder / f"errors{rank}").read_text() for rank in hanging)
+    assert not hanging, f"ranks {hanging} hang:\n{where}"
     return [
         (process.exitcode or 0, (folder / f"errors{rank}").read_text().strip())
         for rank, process in enumerate(processes)
@@ -54,6 +58,7 @@ def _child(
     meeting["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank), **meeting}
     sys.stderr = (folder / f"errors{rank}").open("w", buffering=1)
+    faulthandler.dump_traceback_later(LIMIT_S - SPARE_S, file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
 
