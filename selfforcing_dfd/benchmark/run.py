@@ -149,12 +149,13 @@ def benchmark(options: argparse.Namespace) -> tuple[str, dict[str, Any]]:
     )
     model = build_model(options, settings)
     text_encoder = options.text_encoder or type(model.text).__name__
+    weights = "random" if options.random_weights else "trained"
     facts = environment(
         model,
         settings,
         compile=options.compile,
         size=options.random_weights or "tiny",
-        weights="random" if options.random_weights else "trained",
+        weights=weights,
         fp8=options.fp8,
         offload=options.offload or 0,
         cuda_graph=options.cuda_graph,
