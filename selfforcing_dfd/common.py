@@ -247,6 +247,12 @@ def tune_allocator() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, KEEP_BYTES)
 
 
+def give_back_memory() -> None:
+    """Return freed memory to the system, which glibc keeps after `tune_allocator`. Linux."""
+    if sys.platform == "linux" and hasattr(ctypes.CDLL(None), "malloc_trim"):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def resident_bytes() -> int:
     """Memory of this process now, in bytes."""
     import psutil
