@@ -179,6 +179,8 @@ def order_section(study: Study) -> Iterator[str]:
     )
     table = [["with", *known]]
     for key, of_start in by_key.items():
+        if all(math.isnan(value) for value in of_start.values()):
+            continue
         table.append([COLUMNS[key][0], *(number(of_start[start], 2) for start in known)])
     yield markdown(table)
 
