@@ -64,8 +64,9 @@ class Kept:
         return self.folder / "pieces" / name
 
     def used(self) -> int:
-        """Bytes of all pieces, by a look at each."""
-        return sum(size for _, _, size in self._pieces())
+        """Bytes of all pieces, by a look at each while none is written."""
+        with self._locked("used"):
+            return self._total()
 
     def _read(self, name: str, is_whole: Callable[[bytes], bool]) -> bytes | None:
         path = self.path(name)
@@ -89,23 +90,25 @@ class Kept:
         partial = path.with_name(f".tmp-{os.getpid()}-{threading.get_ident()}-{name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._make_room(len(content))
-            partial.write_bytes(content)
-            partial.replace(path)
+            with self._locked("used") as counter:
+                self._make_room(counter, len(content))
+                # still locked: whoever counts all pieces has to see this one
+                partial.write_bytes(content)
+                partial.replace(path)
         except OSError as error:
             partial.unlink(missing_ok=True)
             logger.warning("%s: nothing is kept there (%s); it is fetched each time", path, error)
 
-    def _make_room(self, size: int) -> None:
+    def _make_room(self, counter: IO[str], size: int) -> None:
         """Count `size` bytes more, and remove the oldest pieces if that is too much."""
-        with self._locked("used") as file:
-            text = file.read()
-            used = size + (int(text) if text.isdecimal() else self.used())
-            if used > self.limit:
-                used = size + self._remove_down_to(int(LEFT_AFTER * self.limit) - size)
-            file.seek(0)
-            file.truncate()
-            file.write(str(used))
+        text = counter.read()
+        used = size + (int(text) if text.isdecimal() else self._total())
+        if used > self.limit:
+            used = size + self._remove_down_to(int(LEFT_AFTER * self.limit) - size)
+        counter.seek(0)
+        counter.truncate()
+        counter.write(str(used))
+        counter.flush()  # before the piece: after a kill too much is counted, never too little
 
     def _remove_down_to(self, wanted: int) -> int:
         """Remove the pieces that were used least lately; the bytes that are left."""
@@ -117,6 +120,9 @@ class Kept:
             path.unlink(missing_ok=True)
             left -= size
         return left
+
+    def _total(self) -> int:
+        return sum(size for _, _, size in self._pieces())
 
     def _pieces(self) -> Iterator[tuple[int, Path, int]]:
         """When each was used last, where it is, and its bytes."""

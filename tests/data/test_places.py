@@ -5,8 +5,10 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import time
 import zlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -201,6 +203,25 @@ def test_the_oldest_pieces_make_room(tmp_path: Path) -> None:
     get("too-large", 2000)
     assert fetched.count("too-large") == 2
     assert kept.used() >= 500
+
+
+def test_pieces_on_their_way_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Catches a count of all pieces that leaves out those that others are writing just then."""
+    kept = Kept(tmp_path / "kept", 400)
+    write = Path.write_bytes
+
+    def slowly(self: Path, content: bytes) -> int:
+        time.sleep(0.005)
+        return write(self, content)
+
+    def get(number: int) -> int:
+        kept.get(f"piece-{number}", lambda: bytes(100), lambda content: True)
+        return kept.used()
+
+    monkeypatch.setattr(Path, "write_bytes", slowly)
+    with ThreadPoolExecutor(8) as pool:
+        used = list(pool.map(get, range(64)))
+    assert max(used) <= 400
 
 
 def test_a_full_disk_ends_nothing(
