@@ -31,6 +31,7 @@ from selfforcing_dfd.cli import (
 )
 from selfforcing_dfd.cli.errors import EXIT_READER_GONE, end, guarded, reader_is_gone
 from selfforcing_dfd.cli.options import Command
+from selfforcing_dfd.cli.quiet import quieten
 from selfforcing_dfd.common import EXIT_USER_ERROR, UserError, tune_allocator
 
 PROGRAM = "selfforcing-dfd"
@@ -165,4 +166,5 @@ def run(words: list[str]) -> int:
     except UserError as error:
         return end(f"error: {error}", EXIT_USER_ERROR)
     tune_allocator()
+    quieten()
     return guarded(options)
