@@ -76,7 +76,11 @@ def load_frozen(config: Config, start: Start, device: torch.device | str = "cpu"
 
 
 def ask_in(config: ModelConfig, network: WanTransformer) -> WanTransformer:
-    """The network, whose weights are in the configured dtype, ready to compute."""
+    """The network, whose weights are in the configured dtype, ready to compute.
+
+    A gradient may go through it to what it is asked about, as that of a GAN does.
+    """
+    recompute(network, config.activation_checkpointing)
     if config.compute != "float32":
         network.set_attention(config.attention)
     if config.compile:
@@ -148,7 +152,6 @@ def build_adapted(config: Config, device: torch.device) -> dict[str, StageNetwor
         weights = replace(start, adapter="")
         if weights not in bases:
             bases[weights] = load_frozen(config, weights, device)
-            recompute(bases[weights], config.model.activation_checkpointing)
         base = bases[weights]
         networks[role] = AdaptedNetwork(base)
         if role not in FROZEN:

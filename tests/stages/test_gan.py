@@ -13,14 +13,17 @@ from tiny_stages import draw, gradients, matching_stage, touched
 from torch import Tensor
 from torch.nn.functional import softplus
 
+from selfforcing_dfd import rng
 from selfforcing_dfd.config import Config, ConfigError
 from selfforcing_dfd.context import Conditioning
 from selfforcing_dfd.flow import add_noise
 from selfforcing_dfd.models.discriminator import Discriminator, block_outputs
 from selfforcing_dfd.rng import generator
 from selfforcing_dfd.stages import load_config
+from selfforcing_dfd.stages.base import teacher_start
 from selfforcing_dfd.stages.gan import Gan, build_discriminator
 from selfforcing_dfd.stages.matching import MatchingStage
+from selfforcing_dfd.training.build import load_frozen
 
 SIGMA = torch.tensor([0.7, 0.2], dtype=torch.float64)
 
@@ -164,6 +167,33 @@ def gan_config(tmp_path: Path, *overrides: str) -> Config:
     (tmp_path / "config.yaml").write_text("run: {stage: dmd}\ngan: {weight: 0.03}\n")
     paths = ["data.shards=nowhere", "weights.teacher=assets/tiny/teacher.safetensors"]
     return load_config(str(tmp_path / "config.yaml"), [*paths, *overrides])
+
+
+def test_the_gradient_through_the_teacher_keeps_its_blocks_inputs_alone(tmp_path: Path):
+    """Catches a frozen teacher without activation checkpointing.
+
+    At 1.3B its activations would be 132 GB of a clip of 21 latent frames, and `--dry-run` counts
+    3 GB. The gradient is the same.
+    """
+    kept: list[int] = []
+    found: list[Tensor | None] = []
+
+    def keep(saved: Tensor) -> Tensor:
+        kept[-1] += saved.numel()
+        return saved
+
+    for what in ("none", "full"):
+        config = gan_config(tmp_path, f"model.activation_checkpointing={what}")
+        teacher = load_frozen(config, teacher_start(config))
+        own = Gan(teacher, build_discriminator(config, 128, 6, generator(0, "D")), 1.0)
+        x0 = rng.normal((1, 3, 16, 8, 8), 0, "x0").requires_grad_()
+        text = Conditioning(torch.zeros(1, 12, 32))
+        kept.append(0)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda saved: saved):
+            own.student_loss(x0, torch.ones_like(x0), SIGMA[:1], text).sum().backward()
+        found.append(x0.grad)
+    assert kept[1] < 0.25 * kept[0]
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(
