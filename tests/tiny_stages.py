@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -11,9 +12,11 @@ from torch import Tensor, nn
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.rollout import plan_chunks
+from selfforcing_dfd.stages.dp_dmd import DPDMDStage
 from selfforcing_dfd.stages.matching import MatchingStage
 
 CHUNKS = plan_chunks(FRAMES, CHUNK)
+SIGMAS = (1.0, 0.97, 0.93)
 NO_ROW = torch.zeros(2, dtype=torch.bool)  # no row is tied
 
 
@@ -38,6 +41,14 @@ def matching_stage(forcing: DataForcing | None = None, **changes: Any) -> Matchi
         **(forcing or DataForcing()).settings(),
     }
     return MatchingStage(**(settings | changes))
+
+
+def dp_stage(**changes: Any) -> DPDMDStage:
+    """DP-DMD of these networks. SIGMAS: its anchor's ODE, two steps."""
+    plain = matching_stage()
+    settings = {field.name: getattr(plain, field.name) for field in fields(plain)}
+    own = {"anchor_sigmas": SIGMAS, "anchor_weight": 0.5, "guidance": 3.0}
+    return DPDMDStage(**(settings | own | changes))
 
 
 def rows_of(batch: Batch, start: int, count: int) -> Batch:

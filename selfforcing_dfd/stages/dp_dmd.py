@@ -4,9 +4,13 @@ The steps share the work. The first one decides what is shown, so it learns wher
 leads from the same noise, which distribution matching cannot narrow. The later ones decide how it
 looks, and learn by distribution matching, whose gradient does not reach the first step.
 
+The paper's students keep their noise between steps (`rollout.noise=kept`), so that the first noise
+decides what is shown. With fresh noise the second step sees .06 of the first one's answer in .94 of
+other noise, and decides again.
+
 Made for whole images. Here a clip has several chunks, each with a first step of its own, after the
 student's own past. The teacher's ODE is that of the whole clip, or a causal teacher's after the
-same past.
+same past. Frames that are given stay clean in both.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from torch import Tensor, nn
 from selfforcing_dfd.config import Config, ranged, require
 from selfforcing_dfd.context import Conditioning, KVCache, PackedContext
 from selfforcing_dfd.data.shards import Batch
-from selfforcing_dfd.flow import PER_SAMPLE, x0_from_flow
+from selfforcing_dfd.flow import PER_SAMPLE, sigma_by_frame, x0_from_flow
 from selfforcing_dfd.objectives import guided_x0
 from selfforcing_dfd.ode import sampling_ladder, teacher_forced_contexts
 from selfforcing_dfd.rng import Draw
@@ -61,7 +65,6 @@ class DPDMDStage(MatchingStage):
     name = "dp_dmd"
     first_exit: ClassVar[int] = 1
     needs_clips = False
-    takes_given = False
     sections = {
         "score": ScoreConfig,
         "anchor": AnchorConfig,
@@ -142,14 +145,17 @@ class DPDMDStage(MatchingStage):
 
         Every chunk's first step sees what it saw in the rollout.
         """
-        start = self.rollout_noise(batch, draw)[0]
+        given = self.given
+        noise = self.rollout_noise(batch, draw)[0]
+        start = torch.cat([batch.latents[:, :given], noise[:, given:]], dim=1)
         conditioning = batch.conditioning
-        level = torch.full_like(record.sigma_exit, self.ladder[0])
+        level = sigma_by_frame(self.ladder[0], start, given)
         first = replace(record, x_exit=start, sigma_exit=level)
         x0 = replay(self.trained["student"], first, conditioning)
         target = self.anchor(start, record.x0, conditioning, batch.text)
         # at sigma 1, an error of x0 is an error of the flow
-        return {"anchor": (self.anchor_weight, (x0 - target).square().mean(PER_SAMPLE))}
+        error = (x0 - target)[:, given:].square().mean(PER_SAMPLE)
+        return {"anchor": (self.anchor_weight, error)}
 
     @torch.no_grad()
     def anchor(
@@ -157,8 +163,9 @@ class DPDMDStage(MatchingStage):
     ) -> Tensor:
         """The clean prediction of a straight way from `start` to the anchor, [B, F, C, H, W].
 
-        start: noise, at sigma 1. past: the clean clip whose chunks the causal teacher sees. The
-        anchor is where Euler's method leads in the first steps of the teacher's ODE.
+        start: noise, at sigma 1, after given frames. past: the clean clip whose chunks the causal
+        teacher sees. The anchor is where Euler's method leads in the first steps of the teacher's
+        ODE; given frames stay as they are.
         """
         negative = Conditioning(no_text(text, self.negative))
         seen = None
@@ -169,12 +176,11 @@ class DPDMDStage(MatchingStage):
         x_t = start
         for level, following in pairwise(self.anchor_sigmas):
             if self.causal is not None:
-                sigma = x_t.new_full(x_t.shape[:2], level)
-                flow = self.causal(x_t, sigma, conditioning, seen).flow
+                sigma = sigma_by_frame(level, x_t, self.given)
+                x0 = x0_from_flow(x_t, self.causal(x_t, sigma, conditioning, seen).flow, sigma)
             else:
-                sigma = x_t.new_full(x_t.shape[:1], level)
+                sigma = self.level(x_t.new_full(x_t.shape[:1], level), x_t)
                 x0 = guided_x0(self.teacher, x_t, sigma, conditioning, negative, self.guidance)
-                flow = (x_t - x0) / level
-            x_t = x_t + (following - level) * flow
+            x_t = x_t + (following - level) * (x_t - x0) / level
         flow = (start - x_t) / (self.anchor_sigmas[0] - self.anchor_sigmas[-1])
         return x0_from_flow(start, flow, self.anchor_sigmas[0])

@@ -20,9 +20,9 @@ SHOWN = (
     *("ema", "batch", "dfd.preset"),
 )  # settings and sections of a training config
 OF_STAGES = {
-    "dmd": ("score", "optim.fake"),
-    "dfd": ("score", "dfd", "optim.fake"),
-    "dp_dmd": ("score", "anchor", "optim.fake"),
+    "dmd": ("score", "gan.weight", "optim.fake"),
+    "dfd": ("score", "dfd", "gan.weight", "optim.fake"),
+    "dp_dmd": ("score", "anchor", "flow.shift", "gan.weight", "optim.fake"),
     "regression": ("regression", "flow.shift"),
     "init": ("init", "flow.shift"),
 }

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny_models import LADDER, tiny_batch, tiny_network
-from tiny_stages import CHUNKS, NO_ROW, draw, gradients, matching_stage
+from tiny_stages import CHUNKS, NO_ROW, SIGMAS, dp_stage, draw, gradients
 from torch import Tensor
 
 from selfforcing_dfd.config import Config, ConfigError
-from selfforcing_dfd.context import Conditioning, KVCache
+from selfforcing_dfd.context import ChunkContext, Conditioning, KVCache
 from selfforcing_dfd.flow import x0_from_flow
 from selfforcing_dfd.ode import teacher_forced_contexts
 from selfforcing_dfd.stages import load_config
-from selfforcing_dfd.stages.dp_dmd import DPDMDStage
+from selfforcing_dfd.stages.dp_dmd import AnchorConfig, DPDMDStage
 from selfforcing_dfd.training.build import build_networks, training_stage_of
 from selfforcing_dfd.training.plan import plan
-
-SIGMAS = (1.0, 0.97, 0.93)  # the anchor's ODE, two steps
-
-
-def dp_stage(**changes: Any) -> DPDMDStage:
-    plain = matching_stage()
-    settings = {field.name: getattr(plain, field.name) for field in fields(plain)}
-    own = {"anchor_sigmas": SIGMAS, "anchor_weight": 0.5, "guidance": 3.0}
-    return DPDMDStage(**(settings | own | changes))
 
 
 def anchor_of(stage: DPDMDStage, seed: int = 0) -> tuple[Tensor, Tensor]:
@@ -184,3 +175,23 @@ def test_what_an_update_costs_counts_the_anchor(tmp_path: Any):
     causal = ("anchor.teacher=causal", "weights.causal=assets/tiny/causal.safetensors")
     assert times("anchor", *causal) == 5
     assert times("rollout") == 3  # two, three or four steps
+
+
+def test_each_step_goes_on_with_the_noise_of_the_first(tmp_path: Path):
+    """Catches recipes with fresh noise between steps, which forget what the first one decided."""
+    stage, batch = dp_stage(keeps_noise=True), tiny_batch()
+    student, text = stage.trained["student"], Conditioning(batch.text)
+    record = stage.roll_out(batch, draw(), NO_ROW, 1)
+    chunk = CHUNKS[0]
+    start = chunk.of(stage.rollout_noise(batch, draw())[0])
+    flow = student(start, 1.0, text, ChunkContext()).flow
+    torch.testing.assert_close(
+        chunk.of(record.x_exit), start + (LADDER[1] - LADDER[0]) * flow, rtol=0, atol=1e-12
+    )
+    for recipe in ("tiny/dp_dmd", "tiny/dp_dmd_t2v", "wan1.3b/dp_dmd", "wan1.3b/dp_dmd_t2v"):
+        rollout = load_config(f"{recipe}.yaml").rollout
+        assert rollout.noise == "kept", recipe
+        assert rollout.chunk_frames == (rollout.frames if recipe.endswith("t2v") else 3), recipe
+    image = load_config("wan1.3b/dp_dmd_i2v.yaml")
+    assert (image.rollout.noise, image.rollout.given) == ("kept", 1)
+    assert image.of(AnchorConfig).steps == 1

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from tiny_models import CHUNK, FRAMES, LADDER, DataForcing, latents, tiny_batch, tiny_network
-from tiny_stages import CHUNKS, NO_ROW, draw, gradients, matching_stage
+from tiny_stages import CHUNKS, NO_ROW, dp_stage, draw, gradients, matching_stage
 from torch import Tensor
 
 from selfforcing_dfd.config import Config, ConfigError
@@ -52,6 +52,8 @@ STAGES: dict[str, Callable[[], TrainingStage]] = {
     "next_step": lambda: regression(target="next_step", keeps_noise=True),
     "consistency": lambda: regression(target="consistency"),
     "own": lambda: regression(own=1.0),
+    "dp_dmd": lambda: dp_stage(given=GIVEN),
+    "dp_dmd, causal": lambda: dp_stage(given=GIVEN, keeps_noise=True, causal=tiny_network(3)),
 }
 """A stage of each kind that takes given frames."""
 
@@ -290,7 +292,6 @@ def config_with(tmp_path: Path) -> Callable[..., Config]:
     [
         ("rollout.given=3", r"given is 3 latent frames, but a chunk has 3, .* use 0 to 2"),
         ("run.stage=pairs", r"given is 1, but stage pairs makes every frame.*causal, dfd, dmd"),
-        ("run.stage=dp_dmd", "stage dp_dmd makes every frame"),
         ("run.stage=init", "stage init makes every frame"),
         ("dfd.pairing=prefix", r"given is 1 and dfd\.pairing is prefix: the noise stored"),
     ],
