@@ -20,6 +20,7 @@ def main(words: list[str]) -> int:
     parser.add_argument("--small", action="store_true", help="sizes to rehearse with on a CPU")
     parser.add_argument("--limit", type=float, default=LIMIT_S, metavar="S", help="seconds")
     parser.add_argument("--only", default="", metavar="WORDS", help="rows whose name has them")
+    parser.add_argument("--go-on", action="store_true", help="leave out what was measured before")
     options = parser.parse_args(words)
     if options.task == "list":
         print("\n".join(STAGES))
@@ -35,9 +36,9 @@ def run_stage(options: argparse.Namespace) -> None:
     device = find_device("cpu" if options.small else "cuda")
     path = options.out / f"{options.task}.json"
     machine = Machine(device, options.small)
-    record = Record(path, options.task, machine, options.limit, options.only)
+    record = Record(path, options.task, machine, options.limit, options.only, options.go_on)
     STAGES[options.task](record)
-    record.save()
+    record.end()
     print(f"wrote {path}")
 
 

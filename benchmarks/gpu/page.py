@@ -9,10 +9,13 @@ from textwrap import wrap
 from typing import Any
 
 from benchmarks.gpu.expected import CONDITIONS, TABLES, Figure
+from benchmarks.gpu.record import NO_TIME
+from benchmarks.gpu.record import RESULTS as RESULTS
 
-RESULTS = Path(__file__).parent / "results"
 NOT_MEASURED = "not measured"
 SHOWN_APART = {"tests"}
+MORE_IS_BETTER = {"FPS"}
+"""Units. Of all others with a goal, milliseconds and gigabytes, less is better."""
 Results = dict[str, dict[str, Any]]
 INTRODUCTION = (
     "# On a GPU: predicted and measured",
@@ -80,17 +83,28 @@ def table_row(figure: Figure, results: Results) -> str:
 
 
 def measured(figure: Figure, results: Results) -> str:
+    """The figure, and against its goal; or why there is none."""
     row = results.get(figure.stage, {}).get("rows", {}).get(figure.row)
     if row is None:
         return NOT_MEASURED
     if "value" not in row:
-        return "failed" if "error" in row else "not available"
+        return kind_of(row)
     found: Any = row["value"]
     for key in figure.path:
         found = found.get(key) if isinstance(found, dict) else None
     if not isinstance(found, int | float):
         return NOT_MEASURED
-    return number(found * figure.factor)
+    value = found * figure.factor
+    return number(value) + (f", {verdict(value, figure)}" if figure.goal else "")
+
+
+def verdict(value: float, figure: Figure) -> str:
+    """Whether a goal is met; if not, by how many per cent of it."""
+    goal = float(figure.goal)
+    beyond = (value - goal if figure.unit in MORE_IS_BETTER else goal - value) / goal
+    if beyond >= 0:
+        return "goal met"
+    return f"goal missed by {number(-100 * beyond)} %"
 
 
 def number(value: float) -> str:
@@ -132,6 +146,12 @@ def gaps(results: Results) -> Iterator[str]:
 
 def reason(row: dict[str, Any]) -> str:
     """One line, as it stands in a list."""
-    kind = "failed" if "error" in row else "not available"
     text = str(row.get("error") or row.get("missing"))
-    return f"{kind}: {' '.join(text.split())[:300]}"
+    return f"{kind_of(row)}: {' '.join(text.split())[:300]}"
+
+
+def kind_of(row: dict[str, Any]) -> str:
+    """Of a row without a value."""
+    if "error" in row:
+        return "failed"
+    return NOT_MEASURED if row["missing"].startswith(NO_TIME) else "not available"

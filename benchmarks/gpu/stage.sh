@@ -3,25 +3,27 @@
 #
 #   bash benchmarks/gpu/stage.sh STAGE [OUT] [OPTION...]
 #
-# OUT: folder for STAGE.json and STAGE.log (default: benchmarks/gpu/results). Compiled programs are
-# kept in $SCRATCH, so that a stage that is repeated starts faster. `list` in place of STAGE names
-# the stages.
+# OUT: folder for STAGE.json and STAGE.log (default: benchmarks/gpu/results). LIMIT: seconds after
+# which the stage is stopped (default 590); it begins no row in the last 50 of them. Compiled
+# programs are kept in $SCRATCH, so that a stage that is repeated starts faster. `list` in place of
+# STAGE names the stages.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 STAGE=${1:?a stage; list names them}
 RESULTS=${2:-benchmarks/gpu/results}
 shift; [ $# -gt 0 ] && shift
-export SCRATCH=${SCRATCH:-$HOME/gpu_day}
-export PYTHON=${PYTHON:-python3}
-export PYTHONUNBUFFERED=1
-export PYTHONPATH=$PWD:$SCRATCH/site${PYTHONPATH:+:$PYTHONPATH}
-export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$SCRATCH/inductor}
-export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$SCRATCH/triton}
-export FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED=1
-export FLASH_ATTENTION_CUTE_DSL_CACHE_DIR=${FLASH_ATTENTION_CUTE_DSL_CACHE_DIR:-$SCRATCH/flash}
-[ -f benchmarks/gpu/wheels/COMMIT ] && export COMMIT=${COMMIT:-$(cat benchmarks/gpu/wheels/COMMIT)}
+LIMIT=${LIMIT:-590}
+source benchmarks/gpu/environment.sh
 bash benchmarks/gpu/install.sh || exit
 [ "$STAGE" = list ] && exec "$PYTHON" -m benchmarks.gpu list
 mkdir -p "$RESULTS"
-timeout "${LIMIT:-590}" "$PYTHON" -m benchmarks.gpu "$STAGE" --out "$RESULTS" "$@" 2>&1 \
-  | tee "$RESULTS/$STAGE.log"
+END=$((SECONDS + LIMIT))
+go_on=()
+for _ in 1 2 3; do
+  left=$((END - SECONDS))
+  timeout "$left" "$PYTHON" -m benchmarks.gpu "$STAGE" --out "$RESULTS" \
+    --limit "$((left > 100 ? left - 50 : left / 2))" "${go_on[@]}" "$@" 2>&1 | tee -a "$RESULTS/$STAGE.log"
+  status=${PIPESTATUS[0]}
+  [ "$status" -eq 3 ] || exit "$status" # 3: a fault of the device, after which it needs a new process
+  go_on=(--go-on)
+done

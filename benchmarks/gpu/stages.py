@@ -9,18 +9,15 @@ from benchmarks.gpu.record import Record
 
 STAGES: dict[str, Callable[[Record], None]] = {
     "probe": probe.measure,
+    "stream-goals": streams.stage_of("stream-goals"),
     "tests": unit.measure,
-    **{name: streams.stage_of(name) for name in ("stream-plain", "stream-compile")},
-    "decoder": decoders.measure,
     "kernels": kernels.measure,
-    "profile": profiles.measure,
     "train": training.measure,
+    "decoder": decoders.measure,
+    "profile": profiles.measure,
+    "stream-more": streams.stage_of("stream-more"),
+    "stream-flash": streams.stage_of("stream-flash"),
     "train-compile": training.measure_compiled,
-    **{
-        name: streams.stage_of(name)
-        for name in streams.GROUPS
-        if name not in ("stream-plain", "stream-compile")
-    },
     "final": streams.final,
 }
 LIMIT_S = 540

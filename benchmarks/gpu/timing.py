@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import time
 from collections.abc import Callable
@@ -12,6 +13,9 @@ REPEATS = 20
 WARM = 4
 CPU_REPEATS = 2
 CPU_WARM = 1
+CACHE_BYTES = 256 * 2**20
+"""Several times a GPU's L2 cache. A stream reads its weights and its past from memory, so a call
+that finds them in the cache would look faster than it is."""
 
 
 def wait(device: torch.device) -> None:
@@ -29,22 +33,36 @@ def milliseconds(
     for _ in range(warm):
         call()
     wait(device)
-    return statistics.median(one_call(call, device) for _ in range(repeats))
-
-
-def one_call(call: Callable[[], object], device: torch.device) -> float:
     if device.type != "cuda":
-        started = time.perf_counter()
-        call()
-        return 1000 * (time.perf_counter() - started)
-    begin = torch.cuda.Event(enable_timing=True)
-    end = torch.cuda.Event(enable_timing=True)
-    begin.record()
+        return statistics.median(one_call(call) for _ in range(repeats))
+    return statistics.median(queued_calls(call, device, repeats))
+
+
+def one_call(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
     call()
-    end.record()
-    end.synchronize()
-    elapsed: float = begin.elapsed_time(end)
-    return elapsed
+    return 1000 * (time.perf_counter() - started)
+
+
+def queued_calls(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Milliseconds of calls that are queued behind one another, with an empty cache before each.
+
+    Emptying it takes the device longer than most calls take the host, and nothing waits before the
+    last call. So the device does not idle between a call's two events, which would count the host's
+    time in it as the device's.
+    """
+    cache = torch.empty(CACHE_BYTES, dtype=torch.uint8, device=device)
+    marks = [
+        (torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True))
+        for _ in range(repeats)
+    ]
+    for begin, end in marks:
+        cache.zero_()
+        begin.record()
+        call()
+        end.record()
+    wait(device)
+    return [begin.elapsed_time(end) for begin, end in marks]
 
 
 def rate(flops: float, ms: float) -> dict[str, float]:
@@ -58,6 +76,8 @@ def peak_gb(device: torch.device) -> float | None:
 
 
 def forget_peak(device: torch.device) -> None:
+    """Also give back what an earlier measurement left behind."""
+    gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

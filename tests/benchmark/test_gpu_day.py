@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
+import tarfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +25,7 @@ from benchmarks.gpu.page import (
     read_results,
     render,
 )
-from benchmarks.gpu.record import Machine, Missing, Record
+from benchmarks.gpu.record import AGAIN, LONG_S, Machine, Missing, Record
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.streams import GROUPS, known_options, rehearsed
 from benchmarks.gpu.unit import counts
@@ -33,8 +36,14 @@ CPU = Machine(torch.device("cpu"), small=True)
 FIGURES = [figure for figures in TABLES.values() for figure in figures]
 
 
-def record(folder: Path, limit_s: float = 60, only: str = "") -> Record:
-    return Record(folder / "probe.json", "probe", CPU, limit_s, only)
+@pytest.fixture(autouse=True)
+def known_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkout may come without its history."""
+    monkeypatch.setenv("COMMIT", "abc1234")
+
+
+def record(folder: Path, limit_s: float = 60, only: str = "", go_on: bool = False) -> Record:
+    return Record(folder / "probe.json", "probe", CPU, limit_s, only, go_on)
 
 
 def fail() -> dict[str, Any]:
@@ -87,6 +96,136 @@ def test_a_row_that_is_measured_again_leaves_the_others(tmp_path: Path):
     assert record(tmp_path, only="fp8").rows == {}
 
 
+def test_a_second_call_goes_on_where_the_first_one_ended(tmp_path: Path):
+    """Catches a GPU's time spent twice on one row, and a row that no call measures."""
+    first = record(tmp_path)
+    first.row("done", lambda: {"ms": 1.0})
+    first.row("failed", fail)
+    first.row("lacking", lack)
+    first.row("stopped", partial(hang, 10))
+    first.limit_s = 0
+    first.row("late", fail)
+    first.end()
+    assert json.loads((tmp_path / "probe.json").read_text())["complete"] is False
+    again = record(tmp_path, go_on=True)
+    asked = []
+    for name in ("done", "failed", "lacking", "stopped", "late"):
+        again.row(name, lambda name=name: asked.append(name) or {"ms": 2.0})
+    again.end()
+    assert asked == ["stopped", "late"]
+    written = json.loads((tmp_path / "probe.json").read_text())
+    assert written["complete"] is True
+    assert written["rows"]["done"]["value"] == {"ms": 1.0}
+
+
+def hang(seconds: float) -> dict[str, Any]:
+    raise subprocess.TimeoutExpired("a test", seconds, output=b"test_a PASSED")
+
+
+def test_a_row_that_hangs_says_so_and_is_left_out_later(tmp_path: Path):
+    """Catches one row that takes every call of a day, and words of a stopped process that are lost.
+
+    A row is on disk while it runs, for a stage that is stopped from outside.
+    """
+    rows = record(tmp_path, limit_s=LONG_S + 60)
+
+    def look() -> dict[str, Any]:
+        return json.loads((tmp_path / "probe.json").read_text())["rows"]["long"]
+
+    rows.row("long", look)
+    assert "did not end" in rows.rows["long"]["value"]["error"]
+    rows.row("stopped", partial(hang, 10))
+    assert rows.rows["stopped"]["until then"] == "test_a PASSED"
+    assert not record(tmp_path, go_on=True).wants("stopped")
+    short = record(tmp_path / "other", limit_s=LONG_S - 60)
+    short.row("stopped", partial(hang, 10))
+    assert record(tmp_path / "other", go_on=True).wants("stopped")
+
+
+def test_no_row_begins_without_the_time_it_needs(tmp_path: Path):
+    """Catches minutes at the end of a call in which a compiler is started for nothing."""
+    rows = record(tmp_path, limit_s=50)
+    rows.row("stream", fail, needs_s=60)
+    assert rows.rows["stream"]["missing"] == "no time was left in this call"
+    rows.row("short", dict, needs_s=20)
+    assert "value" in rows.rows["short"]
+
+
+def test_a_figure_that_is_no_number_spoils_its_row_alone(tmp_path: Path):
+    """Catches a kernel's NaN that no JSON can hold, and with it the file."""
+    rows = record(tmp_path)
+    rows.row("broken", lambda: {"error": float("nan")})
+    rows.row("whole", lambda: {"ms": 1.0})
+    written = json.loads((tmp_path / "probe.json").read_text())["rows"]
+    assert "ValueError" in written["broken"]["error"]
+    assert written["whole"]["value"] == {"ms": 1.0}
+
+
+def test_a_device_that_answers_no_more_ends_the_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Catches one illegal access after which every row of a stage fails."""
+    rows = record(tmp_path)
+    monkeypatch.setattr(Machine, "responds", lambda machine: False)
+    rows.row("fine", dict)
+    with pytest.raises(SystemExit) as ended:
+        rows.row("broken", fail)
+    assert ended.value.code == AGAIN
+    assert "error" in json.loads((tmp_path / "probe.json").read_text())["rows"]["broken"]
+
+
+def run_day(folder: Path, tree: Path, python: str, **environment: str) -> list[str]:
+    """Stages that `day.sh` asks for, of a stand-in for Python that notes its arguments."""
+    words = {"PYTHON": python, "SCRATCH": str(folder / "scratch"), "COMMIT": "abc1234"}
+    asked = folder / "asked"
+    asked.unlink(missing_ok=True)
+    subprocess.run(
+        ["bash", "benchmarks/gpu/day.sh", str(folder / "out")],
+        cwd=tree,
+        env={**os.environ, **words, "ASKED": str(asked), **environment},
+        check=True,
+        capture_output=True,
+    )
+    return asked.read_text().split() if asked.exists() else []
+
+
+def test_a_day_asks_for_every_stage_and_packs_what_it_found(tmp_path: Path):
+    """Catches a stage that no call runs, one that is run again though it is whole, and a lost file.
+
+    The device's machine returns eight files at most, so there is one.
+    """
+    tree = tmp_path / "tree"
+    shutil.copytree(KIT, tree / "benchmarks" / "gpu", ignore=shutil.ignore_patterns("wheels"))
+    python = tmp_path / "python"
+    python.write_text(
+        "#!/bin/bash\n"
+        'echo "$3" >> "$ASKED"\n'
+        'echo "\\"complete\\": true, \\"commit\\": \\"$COMMIT\\"" > "$5/$3.json"\n'
+    )
+    python.chmod(0o755)
+    asked = run_day(tmp_path, tree, str(python))
+    assert asked == list(STAGES)
+    with tarfile.open(tmp_path / "out" / "results.tgz") as packed:
+        names = {Path(name).name for name in packed.getnames()}
+    assert {f"{stage}.json" for stage in STAGES} <= names
+    assert run_day(tmp_path, tree, str(python)) == []
+    assert run_day(tmp_path, tree, str(python), COMMIT="def5678", STAGES="probe") == ["probe"]
+
+
+def test_a_stage_goes_on_in_a_new_process_after_a_fault_of_the_device(tmp_path: Path):
+    """Catches rows that no process measures after the first illegal access, and an endless loop."""
+    tree = tmp_path / "tree"
+    shutil.copytree(KIT, tree / "benchmarks" / "gpu", ignore=shutil.ignore_patterns("wheels"))
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/bash\necho "$@" >> "{tmp_path}/asked"\nexit {AGAIN}\n')
+    python.chmod(0o755)
+    environment = {**os.environ, "PYTHON": str(python), "SCRATCH": str(tmp_path / "scratch")}
+    command = ["bash", "benchmarks/gpu/stage.sh", "probe", str(tmp_path / "out")]
+    subprocess.run(command, cwd=tree, env=environment, check=False, capture_output=True)
+    asked = (tmp_path / "asked").read_text().splitlines()
+    assert ["--go-on" in line for line in asked] == [False, True, True]
+
+
 def test_every_figure_has_a_stage_and_a_row_that_measures_it():
     """Catches a page that says "not measured" for ever, since a row was renamed."""
     wrong = [
@@ -137,6 +276,31 @@ def test_a_figure_is_found_by_its_path_and_in_its_unit():
     assert measured(figure, results(copy={"value": {"peak": {"reserved": 12.34e9}}})) == "12.3"
     assert measured(figure, results(copy={"value": {"peak": None}})) == NOT_MEASURED
     assert measured(figure, {}) == NOT_MEASURED
+
+
+@pytest.mark.parametrize(
+    ("unit", "value", "wanted"),
+    [
+        ("FPS", 41.26, "41.3, goal met"),
+        ("FPS", 40.0, "40, goal met"),
+        ("FPS", 30.0, "30, goal missed by 25 %"),
+        ("ms", 39.0, "39, goal met"),
+        ("ms", 50.0, "50, goal missed by 25 %"),
+        ("GB", 44.0, "44, goal missed by 10 %"),
+    ],
+)
+def test_a_figure_is_held_against_its_goal(unit: str, value: float, wanted: str):
+    """Catches a slower stream that meets its goal, and a lower latency that misses it."""
+    figure = Figure("what", "probe", "copy", ["x"], unit, goal="40")
+    assert measured(figure, results(copy={"value": {"x": value}})) == wanted
+
+
+def test_a_row_without_time_is_not_called_unavailable():
+    """Catches a page that says of a call's end that a machine cannot do something."""
+    figure = Figure("what", "probe", "copy", ["x"])
+    found = results(copy={"missing": "no time was left in this call"})
+    assert measured(figure, found) == NOT_MEASURED
+    assert f"probe, copy: {NOT_MEASURED}: no time was left" in render(found)
 
 
 def test_the_committed_page_shows_the_committed_results():

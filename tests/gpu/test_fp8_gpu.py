@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from rehearsal import DEVICE, ON_GPU
@@ -21,7 +23,9 @@ SIZES = [(4680, 1536, 1536), (4680, 1536, 8960), (4680, 8960, 1536)] if ON_GPU e
 
 
 def runnable() -> list[torch.dtype]:
-    """bfloat16 where the device multiplies 8-bit floats; nothing elsewhere."""
+    """bfloat16 where torchao is and the device multiplies 8-bit floats; nothing elsewhere."""
+    if find_spec("torchao") is None:
+        return []
     if ON_GPU and not torch.cuda.is_available():
         return []
     if ON_GPU and torch.cuda.get_device_capability() < FIRST_CAPABILITY:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import torch
 from rehearsal import COMPILER, DEVICE, ON_GPU, allocated, errors_where_the_host_waits, peak_of
@@ -22,7 +24,10 @@ from selfforcing_dfd.tiny.text import TinyText
 
 pytestmark = pytest.mark.gpu
 MODEL = "wan1.3b" if ON_GPU else "wan-tiny"
-CAN_FP8 = not torch.cuda.is_available() or torch.cuda.get_device_capability() >= FIRST_CAPABILITY
+HAS_TORCHAO = find_spec("torchao") is not None
+CAN_FP8 = HAS_TORCHAO and (
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() >= FIRST_CAPABILITY
+)
 RAMP = 6
 
 
