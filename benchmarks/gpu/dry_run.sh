@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Every stage at small sizes on the CPU, and the page from their results: does the kit itself work?
+# A whole day at small sizes on the CPU, and the page from its results: does the kit itself work?
 #
 #   bash benchmarks/gpu/dry_run.sh [OUT]
 #
@@ -7,10 +7,11 @@
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 OUT=${1:-$(mktemp -d)}
-export PYTHON=${PYTHON:-python3}
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+SCRATCH=${SCRATCH:-$(mktemp -d)}
+export SCRATCH
+source benchmarks/gpu/environment.sh
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-for stage in $("$PYTHON" -m benchmarks.gpu list); do
-  bash benchmarks/gpu/stage.sh "$stage" "$OUT" --small
-done
+STAGES=${STAGES:-$("$PYTHON" -m benchmarks.gpu list)} LIMIT=${LIMIT:-7200} \
+  bash benchmarks/gpu/day.sh "$OUT" --small
+tar -C "$OUT" -xzf "$OUT/results.tgz"
 "$PYTHON" -m benchmarks.gpu page --results "$OUT" --out "$OUT/gpu.md"

@@ -21,9 +21,10 @@ END=$((SECONDS + LIMIT))
 go_on=()
 for _ in 1 2 3; do
   left=$((END - SECONDS))
-  timeout "$left" "$PYTHON" -m benchmarks.gpu "$STAGE" --out "$RESULTS" \
-    --limit "$((left > 100 ? left - 50 : left / 2))" "${go_on[@]}" "$@" 2>&1 | tee -a "$RESULTS/$STAGE.log"
+  limit=$((left > 100 ? left - 50 : left / 2))
+  timeout "$left" "$PYTHON" -m benchmarks.gpu "$STAGE" --out "$RESULTS" --limit "$limit" \
+    "${go_on[@]}" "$@" 2>&1 | tee -a "$RESULTS/$STAGE.log"
   status=${PIPESTATUS[0]}
-  [ "$status" -eq 3 ] || exit "$status" # 3: a fault of the device, after which it needs a new process
+  [ "$status" -eq 3 ] || exit "$status" # 3: after a fault of the device it needs a new process
   go_on=(--go-on)
 done
