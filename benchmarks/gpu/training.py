@@ -10,6 +10,8 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 from functools import partial
+from itertools import count
+from statistics import mean
 from typing import Any
 
 import torch
@@ -37,8 +39,6 @@ CONFIG = "wan1.3b/dfd_ar.yaml"
 WAN = NetworkConfig(num_heads=12, head_dim=128, num_layers=30, ffn_dim=8960, text_dim=4096)
 SMALL = NetworkConfig(num_heads=2, head_dim=32, num_layers=2, ffn_dim=64, text_dim=16, freq_dim=16)
 TRAINED = ("student", "fake")
-UPDATES = 3
-"""Of each turn; the last one is reported. The first one makes the optimizers' moments."""
 
 
 def measure(record: Record) -> None:
@@ -68,6 +68,11 @@ def estimate_of(config: Config, small: bool) -> tuple[Estimate, Clip]:
     return Estimate(config, clip, dict.fromkeys((*TRAINED, "teacher"), size)), clip
 
 
+def draw_of(number: int) -> Draw:
+    """Of an update of one sample."""
+    return Draw(0, number, 1, number, (number,))
+
+
 class MicroBatches:
     """The networks and optimizers of one run, and its updates of one clip."""
 
@@ -77,14 +82,14 @@ class MicroBatches:
         self.config = config_of_one_clip()
         self.estimate, self.clip = estimate_of(self.config, machine.small)
         self.stage: Any = None
-        self.updates = 0
 
     def build(self) -> None:
         forget_peak(self.machine.device)
         networks: dict[str, Any] = {}
         sharding = Sharding(World(device=self.machine.device), 0, torch.bfloat16)
         for role, size in self.estimate.sizes.items():
-            network = build_network(size, self.machine.device)
+            with self.machine.device:  # the host would take longer than all of the updates
+                network = build_network(size, self.machine.device)
             network.init_weights(torch.Generator(self.machine.device).manual_seed(0))
             if role in TRAINED:
                 train_in(self.config.model, network)
@@ -100,40 +105,62 @@ class MicroBatches:
         keep_gathered(self.learners["student"].network)
 
     def turn(self, turn: str) -> dict[str, Any]:
-        """Seconds of a micro-batch and of the optimizer's step, rates, and memory."""
+        """Seconds of a micro-batch and of the optimizer's step, rates, and memory.
+
+        Means over updates that train each step of the ladder once: how long a rollout is depends on
+        that step, and the operations are those of a mean one. An update before them warms up and
+        makes the optimizer's moments.
+        """
         if self.stage is None:
             self.build()
         device = self.machine.device
-        for _ in range(UPDATES):
-            forget_peak(device)
-            times = self.update(turn)
+        numbers = self.numbers(turn)
+        forget_peak(device)
+        self.update(turn, numbers[0])
+        times = [self.update(turn, number) for number in numbers]
+        seconds = mean(passes for passes, _ in times)
         flops = sum(self.estimate.turn_flops(turn).values())
         again = sum(self.estimate.turn_flops(turn, again=False).values())
         estimated = self.estimated_gb(turn)
         measured = peak_gb(device)
         return {
-            "micro-batch, s": times[0],
-            "optimizer step, s": times[1],
+            "micro-batch, s": seconds,
+            "micro-batch by exit step, s": [passes for passes, _ in times],
+            "optimizer step, s": mean(step for _, step in times),
             "TFLOP, with what is made again": flops / 1e12,
-            "TFLOP/s, with what is made again": flops / times[0] / 1e12,
-            "TFLOP/s, each operation once": again / times[0] / 1e12,
-            "exit step": times[2],
+            "TFLOP/s, with what is made again": flops / seconds / 1e12,
+            "TFLOP/s, each operation once": again / seconds / 1e12,
             "peak GB": measured,
             "peak GB by --dry-run": estimated,
             "measured over estimated": measured / estimated if measured else None,
         }
 
-    def update(self, turn: str) -> tuple[float, float, float]:
-        """One update of one clip: seconds of its passes, of its step, and the exit step."""
+    def numbers(self, turn: str) -> list[int]:
+        """Numbers of updates that train the first step of the ladder, the second, and so on."""
+        found: dict[int, int] = {}
+        for number in count():
+            found.setdefault(self.exit_step(turn, number), number)
+            if len(found) == len(self.stage.ladder):
+                return [found[step] for step in sorted(found)]
+        raise AssertionError
+
+    def exit_step(self, turn: str, number: int) -> int:
+        """As `MatchingStage.exits` has it."""
+        options = len(self.stage.ladder)
+        draw = draw_of(number)
+        if turn == "student":
+            return draw.in_turn("exit", options, number)
+        return draw.choice("exit", options)
+
+    def update(self, turn: str, number: int) -> tuple[float, float]:
+        """One update of one clip: seconds of its passes, and of the optimizer's step."""
         device = self.machine.device
-        draw = Draw(0, self.updates, 1, self.updates, (self.updates,))
-        self.updates += 1
         learner = self.learners[turn]
         batch = self.batch()
         wait(device)
         started = time.perf_counter()
         expect_backward(learner.network, is_last=True)
-        self.stage.loss(turn, batch, draw, 0).loss.backward()
+        self.stage.loss(turn, batch, draw_of(number), number).loss.backward()
         for each in self.learners.values():
             release(each.network)
         wait(device)
@@ -142,7 +169,7 @@ class MicroBatches:
             optimizer.step()
         wait(device)
         ended = time.perf_counter()
-        return between - started, ended - between, draw.choice("exit", len(self.stage.ladder))
+        return between - started, ended - between
 
     def batch(self) -> Batch:
         size = self.estimate.sizes["student"]

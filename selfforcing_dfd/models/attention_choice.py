@@ -19,6 +19,7 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.context import Attention
 from selfforcing_dfd.models.attention import (
     KERNELS,
+    SDPA,
     AttentionError,
     attend,
     check_name,
@@ -73,7 +74,8 @@ def choose_attention(
     one that cannot be loaded.
     """
     capability = torch.cuda.get_device_capability(weight.device) if weight.is_cuda else None
-    installed = installed_kernels() if capability else set()
+    # only where it matters: importing a FlashAttention can take ten seconds
+    installed = installed_kernels() if capability and name not in SDPA else set()
     check_name(name, capability, weight.dtype, head_dim, installed)
     if name != "auto":
         if name in KERNELS and KERNELS[name].eight_bits and weight.requires_grad:

@@ -28,7 +28,10 @@ from benchmarks.gpu.page import (
 from benchmarks.gpu.record import AGAIN, LONG_S, Machine, Missing, Record
 from benchmarks.gpu.stages import STAGES
 from benchmarks.gpu.streams import GROUPS, known_options, rehearsed
+from benchmarks.gpu.training import MicroBatches
 from benchmarks.gpu.unit import counts
+from selfforcing_dfd.rng import Draw
+from selfforcing_dfd.stages.base import StageLoss
 
 ROOT = Path(__file__).parents[2]
 KIT = ROOT / "benchmarks" / "gpu"
@@ -224,6 +227,28 @@ def test_a_stage_goes_on_in_a_new_process_after_a_fault_of_the_device(tmp_path: 
     subprocess.run(command, cwd=tree, env=environment, check=False, capture_output=True)
     asked = (tmp_path / "asked").read_text().splitlines()
     assert ["--go-on" in line for line in asked] == [False, True, True]
+
+
+@pytest.mark.parametrize("turn", ["fake", "student"])
+def test_a_training_turn_is_the_mean_over_all_exit_steps(
+    turn: str, monkeypatch: pytest.MonkeyPatch
+):
+    """Catches the rate of a short rollout that is given for the mean one, and a wrong exit step."""
+    run = MicroBatches(CPU, compiled=False)
+    run.build()
+    stage = run.stage
+    seen = []
+
+    def loss(turn: str, batch: Any, draw: Draw, student_updates: int) -> StageLoss:
+        of_student = partial(draw.in_turn, turn=student_updates)
+        seen.append(stage.exits(of_student if turn == "student" else draw.choice)[0])
+        return StageLoss(torch.zeros((), requires_grad=True), {})
+
+    monkeypatch.setattr(stage, "loss", loss)
+    found = run.turn(turn)
+    assert seen == [0, 0, 1, 2, 3]
+    by_step = found["micro-batch by exit step, s"]
+    assert found["micro-batch, s"] == pytest.approx(sum(by_step) / 4)
 
 
 def test_every_figure_has_a_stage_and_a_row_that_measures_it():

@@ -9,23 +9,44 @@ import torch
 from tiny_models import tiny_network
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.benchmark import measure
 from selfforcing_dfd.benchmark.headline import headline
 from selfforcing_dfd.benchmark.measure import Bench, Plan
-from selfforcing_dfd.benchmark.text_encoder import NUM_TOKENS, SIZES, random_text
+from selfforcing_dfd.benchmark.text_encoder import NUM_TOKENS, SIZES, RandomText, random_text
 from selfforcing_dfd.cli.main import main
-from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
+from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 
 
-def test_the_encoder_is_in_one_figure_and_not_in_the_other():
-    """Catches a cached prompt that is encoded all the same, and an encoder that is left out."""
+@pytest.fixture
+def bench() -> tuple[Bench, RandomText]:
+    """Three restarts of a tiny stream, with its encoder."""
     codec = TinyCodec(rng.normal((192, 16), 0, "first"), rng.normal((768, 16), 0, "rest"), 1.0)
     student = tiny_network(dtype=torch.float32, in_channels=16, out_channels=16, num_layers=1)
     text = random_text("umt5-small", 12, torch.device("cpu"), torch.float32)
+    model = StreamModel(student.requires_grad_(False), codec, text, (1.0,), 3, (4, 6))
+    return Bench(model, StreamSettings(), ("one", "another"), Plan(num_restarts=3)), text
+
+
+def test_a_first_frame_waits_for_no_work_of_the_stream_before(bench, monkeypatch):
+    """Catches a commit pass of the stream before in the time to the first frame of the next."""
+    timed, _ = bench
+    session, _ = timed.start()
+    happened = []
+    reset = StreamSession.reset
+    monkeypatch.setattr(measure, "wait_for", lambda device: happened.append("idle"))
+    monkeypatch.setattr(
+        StreamSession, "reset", lambda *args: happened.append("reset") or reset(*args)
+    )
+    timed.restarts(session)
+    assert happened == ["idle", "reset"] * 6
+
+
+def test_the_encoder_is_in_one_figure_and_not_in_the_other(bench):
+    """Catches a cached prompt that is encoded all the same, and an encoder that is left out."""
+    bench, text = bench
     passes = []
     text.encoder.register_forward_hook(lambda *_: passes.append(1))
-    model = StreamModel(student.requires_grad_(False), codec, text, (1.0,), 3, (4, 6))
-    bench = Bench(model, StreamSettings(), ("one", "another"), Plan(num_restarts=3))
     session, _ = bench.start()
     assert len(passes) == 1
     starts = bench.restarts(session)

@@ -88,6 +88,12 @@ def test_training_measures_nothing(weight, calls):
     assert calls == []
 
 
+def test_a_kernel_of_torch_imports_no_other(weight, monkeypatch):
+    """Catches ten seconds of every start in which FlashAttention 4 is imported for nothing."""
+    monkeypatch.setattr(attention_choice, "installed_kernels", lambda: pytest.fail("imported"))
+    assert choose_attention(weight, 8, "sdpa", TRIAL).name == "sdpa"
+
+
 def test_kernels_of_about_one_speed_do_not_take_turns():
     """Catches another kernel, and so another video, at each start of the same stream."""
     assert fastest({"fa3": 1.04, "fa4": 1.0, "sdpa": 2.0}) == "fa3"
