@@ -13,15 +13,16 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache, partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from benchmarks.gpu.kernels import usable
-from benchmarks.gpu.record import Missing, Record
+from benchmarks.gpu.record import Machine, Missing, Record
 from selfforcing_dfd.cli.stream_commands import benchmark
+from selfforcing_dfd.models.fp8 import Fp8Error, check_device, check_package
 
 ROOT = Path(__file__).parents[2]
 SIZE = ("--random-weights", "wan1.3b", "--dtype", "bfloat16")
@@ -70,8 +71,8 @@ def stream(record: Record, options: str, length: tuple[str, ...] = LENGTH) -> di
         raise Missing(f"this version has no {', '.join(unknown)}")
     if "--cuda-graph" in words and not machine.on_gpu:
         raise Missing("CUDA graphs need a CUDA device")
-    if "--fp8" in words and find_spec("torchao") is None:
-        raise Missing("torchao is not installed, which 8-bit linear layers need")
+    if "--fp8" in words:
+        require_fp8(machine)
     if "--attention" in words and not machine.small:
         name = words[words.index("--attention") + 1]
         if name != "auto":
@@ -81,6 +82,15 @@ def stream(record: Record, options: str, length: tuple[str, ...] = LENGTH) -> di
         environment["TORCHDYNAMO_DISABLE"] = "1"  # inductor takes minutes on a CPU
         return run(SMALL_SIZE + SMALL_LENGTH + tuple(words), environment, record.left_s)
     return run(SIZE + length + tuple(words), environment, record.left_s)
+
+
+def require_fp8(machine: Machine) -> None:
+    """Raise Missing where 8-bit linear layers cannot run, before a process is started for them."""
+    try:
+        check_package()
+        check_device(machine.device, torch.bfloat16)
+    except Fp8Error as why:
+        raise Missing(str(why)) from why
 
 
 def rehearsed(words: list[str]) -> Iterator[str]:

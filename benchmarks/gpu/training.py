@@ -137,12 +137,11 @@ class MicroBatches:
 
     def numbers(self, turn: str) -> list[int]:
         """Numbers of updates that train the first step of the ladder, the second, and so on."""
-        found: dict[int, int] = {}
-        for number in count():
-            found.setdefault(self.exit_step(turn, number), number)
-            if len(found) == len(self.stage.ladder):
-                return [found[step] for step in sorted(found)]
-        raise AssertionError
+        steps = range(len(self.stage.ladder))
+        return [self.first_number(turn, step) for step in steps]
+
+    def first_number(self, turn: str, step: int) -> int:
+        return next(number for number in count() if self.exit_step(turn, number) == step)
 
     def exit_step(self, turn: str, number: int) -> int:
         """As `MatchingStage.exits` has it."""

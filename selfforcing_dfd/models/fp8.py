@@ -12,6 +12,7 @@ from importlib.util import find_spec
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import linear
 
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.models.block import WanBlock
@@ -79,7 +80,9 @@ def check_package() -> None:
 
 
 def check_device(device: torch.device, dtype: torch.dtype) -> None:
-    """Raise Fp8Error for a GPU, or for a model's dtype on one, that 8-bit products do not take."""
+    """Raise Fp8Error for a device, or for a model's dtype on a GPU, that 8-bit products lack."""
+    if device.type == "cpu":
+        check_cpu()
     if device.type != "cuda":
         return
     if torch.cuda.get_device_capability(device) < FIRST_CAPABILITY:
@@ -92,6 +95,18 @@ def check_device(device: torch.device, dtype: torch.dtype) -> None:
             f"8-bit products with a scale for each row give bfloat16 on a GPU, the model is "
             f"{dtype}; use --dtype bfloat16, or leave --fp8 out"
         )
+
+
+def check_cpu() -> None:
+    """Raise Fp8Error for a torch whose products on a CPU take one scale for all rows: 2.11 does."""
+    ones = torch.ones(MULTIPLE, MULTIPLE, dtype=torch.bfloat16)
+    try:
+        linear(ones, rounded_weight(ones))
+    except RuntimeError as error:
+        raise Fp8Error(
+            f"torch {torch.__version__} has no 8-bit products with a scale for each row on a CPU; "
+            "use torch 2.13 or a GPU, or leave --fp8 out"
+        ) from error
 
 
 def plain_layer(layer: nn.Module) -> nn.Linear:

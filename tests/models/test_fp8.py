@@ -104,6 +104,19 @@ def test_compiled_blocks_stay_one_program():
     torch._dynamo.reset()
 
 
+def test_a_torch_that_cannot_is_named(monkeypatch):
+    """Catches an internal error of torch 2.11 on a CPU, after which a network is half converted."""
+
+    def refuse(*inputs):
+        raise RuntimeError("only supports per-tensor scaling for CPU backend")
+
+    monkeypatch.setattr(fp8, "linear", refuse)
+    network = tiny_network(dtype=torch.float32)
+    with pytest.raises(Fp8Error, match=r"torch .* has no 8-bit products .* leave --fp8 out"):
+        use_fp8(network)
+    assert not any(isinstance(p, Float8Tensor) for p in network.parameters())
+
+
 def test_text_embedders_and_head_stay():
     """Catches the parts that need precision, or that run once a prompt, being converted too."""
     network = tiny_network(dtype=torch.float32)
