@@ -119,17 +119,27 @@ class MicroBatches:
         self.update(turn, numbers[0])
         times = [self.update(turn, number) for number in numbers]
         seconds = mean(passes for passes, _ in times)
-        flops = sum(self.estimate.turn_flops(turn).values())
-        again = sum(self.estimate.turn_flops(turn, again=False).values())
-        estimated = self.estimated_gb(turn)
-        measured = peak_gb(device)
         return {
             "micro-batch, s": seconds,
             "micro-batch by exit step, s": [passes for passes, _ in times],
             "optimizer step, s": mean(step for _, step in times),
+            **self.rates(turn, seconds),
+            **self.memory(turn),
+        }
+
+    def rates(self, turn: str, seconds: float) -> dict[str, float]:
+        flops = sum(self.estimate.turn_flops(turn).values())
+        once = sum(self.estimate.turn_flops(turn, again=False).values())
+        return {
             "TFLOP, with what is made again": flops / 1e12,
             "TFLOP/s, with what is made again": flops / seconds / 1e12,
-            "TFLOP/s, each operation once": again / seconds / 1e12,
+            "TFLOP/s, each operation once": once / seconds / 1e12,
+        }
+
+    def memory(self, turn: str) -> dict[str, float | None]:
+        estimated = self.estimated_gb(turn)
+        measured = peak_gb(self.machine.device)
+        return {
             "peak GB": measured,
             "peak GB by --dry-run": estimated,
             "measured over estimated": measured / estimated if measured else None,
