@@ -28,6 +28,7 @@ from selfforcing_dfd.live.ready import (
     plan_prompts,
     readable_stdin,
     warm_up_aloud,
+    warm_up_page,
 )
 from selfforcing_dfd.live.status import StatusLine
 from selfforcing_dfd.live.web import shared as page
@@ -116,7 +117,7 @@ class Player:
             len(chunk.frames),
             chunk.timings.total_ms,
             session.prompt,
-            cuda_bytes=torch.cuda.memory_allocated() if on_gpu else None,
+            cuda_bytes=torch.cuda.memory_allocated(session.model.device) if on_gpu else None,
         )
 
     def _write(self, frames: torch.Tensor) -> None:
@@ -211,15 +212,14 @@ def serve(options: argparse.Namespace) -> None:
 
     token = access.find_token(options.host, options.token_file)
     students = load_students(options)
+    worker = page.one_thread()
     for student in students.values():
         load_text(student.model)
         if is_warmed_up(options, student.model):
-            grey = student.model.grey()
-            if grey is None:  # viewers may send a picture
-                grey = torch.full((1, *student.model.video_size, 3), 0.5)
-            prompt = examples(options)[0]
-            warm_up_aloud(StreamSession(student.model, prompt, student.settings, grey), grey)
-    app = server.create_app(students, fps=options.fps, examples=examples(options), token=token)
+            warm_up_page(student, examples(options)[0], worker)
+    app = server.create_app(
+        students, fps=options.fps, examples=examples(options), token=token, worker=worker
+    )
     lines = [describe_model(name, student.model) for name, student in students.items()]
     lines.append(f"open {access.link(options.host, options.port, token)} (Ctrl-C ends it)")
     told = "\n".join(lines) + "\n"

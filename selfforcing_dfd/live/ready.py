@@ -7,18 +7,21 @@ import os
 import stat
 import sys
 import time
+from concurrent.futures import Executor
 from dataclasses import replace
 from typing import TextIO
 
+import torch
 from torch import Tensor
 
 from selfforcing_dfd.codecs.text_ahead import LoadsLater, TextAhead
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.live.prompts import ChunkClock, PromptSchedule
+from selfforcing_dfd.live.web.shared import Student
 from selfforcing_dfd.streaming.model import StreamModel
 from selfforcing_dfd.streaming.saving import Saving, TextPlace
 from selfforcing_dfd.streaming.session import StreamSession
-from selfforcing_dfd.streaming.warm_up import warm_up
+from selfforcing_dfd.streaming.warm_up import Run, at_once, warm_up
 
 
 def ask_saving(options: argparse.Namespace) -> Saving:
@@ -54,13 +57,25 @@ def is_warmed_up(options: argparse.Namespace, model: StreamModel) -> bool:
     return bool(options.compile) or model.device.type == "cuda"
 
 
-def warm_up_aloud(session: StreamSession, context: Tensor | None = None) -> None:
+def warm_up_aloud(
+    session: StreamSession, context: Tensor | None = None, run: Run = at_once
+) -> None:
     """`warm_up`, which may take minutes, with a line about it."""
     started = time.perf_counter()
     sys.stderr.write("warming up every shape of the stream ...")
     sys.stderr.flush()
-    warm_up(session, context)
+    warm_up(session, context, run)
     sys.stderr.write(f" {time.perf_counter() - started:.0f} s\n")
+
+
+def warm_up_page(student: Student, prompt: str, worker: Executor) -> None:
+    """`warm_up` of a page's student, with a picture and without, on the thread that computes."""
+    model = student.model
+    grey = model.grey()
+    if grey is None:  # viewers may send a picture
+        grey = torch.full((1, *model.video_size, 3), 0.5)
+    session = StreamSession(model, prompt, student.settings, grey)
+    warm_up_aloud(session, grey, lambda work: worker.submit(work).result())
 
 
 def plan_prompts(

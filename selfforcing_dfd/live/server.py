@@ -10,6 +10,7 @@ import asyncio
 import socket
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -27,7 +28,7 @@ from selfforcing_dfd.live.access import Access, Guard, is_loopback
 from selfforcing_dfd.live.web.connection import NO_STREAM, TRY_LATER, Connection, Ended, Outbox
 from selfforcing_dfd.live.web.messages import short
 from selfforcing_dfd.live.web.pictures import MAX_PICTURE_BYTES, PictureError, open_picture
-from selfforcing_dfd.live.web.shared import Shared, Student
+from selfforcing_dfd.live.web.shared import Shared, Student, one_thread
 from selfforcing_dfd.live.web.stream import LiveStream
 from selfforcing_dfd.live.web.viewer import Viewer
 from selfforcing_dfd.live.web.watcher import MAX_WATCHERS, Watcher
@@ -179,6 +180,7 @@ def create_app(
     max_queue_chunks: int = 2,
     examples: Sequence[str] = (),
     token: str | None = None,
+    worker: ThreadPoolExecutor | None = None,
 ) -> Starlette:
     """The page, its WebSockets `/stream` and `/watch`, `/picture`, `/video.mp4` and `/healthz`.
 
@@ -187,11 +189,12 @@ def create_app(
     acknowledges nothing for as long while it is not paused, is told and closed. A viewer's stream
     is at most max_queue_chunks chunks ahead of what was shown. examples: prompts that the page
     offers; it begins with the first one. token: what every request has to bring; without one, only
-    this machine's browsers are answered. Raises UserError for settings that do not fit a model.
+    this machine's browsers are answered. worker: the one thread that computes, which the app shuts
+    down at its end; None is a new one. Raises UserError for settings that do not fit a model.
     """
     if max_sessions < 1:
         raise UserError(f"max_sessions is {max_sessions}; want at least 1")
-    shared = Shared(students, fps, idle_s, max_queue_chunks, examples)
+    shared = Shared(students, fps, idle_s, max_queue_chunks, examples, worker or one_thread())
     server = StreamServer(shared, max_sessions)
     routes = [
         *(Route(path, server.page) for path in PAGES),

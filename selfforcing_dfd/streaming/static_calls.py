@@ -56,11 +56,12 @@ class StaticContext:
 
 @dataclass(slots=True)
 class Inputs:
-    """The fixed inputs of calls with one kind of latents, and the calls themselves."""
+    """The fixed tensors of calls with one kind of latents, and the calls themselves."""
 
     x_t: Tensor
     own_tokens: Tensor
     rotary: tuple[Tensor, Tensor]
+    flow: Tensor  # what every program writes its result into
     programs: dict[Key, Callable[[], Tensor]] = field(default_factory=dict)
     context: RingContext | None = None  # what own_tokens and rotary were filled from
 
@@ -80,6 +81,7 @@ class StaticStudent:
     _conditioning: PreparedConditioning | None = None  # in place
     _filled_from: Conditioning | None = None
     _pool: Any = None  # memory that all graphs share: they never run at once
+    _side: torch.cuda.Stream | None = None  # on which they are captured
 
     @property
     def num_programs(self) -> int:
@@ -132,7 +134,8 @@ class StaticStudent:
         cos, sin = self._rotary(x_t, context.next_frame)
         if inputs is None:
             rotary = (cos.clone(), sin.clone())
-            inputs = Inputs(x_t.clone(), context.own_tokens.clone(), rotary)
+            flow = x_t.new_empty(x_t.shape, dtype=self.student.patch_embedding.weight.dtype)
+            inputs = Inputs(x_t.clone(), context.own_tokens.clone(), rotary, flow)
             self._inputs[kind] = inputs
         else:
             inputs.x_t.copy_(x_t)
@@ -164,26 +167,29 @@ class StaticStudent:
         assert conditioning is not None
 
         def call() -> Tensor:
-            return self.student(inputs.x_t, sigma, conditioning, static).flow
+            return inputs.flow.copy_(self.student(inputs.x_t, sigma, conditioning, static).flow)
 
-        if self.capture:
-            return self._captured(call)
-        flow = torch.empty_like(call())
-        return lambda: flow.copy_(call())
+        return self._captured(call, inputs.flow) if self.capture else call
 
-    def _captured(self, call: Callable[[], Tensor]) -> Callable[[], Tensor]:
-        """The call as a graph, after it has run once beside it, as CUDA wants it."""
-        if self._pool is None:
+    def _captured(self, call: Callable[[], Tensor], flow: Tensor) -> Callable[[], Tensor]:
+        """The call as a graph, after it has run once beside it, as CUDA wants it.
+
+        flow: what it writes its result into.
+        """
+        device = flow.device
+        if self._side is None:
+            self._side = torch.cuda.Stream(device)
             self._pool = torch.cuda.graph_pool_handle()
-        present = torch.cuda.current_stream()
-        beside = torch.cuda.Stream()
-        beside.wait_stream(present)
-        with torch.cuda.stream(beside):
-            call()
-        present.wait_stream(beside)
+        present = torch.cuda.current_stream(device)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            flow = call()
+        with torch.cuda.device(device):  # it may not be the first GPU
+            self._side.wait_stream(present)
+            with torch.cuda.stream(self._side):
+                call()
+            present.wait_stream(self._side)
+            # other threads go on meanwhile: they drop frames, and ask whether copies are done
+            with torch.cuda.graph(graph, self._pool, self._side, "thread_local"):
+                call()
 
         def replay() -> Tensor:
             graph.replay()

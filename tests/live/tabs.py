@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import uvicorn
+from starlette.applications import Starlette
 from tiny_models import tiny_network
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
@@ -120,16 +121,23 @@ def serving(models: StreamModel | Mapping[str, StreamModel], **options: Any) -> 
     by_name = {"only": models} if isinstance(models, StreamModel) else models
     students = {name: Student(model, SETTINGS) for name, model in by_name.items()}
     app = server.create_app(students, **{"fps": 16.0, "max_queue_chunks": 2, **options})
-    running = uvicorn.Server(server.server_config(app))
+    with running(app) as port:
+        yield port
+
+
+@contextmanager
+def running(app: Starlette) -> Iterator[int]:
+    """An app in uvicorn on a free port."""
+    runner = uvicorn.Server(server.server_config(app))
     with socket.create_server(("127.0.0.1", 0)) as listener:
         port = listener.getsockname()[1]
-        thread = threading.Thread(target=running.run, args=([listener],))
+        thread = threading.Thread(target=runner.run, args=([listener],))
         thread.start()
         try:
-            wait_for(lambda: running.started)
+            wait_for(lambda: runner.started)
             yield port
         finally:
-            running.should_exit = True
+            runner.should_exit = True
             thread.join(PATIENCE_S)
 
 

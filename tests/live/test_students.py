@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import re
+import threading
+import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from tabs import Tab, alone, get, make_model, serving
+from starlette.applications import Starlette
+from tabs import Tab, alone, get, make_model, running, serving
 from tiny_models import tiny_network
 from tiny_wan import HEIGHT, RECIPE, WIDTH, save_wan_folder, tiny_parts, tiny_student
 
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.cli.stream_commands import stream as stream_command
-from selfforcing_dfd.live import server
+from selfforcing_dfd.live import play, ready, server
 from selfforcing_dfd.live.play import load_students
 from selfforcing_dfd.live.web.shared import Student
 from selfforcing_dfd.streaming.load import TINY_DMD_STUDENT, TINY_STUDENT, load_stream_model
 from selfforcing_dfd.streaming.pipeline import CausalWanPipeline, export_scheduler
-from selfforcing_dfd.streaming.session import StreamModel
+from selfforcing_dfd.streaming.session import StreamModel, StreamSession
 from selfforcing_dfd.tiny.text import TinyText
 
 
@@ -168,6 +173,40 @@ def offered(*arguments: str) -> dict[str, Student]:
     parser = argparse.ArgumentParser()
     stream_command(parser)
     return load_students(parser.parse_args(["--serve", "--device", "cpu", *arguments]))
+
+
+def test_the_page_is_warmed_up_by_the_thread_that_makes_its_chunks(monkeypatch):
+    """Catches plans on a thread that computes nothing, and a stream that stays after it.
+
+    cuDNN's plans belong to the thread that made them; a viewer would wait for new ones.
+    """
+    threads: list[int] = []
+    sessions: list[weakref.ref[StreamSession]] = []
+    found: list[int] = []
+
+    def warm_up(session: StreamSession, context: Any, run: Any) -> None:
+        run(lambda: threads.append(threading.get_ident()))
+        sessions.append(weakref.ref(session))
+
+    def serve(app: Starlette, *_: Any) -> None:
+        gc.collect()
+        assert [ref() for ref in sessions] == [None, None]
+        with running(app) as port, Tab(port) as tab:
+            tab.start("a disc moves").chunk()
+
+    next_chunk = StreamSession.next_chunk
+
+    def noted(session: StreamSession) -> Any:
+        found.append(threading.get_ident())
+        return next_chunk(session)
+
+    monkeypatch.setattr(StreamSession, "next_chunk", noted)
+    monkeypatch.setattr(play, "is_warmed_up", lambda *_: True)
+    monkeypatch.setattr(ready, "warm_up", warm_up)
+    monkeypatch.setattr(server, "serve", serve)
+    assert main(["stream", "--serve", "--device", "cpu"]) == 0
+    assert len(threads) == 2
+    assert {*threads} == {*found}
 
 
 def same_weights(one: StreamModel, other: StreamModel) -> bool:

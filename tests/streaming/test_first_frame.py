@@ -5,7 +5,9 @@ from __future__ import annotations
 import io
 import os
 import sys
-from dataclasses import dataclass, field
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pytest
@@ -87,6 +89,34 @@ def test_a_stream_meets_no_shape_that_warming_up_has_not_met(model, num_frames, 
     assert after.met - before.met == set()
 
 
+def test_a_clip_longer_than_what_is_given_is_not_all_that_is_met(model):
+    """Catches a reset of a student with a given picture, which begins with the picture alone.
+
+    Its stream began with a longer clip, so no chunk of it was the video's first one.
+    """
+    video = rng.uniform((9, 32, 48, 3), 0, "clip").float()
+    session = StreamSession(replace(model, given=1), PROMPT, StreamSettings(), video)
+    with Shapes() as before:
+        warm_up(session, video)
+    with Shapes() as after:
+        live(session)
+    assert after.met - before.met == set()
+
+
+def test_every_piece_of_warming_up_is_done_where_it_is_asked_for(model):
+    """Catches a pass on the wrong thread: what cuDNN plans there no other thread can use."""
+    threads: set[int] = set()
+
+    def noted(module: Any, inputs: Any) -> None:
+        threads.add(threading.get_ident())
+
+    session = StreamSession(model, PROMPT)
+    model.student.register_forward_pre_hook(noted)
+    with ThreadPoolExecutor(1) as worker:
+        warm_up(session, run=lambda work: worker.submit(work).result())
+        assert threads == {worker.submit(threading.get_ident).result()}
+
+
 def test_warming_up_leaves_the_stream_as_new(model):
     """Catches a warm-up that shows: a past, another prompt or another noise."""
     video = rng.uniform((5, 32, 48, 3), 0, "clip").float()
@@ -114,7 +144,7 @@ def test_warming_up_leaves_nothing_to_compile(model):
 def test_streams_on_a_gpu_and_compiled_ones_are_warmed_up(model, monkeypatch, capsys, tmp_path):
     """Catches a command that goes straight to the first frame where a shape is slow at first."""
     warmed: list[StreamSession] = []
-    monkeypatch.setattr(ready, "warm_up", lambda session, context: warmed.append(session))
+    monkeypatch.setattr(ready, "warm_up", lambda session, *_: warmed.append(session))
     monkeypatch.setattr(ready, "is_warmed_up", play.is_warmed_up)
     stream = ["stream", "--chunks", "1", "--out", str(tmp_path / "s.y4m"), "--overwrite"]
     assert main(stream) == 0

@@ -93,6 +93,11 @@ def describe(model: StreamModel) -> str:
     )
 
 
+def one_thread() -> ThreadPoolExecutor:
+    """What computes for all viewers."""
+    return ThreadPoolExecutor(1, "stream")
+
+
 @dataclass(slots=True)
 class Shared:
     """The students by name, the limits, and the one thread that computes.
@@ -107,9 +112,7 @@ class Shared:
     idle_s: float
     max_queue_chunks: int
     examples: Sequence[str]
-    worker: ThreadPoolExecutor = field(
-        init=False, default_factory=lambda: ThreadPoolExecutor(1, "stream")
-    )
+    worker: ThreadPoolExecutor
     facts: list[dict[str, Any]] = field(init=False)  # of every student, with its name
 
     def __post_init__(self) -> None:
