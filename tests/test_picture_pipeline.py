@@ -6,6 +6,7 @@ weights are random.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from tiny_wan import HEIGHT, WIDTH
 from selfforcing_dfd import rng
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.cli.train import run
+from selfforcing_dfd.codecs.pictures import PictureEncoder
+from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.config import ConfigError
 from selfforcing_dfd.context import KVCache
@@ -28,9 +31,13 @@ from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.models.picture import PictureConditioning
 from selfforcing_dfd.rollout import plan_chunks, rollout
 from selfforcing_dfd.stages import load_config
+from selfforcing_dfd.streaming.live_bytes import peak_bytes
 from selfforcing_dfd.streaming.load import LoadError, load_stream_model
 from selfforcing_dfd.streaming.load_wan import load_wan_model
+from selfforcing_dfd.streaming.memory import memory_needs
+from selfforcing_dfd.streaming.saving import Saving
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
+from selfforcing_dfd.streaming.wan_memory import streamed_wan
 from selfforcing_dfd.weights.read import describe, load_network
 
 VIDEO_FRAMES = 13
@@ -278,6 +285,29 @@ def test_the_command_takes_a_picture(place, wan, student, capsys):
         assert "by --image or a clip" in capsys.readouterr().err
         assert main(["stream", *options, "--image", str(picture)]) == 0
     assert out.read_bytes().count(b"FRAME") == 5
+
+
+def test_what_sees_the_picture_is_counted(wan, student, model, capsys):
+    """Catches a dry run without the image encoder, 2.5 GB of it at Wan's size, and its moment.
+
+    The VAE's encoder runs on the CPU with all that it makes counted.
+    """
+    weights = str(student / "student.safetensors")
+    streamed, _ = streamed_wan(wan, weights, torch.float32, (HEIGHT, WIDTH), {})
+    needs = memory_needs(streamed, WHOLE, Saving())
+    encoder = model.see.func.__self__
+    counted = sum(part.nbytes for part in encoder.encoder.parameters())
+    assert needs.lasting["image encoder"] == counted
+    picture = shown()
+    as_on_a_gpu = WanCodec(copy.deepcopy(encoder.codec.vae), channels_last=True)
+    seeing = PictureEncoder(as_on_a_gpu, None, encoder.encoder)
+    taken = peak_bytes(lambda: seeing.latents(picture, LATENT_FRAMES))
+    assert needs.moments["a picture is encoded"] == taken
+    elsewhere = memory_needs(dataclasses.replace(streamed, codec=None), WHOLE, Saving())
+    assert "image encoder" not in elsewhere.lasting
+    asked = ["--model", str(wan), "--weights", weights, "--size", f"{HEIGHT}x{WIDTH}"]
+    assert main(["stream", *asked, "--dry-run", "--sink", "0", "--window", "4"]) == 0
+    assert "image encoder" in capsys.readouterr().out
 
 
 def write_png(path: Path) -> None:

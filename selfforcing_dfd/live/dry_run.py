@@ -21,7 +21,13 @@ def dry_run(options: argparse.Namespace) -> str:
     from selfforcing_dfd.streaming.wan_memory import memory_lines, streamed_wan
 
     saving = ask_saving(options)
-    recipe = asked_settings(options.ladder, shift=options.shift, chunk_frames=options.chunk_frames)
+    recipe = asked_settings(
+        options.ladder,
+        options.first_ladder,
+        context=options.context,
+        shift=options.shift,
+        chunk_frames=options.chunk_frames,
+    )
     streamed, settled = streamed_wan(
         options.model,
         options.weights,
@@ -41,4 +47,5 @@ def dry_run(options: argparse.Namespace) -> str:
     num_frames = settings.sink_frames + settings.window_frames
     dtype = str(streamed.dtype).removeprefix("torch.")
     head = f"{8 * rows}x{8 * columns}, K = {num_frames} latent frames, {dtype}, one stream"
-    return "\n".join([head, *memory_lines(memory_needs(streamed, settings, saving))])
+    needs = memory_needs(streamed, settings, saving, options.cuda_graph)
+    return "\n".join([head, *memory_lines(needs)])

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from selfforcing_dfd.codecs.pictures import PictureEncoder
 from selfforcing_dfd.codecs.prompts import MAX_LENGTH
 from selfforcing_dfd.codecs.protocol import StreamingCodec
 from selfforcing_dfd.codecs.small_codec import SmallCodec
@@ -41,7 +42,8 @@ class Streamed:
 
     sizes: WanTransformer's arguments. codec: on the meta device; None where another GPU decodes.
     text_bytes: of the text encoder's weights. latent_size: rows and columns. num_levels: noise
-    levels, that of the commit included.
+    levels, that of the commit included. pictures: what a student of Wan2.1-I2V sees pictures by, on
+    the meta device; num_frames: latent frames of its videos.
     """
 
     sizes: Mapping[str, Any]
@@ -51,6 +53,8 @@ class Streamed:
     chunk_frames: int
     num_levels: int
     dtype: torch.dtype
+    pictures: PictureEncoder | None = None
+    num_frames: int = 0
 
     def network(self, num_layers: int, fp8: bool) -> PlainWan:
         """The student with so many layers, on the meta device."""
@@ -95,8 +99,13 @@ def text_encoder_bytes(config: Mapping[str, Any], dtype: torch.dtype) -> int:
     return num_bytes(encoder.to(dtype))
 
 
-def memory_needs(streamed: Streamed, settings: StreamSettings, saving: Saving) -> MemoryNeeds:
-    """Of one stream with a full window. Raises Fp8Error for 8 bits without torchao."""
+def memory_needs(
+    streamed: Streamed, settings: StreamSettings, saving: Saving, graphs: bool = False
+) -> MemoryNeeds:
+    """Of one stream with a full window. graphs: its calls are captured as CUDA graphs.
+
+    Raises Fp8Error for 8 bits without torchao.
+    """
     one, two = (streamed.network(layers, saving.fp8) for layers in (1, 2))
     prepared = extrapolated(streamed, [prepared_bytes(streamed, net) for net in (one, two)])
     rings = [ring_of(streamed, settings, net) for net in (one, two)]
@@ -112,8 +121,13 @@ def memory_needs(streamed: Streamed, settings: StreamSettings, saving: Saving) -
         "a new prompt is encoded": prepared + (encoder if saving.text == "free" else 0),
         "a chunk is denoised": denoising_bytes(streamed, two, ring),
     }
+    if graphs:  # they keep what a pass takes, and a copy of the prompt's keys and values
+        lasting["CUDA graphs"] = moments["a chunk is denoised"] + prepared
     if streamed.codec is not None:
         codec_needs(streamed, streamed.codec, lasting, moments)
+    if streamed.codec is not None and streamed.pictures is not None:
+        lasting["image encoder"] = num_bytes(streamed.pictures.encoder)
+        moments["a picture is encoded"] = picture_bytes(streamed, streamed.pictures)
     return MemoryNeeds(lasting, moments, host_bytes(streamed, two, saving))
 
 
@@ -166,6 +180,16 @@ def codec_needs(streamed: Streamed, codec: StreamingCodec, lasting: Parts, momen
         lasting["VAE's small decoder"] = num_bytes(codec.network)
         moments["the decoders are compared"] = decoding_bytes(streamed, full)[1]
     lasting["VAE"] = num_bytes(full.vae)
+
+
+def picture_bytes(streamed: Streamed, pictures: PictureEncoder) -> int:
+    """The most that is there while the VAE encodes a picture, and grey for all later frames."""
+    rows, columns = streamed.latent_size
+    _, row_stride, column_stride = pictures.codec.strides
+    shape = (1, rows * row_stride, columns * column_stride, 3)
+    picture = torch.empty(shape, device=META)
+    with torch.no_grad():
+        return peak_bytes(lambda: pictures.latents(picture, streamed.num_frames))
 
 
 def prepare(streamed: Streamed, network: PlainWan) -> PreparedConditioning:

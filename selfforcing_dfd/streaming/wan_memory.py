@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from selfforcing_dfd.codecs.pictures import ENCODER, PictureEncoder, check_picture_encoder
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.models.identity import Recipe
+from selfforcing_dfd.models.picture import takes_picture
 from selfforcing_dfd.streaming.load import find_weights, latent_size, settle_student
 from selfforcing_dfd.streaming.load_wan import asked_size
 from selfforcing_dfd.streaming.memory import GIGA, META, MemoryNeeds, Streamed, text_encoder_bytes
@@ -33,6 +35,8 @@ def streamed_wan(
     weights = read_weights(named or folder / "transformer")
     facts = describe(weights)
     check_fit(facts.sizes, facts.data, folder)
+    if takes_picture(facts.sizes):
+        check_picture_encoder(folder, facts.sizes["image_dim"])
     settled = settle_student(weights, recipe)
     codec = meta_codec(folder, dtype, lean_vae)
     config = json.loads((folder / "text_encoder" / "config.json").read_text())
@@ -46,6 +50,8 @@ def streamed_wan(
         chunk_frames=settled.chunk_frames,
         num_levels=len(settled.ladder) + 1,
         dtype=dtype,
+        pictures=meta_pictures(folder, codec) if takes_picture(facts.sizes) else None,
+        num_frames=settled.frames,
     )
     return streamed, settled
 
@@ -58,6 +64,15 @@ def meta_codec(folder: Path, dtype: torch.dtype, lean: bool) -> WanCodec:
         vae: Any = AutoencoderKLWan.from_config(AutoencoderKLWan.load_config(folder / "vae"))
         nn.Module.to(vae, dtype)
         return WanCodec(vae, channels_last=True, lean=lean)
+
+
+def meta_pictures(folder: Path, codec: WanCodec) -> PictureEncoder:
+    """What a folder of Wan2.1-I2V sees pictures by, without memory; in float32, as it computes."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    with META:
+        config = CLIPVisionConfig.from_pretrained(folder / ENCODER)
+        return PictureEncoder(codec, None, CLIPVisionModel(config).float())
 
 
 def memory_lines(needs: MemoryNeeds) -> Iterator[str]:

@@ -102,6 +102,15 @@ def test_what_is_saved_is_what_is_not_there(streamed):
     assert needs["fp8"].lasting["student"] < 0.8 * nothing.lasting["student"]
 
 
+def test_graphs_keep_what_a_pass_takes(streamed):
+    """Catches a statement without the memory that captured graphs never give back."""
+    plain = memory_needs(streamed, SETTINGS, Saving())
+    graphs = memory_needs(streamed, SETTINGS, Saving(), graphs=True)
+    assert graphs.total - plain.total == graphs.lasting["CUDA graphs"]
+    copied = plain.lasting["prompt's keys and values"]
+    assert graphs.lasting["CUDA graphs"] == plain.moments["a chunk is denoised"] + copied
+
+
 def test_a_small_decoder_saves_what_the_full_one_keeps(streamed):
     """Catches the full decoder's state counted for ever, or left out while both are compared."""
     with torch.device("meta"):
@@ -166,6 +175,10 @@ def test_a_dry_run_loads_nothing(export, monkeypatch, capsys, tmp_path):
     assert lines[-1] == "fits a GPU of 8 GB"
     assert main([*asked, "--vae-device", "cuda:1"]) == 0
     assert "VAE" not in capsys.readouterr().out
+    assert main([*asked, "--cuda-graph", "--first-ladder", "1000,500"]) == 0
+    answer = capsys.readouterr()
+    assert "CUDA graphs" in answer.out
+    assert main([*asked, "--first-ladder", "500"]) == 2
     save_file(dict(TaewDecoder().state_dict()), tmp_path / "taew2_1.safetensors")
     assert main([*asked, "--decoder-weights", str(tmp_path / "taew2_1.safetensors")]) == 0
     assert "VAE's small decoder" in capsys.readouterr().out
