@@ -267,7 +267,7 @@ def watched_chunks(session: StreamSession, num_chunks: int) -> dict[str, Any]:
         return dict.fromkeys(
             ("syncs_per_chunk", "kernels_per_chunk", "cpu_launch_ms"), NOT_APPLICABLE
         )
-    torch.cuda.synchronize()
+    torch.cuda.synchronize(session.model.device)
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as caught:
@@ -279,7 +279,7 @@ def watched_chunks(session: StreamSession, num_chunks: int) -> dict[str, Any]:
     num_syncs = sum("synchroniz" in str(warning.message) for warning in caught)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as result:
         session.next_chunk()
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(session.model.device)
     events = result.key_averages()
     launches = [event for event in events if "LaunchKernel" in event.key]
     return {

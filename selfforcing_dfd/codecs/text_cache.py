@@ -90,15 +90,17 @@ class CachedText:
 
     def _compute(self, caption: str, prompt: str) -> Tensor:
         with self._lock:  # one thread encodes and writes at a time
-            states = self.encoder.encode([caption])[0].float().cpu()
-            write_entry(self.path(prompt), states, prompt)
-            if not self._keeps:
-                self._free()
+            try:
+                states = self.encoder.encode([caption])[0].float().cpu()
+                write_entry(self.path(prompt), states, prompt)
+            finally:
+                if not self._keeps:
+                    self._free()
         return states
 
     def _free(self) -> None:
         """Forget the encoder, and give its memory on a GPU back to whoever needs it."""
-        del self.encoder  # as a cached property has it
+        vars(self).pop("encoder", None)  # where a cached property is, once it was asked for
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import multiprocessing
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import pytest
@@ -211,3 +213,28 @@ def test_packs_and_streams(text, tmp_path):
         for prompt in ("a disc", "a cross")
     ]
     assert not torch.equal(*frames)
+
+
+def test_an_encoder_that_fails_does_not_stay(text, tmp_path):
+    """Catches 11 GB on a GPU that were to be freed, kept after a prompt that was refused."""
+    loaded: list[weakref.ref[Counting]] = []
+
+    def load() -> Counting:
+        if not loaded:
+            encoder = Counting(text)
+            loaded.append(weakref.ref(encoder))
+            return encoder
+        raise TextError("no memory")
+
+    def refuse(encoder: Counting, captions: list[str]) -> torch.Tensor:
+        raise TextError("not finite")
+
+    cached = CachedText(load, tmp_path, text.fingerprint, keeps=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Counting, "encode", refuse)
+        with pytest.raises(TextError, match="not finite"):
+            cached.encode([PROMPTS[0]])
+    gc.collect()
+    assert [ref() for ref in loaded] == [None]
+    with pytest.raises(TextError, match="no memory"):  # and not that there is none to free
+        cached.encode([PROMPTS[0]])
