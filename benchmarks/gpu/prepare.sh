@@ -11,7 +11,7 @@ PART_MB=${PART_MB:-35}
 PYTHON_THERE=${PYTHON_THERE:-3.12}
 OUT=benchmarks/gpu/wheels
 mkdir -p "$OUT"
-differs=$(git status --porcelain)
+differs=$(git status --porcelain -- . ':!benchmarks/gpu/results')
 echo "$(git rev-parse --short HEAD)${differs:++}" > "$OUT/COMMIT"
 
 platforms() { # pip matches the names of platforms exactly

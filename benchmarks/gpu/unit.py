@@ -19,6 +19,8 @@ REHEARSAL = "SELFFORCING_DFD_REHEARSAL"
 SPARE_S = 5
 AT_ONCE = 5
 """Files. Each takes up to 25 GB of the GPU."""
+COMPILERS = "4"
+"""Processes that compile for one file; by itself each would start as many as there are cores."""
 FIRST = ("streaming_gpu", "attention_kernels", "compile_gpu", "true_size_gpu", "training_gpu")
 
 
@@ -44,6 +46,8 @@ def run_file(record: Record, name: str) -> dict[str, Any]:
     environment = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     if not record.machine.on_gpu:
         environment[REHEARSAL] = "1"
+    else:
+        environment["TORCHINDUCTOR_COMPILE_THREADS"] = COMPILERS
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         options = ["-vv", "-m", "gpu", "-p", "no:cacheprovider", f"--junitxml={report}"]

@@ -260,6 +260,7 @@ def test_every_figure_has_a_stage_and_a_row_that_measures_it():
     ]
     assert wrong == []
     assert set(GROUPS) <= set(STAGES)
+    assert all(float(figure.goal) > 0 for figure in FIGURES if figure.goal)
 
 
 def results(**rows: Any) -> dict[str, dict[str, Any]]:
