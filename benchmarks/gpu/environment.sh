@@ -1,5 +1,5 @@
 # What the scripts beside this one share; they `source` it at the top of the checkout.
-export SCRATCH=${SCRATCH:-$HOME/gpu_day}
+export SCRATCH=${SCRATCH:-${HOME:-$PWD}/gpu_day}
 export PYTHON=${PYTHON:-python3}
 export PYTHONUNBUFFERED=1
 export PYTHONPATH=$PWD:$SCRATCH/site${PYTHONPATH:+:$PYTHONPATH}

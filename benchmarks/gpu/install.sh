@@ -4,7 +4,7 @@
 # cannot be installed says so; what needs it is then not available.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
-SCRATCH=${SCRATCH:-$HOME/gpu_day}
+SCRATCH=${SCRATCH:-${HOME:-$PWD}/gpu_day}
 PYTHON=${PYTHON:-python3}
 HERE=benchmarks/gpu/wheels
 mkdir -p "$SCRATCH/parts" "$SCRATCH/site"
