@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import pytest
@@ -61,3 +62,21 @@ def test_nothing_is_captured_after_the_warm_up(device):
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert static.num_programs == captured
+
+
+@pytest.mark.parametrize("device", ["cuda"] if ON_GPU else [])
+def test_other_threads_go_on_while_graphs_are_captured(device):
+    """Catches a capture that another thread's stream breaks, or that breaks it.
+
+    That one allocates, copies frames to the host, drops them, and asks whether copies are done.
+    """
+    model = stream_model(device)
+    alone = StreamSession(model, "a disc")
+    wanted = [alone.next_chunk().frames for _ in range(40)]
+    with ThreadPoolExecutor(1) as other:
+        session = StreamSession(model, "a disc")
+        beside = other.submit(lambda: [session.next_chunk().frames for _ in range(40)])
+        captured = StreamSession(with_graphs(model), "a disc")
+        made = [captured.next_chunk().frames for _ in range(RAMP + 4)]
+        assert all(map(torch.equal, beside.result(), wanted))
+    assert all(map(torch.equal, made, wanted))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from test_fewer_passes import VARIANTS, stream_model
-from test_static_calls import RAMP, SETTINGS, go_on
+from test_static_calls import RAMP, SETTINGS
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -80,10 +80,17 @@ def _emulated(monkeypatch: pytest.MonkeyPatch) -> None:
 def pair(
     model: StreamModel, settings: StreamSettings = SETTINGS, context: Tensor | None = None
 ) -> tuple[StreamSession, StreamSession]:
-    """The same stream, plain and by graphs."""
+    """The same stream, plain and by graphs, with a host that runs ahead as beside a GPU."""
     graphs = replace(model, calls="graph")
     one, other = (StreamSession(each, "a disc", settings, context) for each in (model, graphs))
+    other._host_runs_ahead = True
     return one, other
+
+
+def go_on(sessions: tuple[StreamSession, StreamSession], num_chunks: int) -> None:
+    """The next chunks of both are the same."""
+    for _ in range(num_chunks):
+        assert torch.equal(*(session.next_chunk().frames for session in sessions))
 
 
 @pytest.mark.parametrize(
