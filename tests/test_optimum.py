@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from test_objectives import direction
+from tiny_models import conditioning as tiny_conditioning
 from tiny_models import latents, tiny_network
+from torch import Tensor
+from torch.func import functional_call
+from torch.nn.utils import parameters_to_vector
+
+from selfforcing_dfd.flow import add_noise
+from selfforcing_dfd.models.wan import WanTransformer
+from selfforcing_dfd.objectives import distribution_matching, guided_x0
 
 
 def test_a_student_that_is_the_data_is_left_alone_with_a_control():
@@ -29,3 +39,82 @@ def test_equal_guidance_on_both_sides_leaves_equal_networks_alone():
     sample = latents("sample")
     assert direction(sample, sample, teacher, teacher, fake_guidance=4.0).abs().max() < 1e-12
     assert direction(sample, sample, teacher, teacher).abs().max() > 1e-3
+
+
+def largest_singular_value(function: Callable[[Tensor], Tensor], at: Tensor, like: Tensor) -> float:
+    """Of the function's Jacobian at a point, by power iteration. like: its output.
+
+    What a step inside does outside comes from a small step: attention has no forward derivatives.
+    """
+    outside = like
+    for _ in range(12):
+        there = at.detach().requires_grad_()
+        out = function(there)
+        (inside,) = torch.autograd.grad(out, there, outside)
+        step = 1e-6 * inside / inside.norm()
+        outside = (function(at + step) - out).detach() / 1e-6
+    return float(outside.norm())
+
+
+def test_what_a_real_anchor_adds_to_the_gradient_is_bounded_by_the_gap():
+    """Catches noise or a level of its own for the anchor: what it adds would not go to 0 with it.
+
+    The gradient to the student's weights changes by J^T (T(x_t) - T(G_t)). With the student's
+    Jacobian J and the teacher's Lipschitz constant L, both measured here, that is at most
+    |J| L (1 - sigma) |x - G|: what appendix A.2 of arXiv 2606.18478 is about.
+    """
+    student = tiny_network(0)
+    teacher, fake = tiny_network(1), tiny_network(2)
+    noise = latents("noise")
+    of_score = latents("noise of the score")
+    level = 0.6
+    text = tiny_conditioning()
+    sigma = torch.full((len(noise),), level, dtype=torch.float64)
+    weights = parameters_to_vector(student.parameters()).detach()
+    shapes = {name: p.shape for name, p in student.named_parameters()}
+
+    def sample(values: Tensor) -> Tensor:
+        parts = values.split([shape.numel() for shape in shapes.values()])
+        named = {
+            name: part.view(shape)
+            for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        }
+        return noise - functional_call(student, named, (noise, 1.0, text)).flow
+
+    def clean(x_t: Tensor, network: WanTransformer = teacher) -> Tensor:
+        return guided_x0(network, x_t, sigma, text, text, 1.0)
+
+    generated = sample(weights).detach()
+    own_t = add_noise(generated, of_score, level)
+    away = latents("away")
+    of_student = largest_singular_value(sample, weights, away)
+    of_teacher = largest_singular_value(clean, own_t, away)
+
+    def gradient(anchor: Tensor) -> Tensor:
+        student.zero_grad()
+        matching = distribution_matching(
+            noise - student(noise, 1.0, text).flow,
+            anchor,
+            of_score,
+            sigma,
+            teacher=teacher,
+            fake=fake,
+            conditioning=text,
+            negative=text,
+            guidance=1.0,
+            min_normaliser=1e3,  # one for all anchors
+        )
+        (matching.loss.sum() * 1e3 * noise[0].numel()).backward()
+        return torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])
+
+    at_weights = weights.clone().requires_grad_()
+    difference = (clean(own_t, fake) - clean(own_t)).detach()
+    (alone,) = torch.autograd.grad(sample(at_weights), at_weights, difference)  # DMD's
+    torch.testing.assert_close(gradient(generated), alone)
+    added = []
+    for share in (1e-2, 1e-3):
+        added.append(float((gradient(generated + share * away) - alone).norm()))
+        gap = share * float(away.norm())
+        assert added[-1] < 1.1 * of_student * of_teacher * (1 - level) * gap
+    assert 9 < added[0] / added[1] < 11
+    assert added[0] > 0
