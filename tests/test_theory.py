@@ -104,7 +104,8 @@ def test_the_discrepancy_grows_with_the_gap_and_stays_below_the_lipschitz_bound(
     """Catches a variance of Delta that the gap of Eq. 7 says nothing about (Eq. 6).
 
     The student's samples lie on the way from the real clip to another one. The Lipschitz constant
-    of the teacher is the largest ratio on half of the pairs; the other half must stay below it.
+    of the teacher is the largest ratio on half of the pairs; the other half must stay below it, but
+    for a chance maximum: 1.00, .98 and .99 of them did.
     """
     real = predict(data, sigma, 1.0)
     sizes, ratios = [], []
@@ -116,7 +117,7 @@ def test_the_discrepancy_grows_with_the_gap_and_stays_below_the_lipschitz_bound(
         ratios.append(delta / ((1 - sigma) * gap))
     assert sizes == sorted(sizes)
     known, new = torch.stack(ratios).chunk(2, dim=1)
-    assert float(new.square().mean().sqrt()) < float(known.max())
+    assert (new < known.max()).double().mean() > 0.95
 
 
 def test_a_loose_pairing_shrinks_even_a_student_that_is_the_data():

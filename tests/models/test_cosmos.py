@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from inspect import signature
 from itertools import pairwise
 from typing import Any
 
@@ -122,6 +123,28 @@ def test_clips_are_those_of_diffusers_pipeline(given):
             x0 = guided_x0(network, x_t, sigma, text(), text("negative"), 3.0)
             x_t = x_t + (following - level) * (x_t - x0) / level
     torch.testing.assert_close(x_t, wanted, atol=2e-4, rtol=2e-4)
+
+
+def test_what_the_network_is_told_of_given_frames():
+    """Catches another time for clean frames than the pipeline's, which moves flows by too little.
+
+    Mask and time are told by frame, and a clean frame's time is the pipeline's own default.
+    """
+    network = cosmos()
+    told: list[dict[str, Any]] = []
+    network.transformer.register_forward_pre_hook(
+        lambda _module, _inputs, named: told.append(named), with_kwargs=True
+    )
+    sigma = torch.tensor([[0.0, 0.7, 0.7]])
+    with torch.no_grad():
+        network(torch.zeros(1, *SHAPE), sigma, text())
+    (named,) = told
+    pipelines = signature(Cosmos2_5_PredictBasePipeline.__call__).parameters
+    time = pipelines["conditional_frame_timestep"].default
+    torch.testing.assert_close(named["timestep"].flatten(), torch.tensor([time, 0.7, 0.7]))
+    mask = named["condition_mask"]
+    assert mask.shape == (1, 1, FRAMES, *SHAPE[2:])
+    assert torch.equal(mask[0, 0, :, 0, 0], torch.tensor([1.0, 0.0, 0.0]))
 
 
 def test_noise_levels_are_those_of_the_published_scheduler():

@@ -268,6 +268,28 @@ def test_data_equal_to_the_own_samples_is_dmd_bitwise():
     assert not torch.equal(anchored.loss, found[0][0])
 
 
+@pytest.mark.parametrize("causal", [None, 3])
+def test_the_anchor_of_dp_dmd_begins_with_the_given_frame(causal):
+    """Catches a first step that starts from noise alone, and a mean over frames that are given."""
+    stage = dp_stage(given=GIVEN, causal=causal and tiny_network(causal))
+    batch = tiny_batch()
+    text = Conditioning(batch.text)
+    record = stage.roll_out(batch, draw(), NO_ROW, 2)
+    seen = watched(stage.trained["student"])
+    (_, loss) = stage.further_losses(batch, draw(), record)["anchor"]
+    ((x_t, sigma),) = seen
+    noise = stage.rollout_noise(batch, draw())[0]
+    start = torch.cat([batch.latents[:, :GIVEN], noise[:, GIVEN:]], dim=1)
+    assert torch.equal(x_t, start)
+    assert isinstance(sigma, Tensor)
+    assert not sigma[:, :GIVEN].any()
+    assert (sigma[:, GIVEN:] == 1).all()
+    target = stage.anchor(start, record.x0, text, batch.text)
+    assert torch.equal(target[:, :GIVEN], batch.latents[:, :GIVEN])
+    x0 = replay(stage.trained["student"], replace(record, x_exit=x_t, sigma_exit=sigma), text)
+    torch.testing.assert_close(loss, (x0 - target)[:, GIVEN:].square().mean((1, 2, 3, 4)))
+
+
 def test_a_shared_frame_makes_the_gap_smaller_only_by_what_follows_from_it():
     """Catches a gap of Eq. 7 that counts given frames, where it is always zero."""
     part = matching_stage(DataForcing(p=1.0), given=GIVEN).loss("student", tiny_batch(), draw(), 0)
