@@ -1,13 +1,14 @@
-"""What distribution matching does to a student that has nothing left to learn."""
+"""What distribution matching does at its optimum, near it, and in which space."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
-from test_objectives import direction
+from test_objectives import NO_TEXT, SIGMAS, direction
+from tiny_models import ExactGaussian, latents, tiny_network
 from tiny_models import conditioning as tiny_conditioning
-from tiny_models import latents, tiny_network
 from torch import Tensor
 from torch.func import functional_call
 from torch.nn.utils import parameters_to_vector
@@ -39,6 +40,33 @@ def test_equal_guidance_on_both_sides_leaves_equal_networks_alone():
     sample = latents("sample")
     assert direction(sample, sample, teacher, teacher, fake_guidance=4.0).abs().max() < 1e-12
     assert direction(sample, sample, teacher, teacher).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("sigma", SIGMAS)
+def test_the_three_spaces_are_one_for_dmd_and_three_for_data_forcing(sigma):
+    """Catches a form of the loss that is no longer DMD, and one taken for the paper's Eq. 8.
+
+    Student and data are normal, so that their noised scores are known without x0. In DMD the
+    differences of scores and of flows are the direction up to a positive factor. With a real anchor
+    Eq. 8 is another direction, by the distance to the clip.
+    """
+    x0, real, noise = latents("x0"), latents("real"), latents("noise")
+    teacher, fake = ExactGaussian(0.0, 1.0), ExactGaussian(0.4, 0.6)
+    at = {"sigma": torch.full((2,), sigma, dtype=torch.float64), "guidance": 1.0}
+    own_t, real_t = add_noise(x0, noise, sigma), add_noise(real, noise, sigma)
+
+    def score(of: ExactGaussian, x_t: Tensor) -> Tensor:
+        variance = (1 - sigma) ** 2 * of.std**2 + sigma**2
+        return ((1 - sigma) * of.mean - x_t) / variance
+
+    d = direction(x0, x0, teacher, fake, **at)
+    scores = sigma**2 / (1 - sigma) * (score(fake, own_t) - score(teacher, own_t))
+    torch.testing.assert_close(scores, d, rtol=1e-9, atol=1e-10)
+    flows = fake(own_t, sigma, NO_TEXT).flow - teacher(own_t, sigma, NO_TEXT).flow
+    torch.testing.assert_close(-sigma * flows, d, rtol=1e-9, atol=1e-10)
+    forced = direction(x0, real, teacher, fake, **at)
+    scores = sigma**2 / (1 - sigma) * (score(fake, own_t) - score(teacher, real_t))
+    torch.testing.assert_close(scores, forced - (x0 - real), rtol=1e-9, atol=1e-9)
 
 
 def largest_singular_value(function: Callable[[Tensor], Tensor], at: Tensor, like: Tensor) -> float:
