@@ -95,7 +95,8 @@ def measured(figure: Figure, results: Results) -> str:
     if not isinstance(found, int | float):
         return NOT_MEASURED
     value = found * figure.factor
-    return number(value) + (f", {verdict(value, figure)}" if figure.goal else "")
+    counts = figure.goal and not results[figure.stage]["machine"]["small"]
+    return number(value) + (f", {verdict(value, figure)}" if counts else "")
 
 
 def verdict(value: float, figure: Figure) -> str:

@@ -71,6 +71,8 @@ def stream(record: Record, options: str, length: tuple[str, ...] = LENGTH) -> di
         raise Missing(f"this version has no {', '.join(unknown)}")
     if "--cuda-graph" in words and not machine.on_gpu:
         raise Missing("CUDA graphs need a CUDA device")
+    if "--offload" in words and machine.small:
+        raise Missing("offloading is for a GPU, and the blocks of a rehearsal are too few")
     if "--fp8" in words:
         require_fp8(machine)
     if "--attention" in words and not machine.small:

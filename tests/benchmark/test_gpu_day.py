@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tarfile
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -177,58 +175,6 @@ def test_a_device_that_answers_no_more_ends_the_process(
     assert "error" in json.loads((tmp_path / "probe.json").read_text())["rows"]["broken"]
 
 
-def run_day(folder: Path, tree: Path, python: str, **environment: str) -> list[str]:
-    """Stages that `day.sh` asks for, of a stand-in for Python that notes its arguments."""
-    words = {"PYTHON": python, "SCRATCH": str(folder / "scratch"), "COMMIT": "abc1234"}
-    asked = folder / "asked"
-    asked.unlink(missing_ok=True)
-    subprocess.run(
-        ["bash", "benchmarks/gpu/day.sh", str(folder / "out")],
-        cwd=tree,
-        env={**os.environ, **words, "ASKED": str(asked), **environment},
-        check=True,
-        capture_output=True,
-    )
-    return asked.read_text().split() if asked.exists() else []
-
-
-def test_a_day_asks_for_every_stage_and_packs_what_it_found(tmp_path: Path):
-    """Catches a stage that no call runs, one that is run again though it is whole, and a lost file.
-
-    The device's machine returns eight files at most, so there is one.
-    """
-    tree = tmp_path / "tree"
-    shutil.copytree(KIT, tree / "benchmarks" / "gpu", ignore=shutil.ignore_patterns("wheels"))
-    python = tmp_path / "python"
-    python.write_text(
-        "#!/bin/bash\n"
-        'echo "$3" >> "$ASKED"\n'
-        'echo "\\"complete\\": true, \\"commit\\": \\"$COMMIT\\"" > "$5/$3.json"\n'
-    )
-    python.chmod(0o755)
-    asked = run_day(tmp_path, tree, str(python))
-    assert asked == list(STAGES)
-    with tarfile.open(tmp_path / "out" / "results.tgz") as packed:
-        names = {Path(name).name for name in packed.getnames()}
-    assert {f"{stage}.json" for stage in STAGES} <= names
-    assert run_day(tmp_path, tree, str(python)) == []
-    assert run_day(tmp_path, tree, str(python), COMMIT="def5678", STAGES="probe") == ["probe"]
-
-
-def test_a_stage_goes_on_in_a_new_process_after_a_fault_of_the_device(tmp_path: Path):
-    """Catches rows that no process measures after the first illegal access, and an endless loop."""
-    tree = tmp_path / "tree"
-    shutil.copytree(KIT, tree / "benchmarks" / "gpu", ignore=shutil.ignore_patterns("wheels"))
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/bash\necho "$@" >> "{tmp_path}/asked"\nexit {AGAIN}\n')
-    python.chmod(0o755)
-    environment = {**os.environ, "PYTHON": str(python), "SCRATCH": str(tmp_path / "scratch")}
-    command = ["bash", "benchmarks/gpu/stage.sh", "probe", str(tmp_path / "out")]
-    subprocess.run(command, cwd=tree, env=environment, check=False, capture_output=True)
-    asked = (tmp_path / "asked").read_text().splitlines()
-    assert ["--go-on" in line for line in asked] == [False, True, True]
-
-
 @pytest.mark.parametrize("turn", ["fake", "student"])
 def test_a_training_turn_is_the_mean_over_all_exit_steps(
     turn: str, monkeypatch: pytest.MonkeyPatch
@@ -318,7 +264,10 @@ def test_a_figure_is_found_by_its_path_and_in_its_unit():
 def test_a_figure_is_held_against_its_goal(unit: str, value: float, wanted: str):
     """Catches a slower stream that meets its goal, and a lower latency that misses it."""
     figure = Figure("what", "probe", "copy", ["x"], unit, goal="40")
-    assert measured(figure, results(copy={"value": {"x": value}})) == wanted
+    found = results(copy={"value": {"x": value}})
+    assert measured(figure, found) == wanted
+    found["probe"]["machine"]["small"] = True  # a rehearsal has no say in it
+    assert measured(figure, found) == wanted.partition(",")[0]
 
 
 def test_a_row_without_time_is_not_called_unavailable():

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from benchmarks.gpu.unit import REHEARSAL
+from selfforcing_dfd.models.fp8 import Fp8Error, check_device, check_package
 
 ON_GPU = os.environ.get(REHEARSAL) != "1"
 DEVICE = torch.device("cuda" if ON_GPU else "cpu")
@@ -32,6 +33,18 @@ def errors_where_the_host_waits() -> Iterator[None]:
         yield
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def has_fp8() -> bool:
+    """Whether 8-bit linear layers run here: the device, torchao and torch can."""
+    if ON_GPU and not torch.cuda.is_available():
+        return False
+    try:
+        check_package()
+        check_device(DEVICE, torch.bfloat16)
+    except Fp8Error:
+        return False
+    return True
 
 
 def allocated() -> int:

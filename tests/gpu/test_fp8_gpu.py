@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
-from rehearsal import DEVICE, ON_GPU
+from rehearsal import DEVICE, ON_GPU, has_fp8
 from torch import Tensor, nn
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.models.fp8 import FIRST_CAPABILITY, rounded_weight, use_fp8
+from selfforcing_dfd.models.fp8 import rounded_weight, use_fp8
 from selfforcing_dfd.models.fp8_emulated import EmulatedLinear, emulate_fp8
 from selfforcing_dfd.streaming.random_model import random_stream_model
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession
@@ -22,22 +20,14 @@ SUMS = 1e-2
 SIZES = [(4680, 1536, 1536), (4680, 1536, 8960), (4680, 8960, 1536)] if ON_GPU else [(8, 32, 48)]
 
 
-def runnable() -> list[torch.dtype]:
-    """bfloat16 where torchao is and the device multiplies 8-bit floats; nothing elsewhere."""
-    if find_spec("torchao") is None:
-        return []
-    if ON_GPU and not torch.cuda.is_available():
-        return []
-    if ON_GPU and torch.cuda.get_device_capability() < FIRST_CAPABILITY:
-        return []
-    return [torch.bfloat16]
+DTYPES = [torch.bfloat16] if has_fp8() else []
 
 
 def error(x: Tensor, of: Tensor) -> float:
     return float((x.double() - of.double()).norm() / of.double().norm())
 
 
-@pytest.mark.parametrize("dtype", runnable())
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
 def test_a_layer_gives_what_its_8_bit_numbers_say(sizes: tuple[int, int, int], dtype: torch.dtype):
     """Catches scales on the wrong side, a transposed weight, a lost bias, and poor sums."""
@@ -50,7 +40,7 @@ def test_a_layer_gives_what_its_8_bit_numbers_say(sizes: tuple[int, int, int], d
     assert error(linear(x), wanted) < SUMS
 
 
-@pytest.mark.parametrize("dtype", runnable())
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_chunk_is_as_near_as_the_emulated_one(dtype: torch.dtype):
     """Catches a layer that is converted and should not be, and a NaN somewhere in a stream.
 

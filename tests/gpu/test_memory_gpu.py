@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-from importlib.util import find_spec
-
 import pytest
 import torch
-from rehearsal import COMPILER, DEVICE, ON_GPU, allocated, errors_where_the_host_waits, peak_of
+from rehearsal import (
+    COMPILER,
+    DEVICE,
+    ON_GPU,
+    allocated,
+    errors_where_the_host_waits,
+    has_fp8,
+    peak_of,
+)
 from tiny_pipeline import PROMPT, SIZE, make_pipeline
 from torch import nn
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.benchmark.operators import meta_codec
-from selfforcing_dfd.models.fp8 import FIRST_CAPABILITY
 from selfforcing_dfd.models.identity import SELF_FORCING
 from selfforcing_dfd.models.network import PlainWan
 from selfforcing_dfd.streaming.memory import Streamed, memory_needs
@@ -24,10 +29,6 @@ from selfforcing_dfd.tiny.text import TinyText
 
 pytestmark = pytest.mark.gpu
 MODEL = "wan1.3b" if ON_GPU else "wan-tiny"
-HAS_TORCHAO = find_spec("torchao") is not None
-CAN_FP8 = HAS_TORCHAO and (
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() >= FIRST_CAPABILITY
-)
 RAMP = 6
 
 
@@ -54,7 +55,7 @@ def video(model: StreamModel) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("fp8", [False, True] if CAN_FP8 else [False])
+@pytest.mark.parametrize("fp8", [False, True] if has_fp8() else [False])
 def test_groups_make_the_same_video(fp8: bool, compiled: bool):
     """Catches a room that is overwritten under a product, and a product that is too early.
 
