@@ -4,7 +4,7 @@ Weights, keys and values, and what the decoder remembers are there all along. Be
 largest moment counts. Networks and decoder run on the meta device, uncompiled, with `live_bytes`.
 Not in it are pictures in bytes, noise and the latents of what is seen, some 20 MB at Wan's size,
 nor the CUDA context and what kernels take inside, some .5 to 1 GB. What fits is therefore judged by
-a GPU's nominal size: a board of 24 GB has 25.7.
+a GPU's nominal size (a board of 24 GB has 25.7), of which a small board leaves too little for them.
 """
 
 from __future__ import annotations
@@ -32,6 +32,8 @@ META = torch.device("meta")
 GIGA = 1e9
 BOARDS = (8, 12, 16, 24, 32, 48, 80, 96, 141)
 """Nominal sizes of GPUs, GB."""
+UNCOUNTED = GIGA
+"""Room for the CUDA context and kernels, at most."""
 Parts = dict[str, int]
 """Bytes by what they are for."""
 
@@ -87,7 +89,8 @@ class MemoryNeeds:
     @property
     def board(self) -> int | None:
         """The smallest of BOARDS that holds it; None if none does."""
-        return next((size for size in BOARDS if self.total <= size * GIGA), None)
+        needed = max(self.total / GIGA, (self.total + UNCOUNTED) / 2**30)
+        return next((size for size in BOARDS if needed <= size), None)
 
 
 def text_encoder_bytes(config: Mapping[str, Any], dtype: torch.dtype) -> int:

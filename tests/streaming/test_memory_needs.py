@@ -147,7 +147,7 @@ def test_bytes_count_while_somebody_holds_them():
 
 def test_a_board_is_the_smallest_that_holds_all():
     """Catches a board that is full before the CUDA context has come."""
-    for total, board in ((24.0, 24), (24.1, 32), (200.0, None)):
+    for total, board in ((24.0, 24), (24.1, 32), (7.5, 8), (7.9, 12), (200.0, None)):
         needs = MemoryNeeds({"student": int(total * 1e9) - 5}, {"a chunk is denoised": 5})
         assert needs.board == board
     assert list(memory_lines(needs))[-1].startswith("fits no GPU known here")
