@@ -1,4 +1,7 @@
-"""A real browser without a screen: Chromium, told what to do over its debugging protocol."""
+"""A real browser without a screen: Chromium, told what to do over its debugging protocol.
+
+And the page's server, as a user starts it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,9 @@ import base64
 import itertools
 import json
 import shutil
+import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,6 +21,7 @@ from typing import Any, TypeVar
 from websockets.sync.client import ClientConnection, connect
 
 T = TypeVar("T")
+ROOT = Path(__file__).parents[2]
 PATIENCE_S = 30.0
 FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
@@ -196,6 +202,32 @@ def chromium(folder: Path) -> Iterator[Browser]:
         process.terminate()
         process.wait(PATIENCE_S)
         log.close()
+
+
+@contextmanager
+def serving(*options: str, port: int = 0) -> Iterator[str]:
+    """The command, as a user starts it, and the link that it prints."""
+    number = str(port or free_port())
+    command = [sys.executable, "-m", "selfforcing_dfd", "stream", "--serve", "--device", "cpu"]
+    process = subprocess.Popen(
+        [*command, "--port", number, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stderr is not None
+    try:
+        line = ""
+        while not line.startswith("open "):
+            line = process.stderr.readline()
+            assert line, "the server has ended"
+        yield line.split()[1]
+    finally:
+        process.terminate()
+        process.wait(20)
+        process.stderr.close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
 
 
 def wait_until(condition: Callable[[], T], patience_s: float = PATIENCE_S) -> T:

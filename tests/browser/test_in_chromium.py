@@ -3,74 +3,18 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import av
 import pytest
-from browser.chromium import Browser, Page, chromium, wait_until
+from browser.chromium import Browser, Page, free_port, serving, wait_until
 from PIL import Image
 
 pytestmark = pytest.mark.browser
 
-ROOT = Path(__file__).parents[2]
 CHUNK = 12  # video frames of the tiny world's chunks
 FPS = 16
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with chromium(tmp_path_factory.mktemp("profile")) as started:
-        yield started
-
-
-@contextmanager
-def serving(*options: str, port: int = 0) -> Iterator[str]:
-    """The command, as a user starts it, and the link that it prints."""
-    number = str(port or free_port())
-    command = [sys.executable, "-m", "selfforcing_dfd", "stream", "--serve", "--device", "cpu"]
-    process = subprocess.Popen(
-        [*command, "--port", number, *options], cwd=ROOT, stderr=subprocess.PIPE, text=True
-    )
-    assert process.stderr is not None
-    try:
-        line = ""
-        while not line.startswith("open "):
-            line = process.stderr.readline()
-            assert line, "the server has ended"
-        yield line.split()[1]
-    finally:
-        process.terminate()
-        process.wait(20)
-        process.stderr.close()
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return listener.getsockname()[1]
-
-
-@pytest.fixture(scope="module")
-def url() -> Iterator[str]:
-    with serving() as link:
-        yield link
-
-
-@pytest.fixture
-def page(browser: Browser, url: str) -> Iterator[Page]:
-    """The page, playing; in the end it must not have complained."""
-    opened = browser.page()
-    opened.open(url)
-    opened.until_phase("live")
-    yield opened
-    assert opened.errors == []
-    opened.close()
 
 
 def link_of(page: Page) -> str:

@@ -177,6 +177,9 @@ def test_reset_starts_again_with_the_new_seed_and_prompt(model):
             "next_chunk": 2,
             "has_picture": False,
             "unknown": [],
+            "first": "a cross",
+            "changes": [],
+            "num_coming": 0,
         }
         tab.send("ack", chunk=1)
         chunks = [tab.chunk(), tab.chunk()]

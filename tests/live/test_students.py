@@ -68,6 +68,9 @@ def test_the_switch_begins_anew_and_leads_back(models):
             "next_chunk": 2,
             "has_picture": False,
             "unknown": [],
+            "first": "a cross",
+            "changes": [],
+            "num_coming": 0,
         }
         between = two_chunks(tab)
         assert switch(tab, "one")["student"] == "one"

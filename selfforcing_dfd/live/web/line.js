@@ -3,6 +3,7 @@ const WAITS_S = [0.5, 1, 2, 4, 5]; // before each new try, the last one again an
 const SILENCE_S = 15; // the server says something every 5 s
 const FINAL = new Set([1001, 1008, 1011, 1013, 4404]); // the server ended it and said why
 const CLOSED_FOR_SILENCE = 4000;
+const TRY_LATER = 1013;
 
 export class Line {
   #path = ""; #socket = null; #numTries = 0; #timer = 0; #heardAt = 0; #said = "";
@@ -62,10 +63,12 @@ export class Line {
     };
     socket.onclose = ({ code }) => {
       if (socket !== this.#socket) return;
-      if (code !== CLOSED_FOR_SILENCE && FINAL.has(code)) {
+      const isGhost = code === TRY_LATER && this.#numTries > 0; // our old connection may still count as one
+      if (code !== CLOSED_FOR_SILENCE && FINAL.has(code) && !isGhost) {
         this.#leave();
         return this.#on.ended(code, this.#said || "the server has ended the stream");
       }
+      if (isGhost) return this.#lose(this.#said);
       this.#lose(hasOpened ? "the connection was lost" : "the server does not answer");
     };
   }

@@ -1,14 +1,15 @@
 """Messages between the live page and its server. A wrong message is answered by an error.
 
-To the server, as JSON: `start {prompt, seed}`, `prompt {text, mode}`, `pause`, `resume`, `reset`,
+To the server, as JSON: `start {prompt, seed, changes}` (changes may be left out: later prompts,
+each `{chunk, text, mode}` with the first chunk of the stream that has it), `prompt {text, mode}`, `pause`, `resume`, `reset`,
 `seed {seed}` (of the next reset), `student {name}` (begin anew with that one, under the same prompt
 and seed; before the start: begin with it), `drop_picture` (begin anew without the picture that was
 sent) and `ack {chunk}`: that chunk, and all before it, has been shown. `type` names the message.
 
 From the server, as JSON: `hello` (the students with their sizes, and limits), `began` (a start, a
 reset, another student or picture; frames of chunks before `next_chunk` need not be shown, and are
-to be acknowledged), `prompt` (accepted, with the first chunk it holds for; frames of the chunks
-between `keep` and that one are not to be shown), `picture` (accepted, before a start), `state`,
+to be acknowledged), `prompt` (accepted or, `is_planned`, one of the start's; with the first
+chunk it holds for; frames of the chunks between `keep` and that one are not to be shown), `picture` (accepted, before a start), `state`,
 `chunk` (figures; its video frames follow), `error`, `alive` (nothing, but in time) and `ended`.
 Each video frame is one binary message: `HEADER`, then a JPEG. Chunks and video frames are counted
 from the start of the connection, so that a number means the same chunk before and after a reset
@@ -19,6 +20,7 @@ may be left out.
 from __future__ import annotations
 
 import io
+import itertools
 import json
 import struct
 from dataclasses import dataclass
@@ -27,6 +29,7 @@ from typing import Any, get_args
 import numpy as np
 from PIL import Image
 
+from selfforcing_dfd.live.web.script import MAX_CHANGES
 from selfforcing_dfd.streaming.session import PromptMode
 
 HEADER = struct.Struct("<II")
@@ -37,7 +40,7 @@ MAX_MESSAGE_BYTES = 16 * 1024
 MAX_SEED = 2**53 - 1  # what a browser's numbers hold exactly
 JPEG_QUALITY = 92
 FIELDS: dict[str, dict[str, str]] = {
-    "start": {"prompt": "text", "seed": "number"},
+    "start": {"prompt": "text", "seed": "number", "changes": "changes"},
     "prompt": {"text": "text", "mode": "mode"},
     "pause": {},
     "resume": {},
@@ -47,10 +50,13 @@ FIELDS: dict[str, dict[str, str]] = {
     "drop_picture": {},
     "ack": {"chunk": "number"},
 }
+OPTIONAL = ("changes",)
+CHANGE = {"chunk": "number", "text": "text", "mode": "mode"}
 WANTED = {
     "text": f"a string of at most {MAX_TEXT:,} characters, without lone surrogates",
     "number": f"a whole number from 0 to {MAX_SEED}",
     "mode": f"one of {', '.join(get_args(PromptMode))}",
+    "changes": f"at most {MAX_CHANGES} of chunk, text and mode, the chunks rising",
 }
 
 
@@ -82,12 +88,13 @@ def parse_message(raw: str | bytes) -> Message:
     kind = message.pop("type", None)
     if not isinstance(kind, str) or kind not in FIELDS:
         raise BadMessage(f"got type {short(kind)}; want one of {', '.join(FIELDS)}")
-    if message.keys() != FIELDS[kind].keys():
+    if not FIELDS[kind].keys() - OPTIONAL <= message.keys() <= FIELDS[kind].keys():
         got, wanted = (short(", ".join(names) or "nothing") for names in (message, FIELDS[kind]))
         raise BadMessage(f"{kind} came with the fields {got}; want {wanted}")
-    for name, form in FIELDS[kind].items():
-        if not fits(message[name], form):
-            raise BadMessage(f"{kind}: {name} is {short(message[name])}; want {WANTED[form]}")
+    for name, value in message.items():
+        form = FIELDS[kind][name]
+        if not fits(value, form):
+            raise BadMessage(f"{kind}: {name} is {short(value)}; want {WANTED[form]}")
     return Message(kind, message)
 
 
@@ -98,7 +105,22 @@ def fits(value: Any, form: str) -> bool:
         return has_fit and not any("\ud800" <= c <= "\udfff" for c in value)
     if form == "number":
         return type(value) is int and 0 <= value <= MAX_SEED  # a bool is no number here
+    if form == "changes":
+        return are_changes(value)
     return value in get_args(PromptMode)
+
+
+def are_changes(value: Any) -> bool:
+    """Whether these are prompts in the order of their chunks."""
+    if not isinstance(value, list) or len(value) > MAX_CHANGES:
+        return False
+    for each in value:
+        if not isinstance(each, dict) or each.keys() != CHANGE.keys():
+            return False
+        if not all(fits(each[name], form) for name, form in CHANGE.items()):
+            return False
+    chunks = [each["chunk"] for each in value]
+    return all(one < other for one, other in itertools.pairwise(chunks))
 
 
 def short(value: Any) -> str:

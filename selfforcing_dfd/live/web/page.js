@@ -1,4 +1,4 @@
-import { readAddress, watchLink, writeAddress } from "./address.js";
+import { isOwnAddress, readAddress, watchLink, writeAddress } from "./address.js";
 import { Figures } from "./figures.js";
 import { Graph } from "./graph.js";
 import { Line } from "./line.js";
@@ -79,7 +79,7 @@ const receive = {
     if (watched) setPhase("waiting");
     else begin();
   },
-  began({ student: name, prompt, seed, next_chunk, has_picture, unknown }) {
+  began({ student: name, prompt, seed, next_chunk, has_picture, unknown, first, changes, num_coming }) {
     hasBegun = true;
     showStudent(name);
     player.clear();
@@ -88,19 +88,24 @@ const receive = {
     if (next_chunk > 0) line.send("ack", { chunk: next_chunk - 1 }); // they will not be shown any more
     $("seed").value = seed;
     const who = hello.students.length > 1 ? `${name}: ` : "";
-    say(`${who}${prompt ? `“${prompt}”` : "no prompt"}, seed ${seed}`);
+    const later = num_coming ? `; later prompts in the link: ${num_coming}` : "";
+    say(`${who}${prompt ? `“${prompt}”` : "no prompt"}, seed ${seed}${later}`);
     warn(unknown);
     picture.show(has_picture, student);
-    note({ prompt, seed, student: name });
+    note({ prompt, seed, student: name, first, changes });
     setPhase(player.isPaused ? "paused" : "waiting");
   },
-  prompt({ text, keep, from_chunk, unknown }) {
-    player.goOn(keep, from_chunk);
-    graph.dropAfter(keep);
-    figures.promptTaken(from_chunk);
+  prompt({ text, keep, from_chunk, unknown, changes, is_planned }) {
+    // a new connection begins with what stands in the field
+    if (is_planned && document.activeElement !== $("prompt")) $("prompt").value = text;
+    if (!is_planned) {
+      player.goOn(keep, from_chunk);
+      graph.dropAfter(keep);
+      figures.promptTaken(from_chunk);
+    }
     say(`“${text}” comes next`);
     warn(unknown);
-    note({ ...shown, prompt: text });
+    note({ ...shown, prompt: text, changes });
   },
   picture({ has_picture }) {
     picture.show(has_picture, student);
@@ -125,8 +130,9 @@ const receive = {
     say(message, true);
     if (hasBegun) showStudent(shown.student); // one that refuses the prompt is not shown
     if (hasBegun && about === "picture") picture.show(picture.file !== null, student);
-    if (about === "prompt" && !hasBegun) setPhase("ready", "Write a prompt to begin.");
-    if (about === "picture" && !hasBegun) setPhase("ready", "Choose a picture to begin.");
+    if (hasBegun) return;
+    if (about !== "picture") wanted = { ...wanted, changes: [] }; // those of the link were refused, or its prompt
+    setPhase("ready", about === "picture" ? "Choose a picture to begin." : "Write a prompt to begin.");
   },
 };
 
@@ -134,7 +140,7 @@ function begin() {
   const prompt = $("prompt").value || (hello.examples[0] ?? "");
   if (!prompt) return setPhase("ready", "Write a prompt to begin.");
   const seed = seedOf($("seed"));
-  if (seed === null) return;
+  if (seed === null) return setPhase("ready", "Write a seed to begin.");
   const name = student.name;
   if (name !== hello.students[0].name) line.send("student", { name });
   if (picture.file && sentTo !== hello.stream) return sendAgain(); // the server's `picture` leads here once more
@@ -143,7 +149,8 @@ function begin() {
     return setPhase("ready", "This student begins with a picture. Choose one.");
   }
   figures.started();
-  line.send("start", { prompt, seed });
+  const isLink = shown === null && prompt === wanted.prompt;
+  line.send("start", { prompt, seed, changes: isLink ? wanted.changes : [] });
 }
 
 async function sendAgain() {
@@ -165,7 +172,7 @@ async function sendPicture(file) {
 
 /** What is shown, for the address and for the next connection. */
 function note(now) {
-  const isNew = shown !== null;
+  const isNew = shown !== null && target === null;
   shown = now;
   const isThere = !target || ["prompt", "seed", "student"].every((name) => target[name] === now[name]);
   if (watched || !isThere) return;
@@ -225,7 +232,7 @@ function warn(unknown) {
   const more = unknown.length > 12 ? ` and ${unknown.length - 12} more` : "";
   const isOne = unknown.length === 1;
   $("unknown").hidden = unknown.length === 0;
-  $("unknown").textContent = `Not known to ${student.name}: ${words}${more}. ${isOne ? "The word was" : "These words were"} in no caption of its training.`;
+  $("unknown").textContent = unknown.length === 0 ? "" : `Not known to ${student.name}: ${words}${more}. ${isOne ? "The word was" : "These words were"} in no caption of its training.`;
 }
 
 /** The switch, which one student alone does not need; the choice holds for a new connection too. */
@@ -264,7 +271,7 @@ function showLimits(isFirst) {
   $("seed").max = hello.max_seed;
   $("prompt").maxLength = hello.max_text;
   if (!isFirst) return;
-  $("seed").value = wanted.seed ?? hello.seed;
+  $("seed").value = wanted.seed ?? hello.seed; // empty for what is none
   $("prompt").value = wanted.prompt ?? "";
   $("prompt").placeholder = hello.examples[0] ?? "";
   $("mode").replaceChildren(...hello.modes.map((mode) => new Option(MODES[mode] ?? mode, mode)));
@@ -338,10 +345,12 @@ function reset() {
 function follow() {
   const asked = readAddress();
   if (asked.watch !== watched) return location.reload();
-  if (watched || !hello) return;
+  if (watched) return;
+  if (!isOwnAddress()) return location.reload(); // a link that was pasted: that very stream
+  if (!hello) return;
   const now = shown ?? {};
   const seed = asked.seed ?? now.seed ?? hello.seed;
-  const prompt = asked.prompt ?? now.prompt ?? "";
+  const prompt = asked.changes.at(-1)?.text ?? asked.prompt ?? now.prompt ?? "";
   const isOther = asked.student !== now.student && hello.students.some(({ name }) => name === asked.student);
   $("prompt").value = prompt;
   $("seed").value = seed;
@@ -378,7 +387,7 @@ $("again").onclick = () => {
   }
   connect();
 };
-$("copy-link").onclick = () => copy(location.href, "the link to this prompt and seed");
+$("copy-link").onclick = () => copy(location.href, "the link to this video");
 $("copy-watch").onclick = () => copy(watchLink(hello.stream), "the link to watch this stream");
 $("full").onclick = () => (document.fullscreenElement ? document.exitFullscreen() : $("screen").requestFullscreen());
 document.addEventListener("visibilitychange", () => {

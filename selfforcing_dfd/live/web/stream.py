@@ -14,6 +14,7 @@ import asyncio
 import secrets
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from selfforcing_dfd.common import resident_bytes
 from selfforcing_dfd.live.web.connection import Outbox, Parcel
 from selfforcing_dfd.live.web.messages import HEADER, BadMessage, encode_jpeg, message_text
 from selfforcing_dfd.live.web.recording import Recording
+from selfforcing_dfd.live.web.script import Change, Script
 from selfforcing_dfd.live.web.shared import Shared
 from selfforcing_dfd.streaming.session import PromptMode, Snapshot, StreamChunk, StreamSession
 
@@ -60,6 +62,7 @@ class LiveStream:
     session: StreamSession | None = None
     student: str = ""  # whose stream it is, or will be
     prompt: str = ""  # the last one that was accepted
+    script: Script = field(default_factory=Script)
     picture: Image.Image | None = None  # what it begins with
     paused: bool = False
     num_chunks: int = 0  # made so far, in all sessions
@@ -112,15 +115,23 @@ class LiveStream:
             outbox.put(text)
 
     async def begin(
-        self, student: str, prompt: str, seed: int, picture: Image.Image | None
+        self,
+        student: str,
+        prompt: str,
+        seed: int,
+        picture: Image.Image | None,
+        changes: Sequence[dict[str, Any]] = (),
     ) -> None:
-        """A new stream in place of the old one, which stays if the model refuses it."""
+        """A new stream in place of the old one, which stays if the model refuses it.
+
+        changes: later prompts.
+        """
         factory = self.shared.students[student]
         self.session = await self.shared.compute(lambda: factory.begin(prompt, seed, picture))
         self.student = student
         self.prompt = prompt
         self.picture = picture
-        self._began()
+        self._began(changes)
 
     async def reset(self, seed: int | None) -> None:
         """The same from its first chunk, with another seed if there is one."""
@@ -140,27 +151,22 @@ class LiveStream:
         current = [made for made in self.made if made.is_current]
         moment = current[1].before if len(current) > 1 else None
 
-        def change() -> None:
+        def change() -> int:
             session.set_prompt(text, mode)
             if moment is not None:
                 session.restore(moment, keeps_prompt=True)
+            return session.chunk_index
 
-        await self.shared.compute(change)
+        index = await self.shared.compute(change)
         self.prompt = text
+        self.script.add(Change(index, text, mode), is_asked=True)
         keep = current[0].chunk if current else self.num_chunks - 1
         self.made = deque(made for made in self.made if made.chunk <= keep)
         if moment is not None:
             self.clock = current[0].due
         for outbox in self.outboxes:
             outbox.drop_after(keep)
-        self.send(
-            "prompt",
-            text=text,
-            mode=mode,
-            keep=keep,
-            from_chunk=self.num_chunks,
-            unknown=self._unknown(),
-        )
+        self._tell_prompt(mode, keep, is_planned=False)
 
     async def make_chunk(self) -> None:
         """The next chunk: made, encoded, and on its way to all who see the stream."""
@@ -168,10 +174,15 @@ class LiveStream:
         assert session is not None
         may_drop = any(made.is_current for made in self.made)
 
-        def make() -> tuple[Snapshot | None, StreamChunk]:
-            return session.snapshot() if may_drop else None, session.next_chunk()
+        change = self.script.due(session.chunk_index)
 
-        before, chunk = await self.shared.compute(make)
+        def make() -> tuple[Snapshot | None, ValueError | None, StreamChunk]:
+            before = session.snapshot() if may_drop else None
+            return before, change and refusal(session, change), session.next_chunk()
+
+        before, refused, chunk = await self.shared.compute(make)
+        if change is not None:
+            self._came(change, refused)
         # a picture that the student goes on after is shown with the first chunk
         given = session.context_frames if chunk.chunk_index == 0 else chunk.frames[:0]
         frames = torch.cat([given, chunk.frames])
@@ -214,6 +225,9 @@ class LiveStream:
             "next_chunk": self.num_chunks,
             "has_picture": self.picture is not None,
             "unknown": self._unknown(),
+            "first": self.script.first,
+            "changes": self.script.told(),
+            "num_coming": len(self.script.coming),
         }
 
     async def saved(self, first_chunk: int) -> bytes:
@@ -229,8 +243,30 @@ class LiveStream:
         self.picture = None
         self.made.clear()
 
-    def _began(self) -> None:
+    def _came(self, change: Change, refused: ValueError | None) -> None:
+        """A prompt that the start has asked for was taken, or the stream goes on without it."""
+        if refused is not None:
+            self.send("error", about="prompt", message=str(refused))
+            return
+        self.prompt = change.text
+        self.script.add(change, is_asked=False)
+        self._tell_prompt(change.mode, self.num_chunks - 1, is_planned=True)
+
+    def _tell_prompt(self, mode: PromptMode, keep: int, is_planned: bool) -> None:
+        self.send(
+            "prompt",
+            text=self.prompt,
+            mode=mode,
+            keep=keep,
+            from_chunk=self.num_chunks,
+            unknown=self._unknown(),
+            changes=self.script.told(),
+            is_planned=is_planned,
+        )
+
+    def _began(self, changes: Sequence[dict[str, Any]] = ()) -> None:
         """Chunks of the stream before need not be shown, but still count as on their way."""
+        self.script = Script.of(self.prompt, changes)
         for made in self.made:
             made.is_current = False
             made.frames = None
@@ -296,3 +332,12 @@ class LiveStream:
         times = [time for time, _ in self.recent]
         num_frames = sum(count for _, count in self.recent) - self.recent[0][1]
         return num_frames / (times[-1] - times[0]) if len(times) > 1 else None
+
+
+def refusal(session: StreamSession, change: Change) -> ValueError | None:
+    """Ask for a prompt; the text encoder's error where it takes none such."""
+    try:
+        session.set_prompt(change.text, change.mode)
+    except ValueError as error:
+        return error
+    return None

@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from PIL import Image
 from starlette.websockets import WebSocket
@@ -151,11 +153,14 @@ class Viewer:
         else:
             self.set_paused(kind == "pause")
 
-    async def start(self, prompt: str, seed: int) -> None:
+    async def start(
+        self, prompt: str, seed: int, changes: Sequence[dict[str, Any]] = ()
+    ) -> None:
         stream = self.stream
         if stream.session is not None:
             raise BadMessage("got start after start; want prompt, seed, student or reset")
-        await self.begin(stream.student, prompt, seed, stream.picture)
+        await stream.begin(stream.student, prompt, seed, stream.picture, changes)
+        self.alive_at = time.monotonic()
 
     async def choose(self, name: str) -> None:
         """Another student, whose stream begins anew under the same prompt and seed.
