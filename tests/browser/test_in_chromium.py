@@ -170,7 +170,10 @@ def test_a_picture_begins_the_stream(page: Page, tmp_path: Path):
 
 
 def test_the_page_comes_back_by_itself(browser: Browser):
-    """Catches a page that needs a click after a restart, or forgets what was shown."""
+    """Catches a page that needs a click after a restart, or forgets what was shown.
+
+    And a recording that is lost without a word.
+    """
     port = free_port()
     page = browser.page()
     with serving(port=port) as url:
@@ -180,11 +183,13 @@ def test_the_page_comes_back_by_itself(browser: Browser):
         page.click("reset")
         page.ask("a square moves")
         page.until("document.getElementById('shown').textContent === 'a square moves'")
+        page.click("record")
     page.until_phase("reconnecting")
     assert "trying again in" in page.text("veil-text")
     with serving(port=port):
         page.until_phase("live", 30)
         assert shown(page) == "a square moves"
+        page.until("document.getElementById('notice').textContent.includes('not known')")
         assert page.do("document.getElementById('seed').value") == "3"
         page.network(is_up=False)
         page.until_phase("reconnecting")

@@ -13,7 +13,6 @@ from selfforcing_dfd.live.web.messages import BadMessage, encode_jpeg, parse_mes
 from selfforcing_dfd.live.web.script import MAX_CHANGES, Change, Script
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession
 
-
 MODES = ("recache", "keep", "flush")
 
 
@@ -111,11 +110,19 @@ def test_a_prompt_that_the_model_refuses_is_left_out(model):
         assert tab.chunk().info["prompt"] == "a cross"
 
 
-BAD = (
-    *("x", {}, [1], [{}], [{"said": "x"}], [change(-1)], [change(1, mode="x")]),
-    *([change(2), change(1)], [change(1), change(1)], [{**change(1), "more": 1}]),
+BAD = [
+    "x",
+    {},
+    [1],
+    [{}],
+    [{"said": "x"}],
+    [change(-1)],
+    [change(1, mode="x")],
+    [change(2), change(1)],
+    [change(1), change(1)],
+    [{**change(1), "more": 1}],
     [change(each) for each in range(MAX_CHANGES + 1)],
-)
+]
 
 
 @pytest.mark.parametrize("changes", BAD)
@@ -123,7 +130,7 @@ def test_bad_scripts_are_refused_in_words(changes):
     """Catches a crash, or half a script that is played without a word."""
     start = {"type": "start", "prompt": "a disc", "seed": 0}
     assert "changes" not in parse_message(json.dumps(start)).fields
-    with pytest.raises(BadMessage, match="start: changes is .*; want at most 50 of chunk, text"):
+    with pytest.raises(BadMessage, match=r"start: changes is .*; want at most 50 of"):
         parse_message(json.dumps({**start, "changes": changes}))
 
 

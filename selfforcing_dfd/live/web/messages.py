@@ -1,20 +1,21 @@
 """Messages between the live page and its server. A wrong message is answered by an error.
 
 To the server, as JSON: `start {prompt, seed, changes}` (changes may be left out: later prompts,
-each `{chunk, text, mode}` with the first chunk of the stream that has it), `prompt {text, mode}`, `pause`, `resume`, `reset`,
-`seed {seed}` (of the next reset), `student {name}` (begin anew with that one, under the same prompt
-and seed; before the start: begin with it), `drop_picture` (begin anew without the picture that was
-sent) and `ack {chunk}`: that chunk, and all before it, has been shown. `type` names the message.
+each `{chunk, text, mode}` with the first chunk of the stream that has it), `prompt {text, mode}`,
+`pause`, `resume`, `reset`, `seed {seed}` (of the next reset), `student {name}` (begin anew with
+that one, under the same prompt and seed; before the start: begin with it), `drop_picture` (begin anew
+without the picture that was sent) and `ack {chunk}`: that chunk, and all before it, has been shown.
+`type` names the message.
 
 From the server, as JSON: `hello` (the students with their sizes, and limits), `began` (a start, a
 reset, another student or picture; frames of chunks before `next_chunk` need not be shown, and are
-to be acknowledged), `prompt` (accepted or, `is_planned`, one of the start's; with the first
-chunk it holds for; frames of the chunks between `keep` and that one are not to be shown), `picture` (accepted, before a start), `state`,
-`chunk` (figures; its video frames follow), `error`, `alive` (nothing, but in time) and `ended`.
-Each video frame is one binary message: `HEADER`, then a JPEG. Chunks and video frames are counted
-from the start of the connection, so that a number means the same chunk before and after a reset
-or another student. Who watches another's stream gets that one's numbers, and some of its chunks
-may be left out.
+to be acknowledged), `prompt` (accepted or, `is_planned`, one of the start's; with the first chunk
+it holds for; frames of the chunks between `keep` and that one are not to be shown), `picture`
+(accepted, before a start), `state`, `chunk` (figures; its video frames follow), `error`, `alive`
+(nothing, but in time) and `ended`. Each video frame is one binary message: `HEADER`, then a JPEG.
+Chunks and video frames are counted from the start of the connection, so that a number means the
+same chunk before and after a reset or another student. Who watches another's stream gets that one's
+numbers, and some of its chunks may be left out.
 """
 
 from __future__ import annotations

@@ -387,7 +387,7 @@ $("again").onclick = () => {
   }
   connect();
 };
-$("copy-link").onclick = () => copy(location.href, "the link to this video");
+$("copy-link").onclick = () => copy(location.href, picture.file ? "the link, without the picture" : "the link to this video");
 $("copy-watch").onclick = () => copy(watchLink(hello.stream), "the link to watch this stream");
 $("full").onclick = () => (document.fullscreenElement ? document.exitFullscreen() : $("screen").requestFullscreen());
 document.addEventListener("visibilitychange", () => {

@@ -1,5 +1,6 @@
 /** Saves what was shown as mp4: the server keeps the newest minutes and puts the file together. */
 const LAST_S = 30;
+const LATER_MS = 1000; // so that what became of a recording is not hidden by the news of the next stream
 
 export class Saving {
   #record; #last; #say; #fps = 16; #keepS = 600;
@@ -23,7 +24,7 @@ export class Saving {
     this.#keepS = keepS;
     this.#stream = stream;
     this.#shown = [];
-    if (this.#begun && this.#begun.stream !== stream) this.#stop();
+    setTimeout(() => this.#begun && this.#begun.stream !== this.#stream && this.#stop(), LATER_MS);
     this.#draw();
   }
 

@@ -44,9 +44,9 @@ class Script:
         return None
 
     def add(self, change: Change, is_asked: bool) -> None:
-        """A prompt came. What was to come at this chunk or later never did, if it was taken back.
+        """A prompt came. Those of the same chunk or later ones were taken back by it.
 
-        is_asked: a viewer did it, who steers from now on.
+        is_asked: by a viewer, who steers from now on.
         """
         if is_asked:
             self.coming.clear()
@@ -60,4 +60,5 @@ class Script:
         """All changes in order, as a start takes them; None where some are forgotten."""
         if not self.is_whole:
             return None
-        return [each._asdict() for each in (*self.past, *self.coming)]
+        changes = [*self.past, *self.coming]
+        return [each._asdict() for each in changes]

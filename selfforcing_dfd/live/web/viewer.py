@@ -153,9 +153,7 @@ class Viewer:
         else:
             self.set_paused(kind == "pause")
 
-    async def start(
-        self, prompt: str, seed: int, changes: Sequence[dict[str, Any]] = ()
-    ) -> None:
+    async def start(self, prompt: str, seed: int, changes: Sequence[dict[str, Any]] = ()) -> None:
         stream = self.stream
         if stream.session is not None:
             raise BadMessage("got start after start; want prompt, seed, student or reset")
