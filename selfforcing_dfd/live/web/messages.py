@@ -3,9 +3,9 @@
 To the server, as JSON: `start {prompt, seed, changes}` (changes may be left out: later prompts,
 each `{chunk, text, mode}` with the first chunk of the stream that has it), `prompt {text, mode}`,
 `pause`, `resume`, `reset`, `seed {seed}` (of the next reset), `student {name}` (begin anew with
-that one, under the same prompt and seed; before the start: begin with it), `drop_picture` (begin anew
-without the picture that was sent) and `ack {chunk}`: that chunk, and all before it, has been shown.
-`type` names the message.
+that one, under the same prompt and seed; before the start: begin with it), `drop_picture` (begin
+anew without the picture that was sent) and `ack {chunk}`: that chunk, and all before it, has been
+shown. `type` names the message.
 
 From the server, as JSON: `hello` (the students with their sizes, and limits), `began` (a start, a
 reset, another student or picture; frames of chunks before `next_chunk` need not be shown, and are
