@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from textwrap import wrap
@@ -14,6 +15,7 @@ from benchmarks.gpu.record import RESULTS as RESULTS
 
 NOT_MEASURED = "not measured"
 SHOWN_APART = {"tests"}
+LONGEST_REASON = 300  # characters
 MORE_IS_BETTER = {"FPS"}
 """Units. Of all others with a goal, milliseconds and gigabytes, less is better."""
 Results = dict[str, dict[str, Any]]
@@ -125,7 +127,7 @@ def lines_of_tests(results: Results) -> Iterator[str]:
         if value is None:
             yield f"- `{name}`: {reason(row)}"
             continue
-        faults = "; ".join(f"{test}: {why}" for test, why in value["failed"].items())
+        faults = "; ".join(f"{test}: {plain(why)}" for test, why in value["failed"].items())
         empty = value["not for this machine"]
         apart = f", {empty} not for this machine" if empty else ""
         yield f"- `{name}`: {value['passed']} passed{apart}" + (
@@ -147,8 +149,13 @@ def gaps(results: Results) -> Iterator[str]:
 
 def reason(row: dict[str, Any]) -> str:
     """One line, as it stands in a list."""
-    text = str(row.get("error") or row.get("missing"))
-    return f"{kind_of(row)}: {' '.join(text.split())[:300]}"
+    return f"{kind_of(row)}: {plain(str(row.get('error') or row.get('missing')))}"
+
+
+def plain(text: str) -> str:
+    """A message on one line, without the folders of one machine and without links."""
+    without_folders = re.sub(r"(?<![\w./])/(?:[\w.+@-]+/)+", "", " ".join(text.split()))
+    return without_folders.replace("](", "] (")[:LONGEST_REASON]
 
 
 def kind_of(row: dict[str, Any]) -> str:

@@ -20,6 +20,7 @@ from benchmarks.gpu.page import (
     RESULTS,
     lines_of_tests,
     measured,
+    plain,
     read_results,
     render,
 )
@@ -276,6 +277,13 @@ def test_a_row_without_time_is_not_called_unavailable():
     found = results(copy={"missing": "no time was left in this call"})
     assert measured(figure, found) == NOT_MEASURED
     assert f"probe, copy: {NOT_MEASURED}: no time was left" in render(found)
+
+
+def test_messages_name_no_folder_of_one_machine():
+    """Catches a page that cannot be committed, for the paths and brackets of a traceback."""
+    folder = Path("/", "home", "somebody", "site")
+    text = f'File "{folder}/torch/nn.py", line 3:\n a[0](x), 2 TB/s, and/or'
+    assert plain(text) == 'File "nn.py", line 3: a[0] (x), 2 TB/s, and/or'
 
 
 def test_the_committed_page_shows_the_committed_results():
