@@ -41,7 +41,11 @@ STAGES = {
     "next_step": ["run.stage=regression", "regression.target=next_step", "rollout.noise=kept"],
     "clip": ["run.stage=regression", "regression.target=clip"],
     "dmd": ["run.stage=dmd"],
-    "gan": ["run.stage=dmd", "gan.weight=0.3", "gan.inner=8", "gan.depths=[1.0]"],
+    "gan": [
+        *("run.stage=dmd", "gan.weight=0.3", "gan.inner=8", "gan.depths=[1.0]"),
+        "model.activation_checkpointing=full",
+    ],
+    "dp_dmd": ["run.stage=dp_dmd", "rollout.noise=kept", "anchor.steps=2"],
     "caption": ["dfd.pairing=caption", "dfd.granularity=micro"],
     "noised_real": ["dfd.pairing=noised_real", "score.regression_per_student=1"],
     "inversion": ["dfd.pairing=inversion", "dfd.granularity=update"],
