@@ -195,12 +195,14 @@ def load_kernel(name: str, device: torch.device) -> Attention:
 
 
 def import_kernel(module: str) -> ModuleType | None:
-    """A module of that name; None where it cannot be imported."""
+    """A module of that name; None where it cannot be imported, with a warning if it is there."""
     try:
         return importlib.import_module(module)
-    except ImportError as error:
+    except ModuleNotFoundError as error:
         log.debug("%s: %s", module, error)
-        return None
+    except Exception as error:  # of a package that was built for another torch, CUDA or compiler
+        log.warning("%s is installed and cannot be imported: %s", module, error)
+    return None
 
 
 def fetch_kernel(name: str) -> ModuleType | None:

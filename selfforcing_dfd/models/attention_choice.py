@@ -7,6 +7,7 @@ processes, and after a resume, and another kernel rounds otherwise.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -33,7 +34,7 @@ log = logging.getLogger(__name__)
 
 CLEARLY_FASTER = 0.95
 """Share of a kernel's time that one with a lower preference may take at most to replace it."""
-REPEATS = 5
+REPEATS = 15
 LARGEST_ERROR = 0.02  # relative; the roundings of 16 bits cost .003
 
 
@@ -121,16 +122,17 @@ def measured(
         rng.normal((1, tokens, trial.heads, trial.head_dim), 0, part).to(device, dtype)
         for part, tokens in (("q", trial.queries), ("k", trial.keys), ("v", trial.keys))
     )
-    timings = {}
+    functions = {}
     with torch.inference_mode():
         exact = attend(q, k, v)
         for name in names:
             try:
                 function = load_kernel(name, device)
                 check_answer(name, function(q, k, v), exact)
-                timings[name] = milliseconds(function, q, k, v)
+                functions[name] = function
             except Exception as error:  # of the kernel: it does not build, load or run here
                 log.warning("attention %s is left out: %s", name, error)
+        timings = milliseconds(functions, q, k, v)
     if not timings:
         raise AttentionError(f"no attention kernel runs on {device}; the warnings above say why")
     return timings
@@ -143,16 +145,23 @@ def check_answer(name: str, attended: Tensor, exact: Tensor) -> None:
         raise AttentionError(f"attention {name} is off by {error:.2g} of SDPA's answer; use sdpa")
 
 
-def milliseconds(function: Attention, q: Tensor, k: Tensor, v: Tensor) -> float:
-    """The shortest of some calls; the device is idle before each one and after it."""
-    times = []
+def milliseconds(
+    functions: Mapping[str, Attention], q: Tensor, k: Tensor, v: Tensor
+) -> Mapping[str, float]:
+    """Of each kernel the shortest of some calls; the device is idle before each and after it.
+
+    The kernels take turns: an idle GPU needs some milliseconds to reach its pace, which would all
+    be charged to the first one.
+    """
+    times = {name: math.inf for name in functions}
     for _ in range(REPEATS):
-        wait_for(q.device)
-        started = time.perf_counter()
-        function(q, k, v)
-        wait_for(q.device)
-        times.append(1000 * (time.perf_counter() - started))
-    return min(times)
+        for name, function in functions.items():
+            wait_for(q.device)
+            started = time.perf_counter()
+            function(q, k, v)
+            wait_for(q.device)
+            times[name] = min(times[name], 1000 * (time.perf_counter() - started))
+    return times
 
 
 def wait_for(device: torch.device) -> None:

@@ -1,5 +1,7 @@
 """FlashAttention's packages as stand-ins: their true signatures, SDPA's answers, on a CPU.
 
+Those of flash-attn 2.8, of FlashAttention 3's `hopper` folder, and of flash-attn-4 4.0.0b36.
+
 Each breaks a graph, as CUDA kernels do.
 """
 
@@ -71,6 +73,8 @@ def fa4(
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    qv: Tensor | None = None,
+    gather_kv_indices: Tensor | None = None,
     softmax_scale: float | None = None,
     causal: bool = False,
     window_size: tuple[int | None, int | None] = (None, None),
@@ -79,7 +83,7 @@ def fa4(
     num_splits: int = 1,
     pack_gqa: bool | None = None,
     deterministic: bool = False,
-    mask_mod: Any = None,
+    **more: Any,
 ) -> tuple[Tensor, Tensor | None]:
     torch._dynamo.graph_break()
     return attend(q, k, v), None

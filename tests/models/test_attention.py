@@ -152,13 +152,22 @@ def test_without_a_connection_auto_goes_on_and_a_forced_kernel_says_so(
         choose_attention(hopper, 128, "fa3")
 
 
-def test_an_own_build_comes_before_the_prebuilt_one(kernels_package, tmp_path, monkeypatch):
+def test_an_own_build_comes_before_the_prebuilt_one(kernels_package, tmp_path):
     """Catches a download beside a kernel that was built on purpose."""
     own = "from selfforcing_dfd.models.attention import attend as flash_attn_func"
     (tmp_path / "flash_attn_interface.py").write_text(own)
     load_kernel("fa3", torch.device("cuda"))
     assert kernels_package() == []
-    monkeypatch.delitem(sys.modules, "flash_attn_interface")
+    del sys.modules["flash_attn_interface"]
+
+
+def test_a_broken_package_is_named_and_done_without(tmp_path, monkeypatch, caplog):
+    """Catches a package of another torch or compiler that ends every stream with its own error."""
+    broken = "raise AttributeError('module cutlass has no attribute jit')"
+    (tmp_path / "flash_attn_interface.py").write_text(broken)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "fa3" not in installed_kernels()
+    assert "flash_attn_interface is installed and cannot be imported: module cutlass" in caplog.text
 
 
 def test_nothing_is_looked_for_on_a_cpu(kernels_package, monkeypatch):
