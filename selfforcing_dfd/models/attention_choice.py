@@ -153,7 +153,7 @@ def milliseconds(
     The kernels take turns: an idle GPU needs some milliseconds to reach its pace, which would all
     be charged to the first one.
     """
-    times = {name: math.inf for name in functions}
+    times = dict.fromkeys(functions, math.inf)
     for _ in range(REPEATS):
         for name, function in functions.items():
             wait_for(q.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -161,13 +162,47 @@ def test_a_clone_holds_the_past_alone(latents):
     assert copy.num_bytes == decoder.num_bytes
 
 
-def test_cudnn_tries_its_kernels_on_a_gpu_alone():
+def test_channels_last_is_kept_through_all_convolutions(latents, monkeypatch):
+    """Catches a layer that falls back to the other layout, which costs a copy in and one out.
+
+    The frames that are doubled in time are the place where it gets lost. Results do not show it.
+    """
+    found = []
+
+    def spied(convolution: Callable[..., Tensor], layout: torch.memory_format) -> Any:
+        def run(x: Tensor, *rest: Any, **options: Any) -> Tensor:
+            found.append(x.is_contiguous(memory_format=layout))
+            return convolution(x, *rest, **options)
+
+        return run
+
+    codec = small_codec(torch.bfloat16, channels_last=True)
+    decoder = codec.start_decoding()
+    decoder.decode(latents[:, :1])
+    layouts = {"conv2d": torch.channels_last, "conv3d": torch.channels_last_3d}
+    for name, layout in layouts.items():
+        monkeypatch.setattr(wan_decode, name, spied(getattr(wan_decode, name), layout))
+    decoder.decode(latents[:, 1:2])
+    assert len(found) > 15
+    assert all(found)
+
+
+def test_cudnn_tries_its_kernels_on_a_gpu_alone(latents):
     """Catches a switch that stays on for others, or overrules those who want the same bits."""
     cudnn = torch.backends.cudnn
-    for device, expected in (("cuda", True), ("cpu", False)):
-        with tuned_convolutions(torch.device(device)):
-            assert cudnn.benchmark is expected
+    codec = small_codec(torch.float32)
+    seen = []
+
+    def program(decoder: Any, x: Tensor, rooms: list[Tensor]) -> Tensor:
+        seen.append(cudnn.benchmark)
+        return torch.zeros(1, 3, 1, 32, 48)
+
+    codec.programs = Programs(program, program)
+    for device in ("cuda", "cpu"):
+        codec.device = torch.device(device)
+        codec.decode(latents[:, :1])
         assert cudnn.benchmark is False
+    assert seen == [True, False]
     cudnn.deterministic = True
     try:
         with tuned_convolutions(torch.device("cuda")):
