@@ -249,8 +249,9 @@ class Pass:
         """
         if layer.mode == "upsample3d" and not self.first:
             both = self.convolve(layer.time_conv, x).unflatten(1, (2, -1))
-            if both.stride(2) == 1:  # channels_last stays so
-                return both.permute(0, 3, 1, 4, 5, 2).flatten(0, 2).permute(0, 3, 1, 2)
+            if both.stride(2) == 1:  # channels_last stays so, where one frame is doubled too
+                pictures = both.permute(0, 3, 1, 4, 5, 2).contiguous()
+                return pictures.flatten(0, 2).permute(0, 3, 1, 2)
             return both.permute(0, 3, 1, 2, 4, 5).flatten(0, 2)
         if layer.mode == "upsample3d":
             next(self.rooms)

@@ -9,6 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from tiny_models import latents, tiny_network
+from torch import Tensor
+from torch.nn.attention import _cur_sdpa_kernel_backends
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.context import Conditioning
@@ -184,6 +186,22 @@ def test_sdpa_is_softmax_over_keys():
     )
     weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / 8**0.5).softmax(-1)
     assert torch.allclose(attend(q, k, v), torch.einsum("bhqk,bkhd->bqhd", weights, v), atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("name", "first"), [("sdpa", "CUDNN_ATTENTION"), ("sdpa-flash", "FLASH_ATTENTION")]
+)
+def test_torchs_kernels_are_asked_in_the_order_of_the_name(name, first, monkeypatch):
+    """Catches two names of one kernel: torch keeps its own order unless the priority is set."""
+    asked = []
+
+    def spied(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        asked.append(_cur_sdpa_kernel_backends(with_priority=True)[0].name)
+        return q
+
+    monkeypatch.setattr("selfforcing_dfd.models.attention.attend", spied)
+    load_kernel(name, torch.device("cuda"))(*(torch.empty(1, 2, 1, 8) for _ in range(3)))
+    assert asked == [first]
 
 
 def test_a_model_says_what_it_uses_and_uses_it():

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from kernel_packages import fa3
+from kernel_packages import fa3, install
 from torch import Tensor
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.models import attention_fp8
-from selfforcing_dfd.models.attention import attend
+from selfforcing_dfd.models.attention import attend, load_kernel
 from selfforcing_dfd.models.attention_fp8 import E4M3, in_eight_bits, round_to_e4m3
 from selfforcing_dfd.streaming.load import load_settings, load_stream_model
 from selfforcing_dfd.streaming.session import StreamSession
@@ -98,3 +98,12 @@ def test_a_prompt_is_attended_to_in_its_own_dtype(monkeypatch):
     monkeypatch.setattr(attention_fp8, "round_to_e4m3", pytest.fail)
     q, k, v = (rng.normal((1, 9, 2, 8), 0, name).bfloat16() for name in "qkv")
     assert torch.equal(eight_bits(q, k, v), attend(q, k, v))
+
+
+def test_the_kernel_of_that_name_rounds(monkeypatch):
+    """Catches `fa3-fp8` that loads FlashAttention 3 and gives it 16 bits."""
+    install(monkeypatch, "fa3")
+    q, k, v = (rng.normal((1, 9, 2, 8), 0, name).bfloat16() for name in "qkv")
+    cpu = torch.device("cpu")
+    assert torch.equal(load_kernel("fa3-fp8", cpu)(q, k, v), eight_bits(q, k, v))
+    assert torch.equal(load_kernel("fa3", cpu)(q, k, v), attend(q, k, v))

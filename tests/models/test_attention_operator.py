@@ -13,6 +13,7 @@ from torch._dynamo.utils import counters
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.models import attention_operator
 from selfforcing_dfd.models.attention import KERNELS, attend, load_kernel
 from selfforcing_dfd.models.attention_operator import (
     KernelAttention,
@@ -122,6 +123,27 @@ def test_the_operator_keeps_its_promises():
         x.requires_grad_()
     for part in (None, visible):
         torch.library.opcheck(attend_operator, (q, k, v, part, "sdpa"))
+
+
+def test_a_kernel_may_lay_out_its_answer_as_it_likes(monkeypatch):
+    """Catches an answer, or gradients, of another layout than compiled code was promised.
+
+    Torch's own kernels put heads first on a GPU.
+    """
+
+    def heads_first(q, k, v):
+        return attend(q, k, v).transpose(1, 2).contiguous().transpose(1, 2)
+
+    monkeypatch.setattr(attention_operator, "loaded", lambda *_: heads_first)
+    q, k, v, visible = inputs()
+    k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (k, v))
+    for x in (q, k, v):
+        x.requires_grad_()
+    torch.library.opcheck(attend_operator, (q, k, v, visible, "sdpa"))
+    attended = attend_operator(q, k, v, visible, "sdpa")
+    assert attended.is_contiguous()
+    grads = attention_operator.backward_operator(attended.detach(), q, k, v, visible, "sdpa")
+    assert all(grad.is_contiguous() for grad in grads)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import sys
+from typing import Any
 
 import pytest
 import torch
 from tiny_models import LADDER, conditioning, latents, tiny_network
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
 from torchao.quantization import Float8Tensor
 
 from selfforcing_dfd import rng
@@ -67,6 +69,42 @@ def test_torchao_rounds_and_multiplies_as_the_emulation_says():
         assert float(((made - wanted).float().abs() / largest).max()) <= tolerance
         exact = layer(dtype).double()(x.double())
         assert float((made.double() - exact).norm() / exact.norm()) < 0.05
+
+
+class Products(TorchDispatchMode):
+    """Keeps the arguments of every 8-bit product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[dict[str, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket is torch.ops.aten._scaled_mm:
+            names = (argument.name for argument in func._schema.arguments)
+            self.asked.append(dict(zip(names, args, strict=False)) | (kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_gpu_is_asked_for_what_it_takes():
+    """Catches products without fast accumulation, and inputs that CUDA refuses and a CPU takes.
+
+    It wants the second matrix by columns, one float32 scale a row and column, and a bias of the
+    result's dtype.
+    """
+    linear = layer(torch.bfloat16)
+    linear.weight = nn.Parameter(rounded_weight(linear.weight), requires_grad=False)
+    with Products() as products:
+        linear(inputs(torch.bfloat16))
+    (asked,) = products.asked
+    assert asked["use_fast_accum"] is True
+    assert asked["out_dtype"] == asked["bias"].dtype == torch.bfloat16
+    assert asked["self"].is_contiguous()
+    assert asked["mat2"].t().is_contiguous()
+    assert asked["self"].dtype == asked["mat2"].dtype == fp8.E4M3
+    assert (asked["scale_a"].shape, asked["scale_b"].shape) == ((14, 1), (1, 32))
+    for name in ("scale_a", "scale_b"):
+        assert asked[name].dtype == torch.float32
+        assert asked[name].is_contiguous()
 
 
 def test_a_network_changes_as_the_emulation_says():
