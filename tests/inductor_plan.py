@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch._inductor.exc import InductorError
 from torch._inductor.graph import GraphLowering
-from torch._inductor.ir import MultiOutput
+from torch._inductor.ir import FixedLayout, MultiOutput
 from torch._inductor.scheduler import ExternKernelSchedulerNode, NopKernelSchedulerNode
 
 from selfforcing_dfd.benchmark.operators import Work
@@ -24,10 +24,14 @@ class Planned(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Kernels that inductor writes itself, with their bytes, and calls of ready ones."""
+    """Kernels that inductor writes itself, with their bytes, and calls of ready ones.
+
+    largest: numbers in the largest tensor that the program makes for itself.
+    """
 
     written: Work
     called: int
+    largest: int
 
 
 def planned(call: Callable[[], Any]) -> Plan:
@@ -38,9 +42,10 @@ def planned(call: Callable[[], Any]) -> Plan:
     """
     written = Work(0, 0)
     called = 0
+    largest = 0
 
     def plan(graph: Any) -> None:
-        nonlocal written, called
+        nonlocal written, called, largest
         graph.init_wrapper_code()
         graph._update_scheduler()
         for node in graph.scheduler.nodes:
@@ -48,6 +53,8 @@ def planned(call: Callable[[], Any]) -> Plan:
                 called += not isinstance(node.node, MultiOutput)
             elif not isinstance(node, NopKernelSchedulerNode):
                 written += Work(1, node.get_read_write_buffers_sizes())
+        made = [buffer for buffer in graph.buffers if isinstance(buffer.layout, FixedLayout)]
+        largest = max(int(buffer.get_numel()) for buffer in made)
         raise Planned
 
     with (
@@ -55,7 +62,7 @@ def planned(call: Callable[[], Any]) -> Plan:
         pytest.raises(InductorError, match="Planned"),
     ):
         call()
-    return Plan(written, called)
+    return Plan(written, called, largest)
 
 
 def use_fake_weights(module: nn.Module) -> None:
