@@ -258,7 +258,9 @@ def serve(
     try:
         listener = socket.create_server((host, port), family=family)
     except (OSError, OverflowError) as error:
-        raise OSError(f"cannot listen: {error}; choose another port, or a host of this machine") from error
+        raise OSError(
+            f"cannot listen: {error}; choose another port, or a host of this machine"
+        ) from error
     with listener, suppress(KeyboardInterrupt):  # uvicorn raises it once more after a clean end
         ready()
         uvicorn.Server(server_config(app)).run(sockets=[listener])
