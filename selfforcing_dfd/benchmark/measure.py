@@ -20,8 +20,10 @@ from torch.profiler import ProfilerActivity, profile
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.benchmark.flops import ChunkFlops, chunk_flops, utilisation
+from selfforcing_dfd.benchmark.processor import processor_time
 from selfforcing_dfd.benchmark.statistics import (
     Recording,
+    certainty,
     first_frames,
     stage_breakdown,
     steady_state,
@@ -142,7 +144,10 @@ class Bench:
     def run(self, session: StreamSession, num_chunks: int) -> Recording:
         """Record the ramp and then num_chunks steady chunks."""
         recording = Recording(max(self.ramp - session.chunk_index, 1))
-        for _ in range(recording.steady + num_chunks):
+        begun = processor_time()
+        for number in range(recording.steady + num_chunks):
+            if number == recording.steady:
+                begun = processor_time()
             chunk = session.next_chunk()
             ready = time.perf_counter()
             recording.add(
@@ -153,6 +158,7 @@ class Bench:
                 memory_now(self.model.device),
             )
             recording.add_stages(chunk.timings.stages_ms | self._take())
+        recording.processor = processor_time() - begun
         return recording
 
     def prompt_to_photon_ms(self, session: StreamSession) -> list[float]:
@@ -208,6 +214,7 @@ def measure(
         "num_steady_chunks": plan.num_chunks,
         **first_frames(cold, **starts),
         **steady_state(recording, plan.playback_fps, plan.buffer_chunks),
+        **certainty(recording),
         "prompt_to_photon_ms": {"trials": len(waits), "mode": settings.on_prompt, **summary(waits)}
         if waits
         else None,

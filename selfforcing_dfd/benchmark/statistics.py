@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
+from selfforcing_dfd.benchmark.processor import ProcessorTime
+
 MEGABYTE = 1e6
+NUM_PARTS = 10
+"""Of the steady state: how far their paces are apart says how well the mean is known."""
 
 
 def summary(samples: Sequence[float]) -> dict[str, float]:
@@ -70,7 +74,7 @@ def growth_per_thousand(values: Sequence[float]) -> float:
 class Recording:
     """A run, chunk by chunk, in flat arrays, so that recording does not look like growth.
 
-    stages_ms are sums from chunk `steady` on.
+    stages_ms are sums from chunk `steady` on, and so is the processor's time.
     """
 
     steady: int  # index of the first steady chunk, at least 1
@@ -80,6 +84,7 @@ class Recording:
     num_frames: array[int] = field(default_factory=lambda: array("q"))
     memory_bytes: array[int] = field(default_factory=lambda: array("q"))
     stages_ms: dict[str, float] = field(default_factory=dict)
+    processor: ProcessorTime | None = None
 
     def add(
         self,
@@ -161,6 +166,24 @@ def steady_state(recording: Recording, playback_fps: float, buffer_chunks: float
         "deadline_buffer_chunks": buffer_chunks,
         "min_buffer_ms": shown.min_buffer_ms,
         "mem_growth_mb_per_1k_chunks": growth,
+    }
+
+
+def certainty(recording: Recording) -> dict[str, Any]:
+    """How well the pace is known.
+
+    interval_parts_ms: mean intervals of the steady state's parts, in order; neighbouring chunks are
+    slow together, so the spread of single ones says too little. processor_ms_per_frame: time of all
+    threads for a video frame. waited_share: of the time the run was ready and had no core.
+    """
+    intervals = recording.intervals_ms
+    parts = np.array_split(intervals, min(NUM_PARTS, len(intervals)))
+    took = recording.processor
+    num_frames = sum(recording.num_frames[recording.steady :])
+    return {
+        "interval_parts_ms": [float(part.mean()) for part in parts],
+        "processor_ms_per_frame": None if took is None else 1000 * took.busy_s / num_frames,
+        "waited_share": None if took is None else took.waited_share,
     }
 
 

@@ -19,6 +19,8 @@ from selfforcing_dfd.common import UserError
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 
 FEW_CHUNKS = 200
+BUSY = 0.05
+"""Share of the time without a core from which on a pace says more of others than of this run."""
 WIDTH = 40  # of the first column
 Number = float | None
 
@@ -124,9 +126,12 @@ def pace_rows(result: dict[str, Any]) -> Iterator[tuple[str, Number, str]]:
     for name in ("chunk_latency", "first_frame_in_chunk", "chunk_interval", "frame_latency"):
         for key, value in result[f"{name}_ms"].items():
             yield f"{name.replace('_', ' ')} {key}", value, "ms"
+    yield "processor time of a frame", result["processor_ms_per_frame"], "ms"
+    waited = result["waited_share"]
+    yield "waited for a core", None if waited is None else 100 * waited, "%"
     yield "jitter of the interval, std", result["jitter_ms"]["std"], "ms"
     yield "jitter of the interval, p99 - p50", result["jitter_ms"]["p99_minus_p50"], "ms"
-    yield "steady FPS, VAE included", result["steady_fps_with_vae"], "fps"
+    yield "steady FPS, decoder included", result["steady_fps_with_vae"], "fps"
     yield "DiT-only FPS, from the stages", result["dit_only_fps"], "fps"
     yield "DiT-only FPS, own pass", result["dit_only_pass_fps"], "fps"
     yield f"real-time factor at {result['playback_fps']:g} fps", result["rtf"], ""
@@ -203,6 +208,9 @@ def remarks(result: dict[str, Any]) -> Iterator[str]:
     decoder = result["small_decoder"]
     if decoder is not None:
         yield f"note: small decoder {decoder['name']}: {fidelity_of(decoder['fidelity'])}"
+    waited = result["waited_share"]
+    if waited is not None and waited > BUSY:
+        yield f"note: the machine was busy: {waited:.0%} of the time this waited for a core"
     if num_chunks < FEW_CHUNKS:
         yield (
             f"note: {num_chunks} chunks are few; p99 needs {FEW_CHUNKS} to be more than the slowest"

@@ -49,7 +49,8 @@ def guarded(options: argparse.Namespace) -> int:
     """
     try:
         options.command(options)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # closed before the program began
+            sys.stdout.flush()
     except Interrupted as stop:
         return end(str(stop), EXIT_INTERRUPTED)
     except KeyboardInterrupt:

@@ -93,7 +93,8 @@ class Parser(argparse.ArgumentParser):
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         """After --help: a reader that has left is met here, and not at the end of the process."""
-        sys.stdout.flush()
+        if sys.stdout is not None:
+            sys.stdout.flush()
         super().exit(status, message)
 
     def error(self, message: str) -> NoReturn:

@@ -263,25 +263,45 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
     _add_result_options(parser.add_argument_group("the result"))
 
     def run(args: argparse.Namespace) -> None:
-        if args.out and args.out.suffix == ".html":
-            raise UserError("--out names the JSON; the page is written beside it as .html")
+        if args.out:
+            check_result_file(args.out)
         is_timed = not (args.compare or args.count_decoder or args.count_memory or args.precision)
         text, result = timed(args) if is_timed else untimed(args)
         line = json.dumps(result, allow_nan=False)
+        written = write_result(args.out, line, result if is_timed else None) if args.out else []
         print(text)
-        if args.out:
-            args.out.write_text(line + "\n")
-            print(f"wrote {args.out}")
-        if args.out and is_timed:
-            from selfforcing_dfd.benchmark.page import render
-
-            page = args.out.with_suffix(".html")
-            page.write_text(render(result))
-            print(f"wrote {page}")
-        if not sys.stdout.isatty():
+        for path in written:
+            print(f"wrote {path}")
+        # without a stdout there is nobody to tell
+        if sys.stdout is not None and not sys.stdout.isatty():
             print(line)
 
     return run
+
+
+def check_result_file(path: Path) -> None:
+    """Raise UserError, before minutes of measuring, for a result that cannot be written there."""
+    if path.suffix == ".html":
+        raise UserError("--out names the JSON; the page is written beside it as .html")
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file in it, such as {path / 'result.json'}")
+    if not path.parent.is_dir():
+        raise UserError(f"{path.parent} does not exist; make that folder, or name another one")
+
+
+def write_result(path: Path, line: str, timed_result: dict[str, Any] | None) -> list[Path]:
+    """Write the JSON, and of a timed result the page; returns the files.
+
+    That comes before anything is printed, since the reader of a pipe may have left.
+    """
+    path.write_text(line + "\n")
+    if timed_result is None:
+        return [path]
+    from selfforcing_dfd.benchmark.page import render
+
+    page = path.with_suffix(".html")
+    page.write_text(render(timed_result))
+    return [path, page]
 
 
 def timed(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:

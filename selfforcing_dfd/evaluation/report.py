@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from selfforcing_dfd.common import find_device
+from selfforcing_dfd.common import UserError, find_device
 from selfforcing_dfd.config import Config, as_dict
 from selfforcing_dfd.evaluation import curves
 from selfforcing_dfd.evaluation.combine import combine
@@ -32,7 +32,7 @@ from selfforcing_dfd.evaluation.sources import Source, run_source, runs_of, sour
 from selfforcing_dfd.evaluation.tables import Row
 from selfforcing_dfd.evaluation.world import World
 from selfforcing_dfd.evaluation.worlds import world_of
-from selfforcing_dfd.stages import arms_of, load_config
+from selfforcing_dfd.stages import arms_of, load_config, stage_of
 from selfforcing_dfd.stages.config_files import to_yaml
 from selfforcing_dfd.training.folders import run_folder
 from selfforcing_dfd.training.identity import proof_of
@@ -182,11 +182,17 @@ def sample_videos(
 
     With arms, the last one's student. Each prompt has a line of clips; without prompts, captions
     are drawn from the data. small: decodes in place of the codec. Returns the mp4's path. Raises
-    WeightsError for a folder without a run, UserError for a prompt that the run's world has no text
-    for.
+    WeightsError for a folder without a run, UserError for a run that trained no transformer and for
+    a prompt that the run's world has no text for.
     """
     weights = student_of(run)
     config = load_config(str(config_of(weights.parent)))
+    stage = stage_of(config)
+    if not stage.trains_transformers:
+        raise UserError(
+            f"{run} is a run of stage {stage.name}, which makes no clips by itself; name a "
+            f"student's run, and this one by --decoder-weights {run}"
+        )
     world = world_of(config)
     layout = world.layout
     if prompts:

@@ -17,7 +17,8 @@ from selfforcing_dfd import rng
 from selfforcing_dfd.benchmark.headline import headline, rate_of
 from selfforcing_dfd.benchmark.measure import Bench, Plan, measure
 from selfforcing_dfd.benchmark.page import render
-from selfforcing_dfd.benchmark.statistics import Recording, stage_breakdown, steady_state
+from selfforcing_dfd.benchmark.processor import ProcessorTime
+from selfforcing_dfd.benchmark.statistics import Recording, certainty, stage_breakdown, steady_state
 from selfforcing_dfd.benchmark.table import read_result
 from selfforcing_dfd.benchmark.timed import timed_calls
 from selfforcing_dfd.cli.main import main
@@ -86,6 +87,9 @@ PLAIN = {
     "playback_fps",
     "deadline_miss_rate",
     "min_buffer_ms",
+    "interval_parts_ms",
+    "processor_ms_per_frame",
+    "waited_share",
     "mem_growth_mb_per_1k_chunks",
     "syncs_per_chunk",
     "kernels_per_chunk",
@@ -153,6 +157,11 @@ def test_the_figures_fit_together(quick):
     stages = dict(result["stages_ms"])
     wall = stages.pop("wall")
     assert sum(stages.values()) == pytest.approx(wall)
+    # one thread or more ran while a frame was made, and no longer than all of them could
+    most = 1000 / result["steady_fps_with_vae"] * result["environment"]["threads"]
+    assert 0 < result["processor_ms_per_frame"] < 1.1 * most
+    assert 0 <= result["waited_share"] < 1
+    assert sum(result["interval_parts_ms"]) / 3 == pytest.approx(wall)
     # three latent frames are 12 video frames
     assert result["steady_fps_with_vae"] == pytest.approx(12 * 1000 / wall)
     assert result["rtf"] == pytest.approx(16 / result["steady_fps_with_vae"])
@@ -171,6 +180,7 @@ def test_five_lines_come_first(quick):
     assert len(lines) == 5
     assert "\n".join(lines) in quick[0]
     assert rate_of(result["steady_fps_with_vae"]) in lines[0]
+    assert "with the small decoder" in headline({**result, "small_decoder": {}})[0]
     for words in ("with the VAE", "K = 6", "trained weights", "p99 needs 200"):
         assert words in quick[0]
     assert len(quick[0].splitlines()) < 15
@@ -217,6 +227,8 @@ def test_fast_variants_say_what_they_are():
         (("--chunks", "0"), "want a whole number of at least 1"),
         (("--fps", "0"), "fps must be positive"),
         (("--out", "a.html"), "--out names the JSON"),
+        (("--out", "nowhere/a.json"), "nowhere does not exist"),
+        (("--out", "."), "is a folder"),
         (("--attention", "fa3"), "needs a CUDA device"),
         (("--random-weights", "tiny", "--weights", "x"), "goes without --run and --weights"),
     ],
@@ -343,7 +355,21 @@ def test_only_steady_chunks_count_in_sums_and_pace():
     assert result["rtf"] == 2.0
     assert result["frame_latency_ms"]["max"] == pytest.approx(2000 / 12)
     assert stage_breakdown(recording)["noise"] == 4.0
+    assert certainty(recording)["interval_parts_ms"] == [1000.0, 2000.0]
     assert stage_breakdown(recording)["unattributed"] == 1500.0 - 4.0
+
+
+def test_parts_are_of_the_steady_state_in_order():
+    """Catches parts that begin with the ramp, and the processor's time of more than was counted."""
+    ready = [0.0, 9.0] + [9.0 + n + 1 for n in range(20)]
+    recording = recorded(ready, [{}] * len(ready))
+    recording.processor = ProcessorTime(20.0, 12.0, 5.0)
+    found = certainty(recording)
+    assert found["interval_parts_ms"] == [1000.0] * 10
+    assert found["processor_ms_per_frame"] == 12_000 / 240
+    assert found["waited_share"] == 0.25
+    span = ProcessorTime(3.0, 2.0, None) - ProcessorTime(1.0, 0.5, None)
+    assert (span.wall_s, span.busy_s, span.waited_share) == (2.0, 1.5, None)
 
 
 def test_the_parts_of_a_stage_are_taken_out_of_it():

@@ -11,12 +11,13 @@ import torch
 from tiny_wan import save_wan_folder, tiny_vae
 
 from selfforcing_dfd import rng
+from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.cli.train import run
 from selfforcing_dfd.codecs.fidelity import Comparison, Fidelity
 from selfforcing_dfd.codecs.small_codec import SmallStream
 from selfforcing_dfd.codecs.small_decoder import DecoderSize, SmallDecoder
 from selfforcing_dfd.codecs.wan_vae import WanCodec
-from selfforcing_dfd.common import shipped
+from selfforcing_dfd.common import EXIT_USER_ERROR, shipped
 from selfforcing_dfd.config import Config, ConfigError
 from selfforcing_dfd.data.pack import pack
 from selfforcing_dfd.data.shards import Batch, ShardReader
@@ -204,3 +205,15 @@ def test_it_learns_from_wans_vae(settings: Settings, tmp_path: Path) -> None:
     found.check_latents("wan-vae-of-another-dtype")
     latents = ShardReader(tmp_path / "wan-shards")[0].latents[None]
     assert SmallStream(found.network).decode(latents).shape == (1, 9, 64, 64, 3)
+
+
+def test_a_decoder_makes_no_clips_by_itself(
+    settings: Settings, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Catches a traceback for a run that has no transformer."""
+    config = settings("run.student_updates=1")
+    run(config)
+    assert main(["sample", "--run", str(run_folder(config))]) == EXIT_USER_ERROR
+    said = capsys.readouterr().err
+    assert "is a run of stage decoder, which makes no clips by itself" in said
+    assert f"--decoder-weights {run_folder(config)}" in said
