@@ -28,7 +28,7 @@ def headline(result: dict[str, Any]) -> list[str]:
         f"{time_of(result['ttff_cold_ms'])} cold",
         f"prompt to picture  {shown}",
         f"memory             {size_of(peak_bytes)} at most ({kind})",
-        *baseline_line(result.get("baseline")),
+        *baseline_line(result.get("baseline"), decoder_of(result)),
     ]
 
 
@@ -37,15 +37,19 @@ def decoder_of(result: dict[str, Any]) -> str:
     return "VAE" if result["small_decoder"] is None else "small decoder"
 
 
-def baseline_line(baseline: dict[str, Any] | None) -> Iterator[str]:
-    """A clip by diffusers' loop and by the stream, first frames included; nothing without one."""
+def baseline_line(baseline: dict[str, Any] | None, decoder: str = "VAE") -> Iterator[str]:
+    """A clip by diffusers' loop and by the stream, first frames included; nothing without one.
+
+    decoder: the stream's. diffusers has the VAE.
+    """
     if baseline is not None:
         ours = baseline["stream"]
         theirs = baseline["diffusers"]
         yield (
             f"diffusers' loop    {rate_of(theirs['fps'])} frames a second of a clip of "
             f"{baseline['video_frames']}, first frame {time_of(theirs['first_frame_ms'])}; "
-            f"the stream {rate_of(ours['fps'])}, {time_of(ours['first_frame_ms'])}"
+            f"the stream with the {decoder} {rate_of(ours['fps'])}, "
+            f"{time_of(ours['first_frame_ms'])}"
         )
 
 

@@ -89,7 +89,8 @@ def _codec(size: str, device: torch.device, dtype: torch.dtype) -> tuple[Any, tu
 
     is_tiny = size == "wan-tiny"
     vae: Any = AutoencoderKLWan(**(TINY_VAE if is_tiny else {}))
-    codec = WanCodec(vae.to(dtype), channels_last=device.type == "cuda")
+    nn.Module.to(vae, dtype)  # diffusers' own warns, of no module at all
+    codec = WanCodec(vae, channels_last=device.type == "cuda")
     return codec, TINY_VIDEO_SIZE if is_tiny else VIDEO_SIZE
 
 

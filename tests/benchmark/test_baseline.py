@@ -97,7 +97,8 @@ def test_a_line_and_rows_say_who_made_the_clip():
     }
     (line,) = baseline_line(result)
     assert "8.0 frames a second of a clip of 81, first frame 9.00 s" in line
-    assert line.endswith("the stream 20.0, 150 ms")
+    assert line.endswith("the stream with the VAE 20.0, 150 ms")
+    assert "the stream with the small decoder" in next(baseline_line(result, "small decoder"))
     rows = {name: value for name, value, _ in baseline_rows(result)}
     assert rows["clip by stream, FPS"] == 20.0
     assert rows["clip by diffusers, first frame"] == 9000.0

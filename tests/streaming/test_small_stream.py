@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from tiny_wan import tiny_vae
 
 from selfforcing_dfd import StreamSession, load_stream_model
 from selfforcing_dfd.benchmark.flops import on_meta
-from selfforcing_dfd.cli.main import main
+from selfforcing_dfd.cli.main import main, parse
 from selfforcing_dfd.codecs.fidelity import CheckedCodec
 from selfforcing_dfd.codecs.small_codec import SmallCodec
 from selfforcing_dfd.codecs.small_decoder import DecoderSize, SmallDecoder
@@ -22,7 +23,8 @@ from selfforcing_dfd.codecs.taew import TaewDecoder
 from selfforcing_dfd.codecs.wan_vae import WanCodec
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.cost import decode_flops
-from selfforcing_dfd.live.play import describe_model
+from selfforcing_dfd.live.play import describe_model, prepare
+from selfforcing_dfd.live.web.shared import Student
 from selfforcing_dfd.streaming.decoders import (
     TINY_DECODER,
     shared,
@@ -145,6 +147,14 @@ def test_students_share_weights_and_not_what_was_found(model: StreamModel) -> No
     assert both.network is first.network
     assert (both.fidelity, first.fidelity) == ("of the second", "")
     assert shared(model.codec, model.codec) is model.codec
+
+
+def test_the_stream_and_the_page_say_how_far_it_is() -> None:
+    """Catches a stream, or a page, that shows another picture without a word about it."""
+    small, settings = prepare(parse(["stream", "--decoder", "small", "--device", "cpu"]))
+    for said in (describe_model("mine", small), Student(small, settings).facts()["about"]):
+        assert "small decoder decoder.safetensors against the full decode" in said
+        assert re.search(r"PSNR 3\d\.\d dB, flicker 0\.\d\d of 255", said)
 
 
 def last_line(capsys: pytest.CaptureFixture[str]) -> tuple[str, dict[str, object]]:
