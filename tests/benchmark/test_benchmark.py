@@ -6,6 +6,7 @@ import io
 import json
 import re
 from contextlib import redirect_stderr, redirect_stdout
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -305,7 +306,60 @@ def test_the_ramp_is_no_part_of_the_steady_state(model):
     recording = bench.run(session, 2)
     assert (recording.steady, len(recording.ready_s), len(recording.intervals_ms)) == (3, 5, 2)
     assert list(recording.num_frames) == [9, 12, 12, 12, 12]
+    # the processor's time is that of the last two chunks, which the last four contain
+    assert recording.processor is not None
+    assert 0 < recording.processor.wall_s < recording.ready_s[-1] - recording.ready_s[0]
     assert len(bench.run(session, 2).ready_s) == 3  # one more, where the first interval begins
+
+
+@dataclass
+class CountedText:
+    """A text encoder that notes what it is asked for."""
+
+    text: TinyText
+    asked: list[str] = field(default_factory=list)
+
+    def encode(self, captions: list[str]) -> torch.Tensor:
+        self.asked += captions
+        return self.text.encode(captions)
+
+
+def test_cached_prompts_are_cached_and_warm_ones_are_not(model):
+    """Catches a cached first frame that runs the text encoder, and a warm one that does not."""
+    text = CountedText(TinyText(12))
+    plan = Plan(num_restarts=3)
+    bench = Bench(replace(model, text=text), StreamSettings(), ("a", "b"), plan)
+    session, _ = bench.start()
+    text.asked.clear()
+    found = bench.restarts(session)
+    assert text.asked == ["a", "b", "a", "a", "b"]  # three warm starts, and both told in advance
+    assert [len(found[kind]) for kind in ("warm", "cached")] == [3, 3]
+    session.set_prompt("a")
+    assert text.asked[-1] == "a"
+    assert len(text.asked) == 6  # later prompts are new ones again
+
+
+class Stop(Exception):
+    """Raised once a test has seen enough."""
+
+
+def test_warm_starts_come_after_every_shape(model, monkeypatch):
+    """Catches cold shapes in warm figures where fewer warm-up chunks are asked for than it takes.
+
+    K = 9 is full after three chunks; the fourth is the first that forgets one.
+    """
+    seen = []
+
+    def restarts(bench: Bench, session: StreamSession) -> None:
+        seen.append(session.chunk_index)
+        raise Stop
+
+    monkeypatch.setattr(Bench, "restarts", restarts)
+    settings = StreamSettings(sink_frames=3, window_frames=6)
+    for asked, made in ((0, 1 + 4), (7, 1 + 7)):
+        with pytest.raises(Stop):
+            measure(model, settings, ("a", "b"), Plan(num_warmup=asked))
+        assert seen[-1] == made
 
 
 def test_a_wish_is_answered_by_the_next_chunk(model):

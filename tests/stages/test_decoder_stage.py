@@ -129,6 +129,68 @@ def test_each_part_of_the_loss_counts(world: str, codec: TinyCodec) -> None:
     assert bool(gradient.flatten(2).abs().sum(2).all())  # every frame is seen
 
 
+class KnownTeacher:
+    """Shows latents as they are, as grey pictures, and sees pixels as they are."""
+
+    fingerprint = "known"
+
+    def decode(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents.movedim(2, -1)[..., :1].expand(*latents.shape[:2], 2, 3, 3)
+
+    def features(self, videos: torch.Tensor) -> list[torch.Tensor]:
+        return [videos, 2 * videos]
+
+
+class OffBy(torch.nn.Module):
+    """A decoder that shows the teacher's frames plus an error for each."""
+
+    def __init__(self, errors: torch.Tensor) -> None:
+        super().__init__()
+        self.errors = torch.nn.Parameter(errors)
+
+    def forward(self, latents: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        return KnownTeacher().decode(latents) + self.errors.view(1, -1, 1, 1, 1), []
+
+
+def test_the_loss_by_hand() -> None:
+    """Catches frames out of step, changes that are not compared, and a share of something else.
+
+    Frames are .1, .2 and .6 bright, the second one is shown .06 too bright.
+    """
+    frames = torch.tensor([0.1, 0.2, 0.6]).view(1, 3, 1, 1, 1)
+    latents = frames.expand(2, 3, 16, 2, 3)
+    draw = Draw(0, 0, 2, 0, (0, 1))
+    for error, pixels, share, changes in ((0.0, 0, 0, 0), (0.06, 0.02, 0.02 / 0.3, 0.06)):
+        student = OffBy(torch.tensor([0.0, error, 0.0]))
+        stage = DecoderStage({"student": student}, KnownTeacher(), perceptual=0.5, temporal=2.0)
+        batch = Batch(latents, torch.zeros(2, 1, 1), ("", ""), ("0", "1"), None)
+        found = stage.loss("student", batch, draw, 0)
+        values = {name: value.tolist() for name, value in found.values.items()}
+        assert values["pixel_loss"] == pytest.approx([pixels] * 2, abs=1e-6)
+        assert values["perceptual_loss"] == pytest.approx([share] * 2, abs=1e-5)
+        assert values["temporal_loss"] == pytest.approx([changes] * 2, abs=1e-6)
+        wanted = pixels + 0.5 * share + 2 * changes
+        assert float(found.loss.detach()) == pytest.approx(wanted, abs=1e-5)
+
+
+def test_features_are_what_wans_encoder_sees() -> None:
+    """Catches pictures in another range than the encoder's own, and another layer's input."""
+    teacher = wan_teacher()
+    videos = rng.normal((1, 5, 16, 16, 3), 0, "videos").float().mul(0.2).add(0.5).clamp(0, 1)
+    seen: list[torch.Tensor] = []
+    layers = teacher.codec.vae.encoder.down_blocks
+    halvings = [layer for layer in layers if type(layer).__name__ == "WanResample"]
+    hooks = [
+        layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+        for layer in halvings
+    ]
+    teacher.codec.encode(videos[:, :1])  # a first frame has no past, as the features' first frame
+    for hook in hooks:
+        hook.remove()
+    for ours, own in zip(teacher.features(videos), seen[:2], strict=True):
+        torch.testing.assert_close(ours[:, :, :1], own.float(), rtol=1e-4, atol=1e-4)
+
+
 def test_crops_are_squares_of_the_first_frames(codec: TinyCodec) -> None:
     """Catches rows in place of columns, the same corner for all, and frames that begin later."""
     rows, columns = torch.meshgrid(torch.arange(9.0), torch.arange(12.0), indexing="ij")

@@ -142,9 +142,11 @@ def test_students_share_weights_and_not_what_was_found(model: StreamModel) -> No
     assert isinstance(first, SmallCodec)
     assert isinstance(second, SmallCodec)
     second.fidelity = "of the second"
+    first.compile_decoding(backend="eager")
     both = shared(second, first)
     assert isinstance(both, SmallCodec)
     assert both.network is first.network
+    assert both.program is first.program is not None  # compiled once for both
     assert (both.fidelity, first.fidelity) == ("of the second", "")
     assert shared(model.codec, model.codec) is model.codec
 
