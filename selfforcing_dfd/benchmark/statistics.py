@@ -178,13 +178,17 @@ def certainty(recording: Recording) -> dict[str, Any]:
     """
     intervals = recording.intervals_ms
     parts = np.array_split(intervals, min(NUM_PARTS, len(intervals)))
-    took = recording.processor
-    num_frames = sum(recording.num_frames[recording.steady :])
-    return {
+    found: dict[str, Any] = {
         "interval_parts_ms": [float(part.mean()) for part in parts],
-        "processor_ms_per_frame": None if took is None else 1000 * took.busy_s / num_frames,
-        "waited_share": None if took is None else took.waited_share,
+        "processor_ms_per_frame": None,
+        "waited_share": None,
     }
+    took = recording.processor
+    if took is not None:
+        num_frames = sum(recording.num_frames[recording.steady :])
+        found["processor_ms_per_frame"] = 1000 * took.busy_s / num_frames
+        found["waited_share"] = took.waited_share
+    return found
 
 
 def stage_breakdown(recording: Recording) -> dict[str, float]:

@@ -163,7 +163,8 @@ def is_cpu(result: dict[str, Any]) -> bool:
 
 def on_busy_cpu(*results: dict[str, Any]) -> bool:
     """Whether one of them ran on a CPU, and waited long for it. A GPU's host has time to wait."""
-    return any(is_cpu(each) and (each["waited_share"] or 0.0) > BUSY for each in results)
+    shares = [each["waited_share"] or 0.0 for each in results if is_cpu(each)]
+    return max(shares, default=0.0) > BUSY
 
 
 def waits(result: dict[str, Any]) -> str:

@@ -24,6 +24,7 @@ from selfforcing_dfd.cli.options import (
     positive,
     size,
 )
+from selfforcing_dfd.cli.results import check_result_file, write_result
 from selfforcing_dfd.common import UserError
 
 MODEL_SIZES = ("tiny", "wan-tiny", "wan1.3b", "wan14b")
@@ -277,31 +278,6 @@ def benchmark(parser: argparse.ArgumentParser) -> Run:
             print(line)
 
     return run
-
-
-def check_result_file(path: Path) -> None:
-    """Raise UserError, before minutes of measuring, for a result that cannot be written there."""
-    if path.suffix == ".html":
-        raise UserError("--out names the JSON; the page is written beside it as .html")
-    if path.is_dir():
-        raise UserError(f"{path} is a folder; name a file in it, such as {path / 'result.json'}")
-    if not path.parent.is_dir():
-        raise UserError(f"{path.parent} does not exist; make that folder, or name another one")
-
-
-def write_result(path: Path, line: str, timed_result: dict[str, Any] | None) -> list[Path]:
-    """Write the JSON, and of a timed result the page; returns the files.
-
-    That comes before anything is printed, since the reader of a pipe may have left.
-    """
-    path.write_text(line + "\n")
-    if timed_result is None:
-        return [path]
-    from selfforcing_dfd.benchmark.page import render
-
-    page = path.with_suffix(".html")
-    page.write_text(render(timed_result))
-    return [path, page]
 
 
 def timed(args: argparse.Namespace) -> tuple[str, dict[str, Any]]:

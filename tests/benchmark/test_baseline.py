@@ -117,21 +117,21 @@ def test_the_tiny_world_has_no_loop_of_diffusers(capsys: pytest.CaptureFixture[s
 def test_the_command_adds_it_to_the_result(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ):
-    """Catches an option that is taken and not used, and another number of steps for diffusers."""
+    """Catches an option without effect, and other steps or another dtype."""
     monkeypatch.setattr(baseline, "SELF_FORCING", replace(SELF_FORCING, frames=3))
     monkeypatch.setattr(baseline, "TRIALS", 1)
-    steps: list[int] = []
+    sides: list[tuple[int, torch.dtype]] = []
     make = baseline.pipeline_clip
 
     def watched(pipeline: Any, plain: StreamModel, *rest: Any) -> ClipTime:
-        steps.append(len(plain.ladder))
+        sides.append((len(plain.ladder), plain.dtype))
         return make(pipeline, plain, *rest)
 
     monkeypatch.setattr(baseline, "pipeline_clip", watched)
     options = "--random-weights wan-tiny --chunks 1 --warmup 0 --prompt-trials 0 --window 3"
-    words = [*options.split(), "--sink", "3", "--ladder", "1000,500"]
+    words = [*options.split(), "--sink", "3", "--ladder", "1000,500", "--dtype", "bfloat16"]
     assert main(["benchmark", *words, "--baseline", "--device", "cpu"]) == 0
     printed = capsys.readouterr().out
     assert json.loads(printed.splitlines()[-1])["baseline"]["video_frames"] == 9
-    assert steps == [2, 2]
+    assert sides == [(2, torch.bfloat16)] * 2
     assert "diffusers' loop" in printed
