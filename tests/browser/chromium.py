@@ -100,6 +100,13 @@ class Page:
         """The state that the page shows."""
         self.until(f"document.getElementById('state')?.dataset.phase === {phase!r}", patience_s)
 
+    def reload(self) -> None:
+        """Load the page anew, and wait until it is live again and not still the one before."""
+        self.do("window.isOld = true")
+        self.do("location.reload()")
+        self.until("!window.isOld")
+        self.until_phase("live")
+
     def click(self, element: str) -> None:
         self.until(f"!document.getElementById({element!r}).disabled")
         self.do(f"document.getElementById({element!r}).click()")

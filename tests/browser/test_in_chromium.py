@@ -257,8 +257,7 @@ def test_pixels_can_be_sharp_or_smooth(page: Page):
     assert page.do(look) == "pixelated"
     width = page.do("document.getElementById('video').clientWidth")
     assert width % 64 == 0
-    page.do("location.reload()")
-    page.until_phase("live")
+    page.reload()
     assert page.do(look) == "pixelated"
     page.do("document.querySelector('input[value=smooth]').click()")
     assert page.do(look) == "auto"
