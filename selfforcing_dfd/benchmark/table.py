@@ -16,6 +16,7 @@ import torch
 from selfforcing_dfd.benchmark.statistics import MEGABYTE
 from selfforcing_dfd.codecs.fidelity import Fidelity
 from selfforcing_dfd.common import UserError
+from selfforcing_dfd.streaming.model import passes_in_words
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 
 FEW_CHUNKS = 200
@@ -180,24 +181,16 @@ def table(result: dict[str, Any]) -> str:
 
 def environment_lines(result: dict[str, Any]) -> list[str]:
     facts = result["environment"]
+    passes = passes_in_words(facts["ladder"], facts["first_ladder"], facts["commits"])
     return [
         f"{facts['size']} ({facts['parameters'] / 1e6:.1f} M parameters, {facts['weights']} "
         f"weights), {facts['resolution']}, {facts['dtype']}, {facts['device']}, "
         f"{facts['threads']} threads, torch {facts['torch']}",
         f"K = {facts['visible_frames']} latent frames (sink {facts['sink_frames']} + window "
-        f"{facts['window_frames']}), {facts['positions']}, {passes_in_words(facts)}, "
+        f"{facts['window_frames']}), {facts['positions']}, {passes}, "
         f"{facts['codec']}, attention {facts['attention']}, compile {facts['compile']}",
         f"steady state: {result['num_steady_chunks']} chunks after the ramp",
     ]
-
-
-def passes_in_words(facts: dict[str, Any]) -> str:
-    """`4 steps and a commit pass`; `2 steps (the first chunk 4), no commit pass`."""
-    steps = len(facts["ladder"])
-    first = len(facts["first_ladder"])
-    text = f"{steps} step{'s' * (steps > 1)}"
-    text += f" (the first chunk {first})" if facts["first_ladder"] != facts["ladder"] else ""
-    return f"{text} and a commit pass" if facts["commits"] else f"{text}, no commit pass"
 
 
 def remarks(result: dict[str, Any]) -> Iterator[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
@@ -18,6 +18,15 @@ from selfforcing_dfd.streaming.ring import KVShape
 
 Calls = Literal["plain", "static", "graph"]
 CLEAN = 0.0
+
+
+def passes_in_words(ladder: Sequence[float], first_ladder: Sequence[float], commits: bool) -> str:
+    """`4 steps and a commit pass`; `2 steps (the first chunk 4), no commit pass`."""
+    text = f"{len(ladder)} step{'s' * (len(ladder) > 1)}"
+    text += f" (the first chunk {len(first_ladder)})" if first_ladder != ladder else ""
+    return f"{text} and a commit pass" if commits else f"{text}, no commit pass"
+
+
 """The noise level at which finished chunks are committed."""
 
 
@@ -78,6 +87,11 @@ class StreamModel:
     def ladder_of(self, is_first: bool) -> Ladder:
         """The ladder of a video's first chunk, or of the others."""
         return self.first_ladder if is_first and self.first_ladder else self.ladder
+
+    @property
+    def passes_in_words(self) -> str:
+        """How often the student is asked for a chunk."""
+        return passes_in_words(self.ladder, self.ladder_of(True), self.commits)
 
     @property
     def noise_levels(self) -> tuple[float, ...]:

@@ -158,7 +158,7 @@ def test_the_page_knows_the_sizes_of_every_student(models):
     assert (one["width"], one["height"], one["num_steps"]) == (48, 32, 2)
     assert (other["width"], other["height"], other["num_steps"]) == (32, 48, 3)
     assert one["cache_bytes"] == 2 * other["cache_bytes"]
-    assert "3 steps a chunk, 32 x 48 pixels" in other["about"]
+    assert "3 steps and a commit pass a chunk, 32 x 48 pixels" in other["about"]
 
 
 def test_one_student_needs_no_switch(models):

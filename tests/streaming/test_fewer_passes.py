@@ -13,7 +13,6 @@ from torch import Tensor
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.benchmark.flops import chunk_flops
-from selfforcing_dfd.benchmark.table import passes_in_words
 from selfforcing_dfd.context import Conditioning, KVCache
 from selfforcing_dfd.evaluation.generate import FewSteps, make_clip
 from selfforcing_dfd.flow import add_noise
@@ -176,11 +175,11 @@ def test_operations_are_those_of_the_calls():
 
 
 def test_what_is_printed_names_the_passes():
-    """Catches a benchmark that says four steps of a student that makes other ones."""
-    facts: dict[str, Any] = {"ladder": [1.0, 0.8], "first_ladder": [1.0, 0.8], "commits": True}
-    assert passes_in_words(facts) == "2 steps and a commit pass"
-    facts |= {"first_ladder": [1.0], "commits": False}
-    assert passes_in_words(facts) == "2 steps (the first chunk 1), no commit pass"
+    """Catches a benchmark or a page that says four steps of a student that makes other ones."""
+    said = {name: stream_model(name).passes_in_words for name in VARIANTS}
+    assert said["one step"] == "1 step and a commit pass"
+    assert said["four steps"] == "4 steps and a commit pass"
+    assert said["all at once"] == "2 steps (the first chunk 4), no commit pass"
 
 
 def test_the_past_of_a_student_without_commits_changes_its_future():

@@ -89,7 +89,7 @@ def describe(model: StreamModel) -> str:
         small = f", small decoder {Path(model.codec.name).name} {model.codec.fidelity}".rstrip()
     return (
         f"{parameters / 1e6:.1f} M parameters on {model.device}, "
-        f"{len(model.ladder)} steps a chunk, {width} x {height} pixels{small}"
+        f"{model.passes_in_words} a chunk, {width} x {height} pixels{small}"
     )
 
 
