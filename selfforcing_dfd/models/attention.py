@@ -26,6 +26,7 @@ from selfforcing_dfd.models.attention_fp8 import in_eight_bits
 log = logging.getLogger(__name__)
 
 HALF = (torch.bfloat16, torch.float16)
+ALIGNED = 8  # values of a head that are read at once: 16 bytes
 HUB_PACKAGE = "kernels"  # Hugging Face's loader of prebuilt kernels
 OTHERS = (SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 SDPA = {
@@ -157,8 +158,11 @@ def obstacle(
         return f"it is written for compute capability {first}.x to {last}.x, this is {found}"
     if dtype not in (torch.float16, torch.bfloat16):
         return f"it computes in float16 and bfloat16, the model is {dtype}"
-    if head_dim > needs.head_dim:
-        return f"it takes heads of up to {needs.head_dim} values, the model has {head_dim}"
+    if head_dim > needs.head_dim or head_dim % ALIGNED:
+        return (
+            f"it takes heads of up to {needs.head_dim} values, a multiple of {ALIGNED}; the model "
+            f"has {head_dim}"
+        )
     return "" if kernel in installed else f"{needs.module} is not installed ({needs.install})"
 
 
