@@ -10,6 +10,7 @@ import os
 import sys
 import time
 from collections.abc import Callable
+from multiprocessing.synchronize import Event
 from pathlib import Path
 
 import torch.distributed as dist
@@ -30,12 +31,18 @@ def launch(
     # epoll would be shared with the forks: once it left one of them without answers
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, use_libuv=False)
     fork = multiprocessing.get_context("fork")
+    # no rank calls before all are there: a fork made while the store's thread answers one inherits
+    # that thread's locks, and waited for them for ever
+    all_there = fork.Event()
     processes = [
-        fork.Process(target=_child, args=(rank, size, store.port, folder, work, timeout_s))
+        fork.Process(
+            target=_child, args=(rank, size, store.port, folder, work, timeout_s, all_there)
+        )
         for rank in range(size)
     ]
     for process in processes:
         process.start()
+    all_there.set()
     deadline = time.monotonic() + LIMIT_S
     for process in processes:
         process.join(max(deadline - time.monotonic(), 0))
@@ -51,7 +58,13 @@ def launch(
 
 
 def _child(
-    rank: int, size: int, port: int, folder: Path, work: Callable[[World], None], timeout_s: float
+    rank: int,
+    size: int,
+    port: int,
+    folder: Path,
+    work: Callable[[World], None],
+    timeout_s: float,
+    all_there: Event,
 ) -> None:
     gc.disable()  # what the parent left behind is not to be collected in a fork: it crashed
     meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -61,6 +74,7 @@ def _child(
     faulthandler.dump_traceback_later(LIMIT_S - SPARE_S, file=sys.stderr)
     if dist.is_initialized():
         dist.destroy_process_group()
+    all_there.wait()
 
     def run(options: argparse.Namespace) -> None:
         with ending_together(), joined("cpu", timeout_s) as world:
