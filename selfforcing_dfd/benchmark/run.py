@@ -33,7 +33,7 @@ from selfforcing_dfd.streaming.load import choose_kernel, load_settings, load_st
 from selfforcing_dfd.streaming.session import StreamModel, StreamSettings
 from selfforcing_dfd.streaming.static_calls import with_graphs
 from selfforcing_dfd.tiny.codec import TinyCodec
-from selfforcing_dfd.weights.recipes import asked_settings
+from selfforcing_dfd.weights.recipes import asked_by
 
 PROMPTS = ("a disc moves", "a square moves")
 
@@ -46,13 +46,7 @@ def build_model(options: argparse.Namespace, settings: StreamSettings) -> Stream
     if options.dtype not in (None, *DTYPES):
         raise UserError(f"--dtype is {options.dtype}; use {', '.join(DTYPES)}")
     dtype = DTYPES[options.dtype] if options.dtype else None
-    recipe = asked_settings(
-        options.ladder,
-        options.first_ladder,
-        context=options.context,
-        shift=options.shift,
-        chunk_frames=options.chunk_frames,
-    )
+    recipe = asked_by(options)
     if options.random_weights:
         if options.run or options.weights:
             raise UserError(

@@ -39,7 +39,11 @@ def study(parser: argparse.ArgumentParser) -> Run:
         action="store_true",
         help="write the page and the plots from the numbers that are there",
     )
-
+    parser.add_argument(
+        "--starts",
+        action="store_true",
+        help="make the starts that are missing, as the plan says, and stop (minutes to hours)",
+    )
     parser.add_argument(
         "--known",
         action="store_true",
@@ -52,9 +56,16 @@ def study(parser: argparse.ArgumentParser) -> Run:
             raise UserError(
                 "--tables-only measures nothing; drop --only, --measure-only and --known"
             )
+        if args.starts and (args.tables_only or args.only or args.measure_only or args.known):
+            raise UserError("--starts only makes starts; drop the other options")
         from selfforcing_dfd.study.report import take_from_page, write_study
+        from selfforcing_dfd.study.starts import make_starts
         from selfforcing_dfd.study.work import run_study
 
+        if args.starts:
+            for line in make_starts(args.plan):
+                print(line)
+            return
         failure = ""
         if not args.tables_only:
             if args.known:

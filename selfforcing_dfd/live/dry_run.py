@@ -8,7 +8,7 @@ from dataclasses import replace
 from selfforcing_dfd.common import DTYPES, UserError
 from selfforcing_dfd.live.play import ask_settings
 from selfforcing_dfd.live.ready import ask_saving
-from selfforcing_dfd.weights.recipes import asked_settings
+from selfforcing_dfd.weights.recipes import asked_by
 
 
 def dry_run(options: argparse.Namespace) -> str:
@@ -21,13 +21,7 @@ def dry_run(options: argparse.Namespace) -> str:
     from selfforcing_dfd.streaming.wan_memory import memory_lines, streamed_wan
 
     saving = ask_saving(options)
-    recipe = asked_settings(
-        options.ladder,
-        options.first_ladder,
-        context=options.context,
-        shift=options.shift,
-        chunk_frames=options.chunk_frames,
-    )
+    recipe = asked_by(options)
     streamed, settled = streamed_wan(
         options.model,
         options.weights,

@@ -44,7 +44,7 @@ from selfforcing_dfd.streaming.load import (
 )
 from selfforcing_dfd.streaming.session import PromptMode, StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.streaming.static_calls import with_graphs
-from selfforcing_dfd.weights.recipes import asked_settings
+from selfforcing_dfd.weights.recipes import asked_by
 
 USER_ERRORS = (ValueError, OSError)
 EXAMPLES = ("a disc moves", "a square moves", "a cross moves")
@@ -293,13 +293,7 @@ def ask_settings(options: argparse.Namespace, recipe: Recipe | None) -> StreamSe
 def load_model(options: argparse.Namespace) -> StreamModel:
     """Real Wan for --model, else the tiny world. Raises UserError for contradicting options."""
     saving = ask_saving(options)
-    recipe = asked_settings(
-        options.ladder,
-        options.first_ladder,
-        context=options.context,
-        shift=options.shift,
-        chunk_frames=options.chunk_frames,
-    )
+    recipe = asked_by(options)
     if options.model is None:
         only_with_model = {
             "--size": options.size,

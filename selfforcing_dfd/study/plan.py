@@ -69,6 +69,16 @@ class StreamPlan:
 
 
 @dataclass(frozen=True, kw_only=True)
+class StartStage:
+    """One training on the way to a start: `train.py --config CONFIG SET...`."""
+
+    config: str
+    set: list[str] = field(default_factory=list)
+    # a file of the run's folder, such as student -> where a copy of it belongs
+    copy: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """A study. Every run is `base` with the study's settings, the start's weights and an arm's."""
 
@@ -77,6 +87,7 @@ class Plan:
     out: str = "runs/study"  # runs and results
     document: str = "docs/study.md"  # with NAME.json and plots in a folder named like it
     starts: dict[str, str]  # name -> folder with {student,fake,causal}.safetensors
+    made: list[StartStage] = field(default_factory=list)  # how starts are made, in this order
     draws: list[int]  # seeds of training
     updates: int  # student updates of an arm that sets no other number
     every: int  # student updates between measured points

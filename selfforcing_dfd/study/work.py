@@ -48,6 +48,7 @@ from selfforcing_dfd.study.plan import (
     reference_config,
     runs_of,
 )
+from selfforcing_dfd.study.starts import require_starts
 from selfforcing_dfd.training.build_data import build_reader
 from selfforcing_dfd.training.exclusive import ExclusiveError, lock_folders
 from selfforcing_dfd.training.folders import run_folder
@@ -104,6 +105,7 @@ def run_study(
     torch.set_num_threads(1)
     plan = load_plan(plan_name)
     runs = runs_of(plan, only)
+    require_starts(plan_name, plan, runs)
     for run in runs:
         check_start(run.config)
     prepare(plan)

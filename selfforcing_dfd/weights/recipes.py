@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import logging
 from collections.abc import Mapping
@@ -66,6 +67,17 @@ def asked_settings(
                 f"{name} is {steps!r}; want timesteps such as 1000,750,500,250"
             ) from error
     return asked
+
+
+def asked_by(options: argparse.Namespace) -> dict[str, Any]:
+    """`asked_settings` of a command that streams: all options that change a recipe."""
+    return asked_settings(
+        options.ladder,
+        options.first_ladder,
+        context=options.context,
+        shift=options.shift,
+        chunk_frames=options.chunk_frames,
+    )
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
