@@ -29,6 +29,7 @@ demo: $(VENV)/.installed
 	$(BIN)/selfforcing-dfd sample --run runs/dfd_ar
 
 study: $(VENV)/.installed
+	$(BIN)/selfforcing-dfd study --plan main --starts
 	$(BIN)/selfforcing-dfd study --plan main --jobs $(JOBS)
 
 study-quick: $(VENV)/.installed

@@ -9,16 +9,17 @@ from pathlib import Path
 from selfforcing_dfd.cli.options import Run, add_decoder_options, positive
 from selfforcing_dfd.common import UserError, shipped
 
-# config, and which of its exported files become which asset
-STAGES: tuple[tuple[str, dict[str, str]], ...] = (
-    ("tiny/teacher.yaml", {"student": "teacher"}),
-    ("tiny/teacher_long.yaml", {"student": "teacher"}),  # continues the run before
-    ("tiny/teacher_all.yaml", {"student": "teacher"}),  # and so does this
-    ("tiny/causal.yaml", {"student": "causal"}),
-    ("tiny/init.yaml", {"student": "init"}),
-    ("tiny/dmd.yaml", {"student": "student", "fake": "fake"}),
-    ("tiny/stable.yaml", {"student": "stable"}),
-    ("tiny/decoder.yaml", {"student": "decoder"}),
+TO_COLLAPSE = ["optim.student.lr=2.0e-4"]  # a student that has lost modes
+# config, settings, and which of its exported files become which asset
+STAGES: tuple[tuple[str, list[str], dict[str, str]], ...] = (
+    ("tiny/teacher.yaml", [], {"student": "teacher"}),
+    ("tiny/teacher_long.yaml", [], {"student": "teacher"}),  # continues the run before
+    ("tiny/teacher_all.yaml", [], {"student": "teacher"}),  # and so does this
+    ("tiny/causal.yaml", [], {"student": "causal"}),
+    ("tiny/init.yaml", [], {"student": "init"}),
+    ("tiny/dmd.yaml", TO_COLLAPSE, {"student": "student", "fake": "fake"}),
+    ("tiny/stable.yaml", [], {"student": "stable"}),
+    ("tiny/decoder.yaml", [], {"student": "decoder"}),
 )
 NUM_BASIS_CLIPS = 1024
 
@@ -191,8 +192,8 @@ def rebuild(parser: argparse.ArgumentParser) -> Run:
         basis = assets / "codec.safetensors"
         if not basis.exists():
             fit_basis(basis)
-        for name, exported in STAGES:
-            config = load_config(name, [f"run.out={args.out}"])
+        for name, settings, exported in STAGES:
+            config = load_config(name, [f"run.out={args.out}", *settings])
             train(config, resume=True)
             for role, asset in exported.items():
                 trained = run_folder(config) / f"{role}.safetensors"

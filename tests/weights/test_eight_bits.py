@@ -84,7 +84,7 @@ def test_8_bits_without_their_scale_are_refused(network: WanTransformer, tmp_pat
 
 def test_what_is_shipped_is_small() -> None:
     """Catches a rebuild that ships float16: five networks would not fit into the repository."""
-    last = {asset: config for config, assets in STAGES for asset in assets.values()}
+    last = {asset: config for config, _, assets in STAGES for asset in assets.values()}
     for asset, config in last.items():
         trained = load_config(config)
         wanted = "int8" if stage_of(trained).trains_transformers else "float16"
