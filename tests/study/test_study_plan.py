@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,17 @@ import pytest
 from selfforcing_dfd.common import shipped
 from selfforcing_dfd.config import ConfigError
 from selfforcing_dfd.stages import stage_of
-from selfforcing_dfd.study.plan import BASE, load_plan, runs_of
+from selfforcing_dfd.study.plan import BASE, StudyRun, load_plan, runs_of
+from selfforcing_dfd.study.starts import config_of, outputs
+from selfforcing_dfd.training.folders import run_folder
 
 NAMES = sorted(path.stem for path in shipped("configs/study").glob("*.yaml"))
 PLANS = [name for name in NAMES if not name.startswith(BASE)]
+
+
+@cache
+def shipped_runs(name: str) -> list[StudyRun]:
+    return runs_of(load_plan(name))
 
 
 @pytest.mark.parametrize("name", PLANS)
@@ -22,7 +30,7 @@ def test_shipped_plans_can_be_run(name: str):
     But for arms of a shorter dose, which end there.
     """
     plan = load_plan(name)
-    runs = runs_of(plan)
+    runs = shipped_runs(name)
     assert len({run.result for run in runs}) == len(runs)
     by_arm = {run.arm: run for run in runs}
     for arm, arm_plan in plan.arms.items():
@@ -33,6 +41,22 @@ def test_shipped_plans_can_be_run(name: str):
     for run in runs:
         assert stage_of(run.config).makes == "causal_student", run.arm
         assert run.updates[-1] == run.config.run.student_updates
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_every_start_is_shipped_or_made(name: str):
+    """Catches a plan that only its author can run, for want of weights that nothing makes."""
+    plan = load_plan(name)
+    made: set[str] = set()
+    for stage in plan.made:
+        config = config_of(stage)
+        needs = {start.path for start in stage_of(config).starts(config).values()}
+        assert not {path for path in needs if not shipped(path).exists()} - made
+        made |= {str(path) for path in outputs(stage, config)}
+        made |= {f"{run_folder(config)}/{role}.safetensors" for role in ("student", "fake")}
+    for run in shipped_runs(name):
+        needs = {start.path for start in stage_of(run.config).starts(run.config).values()}
+        assert not {path for path in needs if not shipped(path).exists()} - made, run.name
 
 
 def test_seeds_starts_and_lengths_of_runs(plan: Path):
