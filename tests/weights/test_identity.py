@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import json
 import logging
@@ -15,6 +16,7 @@ from tiny_models import TINY, save_network, tiny_network
 from wan_files import HEAD_DIM, same, wan_state
 
 from selfforcing_dfd.cli.main import main
+from selfforcing_dfd.cli.stream_commands import stream
 from selfforcing_dfd.common import UserError
 from selfforcing_dfd.models.identity import (
     ROLES,
@@ -27,7 +29,7 @@ from selfforcing_dfd.models.identity import (
     recipe_of_rollout,
 )
 from selfforcing_dfd.weights.read import WeightsError, describe, load_network, read_weights
-from selfforcing_dfd.weights.recipes import asked_settings, settle_recipe
+from selfforcing_dfd.weights.recipes import asked_by, asked_settings, settle_recipe
 from selfforcing_dfd.weights.write import convert, file_metadata
 
 ASSETS = Path(__file__).parents[2] / "assets" / "tiny"
@@ -170,6 +172,21 @@ def test_asked_settings_win_over_stated_ones_aloud(caplog):
     ]
     with pytest.raises(UserError, match="want timesteps such as 1000,750,500,250"):
         asked_settings("1000;500")
+
+
+def test_a_stream_asks_for_all_that_its_options_say():
+    """Catches an option of the recipe that `stream`, its --dry-run or `benchmark` leaves out."""
+    words = "--ladder 1000,500 --first-ladder 1000 --shift 3 --chunk-frames 2 --context last_step"
+    parser = argparse.ArgumentParser()
+    stream(parser)
+    assert asked_by(parser.parse_args([])) == {}
+    assert asked_by(parser.parse_args(words.split())) == {
+        "ladder": (1000.0, 500.0),
+        "first_ladder": (1000.0,),
+        "shift": 3.0,
+        "chunk_frames": 2,
+        "context": "last_step",
+    }
 
 
 def test_convert_writes_the_recipe_that_was_asked_for(tmp_path, capsys):
