@@ -49,6 +49,8 @@ class AnchorConfig:
     of: int = ranged(30, 1, 10_000)  # the steps that the whole ODE would have
     weight: float = ranged(0.05, 0, 1000)  # of the first step's loss beside distribution matching
     teacher: Of = "teacher"  # whose ODE: of the whole clip, or of the causal teacher
+    # of the teacher's ODE, 0 for score.guidance; the causal teacher's is not guided
+    guidance: float = ranged(0.0, 0, 1000)
 
     def __post_init__(self) -> None:
         require(
@@ -60,7 +62,10 @@ class AnchorConfig:
 @register
 @dataclass(kw_only=True)  # slots would break super()
 class DPDMDStage(MatchingStage):
-    """anchor_sigmas: the levels that the anchor's ODE passes through. causal: None is `teacher`."""
+    """anchor_sigmas: the levels that the anchor's ODE passes through. causal: None is `teacher`.
+
+    anchor_guidance: of the teacher's ODE; None is that of distribution matching.
+    """
 
     name = "dp_dmd"
     first_exit: ClassVar[int] = 1
@@ -76,6 +81,7 @@ class DPDMDStage(MatchingStage):
 
     anchor_sigmas: tuple[float, ...] = ()
     anchor_weight: float = 0.0
+    anchor_guidance: float | None = None
     causal: nn.Module | None = None
 
     @classmethod
@@ -85,6 +91,7 @@ class DPDMDStage(MatchingStage):
         return {
             "anchor_sigmas": sigmas[: anchor.steps + 1],
             "anchor_weight": anchor.weight,
+            "anchor_guidance": anchor.guidance or None,
             "causal": networks["causal"] if anchor.teacher == "causal" else None,
         }
 
@@ -100,6 +107,11 @@ class DPDMDStage(MatchingStage):
             config.of(AnchorConfig).teacher == "teacher" or bool(config.weights.causal),
             "anchor.teacher is causal but weights.causal is empty: name a causal teacher, which "
             "stage `causal` makes, or use anchor.teacher=teacher",
+        )
+        require(
+            config.of(AnchorConfig).teacher == "teacher" or not config.of(AnchorConfig).guidance,
+            f"anchor.guidance is {config.of(AnchorConfig).guidance:g}, but the causal teacher's "
+            "ODE is not guided; leave it out, or use anchor.teacher=teacher",
         )
 
     @classmethod
@@ -119,7 +131,7 @@ class DPDMDStage(MatchingStage):
                 Pass("anchor", "causal", "chunks", anchor.steps),
             ]
         else:
-            guided = 1 if config.of(ScoreConfig).guidance == 1 else 2
+            guided = 1 if (anchor.guidance or config.of(ScoreConfig).guidance) == 1 else 2
             ode = [Pass("anchor", "teacher", "clip", anchor.steps * guided, rows=guided)]
         first = Pass("first step with gradient", "student", "chunks", gradient=True)
         return passes | {"student": [*passes["student"], *ode, first]}
@@ -132,9 +144,10 @@ class DPDMDStage(MatchingStage):
     def describe_forcing(cls, config: Config) -> Iterator[tuple[str, str]]:
         anchor = config.of(AnchorConfig)
         whose = "causal teacher" if anchor.teacher == "causal" else "teacher"
+        guided = f" guided by {anchor.guidance:g}" if anchor.guidance else ""
         yield (
             "anchor",
-            f"of the first step: {anchor.steps} of {anchor.of} steps of the {whose}'s ODE, "
+            f"of the first step: {anchor.steps} of {anchor.of} steps of the {whose}'s ODE{guided}, "
             f"weight {anchor.weight:g}",
         )
 
@@ -168,6 +181,7 @@ class DPDMDStage(MatchingStage):
         ODE; given frames stay as they are.
         """
         negative = Conditioning(no_text(text, self.negative))
+        guidance = self.guidance if self.anchor_guidance is None else self.anchor_guidance
         seen = None
         if self.causal is not None:
             cache = KVCache(self.sink, self.window)
@@ -180,7 +194,7 @@ class DPDMDStage(MatchingStage):
                 x0 = x0_from_flow(x_t, self.causal(x_t, sigma, conditioning, seen).flow, sigma)
             else:
                 sigma = self.level(x_t.new_full(x_t.shape[:1], level), x_t)
-                x0 = guided_x0(self.teacher, x_t, sigma, conditioning, negative, self.guidance)
+                x0 = guided_x0(self.teacher, x_t, sigma, conditioning, negative, guidance)
             x_t = x_t + (following - level) * (x_t - x0) / level
         flow = (start - x_t) / (self.anchor_sigmas[0] - self.anchor_sigmas[-1])
         return x0_from_flow(start, flow, self.anchor_sigmas[0])

@@ -29,12 +29,14 @@ def anchor_of(stage: DPDMDStage, seed: int = 0) -> tuple[Tensor, Tensor]:
     return start, stage.anchor(start, batch.latents, text, batch.text)
 
 
-def test_the_anchor_is_where_the_guided_ode_of_the_whole_clip_leads():
+@pytest.mark.parametrize(("own", "guidance"), [(None, 3.0), (1.0, 1.0), (2.0, 2.0)])
+def test_the_anchor_is_where_the_guided_ode_of_the_whole_clip_leads(own: Any, guidance: float):
     """Catches guidance on the wrong side, another schedule, and an anchor that is a clean clip.
 
-    A step straight to the anchor must end where two Euler steps of the teacher's ODE end.
+    A step straight to the anchor must end where two Euler steps of the teacher's ODE end, with a
+    guidance of its own or that of distribution matching.
     """
-    stage = dp_stage()
+    stage = dp_stage(anchor_guidance=own)
     start, x0 = anchor_of(stage)
     text = tiny_batch().text
     x_t = start
@@ -42,7 +44,7 @@ def test_the_anchor_is_where_the_guided_ode_of_the_whole_clip_leads():
         sigma = torch.full((2,), level, dtype=torch.float64)
         cond = stage.teacher(x_t, sigma, Conditioning(text)).flow
         uncond = stage.teacher(x_t, sigma, Conditioning(torch.zeros_like(text))).flow
-        x_t = x_t + (following - level) * (uncond + 3.0 * (cond - uncond))
+        x_t = x_t + (following - level) * (uncond + guidance * (cond - uncond))
     straight = start + (SIGMAS[-1] - 1.0) * (start - x0)
     torch.testing.assert_close(straight, x_t, rtol=0, atol=1e-12)
 
@@ -133,12 +135,16 @@ def small(tmp_path: Any, *overrides: str) -> Config:
         ("rollout.ladder=[1000]", "one step, which DP-DMD does not train"),
         ("anchor.teacher=causal", "weights.causal is empty: name a causal teacher"),
         ("anchor.steps=31", "anchor.steps is 31 and anchor.of 30"),
+        (
+            "anchor.teacher=causal weights.causal=some anchor.guidance=2",
+            "anchor.guidance is 2, but the causal teacher.s ODE is not guided",
+        ),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path: Any, override: str, message: str):
     """Catches a run that fails after its first rollout, or anchors beyond the ODE's end."""
     with pytest.raises(ConfigError, match=message):
-        small(tmp_path, override)
+        small(tmp_path, *override.split())
 
 
 def test_settings_reach_the_stage(tmp_path: Any):
@@ -172,6 +178,7 @@ def test_what_an_update_costs_counts_the_anchor(tmp_path: Any):
 
     assert times("anchor") == 10  # five steps, with and without caption
     assert times("anchor", "score.guidance=1") == 5
+    assert times("anchor", "anchor.guidance=1") == 5
     causal = ("anchor.teacher=causal", "weights.causal=assets/tiny/causal.safetensors")
     assert times("anchor", *causal) == 5
     assert times("rollout") == 3  # two, three or four steps
