@@ -10,8 +10,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import OmegaConf
-
 from selfforcing_dfd.common import find_file, shipped
 from selfforcing_dfd.config import ConfigError, require
 from selfforcing_dfd.metrics.feature_files import WEIGHTLESS, WITH_WEIGHTS
@@ -139,12 +137,7 @@ def load_protocol(name: str) -> Protocol:
     """A protocol by its name or path. Raises ConfigError with the file and the wrong key."""
     path = find_protocol(name)
     with settings.explained(str(path)):
-        own = OmegaConf.load(path)
-        require(OmegaConf.is_dict(own), "the file holds a list; a protocol has sections")
-        merged = OmegaConf.merge(OmegaConf.structured(Protocol), own)
-        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
-        require(not missing, f"{', '.join(missing)} is not set; write it into the file")
-        protocol: Any = OmegaConf.to_object(merged)
+        protocol = settings.typed(path, Protocol)
         check(protocol)
     return protocol
 

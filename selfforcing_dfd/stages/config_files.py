@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from selfforcing_dfd.common import shipped
-from selfforcing_dfd.config import Config, ConfigError, require
+from selfforcing_dfd.config import Config, ConfigError, SectionType, require
 
 OWN_SECTIONS = {name: kind for name, kind in get_type_hints(Config).items() if name != "stage"}
 
@@ -37,6 +37,21 @@ def change(config: Config, overrides: list[str]) -> Config:
     """The same settings with dotlist overrides on top. Raises ConfigError like `load`."""
     with explained(config.run.name):
         return _config(_open(config), overrides, config.stage)
+
+
+def typed(path: Path, kind: type[SectionType]) -> SectionType:
+    """The sections of a YAML file as a dataclass `kind`; those without a default must be there.
+
+    Raises ConfigError, and OmegaConf's errors: use it within `explained`.
+    """
+    own = OmegaConf.load(path)
+    what = kind.__name__.lower()
+    require(OmegaConf.is_dict(own), f"the file holds a list; a {what} has sections")
+    tree = OmegaConf.merge(OmegaConf.structured(kind), own)
+    missing = sorted(str(key) for key in OmegaConf.missing_keys(tree))
+    require(not missing, f"{', '.join(missing)} is not set; write it into the file")
+    sections: Any = OmegaConf.to_object(tree)
+    return sections
 
 
 def _open(config: Config) -> Any:

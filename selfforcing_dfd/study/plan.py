@@ -6,9 +6,6 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
-
-from omegaconf import OmegaConf
 
 from selfforcing_dfd.common import shipped
 from selfforcing_dfd.config import Config, ConfigError, require
@@ -135,12 +132,7 @@ def load_plan(name: str) -> Plan:
     """A plan by its name or path. Raises ConfigError with the file and the wrong key."""
     path = find_plan(name)
     with settings.explained(str(path)):
-        own = OmegaConf.load(path)
-        require(OmegaConf.is_dict(own), "the file holds a list; a plan has sections")
-        merged = OmegaConf.merge(OmegaConf.structured(Plan), own)
-        missing = sorted(str(key) for key in OmegaConf.missing_keys(merged))
-        require(not missing, f"{', '.join(missing)} is not set; write it into the file")
-        plan: Any = OmegaConf.to_object(merged)
+        plan = settings.typed(path, Plan)
         check(plan)
     return plan
 
