@@ -183,19 +183,22 @@ def logged(lines: Sequence[Mapping[str, Any]]) -> dict[str, list[float | None]]:
 def stream_scores(plan: Plan, config: Config, student: Path) -> list[dict[str, float | None]]:
     """Scores of free streams, one training length after the other.
 
-    The student streams as the tiny world's preset says. A later length leaves out its first three
-    video frames, so that each is read like a training clip.
+    The student streams as the tiny world's preset says. With given frames, those of held-out real
+    clips. A later length leaves out its first three video frames, so that each is read like a
+    training clip.
     """
     model = load_stream_model(checkpoint=str(student))
     session_settings = load_settings(default="tiny")
     world = world_of(config)
-    captions = world.draw(config, plan.stream.prompts).captions
-    session = StreamSession(model, captions[0], session_settings)
+    drawn = world.draw(config, plan.stream.prompts)
+    captions = drawn.captions
+    begun = [None] * len(captions) if drawn.given is None else world.decoder(config)(drawn.given)
+    session = StreamSession(model, captions[0], session_settings, context=begun[0])
     chunk_frames = config.rollout.chunk_frames
     chunks = config.rollout.frames // chunk_frames
     windows: list[list[torch.Tensor]] = [[] for _ in range(plan.stream.windows)]
     for number, caption in enumerate(captions):
-        session.reset(caption, seed=plan.evaluation_seed + number)
+        session.reset(caption, seed=plan.evaluation_seed + number, context=begun[number])
         for window, videos in enumerate(windows):
             frames = torch.cat([session.next_chunk().frames for _ in range(chunks)])
             videos.append(frames[TIME - 1 :] if window else frames)
