@@ -88,6 +88,7 @@ def test_base_is_changed_by_the_file_that_names_it(minimal: str, tmp_path: Path)
         ("dfd.p=often", r"dfd\.p: Value 'often' of type 'str' could not be converted to Float"),
         ("dfd.granularity=batch", r"dfd\.granularity: Invalid value 'batch', expected one of"),
         ("dfd.p=2", r"dfd\.p is 2\.0; it must be at least 0 and at most 1"),
+        ("dfd.input_range=[0.9,0.1]", r"dfd\.input_range is \[0\.9, 0\.1\]; the first must be"),
         ("dfd.sigma_range=[0.9,0.1]", r"dfd\.sigma_range is \[0\.9, 0\.1\]; the first must be"),
         (
             "rollout.frames=10",

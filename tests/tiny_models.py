@@ -114,12 +114,14 @@ class DataForcing:
     granularity: Literal["update", "micro", "sample"] = "sample"
     pairing: str = "caption"
     sigma_range: tuple[float, float] = (0.0, 1.0)
+    input_range: tuple[float, float] = (0.0, 1.0)
 
     def settings(self) -> dict[str, Any]:
         forcing = Forcing(
             PAIRINGS[self.pairing], self.p, self.p_start, self.ramp_updates, self.sigma_range
         )
-        return {"forcing": forcing, "coin_shared_by": self.granularity}
+        ranges = {"input_range": self.input_range}
+        return {"forcing": forcing, "coin_shared_by": self.granularity, **ranges}
 
     def rows(self, draw: Draw, student_updates: int) -> Tensor:
         coin = draw.coin("dfd", self.granularity)

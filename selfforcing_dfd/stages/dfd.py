@@ -41,10 +41,14 @@ class DFDConfig:
     # noise levels at which a tied row is anchored; at others it is trained by DMD, or with a real
     # past not at all
     sigma_range: tuple[float, float] = ranged((0.0, 1.0), 0, 1)
+    # noise levels from which the trained step of a tied row may begin; [0, 0.99] leaves out pure
+    # noise, which nothing of a clip is left in. Rows of other steps are trained by DMD
+    input_range: tuple[float, float] = ranged((0.0, 1.0), 0, 1)
 
     def __post_init__(self) -> None:
-        low, high = self.sigma_range
-        require(low < high, f"dfd.sigma_range is [{low}, {high}]; the first must be smaller")
+        for name in ("sigma_range", "input_range"):
+            low, high = getattr(self, name)
+            require(low < high, f"dfd.{name} is [{low}, {high}]; the first must be smaller")
 
 
 @register
@@ -70,6 +74,7 @@ class DFDStage(MatchingStage):
         pairing = PAIRINGS[dfd.pairing]
         return {
             "forcing": Forcing(pairing, dfd.p, dfd.p_start, dfd.ramp_updates, (low, high)),
+            "input_range": dfd.input_range,
             "coin_shared_by": dfd.granularity,
         }
 
@@ -98,7 +103,9 @@ class DFDStage(MatchingStage):
     def describe_forcing(cls, config: Config) -> Iterator[tuple[str, str]]:
         dfd = config.of(DFDConfig)
         low, high = dfd.sigma_range
-        yield (
-            "data rows",
-            f"p {dfd.p:g} a {dfd.granularity}, pairing {dfd.pairing}, sigma {low:g} to {high:g}",
-        )
+        about = f"p {dfd.p:g} a {dfd.granularity}, pairing {dfd.pairing}"
+        about += f", sigma {low:g} to {high:g}"
+        if dfd.input_range != (0.0, 1.0):
+            low, high = dfd.input_range
+            about += f", steps that begin at sigma {low:g} to {high:g}"
+        yield "data rows", about

@@ -53,11 +53,11 @@ class MatchingStage(TrainingStage):
     The fake score learns by flow matching on the student's own samples, `fake_per_student` times
     for each student update. Where there is a `regression`, the student also learns by it, with an
     optimizer of its own. keeps_noise: see `denoise_chunk`. coin_shared_by: what shares one
-    data-forcing coin. real_input: the trained step starts from the noised real clip in all rows.
-    negative: [L, D_text], the text of guidance's unconditional half; None is zeros. given: first
-    frames of the real clip that all networks see clean, and that no loss counts. published: what
-    the public code does otherwise, if it is wanted.
-    first_ladder, commits: see `rollout`.
+    data-forcing coin. input_range: noise levels from which the trained steps of tied rows begin.
+    real_input: the trained step starts from the noised clip in all rows. negative: [L, D_text],
+    the text of guidance's unconditional half; None is zeros. given: first frames of the real clip
+    that all networks see clean, and that no loss counts. published: what the public code does
+    otherwise, if it is wanted. first_ladder, commits: see `rollout`.
     """
 
     has_guards = True
@@ -75,6 +75,7 @@ class MatchingStage(TrainingStage):
     fake_per_student: int
     forcing: Forcing = field(default_factory=Forcing)
     coin_shared_by: Literal["update", "micro", "sample"] = "sample"
+    input_range: tuple[float, float] = (0.0, 1.0)
     sink: int = 0
     window: int | None = None
     negative: Tensor | None = None
@@ -277,8 +278,9 @@ class MatchingStage(TrainingStage):
     def student_loss(self, batch: Batch, draw: Draw, student_updates: int) -> StageLoss:
         conditioning = batch.conditioning
         coin = draw.coin("dfd", self.coin_shared_by)
-        tied = forcing.tied_rows(coin, self.forcing, student_updates).to(batch.latents.device)
         exits = self.exits(partial(draw.in_turn, turn=student_updates))
+        tied = forcing.tied_rows(coin, self.forcing, student_updates) & self.may_be_tied(*exits)
+        tied = tied.to(batch.latents.device)
         record = self.roll_out(batch, draw, tied, *exits)
         noise, sigma = self.draw_score(draw, record.x0)
         student = self.published.replayed(self.trained["student"])
@@ -328,6 +330,14 @@ class MatchingStage(TrainingStage):
         """
         step = self.first_exit + choose("exit", len(self.ladder) - self.first_exit)
         return step, choose("first exit", len(self.first_ladder)) if self.first_ladder else None
+
+    def may_be_tied(self, exit_step: int, of_first: int | None = None) -> bool:
+        """Whether the noise levels from which the trained steps begin lie in `input_range`."""
+        begins = [self.ladder[exit_step]]
+        if of_first is not None and self.first_ladder:
+            begins.append(self.first_ladder[of_first])
+        low, high = self.input_range
+        return all(low <= sigma <= high for sigma in begins)
 
     def roll_out(
         self, batch: Batch, draw: Draw, tied: Tensor, exit_step: int, of_first: int | None = None

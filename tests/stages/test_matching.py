@@ -101,6 +101,27 @@ def test_outside_its_sigma_range_data_forcing_is_dmd():
     assert torch.equal(dmd_grad, dfd_grad)
 
 
+def test_steps_outside_the_input_range_are_dmds():
+    """Catches a tie of pure noise that was to be left out, and steps that lose theirs with it.
+
+    The pairing puts real clips into the rollout, so a row that stays tied differs from DMD there,
+    too. Two updates take both steps of the ladder in turn.
+    """
+    tied = DataForcing(p=1.0, pairing="prefix")
+    begins_with_noise = []
+    for turn in (0, 1):
+        dmd, everywhere, some = (
+            matching_stage(each, ladder=(1.0, 0.5))
+            .loss("student", tiny_batch(), draw(), turn)
+            .values["loss"]
+            for each in (DataForcing(), tied, replace(tied, input_range=(0.0, 0.99)))
+        )
+        assert not torch.equal(dmd, everywhere)
+        begins_with_noise.append(torch.equal(some, dmd))
+        assert torch.equal(some, dmd if begins_with_noise[-1] else everywhere)
+    assert sorted(begins_with_noise) == [False, True]
+
+
 def test_sigma_range_falls_back_row_by_row():
     """Catches a sigma range applied to the whole batch, and logs of the wrong rows."""
     batch, everything = tiny_batch(4), matching_stage(DataForcing(p=1.0))
