@@ -7,7 +7,7 @@ compared. What one change does at the same work can.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from matplotlib.figure import Figure
@@ -27,14 +27,15 @@ DRAWN = {"kl_prior_sample": "KL - control's", "contrast": "contrast - control's"
 class Effect:
     """An arm less its own control, over pairs of runs of equal start and draw.
 
-    gap: E|anchor - G|^2 in latents since the point before; NaN where none was logged. paper: what
-    the paper found.
+    gap, control_gap: E|anchor - G|^2 in latents since the point before, of the arm and of its
+    control; NaN where none was logged. paper: what the paper found.
     """
 
     arm: str
     control: str
     paper: str
     gap: float
+    control_gap: float
     differences: dict[str, Mean]
     noise: dict[str, float]  # how far runs of the control differ by their start and draw alone
 
@@ -54,13 +55,18 @@ def effects(study: Study, start: str = "") -> list[Effect]:
         pairs = pairs_of(study, arm, facts.control, start) if facts.control else []
         if not pairs:
             continue
-        gaps = [at(study, own, own.logged.get("gap")) for own, _ in pairs]
-        known = [gap for gap in gaps if gap is not None]
+        gap, of_control = (mean_gap(study, runs) for runs in zip(*pairs, strict=True))
         differences = {key: difference(study, pairs, key) for key in DIFFERENCES}
         noise = {key: spread(study, [control for _, control in pairs], key) for key in DIFFERENCES}
-        gap = mean(known) if known else math.nan
-        found.append(Effect(arm, facts.control, facts.paper, gap, differences, noise))
+        found.append(Effect(arm, facts.control, facts.paper, gap, of_control, differences, noise))
     return found
+
+
+def mean_gap(study: Study, runs: Sequence[Trajectory]) -> float:
+    """Over the runs that logged one at equal updates; NaN where none did."""
+    gaps = [at(study, run, run.logged.get("gap")) for run in runs]
+    known = [gap for gap in gaps if gap is not None]
+    return mean(known) if known else math.nan
 
 
 def by_gap(study: Study, start: str = "") -> list[Effect]:
@@ -124,14 +130,17 @@ def effect_section(study: Study) -> Iterator[str]:
     yield "## Each arm against the one that it changes"
     yield (
         "Arm less control at equal updates: mean over pairs of runs of equal start and draw, with "
-        "the smallest and the largest. A line of words names what all pairs changed the same way, "
-        "by more than the control's own runs differ from each other."
+        "the smallest and the largest. The gap is that of the arm, and beside it that of its "
+        "control. A line of words names what all pairs changed the same way, by more than the "
+        "control's own runs differ from each other."
     )
     known = [key for key in DIFFERENCES if any(each.differences[key].num_runs for each in found)]
-    table = [["arm", "control", "gap", *(COLUMNS[key][0] for key in known)]]
+    names = [COLUMNS[key][0] for key in known]
+    table = [["arm", "control", "gap", "its control's", *names]]
     for each in found:
         cells = [signed(each.differences[key], COLUMNS[key][1]) for key in known]
-        table.append([each.arm, each.control, number(each.gap, 3), *cells])
+        gaps = [number(each.gap, 3), number(each.control_gap, 3)]
+        table.append([each.arm, each.control, *gaps, *cells])
     yield markdown(table)
     yield lines_of_words(study)
     yield from order_section(study)

@@ -39,7 +39,8 @@ def with_own_controls() -> Study:
         for start, forced in (("a", kl / 2), ("b", kl + 0.2 - gap / 10)):
             plain = {**TEACHER, "kl_prior_sample": kl}
             own = {**TEACHER, "kl_prior_sample": forced}
-            runs.append(run(start, 0, f"{name}_control", (1, 2), (plain, plain)))
+            control = run(start, 0, f"{name}_control", (1, 2), (plain, plain))
+            runs.append(dataclasses.replace(control, logged={"gap": [9.0, gap + 1]}))
             trained = run(start, 0, name, (1, 2), (plain, own))
             runs.append(dataclasses.replace(trained, logged={"gap": [9.0, gap]}))
     runs.append(run("a", 1, "short", (1, 2), (TEACHER, TEACHER)))  # without its control
@@ -52,6 +53,7 @@ def test_each_arm_is_held_against_its_own_control():
     assert [each.arm for each in found] == ["image", "medium", "short"]
     assert [each.control for each in found] == ["image_control", "medium_control", "short_control"]
     assert [each.gap for each in found] == [0.1, 0.6, 1.0]
+    assert [each.control_gap for each in found] == [1.1, 1.6, 2.0]
     changes = [each.differences["kl_prior_sample"].value for each in found]
     assert changes == pytest.approx([-0.05, -0.35, -0.25])
     both = by_gap(with_own_controls())[2].differences["kl_prior_sample"]
