@@ -13,7 +13,8 @@ def study(parser: argparse.ArgumentParser) -> Run:
 
     What is there already is kept, so the same command goes on after a stop. Several processes, on
     one machine or on several that share the folder, may run it at once. Plans lie in
-    configs/study: quick (one start, one draw), screening (many arms once), main.
+    configs/study: quick (one start, one draw), main, screening (many arms once), and for the rows
+    of the paper baselines, ablations, looseness, i2v, t2v and t2v_teacher.
     """
     parser.add_argument(
         "--plan",
