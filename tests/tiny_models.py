@@ -17,7 +17,7 @@ from selfforcing_dfd.context import ChunkKV, Conditioning, NetworkOutput
 from selfforcing_dfd.data.shards import Batch
 from selfforcing_dfd.flow import expand_sigma
 from selfforcing_dfd.forcing import PAIRINGS, Forcing, tied_rows
-from selfforcing_dfd.models.identity import Identity, Role
+from selfforcing_dfd.models.identity import Identity, Recipe, Role
 from selfforcing_dfd.models.wan import WanTransformer
 from selfforcing_dfd.rng import Draw
 from selfforcing_dfd.weights.tensors import save_weights
@@ -60,9 +60,11 @@ def tiny_network(seed: int = 0, dtype: torch.dtype = torch.float64, **sizes: Any
     return network.to(dtype)
 
 
-def save_network(path: Path, network: WanTransformer, role: Role = "teacher") -> None:
+def save_network(
+    path: Path, network: WanTransformer, role: Role = "teacher", recipe: Recipe | None = None
+) -> None:
     """One safetensors file that says what it holds, as a run exports it."""
-    save_weights(path, network, file_metadata(network.config, Identity(role)))
+    save_weights(path, network, file_metadata(network.config, Identity(role, recipe=recipe)))
 
 
 def latents(
@@ -120,8 +122,11 @@ class DataForcing:
         forcing = Forcing(
             PAIRINGS[self.pairing], self.p, self.p_start, self.ramp_updates, self.sigma_range
         )
-        ranges = {"input_range": self.input_range}
-        return {"forcing": forcing, "coin_shared_by": self.granularity, **ranges}
+        return {
+            "forcing": forcing,
+            "coin_shared_by": self.granularity,
+            "input_range": self.input_range,
+        }
 
     def rows(self, draw: Draw, student_updates: int) -> Tensor:
         coin = draw.coin("dfd", self.granularity)

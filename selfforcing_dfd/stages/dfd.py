@@ -103,9 +103,10 @@ class DFDStage(MatchingStage):
     def describe_forcing(cls, config: Config) -> Iterator[tuple[str, str]]:
         dfd = config.of(DFDConfig)
         low, high = dfd.sigma_range
-        about = f"p {dfd.p:g} a {dfd.granularity}, pairing {dfd.pairing}"
-        about += f", sigma {low:g} to {high:g}"
+        yield (
+            "data rows",
+            f"p {dfd.p:g} a {dfd.granularity}, pairing {dfd.pairing}, sigma {low:g} to {high:g}",
+        )
         if dfd.input_range != (0.0, 1.0):
             low, high = dfd.input_range
-            about += f", steps that begin at sigma {low:g} to {high:g}"
-        yield "data rows", about
+            yield "tied steps", f"those that begin at sigma {low:g} to {high:g}"

@@ -18,8 +18,10 @@ from selfforcing_dfd.study.compare import Mean, index_at, rank_correlation
 from selfforcing_dfd.study.results import Study, Trajectory
 from selfforcing_dfd.study.way_tables import COLUMNS, markdown
 
-DIFFERENCES = ("coverage", "kl_prior_sample", "follow", "valid", "contrast", "speed_px")
-DRAWN = {"kl_prior_sample": "KL - control's", "contrast": "contrast - control's"}
+KL = "kl_prior_sample"
+DIFFERENCES = ("coverage", KL, "follow", "valid", "contrast", "speed_px")
+SHARE = "share of the control's KL"
+DRAWN = {KL: "KL - control's", "contrast": "contrast - control's"}
 """Differences that the plot shows, and its labels."""
 
 
@@ -28,7 +30,8 @@ class Effect:
     """An arm less its own control, over pairs of runs of equal start and draw.
 
     gap, control_gap: E|anchor - G|^2 in latents since the point before, of the arm and of its
-    control; NaN where none was logged. paper: what the paper found.
+    control; NaN where none was logged. share_of_kl: the KL's change over the control's KL, which
+    is all that there was to gain. paper: what the paper found.
     """
 
     arm: str
@@ -37,7 +40,12 @@ class Effect:
     gap: float
     control_gap: float
     differences: dict[str, Mean]
+    share_of_kl: float
     noise: dict[str, float]  # how far runs of the control differ by their start and draw alone
+
+    def value(self, key: str) -> float:
+        """Of a difference, or of SHARE."""
+        return self.share_of_kl if key == SHARE else self.differences[key].value
 
     def is_change(self, key: str) -> bool:
         """Whether all pairs changed the same way, by more than runs of the control differ."""
@@ -55,17 +63,32 @@ def effects(study: Study, start: str = "") -> list[Effect]:
         pairs = pairs_of(study, arm, facts.control, start) if facts.control else []
         if not pairs:
             continue
-        gap, of_control = (mean_gap(study, runs) for runs in zip(*pairs, strict=True))
+        own, controls = zip(*pairs, strict=True)
         differences = {key: difference(study, pairs, key) for key in DIFFERENCES}
-        noise = {key: spread(study, [control for _, control in pairs], key) for key in DIFFERENCES}
-        found.append(Effect(arm, facts.control, facts.paper, gap, of_control, differences, noise))
+        there = mean_of_known([at(study, run, run.scores.get(KL)) for run in controls])
+        found.append(
+            Effect(
+                arm=arm,
+                control=facts.control,
+                paper=facts.paper,
+                gap=mean_gap(study, own),
+                control_gap=mean_gap(study, controls),
+                differences=differences,
+                share_of_kl=differences[KL].value / there,
+                noise={key: spread(study, controls, key) for key in DIFFERENCES},
+            )
+        )
     return found
 
 
 def mean_gap(study: Study, runs: Sequence[Trajectory]) -> float:
     """Over the runs that logged one at equal updates; NaN where none did."""
-    gaps = [at(study, run, run.logged.get("gap")) for run in runs]
-    known = [gap for gap in gaps if gap is not None]
+    return mean_of_known([at(study, run, run.logged.get("gap")) for run in runs])
+
+
+def mean_of_known(values: Sequence[float | None]) -> float:
+    """NaN where there is none."""
+    known = [each for each in values if each is not None]
     return mean(known) if known else math.nan
 
 
@@ -106,7 +129,7 @@ def difference(study: Study, pairs: list[tuple[Trajectory, Trajectory]], key: st
     return Mean(mean(known), min(known), max(known), len(known))
 
 
-def spread(study: Study, runs: list[Trajectory], key: str) -> float:
+def spread(study: Study, runs: Sequence[Trajectory], key: str) -> float:
     """Largest difference between these runs; NaN for a single one."""
     found = [at(study, run, run.scores.get(key)) for run in runs]
     known = [each for each in found if each is not None]
@@ -114,10 +137,10 @@ def spread(study: Study, runs: list[Trajectory], key: str) -> float:
 
 
 def correlations(study: Study, key: str) -> dict[str, float]:
-    """Rank correlation over arms of the gap with a difference, by start; NaN for too few arms."""
+    """Rank correlation over arms of the gap with a value, by start; NaN for too few arms."""
     found = {}
     for start in dict.fromkeys(run.start for run in study.runs):
-        known = [(each.gap, each.differences[key].value) for each in by_gap(study, start)]
+        known = [(each.gap, each.value(key)) for each in by_gap(study, start)]
         found[start] = rank_correlation([pair for pair in known if not math.isnan(pair[1])])
     return found
 
@@ -176,7 +199,7 @@ def in_words(effect: Effect) -> str:
 
 def order_section(study: Study) -> Iterator[str]:
     """Whether the gap orders what arms change; nothing for too few arms."""
-    by_key = {key: correlations(study, key) for key in DIFFERENCES}
+    by_key = {key: correlations(study, key) for key in (*DIFFERENCES, SHARE)}
     starts = dict.fromkeys(run.start for run in study.runs)
     known = [start for start in starts if is_known(by_key, start)]
     if not known:
@@ -184,13 +207,15 @@ def order_section(study: Study) -> Iterator[str]:
     yield "## The gap and the change"
     yield (
         "Rank correlation over these arms of the gap with each difference, in each start: 1 means "
-        "that the difference grows with the gap, -1 that it falls."
+        "that the difference grows with the gap, -1 that it falls. The last row is of the KL's "
+        "change over the control's KL, which is all that there was to gain."
     )
     table = [["with", *known]]
     for key, of_start in by_key.items():
         if all(math.isnan(value) for value in of_start.values()):
             continue
-        table.append([COLUMNS[key][0], *(number(of_start[start], 2) for start in known)])
+        name = key if key == SHARE else COLUMNS[key][0]
+        table.append([name, *(number(of_start[start], 2) for start in known)])
     yield markdown(table)
 
 
@@ -201,12 +226,21 @@ def is_known(by_key: Mapping[str, Mapping[str, float]], start: str) -> bool:
 def draw_effects(study: Study, figure: Figure) -> None:
     """Two panels over the gap: a dot an arm, a bar from its smallest to its largest pair."""
     found = by_gap(study)
+    middle = (found[0].gap + found[-1].gap) / 2
     for axes, (key, label) in zip(figure.subplots(1, len(DRAWN)), DRAWN.items(), strict=True):
         axes.axhline(0, color="0.8", linewidth=0.8)
         for each in found:
             value = each.differences[key]
             axes.plot([each.gap, each.gap], [value.low, value.high], color="0.6", linewidth=1)
             axes.scatter([each.gap], [value.value], s=18, color="black", zorder=3)
-            axes.annotate(f" {each.arm}", (each.gap, value.value), fontsize=6.5)
+            on_the_right = each.gap > middle  # a name stays inside of its panel
+            axes.annotate(
+                each.arm,
+                (each.gap, value.value),
+                xytext=(-4 if on_the_right else 4, 0),
+                textcoords="offset points",
+                ha="right" if on_the_right else "left",
+                fontsize=6.5,
+            )
         axes.set_xlabel("E|anchor - G|², latents")
         axes.set_ylabel(label)

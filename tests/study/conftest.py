@@ -69,6 +69,18 @@ def make_study(folder: Path) -> Path:
     return folder / "plan.yaml"
 
 
+def one_run_each(plan: Path, arms: str, rollout: str) -> None:
+    """Leave one start, one draw and one update of other arms; rollout: a setting to put there."""
+    folder = plan.parent
+    text = plan.read_text().replace("draws: [0, 1]", "draws: [0]\ngoal: false")
+    text = text.replace("updates: 2\n", "updates: 1\n", 1).replace(", prefix_first]", "]")
+    text = text.replace(f"{{one: {folder}/one, two: {folder}/two}}", f"{{one: {folder}/one}}")
+    text = text[: text.index("fixed:")] + "stream: {windows: 2, prompts: 2}\n"
+    plan.write_text(f"{text}arms:\n{arms}")
+    base = plan.with_name("base.yaml")
+    base.write_text(base.read_text().replace("{frames: 6,", f"{{frames: 6, {rollout},"))
+
+
 @pytest.fixture
 def plan(tmp_path: Path) -> Path:
     return make_study(tmp_path)

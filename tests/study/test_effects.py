@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from test_study_tables import STUDY, TEACHER, run
 
 from selfforcing_dfd.study.effects import (
+    SHARE,
     by_gap,
     correlations,
     draw_effects,
@@ -36,7 +37,7 @@ def with_own_controls() -> Study:
             about="", tried=1, settings=[], control=f"{name}_control", paper=PAPER
         )
         arms[f"{name}_control"] = ArmFacts(about="", tried=1, settings=[])
-        for start, forced in (("a", kl / 2), ("b", kl + 0.2 - gap / 10)):
+        for start, forced in (("a", kl / 2), ("b", kl + 0.2 - gap / 5)):
             plain = {**TEACHER, "kl_prior_sample": kl}
             own = {**TEACHER, "kl_prior_sample": forced}
             control = run(start, 0, f"{name}_control", (1, 2), (plain, plain))
@@ -57,7 +58,7 @@ def test_each_arm_is_held_against_its_own_control():
     changes = [each.differences["kl_prior_sample"].value for each in found]
     assert changes == pytest.approx([-0.05, -0.35, -0.25])
     both = by_gap(with_own_controls())[2].differences["kl_prior_sample"]
-    assert (both.low, both.high, both.num_runs) == pytest.approx((-0.25, 0.1, 2))
+    assert (both.low, both.high, both.num_runs) == pytest.approx((-0.25, 0.0, 2))
 
 
 def test_the_order_is_told_for_each_start():
@@ -65,6 +66,17 @@ def test_the_order_is_told_for_each_start():
     found = correlations(with_own_controls(), "kl_prior_sample")
     assert found == pytest.approx({"a": -0.5, "b": -1.0})
     assert math.isnan(correlations(with_own_controls(), "coverage")["a"])
+
+
+def test_what_there_was_to_gain_is_told_apart():
+    """Catches an order of gains that is only the order of what controls had left to gain.
+
+    In start a every arm takes half of its control's KL, whatever its gap.
+    """
+    study = with_own_controls()
+    assert [each.share_of_kl for each in effects(study, "a")] == pytest.approx([-0.5] * 3)
+    assert math.isnan(correlations(study, SHARE)["a"])
+    assert correlations(study, SHARE)["b"] == pytest.approx(-1.0)
 
 
 def test_one_line_says_what_changed_in_all_pairs():

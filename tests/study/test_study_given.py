@@ -7,42 +7,31 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import fill_weights
+from tiny_models import fill_weights, save_network
 from torch import Tensor
 
 from selfforcing_dfd.cli.main import main
 from selfforcing_dfd.evaluation.worlds import world_of
-from selfforcing_dfd.models.identity import Identity, Recipe
+from selfforcing_dfd.models.identity import Recipe
 from selfforcing_dfd.streaming.session import StreamSession
 from selfforcing_dfd.study.plan import load_plan, reference_config
 from selfforcing_dfd.study.results import load_study
 from selfforcing_dfd.training.build import build_network
-from selfforcing_dfd.weights.tensors import save_weights
-from selfforcing_dfd.weights.write import file_metadata
-from tests.study.conftest import SIZES
+from tests.study.conftest import SIZES, one_run_each
 
-ARMS = """arms:
+ARMS = """
   control: {set: [run.stage=dmd]}
   caption: {set: [dfd.pairing=caption], control: control, stream: true}
 """
 
 
 def begin_with_a_picture(plan: Path) -> None:
-    """Make a plan of one start and draw of image-to-video, streams of two training lengths."""
-    text = plan.read_text().replace("draws: [0, 1]", "draws: [0]\ngoal: false")
-    text = text.replace("updates: 2\n", "updates: 1\n", 1).replace(", prefix_first]", "]")
-    folder = plan.parent
-    text = text.replace(f"{{one: {folder}/one, two: {folder}/two}}", f"{{one: {folder}/one}}")
-    plan.write_text(text[: text.index("fixed:")] + "stream: {windows: 2, prompts: 2}\n" + ARMS)
-    base = plan.with_name("base.yaml")
-    base.write_text(base.read_text().replace("{frames: 6,", "{frames: 6, given: 1,"))
+    """Make a plan of image-to-video, and a start's student that is given a frame."""
+    one_run_each(plan, ARMS, "given: 1")
     network = build_network(SIZES)
     fill_weights(network, seed=1)
     recipe = Recipe(ladder=(1000, 500), shift=5, chunk_frames=3, frames=6, given=1)
-    identity = Identity("causal_student", recipe=recipe)
-    save_weights(
-        folder / "one/student.safetensors", network, file_metadata(network.config, identity)
-    )
+    save_network(plan.parent / "one/student.safetensors", network, "causal_student", recipe)
 
 
 def test_streams_of_a_study_begin_with_real_pictures(plan: Path, monkeypatch: pytest.MonkeyPatch):

@@ -14,28 +14,20 @@ from selfforcing_dfd.study.goal import GOAL
 from selfforcing_dfd.study.plan import load_plan, runs_of
 from selfforcing_dfd.study.results import load_study
 from selfforcing_dfd.study.tables import sections, summary
+from tests.study.conftest import one_run_each
 
-
-def whole_clips(plan: Path, arms: str) -> None:
-    """Make a plan of one start and draw whose only chunk is the clip."""
-    text = plan.read_text().replace("draws: [0, 1]", "draws: [0]\ngoal: false")
-    text = text.replace("updates: 2\n", "updates: 1\n", 1).replace(", prefix_first]", "]")
-    text = text[: text.index("fixed:")] + "stream: {windows: 2, prompts: 2}\n" + arms
-    folder = plan.parent
-    text = text.replace(f"{{one: {folder}/one, two: {folder}/two}}", f"{{one: {folder}/one}}")
-    plan.write_text(text)
-    base = plan.with_name("base.yaml")
-    base.write_text(base.read_text().replace("{frames: 6,", "{frames: 6, chunk_frames: 6,"))
+WHOLE = "chunk_frames: 6"  # the only chunk is the clip
 
 
 def test_students_of_whole_clips_have_a_study(plan: Path, capsys: pytest.CaptureFixture[str]):
     """Catches a stream or a follow test of a student that has no past, and a judgment by them."""
-    whole_clips(
+    one_run_each(
         plan,
-        """arms:
+        """
   control: {set: [run.stage=dmd]}
   noised_real: {set: [dfd.pairing=noised_real], control: control, paper: some number}
 """,
+        WHOLE,
     )
     assert main(["study", "--plan", str(plan)]) == 0
     told = capsys.readouterr().out
@@ -54,7 +46,7 @@ def test_students_of_whole_clips_have_a_study(plan: Path, capsys: pytest.Capture
 
 def test_a_student_of_whole_clips_cannot_stream(plan: Path):
     """Catches an error in the middle of a study."""
-    whole_clips(plan, "arms:\n  control: {set: [run.stage=dmd], stream: true}\n")
+    one_run_each(plan, "  control: {set: [run.stage=dmd], stream: true}\n", WHOLE)
     with pytest.raises(ConfigError, match="arm control has stream: true, but makes a clip at once"):
         runs_of(load_plan(str(plan)))
 
