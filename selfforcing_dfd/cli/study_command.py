@@ -14,7 +14,8 @@ def study(parser: argparse.ArgumentParser) -> Run:
     What is there already is kept, so the same command goes on after a stop. Several processes, on
     one machine or on several that share the folder, may run it at once. Plans lie in
     configs/study: quick (one start, one draw), main, screening (many arms once), and for the rows
-    of the paper baselines, ablations, looseness, i2v, t2v and t2v_teacher.
+    of the paper baselines, ablations, looseness, i2v, i2v_whole, t2v, t2v_collapsed and
+    t2v_teacher.
     """
     parser.add_argument(
         "--plan",
