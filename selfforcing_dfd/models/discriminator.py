@@ -51,8 +51,8 @@ def block_outputs(
     x_t: Tensor,
     sigma: Tensor,
     conditioning: Conditioning,
-) -> list[Tensor]:
-    """What some blocks of a network return for x_t [B, F, C, H, W], each [B, N, D]."""
+) -> tuple[list[Tensor], Tensor]:
+    """What some blocks of a network return [B, N, D] for x_t [B, F, C, H, W], and its flow."""
     kept: dict[int, Tensor] = {}
 
     def keep(layer: int) -> Callable[..., None]:
@@ -64,8 +64,8 @@ def block_outputs(
     blocks = base_of(network).blocks
     hooks = [blocks[layer].register_forward_hook(keep(layer)) for layer in set(layers)]
     try:
-        network(x_t, sigma, conditioning)
+        flow = network(x_t, sigma, conditioning).flow
     finally:
         for hook in hooks:
             hook.remove()
-    return [kept[layer] for layer in layers]
+    return [kept[layer] for layer in layers], flow

@@ -88,6 +88,11 @@ class DFDStage(MatchingStage):
         return PAIRINGS[config.of(DFDConfig).pairing].real_past
 
     @classmethod
+    def shares_gan_pass(cls, config: Config) -> bool:
+        """Never: the teacher answers about real clips, the GAN about the student's."""
+        return False
+
+    @classmethod
     def needs_noise(cls, config: Config) -> str:
         pairing = config.of(DFDConfig).pairing
         return "" if PAIRINGS[pairing].stored_noise == "none" else f"dfd.pairing is {pairing}"

@@ -1,7 +1,8 @@
 """A GAN beside distribution matching, as in DMD2 (arXiv 2405.14867, 4.4). A switch: `gan.weight`.
 
 The discriminator sees clips as the score networks do, noised, through blocks of the frozen teacher.
-It learns in the turns of the fake score. Losses are softplus, not saturating.
+It learns in the turns of the fake score. Losses are softplus, not saturating. In DMD the student's
+sample is shown to it by the pass in which the teacher answers anyway; see `Overheard`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from selfforcing_dfd.config import Config, ranged, require
-from selfforcing_dfd.context import Conditioning
+from selfforcing_dfd.context import ChunkKV, Conditioning, Context, NetworkOutput
 from selfforcing_dfd.flow import add_noise, expand_sigma
 from selfforcing_dfd.models.discriminator import Discriminator, block_outputs
 from selfforcing_dfd.rng import Draw
@@ -36,39 +37,63 @@ class GanConfig:
 
 @dataclass(frozen=True, slots=True)
 class Gan:
-    """teacher: frozen, asked about whole noised clips. discriminator: reads its blocks."""
+    """teacher: frozen, asked about whole noised clips. discriminator: reads its blocks.
+
+    shares: a student update asks the teacher about the student's sample anyway.
+    """
 
     teacher: Any
     discriminator: Discriminator
     weight: float
     r1_weight: float = 0.0
     r1_noise: float = 0.1
+    shares: bool = False
 
     @classmethod
-    def build(cls, config: Config, teacher: Any, discriminator: Any) -> Gan:
+    def build(cls, config: Config, teacher: Any, discriminator: Any, shares: bool) -> Gan:
         gan = config.of(GanConfig)
-        return cls(teacher, discriminator, gan.weight, gan.r1_weight, gan.r1_noise)
+        return cls(teacher, discriminator, gan.weight, gan.r1_weight, gan.r1_noise, shares)
 
-    def scores(self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning) -> Tensor:
-        """[B, n]: high for what looks real."""
-        layers = self.discriminator.layers
-        features = block_outputs(self.teacher, layers, x_t, sigma, conditioning)
-        return self.discriminator(features)
+    def judge(
+        self, x_t: Tensor, sigma: Tensor, conditioning: Conditioning
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The student's loss softplus(-score) [B], its gradient at x_t, and the teacher's flow.
+
+        The gradient is taken here: else the discriminator's parameters would get one as well.
+        """
+        with torch.enable_grad():
+            x_t = x_t.detach().requires_grad_()
+            layers = self.discriminator.layers
+            features, flow = block_outputs(self.teacher, layers, x_t, sigma, conditioning)
+            loss = softplus(-self.discriminator(features)).mean(1)
+            (gradient,) = torch.autograd.grad(loss.sum(), x_t)
+        return loss.detach(), gradient, flow.detach()
 
     def student_loss(
-        self, x0: Tensor, noise: Tensor, sigma: Tensor, conditioning: Conditioning
+        self,
+        x0: Tensor,
+        noise: Tensor,
+        sigma: Tensor,
+        conditioning: Conditioning,
+        heard: Overheard | None = None,
     ) -> Tensor:
         """[B]: softplus(-score) of the student's clips x0, with gradient to x0 alone.
 
-        sigma: [B] or [B, F], here and in the discriminator's loss.
-        The gradient is taken here: else the discriminator's parameters would get one as well.
+        sigma: [B] or [B, F], here and in the discriminator's loss. heard: what listened to the
+        teacher's answer about these clips; None asks anew.
         """
-        x_t = add_noise(x0.detach(), noise, sigma).requires_grad_()
-        loss = softplus(-self.scores(x_t, sigma, conditioning)).mean(1)
-        (gradient,) = torch.autograd.grad(loss.sum(), x_t)
+        if heard is None:
+            x_t = add_noise(x0.detach(), noise, sigma)
+            loss, gradient, _ = self.judge(x_t, sigma, conditioning)
+        else:
+            loss, gradient = heard.loss, heard.gradient
         of_x0 = gradient * expand_sigma(1 - sigma, gradient)
         moved = (of_x0 * (x0 - x0.detach())).flatten(1).sum(1)  # zero, with that gradient
-        return loss.detach() + moved
+        return loss + moved
+
+    def listen(self, rows: int) -> Overheard | None:
+        """The teacher to ask in a student update of so many rows; None where nothing is shared."""
+        return Overheard(self, rows) if self.shares else None
 
     def discriminator_loss(
         self,
@@ -87,7 +112,7 @@ class Gan:
             # given frames, at sigma 0, stay clean
             clips.append(real_t + self.r1_noise * small * (expand_sigma(sigma, small) > 0))
         with torch.no_grad():
-            features = block_outputs(
+            features, _ = block_outputs(
                 self.teacher,
                 self.discriminator.layers,
                 torch.cat(clips),
@@ -99,6 +124,48 @@ class Gan:
         for scores in moved:
             loss = loss + self.r1_weight * (scores - of_real).square().mean(1)
         return loss
+
+
+class Overheard:
+    """The teacher, whose first answer, about the student's sample, the discriminator reads too.
+
+    Guidance asks with and without caption in one batch. Here they are two passes, so that the
+    gradient goes through the first alone. loss, gradient: as of `Gan.judge`, once it was asked.
+    """
+
+    loss: Tensor
+    gradient: Tensor
+
+    def __init__(self, gan: Gan, rows: int) -> None:
+        self.gan = gan
+        self.rows = rows
+        self.has_answered = False
+
+    def __call__(
+        self,
+        x_t: Tensor,
+        sigma: Tensor | float,
+        conditioning: Conditioning,
+        context: Context | None = None,
+    ) -> NetworkOutput:
+        if self.has_answered:  # of a control variate: about another clip
+            answer: NetworkOutput = self.gan.teacher(x_t, sigma, conditioning, context)
+            return answer
+        self.has_answered = True
+        assert isinstance(sigma, Tensor)
+        assert context is None
+        clips = x_t.split(self.rows)
+        levels = sigma.split(self.rows)
+        texts = conditioning.text.split(self.rows)
+        flows: list[Tensor] = []
+        for clip, level, text in zip(clips, levels, texts, strict=True):
+            asked = replace(conditioning, text=text)
+            if flows:
+                flow = self.gan.teacher(clip, level, asked).flow
+            else:
+                self.loss, self.gradient, flow = self.gan.judge(clip, level, asked)
+            flows.append(flow)
+        return NetworkOutput(torch.cat(flows), ChunkKV(x_t.shape[1], ()))
 
 
 def build_discriminator(

@@ -105,7 +105,8 @@ class MatchingStage(TrainingStage):
         gan = None
         if config.of(GanConfig).weight:
             trained[DISCRIMINATOR] = networks[DISCRIMINATOR]
-            gan = Gan.build(config, networks["teacher"], networks[DISCRIMINATOR])
+            shares = cls.shares_gan_pass(config)
+            gan = Gan.build(config, networks["teacher"], networks[DISCRIMINATOR], shares)
         return cls(
             trained=trained,
             teacher=networks["teacher"],
@@ -196,18 +197,20 @@ class MatchingStage(TrainingStage):
         fake_guided = 1 if score.fake_guidance == 1 else 2
         asked = 2 if score.control_variate else 1  # about the sample, and about the real clip
         roll_out = rollout_passes(config, cls.first_exit, cls.has_real_past(config))
+        shared = int(cls.shares_gan_pass(config))  # the first of the teacher's passes
         passes = {
             "student": [
                 *roll_out,
                 Pass("replay with gradient", "student", "chunks", gradient=True),
                 Pass("fake score", "fake", "clip", fake_guided * asked, rows=fake_guided),
-                Pass("teacher", "teacher", "clip", guided * asked, rows=guided),
+                Pass("teacher", "teacher", "clip", guided * asked - shared, rows=guided),
             ],
             "fake": [*roll_out, Pass("with gradient", "fake", "clip", gradient=True)],
         }
         if config.of(GanConfig).weight:
             # the gradient goes through the teacher, not to its weights
-            passes["student"].append(Pass("GAN", "teacher", "clip", gradient=True))
+            name = "teacher and GAN" if shared else "GAN"
+            passes["student"].append(Pass(name, "teacher", "clip", gradient=True))
             shown = 3 if config.of(GanConfig).r1_weight else 2
             passes["fake"].append(Pass("GAN", "teacher", "clip", shown, rows=shown))
         if score.regression_per_student:
@@ -218,6 +221,11 @@ class MatchingStage(TrainingStage):
     def has_real_past(cls, config: Config) -> bool:
         """Whether real clips stand for chunks of the past in some rollouts; never in DMD."""
         return False
+
+    @classmethod
+    def shares_gan_pass(cls, config: Config) -> bool:
+        """Whether a GAN reads the teacher's answer. Two sigma tables: two noise levels."""
+        return bool(config.of(GanConfig).weight) and "sigma_tables" not in cls.as_published(config)
 
     @classmethod
     def updates(cls, config: Config) -> dict[str, int]:
@@ -288,12 +296,13 @@ class MatchingStage(TrainingStage):
         generated = x0.detach()
         anchored = forcing.anchored_rows(self.forcing, tied, sigma)
         with_loss = forcing.rows_with_loss(self.forcing.pairing, tied, anchored)
+        heard = self.gan.listen(len(x0)) if self.gan else None
         matching = distribution_matching(
             x0,
             forcing.anchor(generated, batch.latents, anchored),
             noise,
             self.published.noised_at(sigma),
-            teacher=self.published.score(self.teacher, sigma),
+            teacher=heard or self.published.score(self.teacher, sigma),
             fake=self.published.score(self.trained["fake"], sigma),
             conditioning=conditioning,
             negative=Conditioning(no_text(batch.text, self.negative)),
@@ -311,7 +320,8 @@ class MatchingStage(TrainingStage):
         further = self.further_losses(batch, draw, record)
         if self.gan:
             level = self.level(sigma, x0)
-            further["gan"] = self.gan.weight, self.gan.student_loss(x0, noise, level, conditioning)
+            of_gan = self.gan.student_loss(x0, noise, level, conditioning, heard)
+            further["gan"] = self.gan.weight, of_gan
         for name, (weight, other) in further.items():
             values[name] = other.detach()
             loss = loss + weight * other

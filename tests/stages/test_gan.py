@@ -21,6 +21,7 @@ from selfforcing_dfd.models.discriminator import Discriminator, block_outputs
 from selfforcing_dfd.rng import generator
 from selfforcing_dfd.stages import load_config
 from selfforcing_dfd.stages.base import teacher_start
+from selfforcing_dfd.stages.dfd import DFDStage
 from selfforcing_dfd.stages.gan import Gan, build_discriminator
 from selfforcing_dfd.stages.matching import MatchingStage
 from selfforcing_dfd.training.build import load_frozen
@@ -36,6 +37,11 @@ def gan(**changes: Any) -> Gan:
             parameter.copy_(torch.randn(parameter.shape, generator=generator(0, f"D {number}")))
     settings: dict[str, Any] = {"weight": 0.5} | changes
     return Gan(teacher, made, **settings)
+
+
+def scores_of(own: Gan, x_t: Tensor, text: Conditioning) -> Tensor:
+    features, _ = block_outputs(own.teacher, own.discriminator.layers, x_t, SIGMA, text)
+    return own.discriminator(features)
 
 
 def stage_with(own: Gan | None) -> MatchingStage:
@@ -55,11 +61,11 @@ def test_features_are_what_the_blocks_return():
     text = Conditioning(tiny_batch().text)
     seen: list[Tensor] = []
     network.blocks[1].register_forward_hook(lambda _m, _i, out: seen.append(out[0]))
-    first, second, again = block_outputs(network, (0, 1, 0), clips, SIGMA, text)
+    (first, second, again), flow = block_outputs(network, (0, 1, 0), clips, SIGMA, text)
     assert torch.equal(second, seen[0])
     assert first is again
     assert not torch.equal(first, second)
-    network(clips, SIGMA, text)
+    assert torch.equal(network(clips, SIGMA, text).flow, flow)
     assert sum(len(block._forward_hooks) for block in network.blocks) == 1
 
 
@@ -67,7 +73,7 @@ def test_the_students_gradient_is_that_of_the_whole_chain():
     """Catches a lost factor of the noise level, and gradient in the discriminator."""
     own, x0, noise = gan(), latents("sample").requires_grad_(), latents("noise")
     text = Conditioning(tiny_batch().text)
-    plain = softplus(-own.scores(add_noise(x0, noise, SIGMA), SIGMA, text)).mean(1)
+    plain = softplus(-scores_of(own, add_noise(x0, noise, SIGMA), text)).mean(1)
     (expected,) = torch.autograd.grad(plain.sum(), x0)
     loss = own.student_loss(x0, noise, SIGMA, text)
     loss.sum().backward()
@@ -92,13 +98,13 @@ def test_a_real_clip_wants_a_high_score_and_a_made_one_a_low_score():
         loss().backward()
         optimizer.step()
     assert float(loss().detach()) < 0.5 * before
-    scores = [own.scores(add_noise(x, noise, SIGMA), SIGMA, text).mean() for x in (real, made)]
+    scores = [scores_of(own, add_noise(x, noise, SIGMA), text).mean() for x in (real, made)]
     assert scores[0] > scores[1]
     sample = made.clone().requires_grad_()
     own.student_loss(sample, noise, SIGMA, text).sum().backward()
     assert sample.grad is not None
     nearer = made - 20 * sample.grad
-    scores = [own.scores(add_noise(x, noise, SIGMA), SIGMA, text).mean() for x in (nearer, made)]
+    scores = [scores_of(own, add_noise(x, noise, SIGMA), text).mean() for x in (nearer, made)]
     assert scores[0] > scores[1]
 
 
@@ -149,6 +155,41 @@ def test_the_student_gets_both_gradients_by_their_weights():
         )
     torch.testing.assert_close(found[0.5], (found[0.0] + found[1.0]) / 2)
     assert (found[1.0] - found[0.0]).norm() > 1e-4 * found[0.0].norm()
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"guidance": 1.0}, {"control_variate": True}, {"given": 1}],
+    ids=["guided", "unguided", "control variate", "given"],
+)
+def test_the_teachers_own_answer_is_what_the_discriminator_reads(changes: dict[str, Any]):
+    """Catches a gradient of another clip, and an answer that the listening changes.
+
+    One pass of the teacher about the student's sample instead of two. Guidance's pass without
+    caption comes apart, and a control variate's pass is about the real clip.
+    """
+    found = {}
+    rows: dict[bool, list[int]] = {False: [], True: []}
+    for shares in (False, True):
+        own = gan(shares=shares)
+        stage = replace(stage_with(own), teacher=own.teacher, **changes)
+        own.teacher.register_forward_hook(
+            lambda _m, inputs, _out, seen=rows[shares]: seen.append(len(inputs[0]))
+        )
+        part = stage.loss("student", tiny_batch(), draw(), 0)
+        part.loss.backward()
+        found[shares] = gradients(stage.trained["student"])
+        assert touched(stage.trained["discriminator"]) == []
+    torch.testing.assert_close(found[True], found[False])
+    assert sum(rows[False]) - sum(rows[True]) == len(tiny_batch().text)
+
+
+def test_no_pass_is_shared_where_the_teacher_is_asked_about_something_else(tmp_path: Path):
+    """Catches a discriminator that reads real clips as the student's, and another noise level."""
+    assert MatchingStage.shares_gan_pass(gan_config(tmp_path))
+    assert not MatchingStage.shares_gan_pass(gan_config(tmp_path, "gan.weight=0"))
+    assert not MatchingStage.shares_gan_pass(gan_config(tmp_path, "published.sigma_tables=true"))
+    assert not DFDStage.shares_gan_pass(gan_config(tmp_path, "run.stage=dfd"))
 
 
 def test_weights_of_a_discriminator_follow_from_the_seed(tmp_path: Path):
