@@ -27,7 +27,7 @@ from selfforcing_dfd.study.plan import (
     runs_of,
     settings_of_arm,
 )
-from selfforcing_dfd.study.work import noise_file
+from selfforcing_dfd.study.work import noise_file, with_stored_noise
 from selfforcing_dfd.tiny.bootstrap import Score
 from selfforcing_dfd.weights.runs import STUDENT_FILE
 
@@ -204,9 +204,10 @@ def causal_rows(folder: Path) -> dict[str, Scores]:
 
 def noise_cost(runs: Sequence[StudyRun]) -> float | None:
     """Core seconds of finding the clips' noise; 0 where no run needs it, None if not known."""
-    if not any(stage_of(run.config).needs_noise(run.config) for run in runs):
+    noisy = with_stored_noise(runs)
+    if not noisy:
         return 0.0
-    path = noise_file(runs[0].config)
+    path = noise_file(noisy[0])
     return float(read_json(path)["core_seconds"]) if path.exists() else None
 
 

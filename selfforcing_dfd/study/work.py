@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from selfforcing_dfd.common import EXIT_INTERRUPTED, Interrupted, UserError
 from selfforcing_dfd.config import Config
+from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.evaluation.tables import DATA
 from selfforcing_dfd.models.identity import Identity
 from selfforcing_dfd.stages import stage_of
@@ -241,22 +242,29 @@ def prepare(plan: Plan) -> None:
     """Make the clips, and their noise if some arm starts from it; the cost of noise is noted.
 
     All arms count, whichever are asked for: shards should not change between two runs. An arm may
-    have shards of its own; rows that no arm trains are measured beside those of the base.
+    have shards of its own; rows that no arm trains are measured beside those of the base. Arms that
+    start from stored noise share their shards.
     """
     runs = runs_of(plan)
-    needing = [run.config for run in runs if stage_of(run.config).needs_noise(run.config)]
     some = runs[0].config
-    beside = noise_file(some).parent
-    with waiting_for(beside):
+    with waiting_for(noise_file(some).parent):
         for config in (some, reference_config(plan, runs[0].start)):
             prepare_data(change(config, ["data.tiny.noise_steps=0"]))
-        if needing and not build_reader(change(some, ["run.stage=dmd"])).has_noise:
-            started = time.process_time()
-            prepare_data(needing[0])
-            spent = time.process_time() - started
-            write_json(noise_file(some), {"core_seconds": spent})
+    for noisy in with_stored_noise(runs)[:1]:
+        with waiting_for(noise_file(noisy).parent):
+            prepare_data(change(noisy, ["data.tiny.noise_steps=0"]))
+            if not ShardReader(Path(noisy.data.shards)).has_noise:
+                started = time.process_time()
+                prepare_data(noisy)
+                spent = time.process_time() - started
+                write_json(noise_file(noisy), {"core_seconds": spent})
     for run in runs:
         build_reader(run.config)
+
+
+def with_stored_noise(runs: Sequence[StudyRun]) -> list[Config]:
+    """Settings of the runs that start from noise stored with clips."""
+    return [run.config for run in runs if stage_of(run.config).needs_noise(run.config)]
 
 
 def noise_file(config: Config) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from selfforcing_dfd.data.shards import ShardReader
 from selfforcing_dfd.stages.config_files import change
 from selfforcing_dfd.study.operations import noise_gflop, training_gflop
 from selfforcing_dfd.study.plan import load_plan, runs_of
-from selfforcing_dfd.study.work import prepare
+from selfforcing_dfd.study.results import noise_cost
+from selfforcing_dfd.study.work import noise_file, prepare, with_stored_noise
 from selfforcing_dfd.training.inversion import build_inversion
 
 
@@ -60,3 +62,17 @@ def test_shards_of_the_base_are_made_too(plan: Path):
     prepare(load_plan(str(plan)))
     assert ShardReader(plan.parent / "own").has_noise
     assert len(ShardReader(plan.parent / "shards")) == 8
+
+
+def test_the_cost_of_noise_is_that_of_the_first_time(plan: Path):
+    """Catches a second preparation that finds nothing to do and notes that noise costs nothing."""
+    own = f"data.shards={plan.parent}/own"
+    plan.write_text(plan.read_text().replace("dfd.pairing=prefix", f"dfd.pairing=prefix, {own}"))
+    prepare(load_plan(str(plan)))
+    runs = runs_of(load_plan(str(plan)))
+    noted = noise_file(with_stored_noise(runs)[0])
+    first = noted.read_text()
+    prepare(load_plan(str(plan)))
+    assert noted.read_text() == first
+    assert noise_cost(runs) == json.loads(first)["core_seconds"] > 0
+    assert not ShardReader(plan.parent / "shards").has_noise
