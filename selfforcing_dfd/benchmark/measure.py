@@ -20,7 +20,6 @@ from torch.profiler import ProfilerActivity, profile
 
 from selfforcing_dfd import rng
 from selfforcing_dfd.benchmark.flops import ChunkFlops, chunk_flops, utilisation
-from selfforcing_dfd.benchmark.processor import processor_time
 from selfforcing_dfd.benchmark.statistics import (
     Recording,
     certainty,
@@ -33,6 +32,7 @@ from selfforcing_dfd.benchmark.timed import NoCodec, TimedCodec, timed_calls
 from selfforcing_dfd.codecs.text_ahead import TextAhead
 from selfforcing_dfd.common import UserError, peak_resident_bytes, resident_bytes
 from selfforcing_dfd.models.attention_choice import wait_for
+from selfforcing_dfd.processes.processor import processor_time
 from selfforcing_dfd.streaming.latency import StageClock
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 

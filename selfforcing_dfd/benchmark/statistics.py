@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from selfforcing_dfd.benchmark.processor import ProcessorTime
+from selfforcing_dfd.processes.processor import ProcessorTime
 
 MEGABYTE = 1e6
 NUM_PARTS = 10

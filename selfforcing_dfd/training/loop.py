@@ -31,6 +31,7 @@ from selfforcing_dfd.training.clock import Clock, Turn
 from selfforcing_dfd.training.ema import EMA
 from selfforcing_dfd.training.finite import check_finite, check_losses, check_weights
 from selfforcing_dfd.training.metrics import Watch, summarise, values_of_all, watched_clips
+from selfforcing_dfd.training.neighbours import Neighbours
 from selfforcing_dfd.training.optimizer_state import optimizer_state
 from selfforcing_dfd.training.saving import Saver
 from selfforcing_dfd.training.sharding import expect_backward, keep_gathered, release
@@ -78,6 +79,7 @@ class Trainer:
     num_workers: int = 0
     watch: Watch | None = None
     utilisation: Utilisation | None = None
+    neighbours: Neighbours | None = None
     look: Look | None = None
     world: World = field(default_factory=World)
     clock: Clock = field(default_factory=Clock)
@@ -154,6 +156,8 @@ class Trainer:
             fake_belongs_to_next = int(turn != "student")
             update = self.clock.student_updates + fake_belongs_to_next
             self.tracker.log(turn, update, values, self.clock.count(turn))
+            if self.neighbours:
+                self.neighbours.look()
 
     def take_turn(self, turn: Turn, stream: Iterator[Batch]) -> dict[str, float]:
         """One update: all micro-batches, then the optimizers' steps, then the clock."""

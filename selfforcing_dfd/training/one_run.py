@@ -34,6 +34,7 @@ from selfforcing_dfd.training.identity import find_record, running_code, too_few
 from selfforcing_dfd.training.inversion import build_inversion
 from selfforcing_dfd.training.journal import note
 from selfforcing_dfd.training.loop import Look, Trainer
+from selfforcing_dfd.training.neighbours import Neighbours
 from selfforcing_dfd.training.plan import utilisation_of
 from selfforcing_dfd.weights.run_record import (
     RunRecord,
@@ -95,6 +96,7 @@ def train(config: Config, resume: bool, look: Look | None = None) -> None:
     while True:
         trainer = build_trainer(config, build_guards(config), resume, record.aside)
         trainer.utilisation = utilisation_of(config, trainer.world.device)
+        trainer.neighbours = Neighbours() if trainer.world.device.type == "cpu" else None
         trainer.look = look
         record = on_first_rank(partial(begin, config, record, trainer.clock))
         failure = run_to_end(trainer, config)

@@ -9,10 +9,10 @@ import torch
 from tiny_models import LADDER, tiny_network
 
 from selfforcing_dfd import rng
-from selfforcing_dfd.benchmark import processor
 from selfforcing_dfd.benchmark.measure import Bench, Plan, measure
-from selfforcing_dfd.benchmark.processor import ProcessorTime, processor_time
 from selfforcing_dfd.benchmark.statistics import Recording, certainty
+from selfforcing_dfd.processes import processor
+from selfforcing_dfd.processes.processor import ProcessorTime, processor_time
 from selfforcing_dfd.streaming.session import StreamModel, StreamSession, StreamSettings
 from selfforcing_dfd.tiny.codec import TinyCodec
 from selfforcing_dfd.tiny.text import TinyText
